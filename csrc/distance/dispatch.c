@@ -1,0 +1,65 @@
+#include "distance/kernels.h"
+
+#include "base/status.h"
+#include "layout/image.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+const cotra_kernels *cotra_kernels_get(int simd)
+{
+    if (simd == COTRA_SIMD_PORTABLE)
+        return &cotra_kernels_portable;
+#if defined(__x86_64__)
+    if (simd == COTRA_SIMD_AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        return &cotra_kernels_avx2;
+#endif
+    return NULL;
+}
+
+int cotra_simd_best(void)
+{
+    return cotra_kernels_get(COTRA_SIMD_AVX2) ? COTRA_SIMD_AVX2 : COTRA_SIMD_PORTABLE;
+}
+
+const char *cotra_simd_name(int simd)
+{
+    static const char *const names[] = {"portable", "avx2", "avx512", "neon"};
+    return simd >= 0 && simd <= COTRA_SIMD_NEON ? names[simd] : "unknown";
+}
+
+static const cotra_kernels *get_or_fail(int simd, cotra_error *err)
+{
+    const cotra_kernels *kernels = cotra_kernels_get(simd);
+    if (!kernels)
+        cotra_fail(err, COTRA_ERR_ARGUMENT, "this CPU or build has no %s kernels", cotra_simd_name(simd));
+    return kernels;
+}
+
+int cotra_kernel_distance(int simd, uint32_t metric, uint32_t vector_type, const float *query, const void *vector,
+                          uint32_t dim, float *out, cotra_error *err)
+{
+    const cotra_kernels *kernels = get_or_fail(simd, err);
+    if (!kernels)
+        return COTRA_ERR_ARGUMENT;
+    if (dim < COTRA_MIN_DIM || dim > COTRA_MAX_DIM || metric > COTRA_METRIC_COSINE || vector_type > COTRA_VECTOR_U8)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "dim %u, metric %u, vector type %u", dim, metric, vector_type);
+    float padded_query[COTRA_MAX_DIM] = {0}, padded_vector[COTRA_MAX_DIM] = {0};
+    memcpy(padded_query, query, 4 * (size_t)dim);
+    memcpy(padded_vector, vector, cotra_vector_bytes(vector_type, dim));
+    *out = cotra_metric_distance(kernels, metric, vector_type, padded_query, padded_vector, dim);
+    return COTRA_OK;
+}
+
+int cotra_kernel_scan(int simd, const uint8_t *lut, const uint8_t *codes, uint32_t code_dim, uint32_t *sums,
+                      cotra_error *err)
+{
+    const cotra_kernels *kernels = get_or_fail(simd, err);
+    if (!kernels)
+        return COTRA_ERR_ARGUMENT;
+    if (code_dim == 0 || code_dim % 64 || code_dim > COTRA_MAX_DIM)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "code_dim must be a multiple of 64, not %u", code_dim);
+    kernels->scan(lut, codes, code_dim, sums);
+    return COTRA_OK;
+}

@@ -1,0 +1,117 @@
+#include "distance/kernels.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#include <stddef.h>
+
+static inline float sum8(__m256 v)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline __m256 load_f32(const void *x, uint32_t i)
+{
+    return _mm256_loadu_ps((const float *)x + i);
+}
+
+static inline __m256 load_f16(const void *x, uint32_t i)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i)));
+}
+
+static inline __m256 load_u8(const void *x, uint32_t i)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)((const uint8_t *)x + i))));
+}
+
+static inline __m256 square(__m256 a, __m256 b, __m256 sum)
+{
+    __m256 d = _mm256_sub_ps(a, b);
+    return _mm256_fmadd_ps(d, d, sum);
+}
+
+static inline __m256 product(__m256 a, __m256 b, __m256 sum)
+{
+    return _mm256_fmadd_ps(a, b, sum);
+}
+
+/* Four running sums hide the latency of the multiply-add. */
+#define PAIR_KERNEL(name, load, term)                                                                                  \
+    static float name(const float *query, const void *vector, uint32_t dim)                                            \
+    {                                                                                                                  \
+        __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;                                                           \
+        uint32_t i = 0;                                                                                                \
+        for (; i + 32 <= dim; i += 32) {                                                                               \
+            a = term(_mm256_loadu_ps(query + i), load(vector, i), a);                                                  \
+            b = term(_mm256_loadu_ps(query + i + 8), load(vector, i + 8), b);                                          \
+            c = term(_mm256_loadu_ps(query + i + 16), load(vector, i + 16), c);                                        \
+            d = term(_mm256_loadu_ps(query + i + 24), load(vector, i + 24), d);                                        \
+        }                                                                                                              \
+        for (; i < dim; i += 8)                                                                                        \
+            a = term(_mm256_loadu_ps(query + i), load(vector, i), a);                                                  \
+        return sum8(_mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d)));                                          \
+    }
+
+PAIR_KERNEL(l2_f32, load_f32, square)
+PAIR_KERNEL(l2_f16, load_f16, square)
+PAIR_KERNEL(l2_u8, load_u8, square)
+PAIR_KERNEL(dot_f32, load_f32, product)
+PAIR_KERNEL(dot_f16, load_f16, product)
+PAIR_KERNEL(dot_u8, load_u8, product)
+
+/* Two groups a step: their 16 table entries sit in the two lanes, as do their codes. Even and odd neighbours' bytes are summed
+ * as 16-bit words: `all` holds even + 256 x odd (mod 2^16), `odd` the odd ones, so even = all - 256 x odd. A word overflows
+ * after 257 steps; 128 steps (1,024 dimensions) are summed before they go into 32 bits. */
+static void scan(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, uint32_t *sums)
+{
+    const __m256i low_nibbles = _mm256_set1_epi8(15);
+    for (int j = 0; j < 32; j++)
+        sums[j] = 0;
+    for (uint32_t begin = 0; begin < code_dim; begin += 1024) {
+        uint32_t end = begin + 1024 < code_dim ? begin + 1024 : code_dim;
+        __m256i all_low = _mm256_setzero_si256(), odd_low = all_low, all_high = all_low, odd_high = all_low;
+        for (uint32_t d = begin; d < end; d += 8) {
+            __m256i entries = _mm256_loadu_si256((const __m256i *)(table + (size_t)d * 4));
+            __m256i code = _mm256_loadu_si256((const __m256i *)(codes + (size_t)d * 4));
+            __m256i low = _mm256_shuffle_epi8(entries, _mm256_and_si256(code, low_nibbles));
+            __m256i high =
+                _mm256_shuffle_epi8(entries, _mm256_and_si256(_mm256_srli_epi16(code, 4), low_nibbles));
+            all_low = _mm256_add_epi16(all_low, low);
+            odd_low = _mm256_add_epi16(odd_low, _mm256_srli_epi16(low, 8));
+            all_high = _mm256_add_epi16(all_high, high);
+            odd_high = _mm256_add_epi16(odd_high, _mm256_srli_epi16(high, 8));
+        }
+        __m256i even_low = _mm256_sub_epi16(all_low, _mm256_slli_epi16(odd_low, 8));
+        __m256i even_high = _mm256_sub_epi16(all_high, _mm256_slli_epi16(odd_high, 8));
+        const __m256i words[4] = {even_low, odd_low, even_high, odd_high};
+        for (int part = 0; part < 4; part++) { /* part: low even, low odd, high even, high odd neighbours */
+            __m256i both = _mm256_add_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(words[part])),
+                                            _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words[part], 1)));
+            uint32_t eight[8];
+            _mm256_storeu_si256((__m256i *)eight, both);
+            for (int j = 0; j < 8; j++)
+                sums[part / 2 * 16 + 2 * j + part % 2] += eight[j];
+        }
+    }
+}
+
+static void estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset, float scale,
+                     float *out)
+{
+    const __m256 d = _mm256_set1_ps(distance), o = _mm256_set1_ps(offset), s = _mm256_set1_ps(scale);
+    for (int j = 0; j < 32; j += 8) {
+        __m256 sum = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(sums + j)));
+        __m256 dot = _mm256_add_ps(o, _mm256_mul_ps(s, sum));
+        __m256 base = _mm256_add_ps(d, _mm256_loadu_ps(f0 + j));
+        _mm256_storeu_ps(out + j, _mm256_sub_ps(base, _mm256_mul_ps(_mm256_loadu_ps(f1 + j), dot)));
+    }
+}
+
+const cotra_kernels cotra_kernels_avx2 = {
+    .l2 = {l2_f32, l2_f16, l2_u8}, .dot = {dot_f32, dot_f16, dot_u8}, .scan = scan, .estimate = estimate};
+
+#else
+typedef int cotra_no_avx2_here; /* ISO C has no empty translation units */
+#endif

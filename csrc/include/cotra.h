@@ -1,0 +1,352 @@
+/* cotra.h: the one public header of the C shim.
+ *
+ * Everything between the two cdef markers is given to cffi verbatim by tools/generate_ffi.py, so that part holds plain C
+ * declarations only: no preprocessor lines, no inline functions.
+ *
+ * Conventions
+ *  - A function that can fail returns a cotra_status: 0 is done, > 0 is progress or back-pressure, < 0 is an error, and
+ *    then *err (may be NULL) says which call failed, on what object, with what numbers, and the remedy where one is known.
+ *  - Objects are opaque and come in create/destroy (or open/close) pairs; destroying NULL is allowed. Children first.
+ *  - Lengths are bytes and times nanoseconds unless a name says otherwise. Nothing here prints, exits or starts a thread.
+ *  - Handles are not locked. A channel and an engine belong to one thread at a time; an arena, a view, a device and a
+ *    packer (its encode step, on disjoint ranges) may be shared.
+ */
+#ifndef COTRA_H
+#define COTRA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* [cdef-begin] */
+
+/* ---- status and errors (csrc/base/status.c) ---- */
+
+typedef enum cotra_status {
+    COTRA_OK = 0,
+    COTRA_AGAIN = 1,            /* back-pressure: nothing is wrong, poll and call again */
+    COTRA_ERR_ARGUMENT = -1,    /* the caller's value is out of its range */
+    COTRA_ERR_NO_MEMORY = -2,   /* malloc or mmap refused */
+    COTRA_ERR_SYSTEM = -3,      /* a system call failed: see sys_errno */
+    COTRA_ERR_UNAVAILABLE = -4, /* no libibverbs here, or built without it, or a symbol is missing */
+    COTRA_ERR_NO_DEVICE = -5,   /* libibverbs is there, the device, port or GID is not */
+    COTRA_ERR_MEMLOCK = -6,     /* RLIMIT_MEMLOCK is too small to pin the memory */
+    COTRA_ERR_FORMAT = -7,      /* bytes that are not a graph image, or a malformed one */
+    COTRA_ERR_CHECKSUM = -8,    /* a checksum does not match: torn or corrupt bytes */
+    COTRA_ERR_BOUNDS = -9,      /* an offset and length outside the region */
+    COTRA_ERR_COMPLETION = -10, /* a work request completed in error: see wc_status, vendor_error */
+    COTRA_ERR_DEADLINE = -11,   /* time ran out */
+    COTRA_ERR_CLOSED = -12,     /* the channel or queue pair is gone */
+    COTRA_ERR_LOSSY = -13       /* a vector cannot be held exactly by the vector type asked for */
+} cotra_status;
+
+typedef struct cotra_error {
+    int32_t status;        /* a cotra_status */
+    int32_t sys_errno;     /* errno, or 0 */
+    int32_t wc_status;     /* enum ibv_wc_status, or 0 */
+    uint32_t vendor_error; /* the provider's code beside wc_status */
+    int32_t shard;         /* the position of the shard in the engine it concerns, or -1 */
+    int32_t reserved;
+    char message[488];
+} cotra_error;
+
+const char *cotra_status_name(int status);
+uint64_t cotra_clock_ns(void); /* CLOCK_MONOTONIC */
+
+/* ---- arena: memory that can be pinned, registered, shared and dumped (csrc/base/arena.c) ---- */
+
+typedef struct cotra_arena cotra_arena;
+
+enum {
+    COTRA_ARENA_HUGE = 1,  /* try huge pages first, fall back to ordinary ones and say so in the info */
+    COTRA_ARENA_LOCK = 2,  /* mlock; COTRA_ERR_MEMLOCK with the remedy when it cannot be had */
+    COTRA_ARENA_SEALED = 4 /* cotra_arena_map_fd: refuse a memfd that is not sealed against shrinking */
+};
+
+typedef struct cotra_arena_info {
+    uint64_t address;
+    uint64_t length_bytes; /* what was asked for; the mapping is rounded up to page_bytes */
+    uint64_t page_bytes;   /* the page size that backs it */
+    int32_t fd;            /* the memfd, or -1: wrapped memory has none */
+    uint8_t locked;
+    uint8_t sealed;
+    uint8_t writable;
+    uint8_t borrowed; /* wraps memory that the caller owns */
+} cotra_arena_info;
+
+/* A memfd of length_bytes, mapped read-write, zeroed. */
+int cotra_arena_create(uint64_t length_bytes, uint32_t flags, cotra_arena **out, cotra_error *err);
+/* Wraps memory that the caller owns and keeps alive; it is never freed here. */
+int cotra_arena_wrap(void *address, uint64_t length_bytes, uint32_t flags, cotra_arena **out, cotra_error *err);
+/* Maps a peer's memfd (its descriptor is duplicated) read-only. */
+int cotra_arena_map_fd(int fd, uint64_t length_bytes, uint32_t flags, cotra_arena **out, cotra_error *err);
+/* Maps a whole file read-only. */
+int cotra_arena_map_file(const char *path, cotra_arena **out, cotra_error *err);
+/* Seals the memfd: nobody can resize it or map it writable again; the mapping that exists stays. */
+int cotra_arena_seal(cotra_arena *arena, cotra_error *err);
+int cotra_arena_lock(cotra_arena *arena, cotra_error *err);
+void cotra_arena_get_info(const cotra_arena *arena, cotra_arena_info *out);
+void cotra_arena_destroy(cotra_arena *arena);
+
+/* ---- graph image: layout, validator, packer (csrc/layout/) ---- */
+
+enum { COTRA_METRIC_L2 = 0, COTRA_METRIC_IP = 1, COTRA_METRIC_COSINE = 2 };
+enum { COTRA_VECTOR_F32 = 0, COTRA_VECTOR_F16 = 1, COTRA_VECTOR_U8 = 2 };
+
+typedef struct cotra_image_info {
+    uint64_t image_bytes;
+    uint64_t count;          /* nodes, deleted ones included */
+    uint64_t deleted_count;  /* nodes that are walked through and never returned */
+    uint64_t upper_count;    /* nodes on level 1 or above */
+    uint64_t generation;     /* counts up with every rebuild of the same shard */
+    uint64_t seed;           /* of the rotation */
+    uint64_t records_offset; /* the level-0 records */
+    uint64_t nav_offset;     /* the navigation section: mean vector and upper layers */
+    uint64_t nav_bytes;
+    uint64_t image_checksum; /* over the whole image */
+    uint32_t record_bytes;
+    uint32_t dim;
+    uint32_t code_dim; /* dim rounded up to a multiple of 64: bits of a neighbour's code */
+    uint32_t metric;
+    uint32_t vector_type;
+    uint32_t M;      /* links of a node on an upper layer */
+    uint32_t degree; /* links of a node on level 0 */
+    uint32_t ef_construction;
+    uint32_t max_level;
+    uint32_t entry_node;
+    uint32_t format_version;
+    uint32_t nav_checksum;
+} cotra_image_info;
+
+/* Checks a graph image in memory: the header and the navigation section always, every record when full is not 0. */
+int cotra_image_validate(const void *data, uint64_t length_bytes, int full, cotra_image_info *out, cotra_error *err);
+/* The bytes of one record's vector as float32[dim], and its label. For tests and tools. */
+int cotra_image_get_node(const void *data, uint64_t length_bytes, uint64_t node, float *vector, int64_t *label,
+                         uint32_t *flags, cotra_error *err);
+
+typedef struct cotra_packer cotra_packer;
+
+typedef struct cotra_packer_params {
+    uint32_t dim;
+    uint32_t metric;
+    uint32_t vector_type;
+    uint32_t arena_flags;
+    uint64_t seed;
+    uint64_t generation;
+} cotra_packer_params;
+
+int cotra_packer_create(const cotra_packer_params *params, cotra_packer **out, cotra_error *err);
+/* Reads hnswlib's saved state (what Index.save_index writes) from a file or pipe until its end, and lays the image out. */
+int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_error *err);
+uint64_t cotra_packer_count(const cotra_packer *packer);
+/* Makes the codes, factors and checksums of records [begin, end): ranges may be encoded by several threads at once. */
+int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err);
+/* Writes the checksums of the whole and hands the arena over. The packer can only be destroyed after it. */
+int cotra_packer_finish(cotra_packer *packer, cotra_arena **out, cotra_error *err);
+void cotra_packer_destroy(cotra_packer *packer);
+
+/* ---- kernels (csrc/distance/) ---- */
+
+enum { COTRA_SIMD_PORTABLE = 0, COTRA_SIMD_AVX2 = 1, COTRA_SIMD_AVX512 = 2, COTRA_SIMD_NEON = 3 };
+
+int cotra_simd_best(void);            /* the best level that this CPU has */
+const char *cotra_simd_name(int simd);
+/* One kernel on one pair, for tests: vector is in vector_type, its distance in metric to query float32[dim]. */
+int cotra_kernel_distance(int simd, uint32_t metric, uint32_t vector_type, const float *query, const void *vector,
+                          uint32_t dim, float *out, cotra_error *err);
+/* Sums of a 4-bit look-up table over 32 packed codes, for tests: lut u8[code_dim / 4][16], codes u8[code_dim / 4][16]. */
+int cotra_kernel_scan(int simd, const uint8_t *lut, const uint8_t *codes, uint32_t code_dim, uint32_t *sums,
+                      cotra_error *err);
+
+/* ---- verbs: the only part that knows libibverbs (csrc/verbs/) ---- */
+
+typedef struct cotra_device cotra_device;
+typedef struct cotra_mr cotra_mr;
+typedef struct cotra_qp cotra_qp;
+
+typedef struct cotra_device_info {
+    char name[64];
+    char firmware[64];
+    uint64_t node_guid;
+    uint64_t max_mr_bytes;
+    uint32_t vendor_id;
+    uint32_t vendor_part_id;
+    int32_t max_qp_wr;
+    int32_t max_cqe;
+    int32_t max_rd_atomic;      /* READs that a queue pair may be the target of (max_qp_rd_atom) */
+    int32_t max_init_rd_atomic; /* READs that a queue pair may have started (max_qp_init_rd_atom) */
+    uint32_t n_ports;
+    uint32_t reserved;
+} cotra_device_info;
+
+typedef struct cotra_port_info {
+    uint32_t port;
+    uint32_t state;      /* enum ibv_port_state: 4 is active */
+    uint32_t link_layer; /* 1 InfiniBand, 2 Ethernet */
+    uint32_t active_mtu_bytes;
+    uint32_t lid;
+    uint32_t gid_count;
+} cotra_port_info;
+
+enum { COTRA_GID_IB = 0, COTRA_GID_ROCE_V1 = 1, COTRA_GID_ROCE_V2 = 2 };
+
+typedef struct cotra_gid_info {
+    uint8_t gid[16];
+    uint32_t index;
+    uint32_t type;     /* COTRA_GID_* */
+    uint32_t netdev;   /* interface index, or 0 */
+    int32_t score;     /* the ranking: highest is chosen */
+    char why[64];      /* the ranking in words: "RoCEv2, IPv4, same subnet as the peer" */
+} cotra_gid_info;
+
+typedef struct cotra_mr_info {
+    uint64_t address;
+    uint64_t length_bytes;
+    uint32_t lkey;
+    uint32_t rkey;
+} cotra_mr_info;
+
+/* What the two sides of a connection tell each other. Fixed width; it travels as numbers, not as these bytes. */
+typedef struct cotra_qp_attributes {
+    uint8_t gid[16];
+    uint32_t qp_number;
+    uint32_t packet_sequence;
+    uint32_t lid;
+    uint32_t mtu_bytes;
+    uint32_t max_rd_atomic;      /* READs that this side can serve at once */
+    uint32_t max_init_rd_atomic; /* READs that this side can start at once */
+} cotra_qp_attributes;
+
+typedef struct cotra_qp_options {
+    uint8_t peer_address[16];  /* IPv6, or IPv4 mapped into it; all zero: not known */
+    int32_t gid_index;         /* -1: ranked choice */
+    uint32_t port;             /* 0: the first active one */
+    uint32_t send_depth;       /* work requests in the send queue; 0: 128 */
+    uint32_t max_rd_atomic;    /* a cap on READs in progress; 0: what the devices allow */
+    uint32_t timeout_exponent; /* ACK time-out 4.096 us x 2^n; 0: 14 (67 ms) */
+    uint32_t retry_count;      /* 0: 7. A dead peer surfaces after about (retry_count + 1) time-outs */
+    uint32_t traffic_class;
+    uint32_t service_level;
+    uint32_t hop_limit; /* 0: 64 */
+} cotra_qp_options;
+
+/* Loads libibverbs if it is not loaded yet and writes which library was found, and where, into text. */
+int cotra_verbs_probe(char *text, uint32_t text_bytes, cotra_error *err);
+int cotra_verbs_compiled(void); /* 1 when built with <infiniband/verbs.h> */
+int cotra_verbs_devices(cotra_device_info *out, uint32_t capacity, uint32_t *count, cotra_error *err);
+/* name NULL: the first device with an active port. */
+int cotra_device_open(const char *name, cotra_device **out, cotra_error *err);
+void cotra_device_get_info(const cotra_device *device, cotra_device_info *out);
+int cotra_device_port(const cotra_device *device, uint32_t port, cotra_port_info *out, cotra_error *err);
+/* The GID table of a port, ranked for a peer (16 bytes as in cotra_qp_options, or NULL), best first. */
+int cotra_device_gids(const cotra_device *device, uint32_t port, const uint8_t *peer_address, cotra_gid_info *out,
+                      uint32_t capacity, uint32_t *count, cotra_error *err);
+void cotra_device_close(cotra_device *device);
+
+/* REMOTE_READ only: a peer can never write. The memory belongs to the caller and must outlive the mr. */
+int cotra_mr_create(cotra_device *device, const void *address, uint64_t length_bytes, cotra_mr **out, cotra_error *err);
+void cotra_mr_get_info(const cotra_mr *mr, cotra_mr_info *out);
+int cotra_mr_destroy(cotra_mr *mr, cotra_error *err);
+
+/* A reliable-connected queue pair with its own completion queue, in INIT. */
+int cotra_qp_create(cotra_device *device, const cotra_qp_options *options, cotra_qp **out, cotra_error *err);
+void cotra_qp_get_local(const cotra_qp *qp, cotra_qp_attributes *out, cotra_gid_info *gid);
+/* INIT -> RTR -> RTS towards the peer: the smaller MTU, READs in progress negotiated from both sides. */
+int cotra_qp_connect(cotra_qp *qp, const cotra_qp_attributes *remote, cotra_error *err);
+void cotra_qp_destroy(cotra_qp *qp);
+
+/* ---- channels: one-sided READs of one region, from one thread (csrc/transport/) ---- */
+
+typedef struct cotra_channel cotra_channel;
+
+typedef struct cotra_remote_region {
+    uint64_t address;
+    uint64_t length_bytes;
+    uint32_t rkey;
+    uint32_t reserved;
+} cotra_remote_region;
+
+typedef struct cotra_channel_info {
+    char transport[16]; /* "shm", "verbs", "model+shm"... */
+    uint64_t region_bytes;
+    uint32_t slots;      /* READs that may be in progress at once */
+    uint32_t slot_bytes; /* the longest single READ */
+    uint64_t reads;      /* completed since open */
+    uint64_t read_bytes;
+    uint64_t doorbells;  /* chained posts */
+} cotra_channel_info;
+
+typedef struct cotra_model_params {
+    uint64_t round_trip_ns;      /* added to every READ */
+    uint64_t bytes_per_second;   /* of the link; 0: no limit */
+    uint64_t reads_per_second;   /* message rate; 0: no limit */
+    uint64_t fail_after_reads;   /* the READ after so many fails with fail_status; 0: never */
+    int32_t fail_status;         /* a cotra_status */
+    int32_t fail_wc_status;
+    uint64_t drop_after_reads;   /* READs after so many never complete; 0: never */
+    uint64_t corrupt_every;      /* one bit of every n-th READ is flipped; 0: never */
+} cotra_model_params;
+
+/* shm: a region that is mapped here. The arena must outlive the channel. slots 0: 256; slot_bytes 0: 64 KiB */
+int cotra_channel_open_shm(const cotra_arena *arena, uint32_t slots, uint32_t slot_bytes, cotra_channel **out,
+                           cotra_error *err);
+/* verbs: the queue pair must be connected and outlive the channel; the landing buffers are the channel's own. */
+int cotra_channel_open_verbs(cotra_qp *qp, const cotra_remote_region *region, uint32_t slots, uint32_t slot_bytes,
+                             cotra_channel **out, cotra_error *err);
+/* model: wraps another channel, which must outlive it. */
+int cotra_channel_open_model(cotra_channel *inner, const cotra_model_params *params, cotra_channel **out,
+                             cotra_error *err);
+void cotra_channel_get_info(const cotra_channel *channel, cotra_channel_info *out);
+void cotra_channel_close(cotra_channel *channel);
+/* Copies [offset, offset + length) of the region by as many READs as it takes. timeout_ns bounds the wait for each. */
+int cotra_channel_read(cotra_channel *channel, uint64_t offset, uint64_t length_bytes, void *destination,
+                       uint64_t timeout_ns, cotra_error *err);
+/* For benchmarks: n READs of length_bytes at offsets[i], depth in progress; latencies_ns[n] may be NULL. */
+int cotra_channel_read_loop(cotra_channel *channel, const uint64_t *offsets, uint64_t n, uint32_t length_bytes,
+                            uint32_t depth, uint64_t timeout_ns, uint64_t *latencies_ns, uint64_t *elapsed_ns,
+                            cotra_error *err);
+
+/* ---- search (csrc/search/) ---- */
+
+typedef struct cotra_view cotra_view;
+typedef struct cotra_engine cotra_engine;
+
+typedef struct cotra_search_params {
+    uint32_t k;
+    uint32_t ef;       /* k <= ef */
+    uint32_t beam;     /* expansions a round */
+    uint32_t inflight; /* queries at once; 0: chosen from the channels */
+    uint64_t timeout_ns; /* the longest wait for any one READ; 0: 5 s */
+} cotra_search_params;
+
+typedef struct cotra_query_stats {
+    uint32_t reads;
+    uint32_t rounds; /* of the shard that needed most */
+    uint32_t expansions;
+    uint32_t cache_hits;
+    uint64_t read_bytes;
+    uint64_t latency_ns; /* from its start to its last shard's answer, by the engine's clock */
+} cotra_query_stats;
+
+/* Reads and validates header and navigation section over the channel; the bytes it then holds are view_bytes. */
+int cotra_view_open(cotra_channel *channel, uint64_t timeout_ns, cotra_view **out, cotra_error *err);
+void cotra_view_get_info(const cotra_view *view, cotra_image_info *image, uint64_t *view_bytes);
+void cotra_view_close(cotra_view *view);
+
+/* One thread's engine over n shards: views[i] is walked through channels[i]. Both must outlive it. */
+int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, uint32_t n_shards, int simd,
+                        cotra_engine **out, cotra_error *err);
+/* queries float32[n_queries, dim] -> labels int64[n_shards, n_queries, k], distances float32[n_shards, n_queries, k],
+ * each row by distance, then label; empty places hold -1 and infinity. stats[n_queries] are summed over the shards. */
+int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_queries,
+                        const cotra_search_params *params, int64_t *labels, float *distances, cotra_query_stats *stats,
+                        cotra_error *err);
+void cotra_engine_destroy(cotra_engine *engine);
+
+/* Merges sorted answers of n_shards (laid out as above) by distance, then shard, then label; a label that came from
+ * several shards is kept once. labels int64[n_queries, k], distances float32[n_queries, k], shards int32 likewise. */
+int cotra_merge(const int64_t *shard_labels, const float *shard_distances, uint32_t n_shards, uint64_t n_queries,
+                uint32_t k, int64_t *labels, float *distances, int32_t *shards, cotra_error *err);
+
+/* [cdef-end] */
+
+#endif

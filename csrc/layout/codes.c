@@ -1,0 +1,165 @@
+#include "layout/codes.h"
+
+#include "base/random.h"
+#include "base/status.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ROUNDS = 4 };
+
+/* Element by element the same operations at every vector width, so the same result on every machine. */
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
+int cotra_rotation_create(uint64_t seed, uint32_t dim, cotra_rotation *out, cotra_error *err)
+{
+    out->dim = dim;
+    out->code_dim = cotra_code_dim(dim);
+    out->window = 1;
+    while (out->window * 2 <= out->code_dim)
+        out->window *= 2;
+    size_t n = (size_t)ROUNDS * out->code_dim;
+    out->signs = malloc(n * sizeof *out->signs);
+    if (!out->signs)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "rotation: no memory");
+    for (size_t i = 0; i < n; i += 64) {
+        uint64_t bits = cotra_random_next(&seed);
+        for (size_t j = 0; j < 64; j++)
+            out->signs[i + j] = bits >> j & 1 ? 1.0f : -1.0f;
+    }
+    return COTRA_OK;
+}
+
+void cotra_rotation_destroy(cotra_rotation *rotation)
+{
+    free(rotation->signs);
+    rotation->signs = NULL;
+}
+
+/* The fast Walsh-Hadamard transform of n (a power of two, >= 64) values, scaled to keep lengths. */
+WIDE static void hadamard(float *restrict x, uint32_t n, float scale)
+{
+    for (uint32_t i = 0; i < n; i += 8) { /* the first three levels, within 8 values */
+        float a0 = x[i] + x[i + 1], a1 = x[i] - x[i + 1], a2 = x[i + 2] + x[i + 3], a3 = x[i + 2] - x[i + 3];
+        float a4 = x[i + 4] + x[i + 5], a5 = x[i + 4] - x[i + 5], a6 = x[i + 6] + x[i + 7], a7 = x[i + 6] - x[i + 7];
+        float b0 = a0 + a2, b1 = a1 + a3, b2 = a0 - a2, b3 = a1 - a3;
+        float b4 = a4 + a6, b5 = a5 + a7, b6 = a4 - a6, b7 = a5 - a7;
+        x[i] = b0 + b4, x[i + 1] = b1 + b5, x[i + 2] = b2 + b6, x[i + 3] = b3 + b7;
+        x[i + 4] = b0 - b4, x[i + 5] = b1 - b5, x[i + 6] = b2 - b6, x[i + 7] = b3 - b7;
+    }
+    for (uint32_t half = 8; half < n; half *= 2)
+        for (uint32_t i = 0; i < n; i += 2 * half)
+            for (uint32_t j = i; j < i + half; j++) {
+                float a = x[j], b = x[j + half];
+                x[j] = a + b;
+                x[j + half] = a - b;
+            }
+    for (uint32_t i = 0; i < n; i++)
+        x[i] *= scale;
+}
+
+WIDE static void flip(float *restrict x, const float *restrict signs, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        x[i] *= signs[i];
+}
+
+/* Rotates each pair (i, i + n/2) by 45 degrees: mixes the part that the window left out (a step of Kac's walk). */
+WIDE static void mix_halves(float *restrict x, uint32_t n)
+{
+    const float s = 0.70710678118654752f;
+    for (uint32_t i = 0; i < n / 2; i++) {
+        float a = x[i], b = x[i + n / 2];
+        x[i] = (a + b) * s;
+        x[i + n / 2] = (a - b) * s;
+    }
+}
+
+void cotra_rotation_apply(const cotra_rotation *rotation, const float *in, float *out)
+{
+    const uint32_t n = rotation->code_dim, window = rotation->window;
+    const float scale = 1.0f / sqrtf((float)window);
+    memcpy(out, in, rotation->dim * sizeof *out);
+    memset(out + rotation->dim, 0, (n - rotation->dim) * sizeof *out);
+    for (int round = 0; round < ROUNDS; round++) {
+        flip(out, rotation->signs + (size_t)round * n, n);
+        hadamard(round % 2 ? out + (n - window) : out, window, scale);
+        if (window != n)
+            mix_halves(out, n);
+    }
+}
+
+void cotra_query_codes_make(const cotra_rotation *rotation, const float *query, const float *mean, float *scratch,
+                            cotra_query_codes *codes)
+{
+    const uint32_t n = rotation->code_dim;
+    float *rotated = scratch, *centred = scratch + n;
+    for (uint32_t i = 0; i < rotation->dim; i++)
+        centred[i] = query[i] - mean[i];
+    cotra_rotation_apply(rotation, centred, rotated);
+
+    /* A group's entry v is the sum over its dimensions of +x or -x as v's bits say, shifted to be >= 0. */
+    float widest = 0, low_sum = 0;
+    for (uint32_t g = 0; g < n; g += 4) {
+        float low = fabsf(rotated[g]) + fabsf(rotated[g + 1]) + fabsf(rotated[g + 2]) + fabsf(rotated[g + 3]);
+        low_sum -= low;
+        widest = low > widest ? low : widest;
+    }
+    const float step = widest > 0 ? 2 * widest / 255 : 1, inverse = 1 / step;
+    for (uint32_t g = 0; g < n; g += 4) {
+        const float *x = rotated + g;
+        uint8_t *entry = codes->table + (size_t)g * 4;
+        float low = -(fabsf(x[0]) + fabsf(x[1]) + fabsf(x[2]) + fabsf(x[3]));
+        float pair[4] = {-x[0] - x[1], x[0] - x[1], -x[0] + x[1], x[0] + x[1]};
+        float high[4] = {-x[2] - x[3] - low, x[2] - x[3] - low, -x[2] + x[3] - low, x[2] + x[3] - low};
+        for (int v = 0; v < 16; v++) {
+            float value = (pair[v & 3] + high[v >> 2]) * inverse + 0.5f;
+            entry[v] = (uint8_t)(value < 255 ? value : 255);
+        }
+    }
+    codes->offset = low_sum;
+    codes->scale = step;
+}
+
+void cotra_code_write(const cotra_rotation *rotation, uint32_t metric, const float *own, const float *own_rotated,
+                      const float *neighbour, float *scratch, const cotra_record_layout *layout, uint8_t *record,
+                      uint32_t slot)
+{
+    const uint32_t n = rotation->code_dim;
+    float *residual = scratch, *difference = scratch + n;
+    double own_dot = 0;
+    for (uint32_t i = 0; i < rotation->dim; i++) {
+        difference[i] = neighbour[i] - own[i];
+        own_dot += (double)own[i] * difference[i];
+    }
+    cotra_rotation_apply(rotation, difference, residual);
+
+    double length2 = 0, absolute = 0, own_signed = 0;
+    uint8_t *codes = record + layout->codes + (size_t)(slot / COTRA_BLOCK) * layout->block_bytes + slot % 16;
+    const int shift = slot % COTRA_BLOCK < 16 ? 0 : 4;
+    for (uint32_t g = 0; g < n; g += 4) {
+        unsigned nibble = 0;
+        for (uint32_t j = 0; j < 4; j++) {
+            double r = residual[g + j];
+            length2 += r * r;
+            absolute += fabs(r);
+            own_signed += r >= 0 ? (double)own_rotated[g + j] : -(double)own_rotated[g + j];
+            nibble |= (unsigned)(r >= 0) << j;
+        }
+        codes[(size_t)g * 4] = (uint8_t)((codes[(size_t)g * 4] & (0xF0u >> shift)) | nibble << shift);
+    }
+    double f1 = absolute > 0 ? length2 / absolute : 0, f0;
+    if (metric == COTRA_METRIC_L2) {
+        f1 *= 2;
+        f0 = length2 + f1 * own_signed;
+    } else {
+        f0 = -own_dot + f1 * own_signed;
+    }
+    ((float *)(record + layout->f0))[slot] = (float)f0;
+    ((float *)(record + layout->f1))[slot] = (float)f1;
+}

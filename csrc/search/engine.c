@@ -1,0 +1,355 @@
+/* The scheduler: many walks in flight on one thread, so that the wire, and not its latency, is the limit.
+ *
+ * Walk w owns slots [w * beam, (w + 1) * beam) of the channel that it reads; its frontier's i-th READ goes to slot
+ * w * beam + i. A walk is expanded when the last READ of its frontier is there, in the frontier's order.
+ */
+#include "base/status.h"
+#include "search/walk.h"
+#include "transport/transport.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, POLL_BATCH = 64 };
+#define DEFAULT_TIMEOUT_NS 5000000000u
+
+typedef struct lane { /* one shard */
+    const cotra_view *view;
+    cotra_channel *channel;
+    cotra_read *queue; /* READs waiting for a post: [inflight * beam] */
+    uint32_t queued;
+    uint32_t outstanding; /* posted, not completed */
+    uint64_t last_progress_ns;
+} lane;
+
+typedef struct running {
+    cotra_walk walk;
+    const uint8_t **records; /* [beam] */
+    uint64_t query;
+    uint32_t shard;
+    uint32_t missing; /* READs of the frontier that are not there yet */
+} running;
+
+struct cotra_engine {
+    const cotra_kernels *kernels;
+    lane *lanes;
+    running *walks;
+    uint64_t *started_ns; /* [n_queries] of the call in progress */
+    uint32_t n_shards, max_dim;
+    uint32_t n_walks, k, ef, beam; /* what `walks` was made for */
+    int broken;                    /* READs of a failed call may still be on their way into the slots */
+    /* the call in progress */
+    const float *queries;
+    uint64_t n_queries, next_task;
+    uint32_t active;
+    int64_t *labels;
+    float *distances;
+    cotra_query_stats *stats;
+};
+
+int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, uint32_t n_shards, int simd,
+                        cotra_engine **out, cotra_error *err)
+{
+    *out = NULL;
+    if (n_shards == 0)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "an engine needs at least one shard");
+    const cotra_kernels *kernels = cotra_kernels_get(simd);
+    if (!kernels)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "this CPU or build has no %s kernels", cotra_simd_name(simd));
+    for (uint32_t i = 0; i < n_shards; i++) {
+        const cotra_image_info *info = &views[i]->info;
+        if (info->dim != views[0]->info.dim || info->metric != views[0]->info.metric)
+            return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has dim %u and metric %u, shard 0 has %u and %u", i,
+                              info->dim, info->metric, views[0]->info.dim, views[0]->info.metric);
+        if (info->record_bytes > channels[i]->slot_bytes)
+            return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has records of %u bytes, its channel reads %u at most",
+                              i, info->record_bytes, channels[i]->slot_bytes);
+    }
+    cotra_engine *engine = calloc(1, sizeof *engine);
+    if (!engine)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory");
+    engine->kernels = kernels;
+    engine->n_shards = n_shards;
+    engine->max_dim = views[0]->info.dim;
+    engine->lanes = calloc(n_shards, sizeof *engine->lanes);
+    if (!engine->lanes) {
+        cotra_engine_destroy(engine);
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u shards", n_shards);
+    }
+    for (uint32_t i = 0; i < n_shards; i++) {
+        engine->lanes[i].view = views[i];
+        engine->lanes[i].channel = channels[i];
+    }
+    *out = engine;
+    return COTRA_OK;
+}
+
+static void drop_walks(cotra_engine *engine)
+{
+    for (uint32_t i = 0; i < engine->n_walks; i++) {
+        cotra_walk_destroy(&engine->walks[i].walk);
+        free(engine->walks[i].records);
+    }
+    free(engine->walks);
+    engine->walks = NULL;
+    engine->n_walks = 0;
+    for (uint32_t i = 0; engine->lanes && i < engine->n_shards; i++) {
+        free(engine->lanes[i].queue);
+        engine->lanes[i].queue = NULL;
+    }
+}
+
+void cotra_engine_destroy(cotra_engine *engine)
+{
+    if (!engine)
+        return;
+    drop_walks(engine);
+    free(engine->lanes);
+    free(engine->started_ns);
+    free(engine);
+}
+
+static int make_walks(cotra_engine *engine, uint32_t n_walks, const cotra_search_params *params, cotra_error *err)
+{
+    if (engine->n_walks == n_walks && engine->k == params->k && engine->ef == params->ef &&
+        engine->beam == params->beam)
+        return COTRA_OK;
+    drop_walks(engine);
+    engine->walks = calloc(n_walks, sizeof *engine->walks);
+    if (!engine->walks)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
+    engine->k = params->k;
+    engine->ef = params->ef;
+    engine->beam = params->beam;
+    for (uint32_t i = 0; i < n_walks; i++) {
+        int status =
+            cotra_walk_create(&engine->walks[i].walk, engine->max_dim, params->k, params->ef, params->beam, err);
+        if (status) {
+            drop_walks(engine);
+            return status;
+        }
+        engine->n_walks++;
+        engine->walks[i].records = calloc(params->beam, sizeof *engine->walks[i].records);
+        if (!engine->walks[i].records) {
+            drop_walks(engine);
+            return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
+        }
+    }
+    for (uint32_t i = 0; i < engine->n_shards; i++) {
+        engine->lanes[i].queue = calloc((size_t)n_walks * params->beam, sizeof *engine->lanes[i].queue);
+        if (!engine->lanes[i].queue) {
+            drop_walks(engine);
+            return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
+        }
+    }
+    return COTRA_OK;
+}
+
+static int post_queue(lane *to, cotra_error *err)
+{
+    uint32_t posted = 0;
+    int status = cotra_channel_post(to->channel, to->queue, to->queued, &posted, err);
+    if (posted && to->outstanding == 0)
+        to->last_progress_ns = cotra_clock_ns();
+    to->outstanding += posted;
+    to->queued -= posted;
+    if (to->queued && posted)
+        memmove(to->queue, to->queue + posted, to->queued * sizeof *to->queue);
+    return status < 0 ? status : COTRA_OK;
+}
+
+static void finish(cotra_engine *engine, running *run)
+{
+    const cotra_walk *walk = &run->walk;
+    size_t row = ((size_t)run->shard * engine->n_queries + run->query) * engine->k;
+    for (uint32_t i = 0; i < engine->k; i++) {
+        int there = i < walk->hit_count;
+        engine->labels[row + i] = there ? walk->hits[i].label : -1;
+        engine->distances[row + i] = there ? walk->hits[i].distance : INFINITY;
+    }
+    cotra_query_stats *stats = &engine->stats[run->query];
+    uint64_t latency = cotra_clock_ns() - engine->started_ns[run->query];
+    stats->reads += walk->stats.reads;
+    stats->expansions += walk->stats.expansions;
+    stats->cache_hits += walk->stats.cache_hits;
+    stats->read_bytes += walk->stats.read_bytes;
+    stats->rounds = walk->stats.rounds > stats->rounds ? walk->stats.rounds : stats->rounds;
+    stats->latency_ns = latency > stats->latency_ns ? latency : stats->latency_ns;
+    engine->active--;
+}
+
+/* Chooses the next frontier and queues its READs; at the walk's end, takes the next task. */
+static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
+{
+    running *run = &engine->walks[w];
+    cotra_walk *walk = &run->walk;
+    uint32_t n = walk->view ? cotra_walk_choose(walk) : 0;
+    while (n == 0) {
+        if (walk->view)
+            finish(engine, run);
+        walk->view = NULL;
+        if (engine->next_task == engine->n_queries * engine->n_shards)
+            return COTRA_OK;
+        uint64_t task = engine->next_task++;
+        run->query = task / engine->n_shards;
+        run->shard = (uint32_t)(task % engine->n_shards);
+        engine->active++;
+        if (run->shard == 0)
+            engine->started_ns[run->query] = cotra_clock_ns();
+        int status = cotra_walk_begin(walk, engine->lanes[run->shard].view, engine->kernels,
+                                      engine->queries + run->query * engine->max_dim, err);
+        if (status)
+            return status;
+        n = cotra_walk_choose(walk);
+    }
+    lane *to = &engine->lanes[run->shard];
+    const cotra_image_info *info = &to->view->info;
+    for (uint32_t i = 0; i < n; i++)
+        to->queue[to->queued++] =
+            (cotra_read){.offset = info->records_offset + (uint64_t)cotra_walk_frontier_node(walk, i) * info->record_bytes,
+                         .length = info->record_bytes,
+                         .slot = w * engine->beam + i};
+    run->missing = n;
+    walk->stats.reads += n;
+    walk->stats.read_bytes += (uint64_t)n * info->record_bytes;
+    return to->queued >= to->channel->post_batch ? post_queue(to, err) : COTRA_OK;
+}
+
+static int take_completion(cotra_engine *engine, const cotra_completion *completion, lane *from, cotra_error *err)
+{
+    from->outstanding--;
+    if (completion->status != COTRA_OK)
+        return cotra_channel_report(from->channel, completion->status, err);
+    uint32_t w = completion->slot / engine->beam;
+    running *run = &engine->walks[w];
+    run->records[completion->slot % engine->beam] = completion->data;
+    if (--run->missing)
+        return COTRA_OK;
+    for (uint32_t i = 0; i < run->walk.frontier_count; i++) {
+        int status = cotra_walk_expand(&run->walk, i, run->records[i], err);
+        if (status)
+            return status;
+    }
+    return advance(engine, w, err);
+}
+
+/* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */
+static int turn(cotra_engine *engine, lane *lane_, uint64_t timeout_ns, cotra_error *err)
+{
+    cotra_completion completions[POLL_BATCH];
+    uint32_t n = 0;
+    int status = COTRA_OK;
+    if (lane_->outstanding) {
+        status = cotra_channel_poll(lane_->channel, completions, POLL_BATCH, &n, err);
+        if (status < 0)
+            return status;
+    }
+    for (uint32_t c = 0; c < n; c++) {
+        status = take_completion(engine, &completions[c], lane_, err);
+        if (status)
+            return status;
+    }
+    uint32_t queued = lane_->queued;
+    if (queued) {
+        status = post_queue(lane_, err);
+        if (status)
+            return status;
+    }
+    if (n || queued != lane_->queued) {
+        lane_->last_progress_ns = 0;
+        return 1;
+    }
+    if (lane_->outstanding || lane_->queued) {
+        uint64_t now = cotra_clock_ns();
+        if (lane_->last_progress_ns == 0)
+            lane_->last_progress_ns = now;
+        else if (now - lane_->last_progress_ns > timeout_ns)
+            return cotra_fail(err, COTRA_ERR_DEADLINE, "a READ did not complete within %llu ms",
+                              (unsigned long long)(timeout_ns / 1000000u));
+    }
+    return 0;
+}
+
+static int run_all(cotra_engine *engine, uint64_t timeout_ns, cotra_error *err)
+{
+    for (uint32_t w = 0; w < engine->n_walks; w++) {
+        int status = advance(engine, w, err);
+        if (status) {
+            if (err)
+                err->shard = (int32_t)engine->walks[w].shard;
+            return status;
+        }
+    }
+    while (engine->active) {
+        int busy = 0;
+        for (uint32_t s = 0; s < engine->n_shards; s++) {
+            int status = turn(engine, &engine->lanes[s], timeout_ns, err);
+            if (status < 0) {
+                if (err)
+                    err->shard = (int32_t)s;
+                return status;
+            }
+            busy |= status;
+        }
+        if (!busy) {
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+    }
+    return COTRA_OK;
+}
+
+int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_queries,
+                        const cotra_search_params *params, int64_t *labels, float *distances, cotra_query_stats *stats,
+                        cotra_error *err)
+{
+    if (engine->broken)
+        return cotra_fail(err, COTRA_ERR_CLOSED, "this engine's channels broke in an earlier search");
+    if (params->k == 0 || params->k > params->ef || params->ef > MAX_EF)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "k must be in [1, ef] and ef in [1, %d], not k %u, ef %u", MAX_EF,
+                          params->k, params->ef);
+    if (params->beam == 0 || params->beam > MAX_BEAM)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam must be in [1, %d], not %u", MAX_BEAM, params->beam);
+    if (n_queries == 0)
+        return COTRA_OK;
+    uint32_t slots = UINT32_MAX, batch = 1;
+    for (uint32_t s = 0; s < engine->n_shards; s++) {
+        const cotra_channel *channel = engine->lanes[s].channel;
+        slots = channel->slots < slots ? channel->slots : slots;
+        batch = channel->post_batch > batch ? channel->post_batch : batch;
+    }
+    if (params->beam > slots)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam %u needs as many READs in progress, the channel has %u slots",
+                          params->beam, slots);
+    /* Memory behaves like a wire of ~100 ns: a few walks cover it. A real wire is kept full with what its slots allow. */
+    uint32_t n_walks = params->inflight ? params->inflight : (batch == 1 ? 4 : 64) * engine->n_shards;
+    n_walks = n_walks < slots / params->beam ? n_walks : slots / params->beam;
+    n_walks = n_walks < MAX_INFLIGHT ? n_walks : MAX_INFLIGHT;
+    if (n_walks > n_queries * engine->n_shards)
+        n_walks = (uint32_t)(n_queries * engine->n_shards);
+    int status = make_walks(engine, n_walks, params, err);
+    if (status)
+        return status;
+    engine->started_ns = malloc(n_queries * sizeof *engine->started_ns);
+    if (!engine->started_ns)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %llu queries", (unsigned long long)n_queries);
+    engine->queries = queries;
+    engine->n_queries = n_queries;
+    engine->next_task = 0;
+    engine->active = 0;
+    engine->labels = labels;
+    engine->distances = distances;
+    engine->stats = stats;
+    memset(stats, 0, n_queries * sizeof *stats);
+    for (uint32_t s = 0; s < engine->n_shards; s++)
+        engine->lanes[s].queued = engine->lanes[s].outstanding = 0;
+    for (uint32_t w = 0; w < n_walks; w++)
+        engine->walks[w].walk.view = NULL;
+    status = run_all(engine, params->timeout_ns ? params->timeout_ns : DEFAULT_TIMEOUT_NS, err);
+    free(engine->started_ns);
+    engine->started_ns = NULL;
+    engine->broken = status != COTRA_OK;
+    return status;
+}

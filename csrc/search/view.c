@@ -1,0 +1,73 @@
+#include "search/view.h"
+
+#include "base/status.h"
+#include "transport/transport.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static int view_read(cotra_view *view, cotra_channel *channel, uint64_t timeout_ns, cotra_error *err)
+{
+    cotra_image_header header;
+    if (channel->region_bytes < COTRA_HEADER_BYTES)
+        return cotra_fail(err, COTRA_ERR_FORMAT, "not a graph image: a region of %llu bytes",
+                          (unsigned long long)channel->region_bytes);
+    int status = cotra_channel_read(channel, 0, sizeof header, &header, timeout_ns, err);
+    if (!status)
+        status = cotra_header_validate(&header, channel->region_bytes, &view->info, err);
+    if (status)
+        return status;
+    view->nav = aligned_alloc(64, view->info.nav_bytes);
+    if (!view->nav)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "view: no memory for %llu bytes of upper layers",
+                          (unsigned long long)view->info.nav_bytes);
+    status = cotra_channel_read(channel, view->info.nav_offset, view->info.nav_bytes, view->nav, timeout_ns, err);
+    if (!status)
+        status = cotra_nav_validate(view->nav, &view->info, err);
+    return status;
+}
+
+int cotra_view_open(cotra_channel *channel, uint64_t timeout_ns, cotra_view **out, cotra_error *err)
+{
+    *out = NULL;
+    cotra_view *view = calloc(1, sizeof *view);
+    if (!view)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "view: no memory");
+    int status = view_read(view, channel, timeout_ns, err);
+    if (!status)
+        status = cotra_rotation_create(view->info.seed, view->info.dim, &view->rotation, err);
+    if (status) {
+        cotra_view_close(view);
+        return status;
+    }
+    cotra_record_layout_make(&view->info, &view->record);
+    const uint32_t n = (uint32_t)view->info.upper_count;
+    cotra_nav_layout layout;
+    cotra_nav_layout_make(&view->info, 0, &layout);
+    view->mean = (const float *)view->nav;
+    view->nodes = (const uint32_t *)(view->nav + layout.nodes);
+    view->first_row = (const uint32_t *)(view->nav + layout.first_row);
+    cotra_nav_layout_make(&view->info, view->first_row[n], &layout);
+    view->rows = (const uint32_t *)(view->nav + layout.rows);
+    view->vectors = view->nav + layout.vectors;
+    view->vector_stride = (view->record.vector_bytes + 31) / 32 * 32;
+    while (view->entry < n && view->nodes[view->entry] != view->info.entry_node)
+        view->entry++;
+    *out = view;
+    return COTRA_OK;
+}
+
+void cotra_view_get_info(const cotra_view *view, cotra_image_info *image, uint64_t *view_bytes)
+{
+    *image = view->info;
+    *view_bytes = sizeof *view + view->info.nav_bytes + (uint64_t)4 * view->info.code_dim * sizeof(float);
+}
+
+void cotra_view_close(cotra_view *view)
+{
+    if (!view)
+        return;
+    cotra_rotation_destroy(&view->rotation);
+    free(view->nav);
+    free(view);
+}

@@ -1,0 +1,93 @@
+"""The only importer of the compiled module: its `ffi` and `lib`, and the one function that turns a status into an exception."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+from cotra_rdma import errors
+from cotra_rdma._cotra import ffi, lib
+
+__all__ = ["Handle", "check", "ffi", "lib", "new_error"]
+
+
+def new_error() -> Any:
+    """A fresh `cotra_error *` to pass as a call's last argument."""
+    return ffi.new("cotra_error *", {"shard": -1})
+
+
+_SIMPLE: dict[int, type[errors.CotraError]] = {
+    lib.COTRA_ERR_ARGUMENT: errors.InvalidInputError,
+    lib.COTRA_ERR_UNAVAILABLE: errors.VerbsUnavailableError,
+    lib.COTRA_ERR_NO_DEVICE: errors.DeviceNotFoundError,
+    lib.COTRA_ERR_MEMLOCK: errors.MemlockError,
+    lib.COTRA_ERR_FORMAT: errors.FormatError,
+    lib.COTRA_ERR_CHECKSUM: errors.ChecksumError,
+    lib.COTRA_ERR_BOUNDS: errors.BoundsError,
+    lib.COTRA_ERR_DEADLINE: errors.DeadlineError,
+    lib.COTRA_ERR_CLOSED: errors.ClosedError,
+    lib.COTRA_ERR_LOSSY: errors.LossyVectorError,
+    lib.COTRA_ERR_SYSTEM: errors.CotraError,
+}
+
+
+def check(status: int, err: Any) -> int:
+    """Returns `status` when it is not an error, else raises the exception that `err` describes."""
+    if status >= 0:
+        return status
+    message = ffi.string(err.message).decode("utf-8", "replace") or ffi.string(lib.cotra_status_name(status)).decode()
+    shard = err.shard if err.shard >= 0 else None
+    if status == lib.COTRA_ERR_NO_MEMORY:
+        raise MemoryError(message)
+    if status == lib.COTRA_ERR_COMPLETION:
+        raise errors.CompletionError(
+            message, shard=shard, sys_errno=err.sys_errno, wc_status=err.wc_status, vendor_error=err.vendor_error
+        )
+    raise _SIMPLE.get(status, errors.CotraError)(message, shard=shard, sys_errno=err.sys_errno)
+
+
+class Handle:
+    """Owns one C object: its cdata, and the Python objects (parents, pinned buffers) that must outlive it.
+
+    `close()` is idempotent; use after close raises `ClosedError`. A subclass gives `_destroy`.
+    """
+
+    _ptr: Any
+
+    def __init__(self, ptr: Any, *keep_alive: object) -> None:
+        self._ptr = ptr
+        self._keep_alive = keep_alive
+
+    def _destroy(self, ptr: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def ptr(self) -> Any:
+        """The C pointer."""
+        if self._ptr is None:
+            raise errors.ClosedError(f"{type(self).__name__} is closed")
+        return self._ptr
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._ptr is None
+
+    def close(self) -> None:
+        """Destroys the C object and lets go of what it kept alive. Children must be closed first."""
+        ptr, self._ptr = self._ptr, None
+        if ptr is not None:
+            try:
+                self._destroy(ptr)
+            finally:
+                self._keep_alive = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_ptr", None) is not None:
+            self.close()

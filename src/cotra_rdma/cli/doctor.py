@@ -1,0 +1,62 @@
+"""`cotra doctor`: why RDMA does not work here, and what to type."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from cotra_rdma.cli import output
+from cotra_rdma.cli.options import Device, GidIndex, Json, Timeout
+from cotra_rdma.diagnosis import Check, Host, Status, host_checks, usable
+from cotra_rdma.verbs_diagnosis import peer_check, verbs_checks
+
+EPILOG = """[bold]Examples[/]
+
+cotra doctor
+
+cotra doctor --peer 10.0.0.2:7700 --device mlx5_0
+
+Exit status: 0 verbs is usable; 1 it is not.
+"""
+
+MARKS = {Status.OK: "[green]ok[/]", Status.WARNING: "[yellow]warning[/]", Status.FAILED: "[bold red]failed[/]"}
+
+
+@output.verb
+def doctor(
+    peer: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", show_default=False, help="HOST:PORT of an owner: also do a real 1 KiB READ of its memory."),
+    ] = None,
+    device: Device = None,
+    gid_index: GidIndex = None,
+    timeout: Timeout = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Check all that RDMA needs: library, kernel, devices, GIDs, limits, container; and what to do about what fails."""
+    checks: list[Check] = []
+    host = Host()
+    for check in verbs_checks(host, device, gid_index, peer):
+        checks.append(check)
+    checks += host_checks(host)
+    if peer is not None:
+        checks.append(peer_check(peer, device, gid_index, timeout))
+    good = usable(checks)
+    if as_json:
+        output.print_json({"usable": good, "checks": [asdict(check) for check in checks]})
+    else:
+        _show(checks, good)
+    raise typer.Exit(0 if good else 1)
+
+
+def _show(checks: list[Check], good: bool) -> None:
+    output.print_table(("check", "", "seen"), ((check.name, MARKS[check.status], escape(check.seen)) for check in checks))
+    for check in checks:
+        if check.remedy:
+            output.out.print(f"{MARKS[check.status]} {check.name}:", soft_wrap=True)
+            output.out.print(f"  {escape(check.remedy)}", soft_wrap=True)
+    verdict = "[green]verbs is usable[/]" if good else "[bold red]verbs is not usable[/]; shm and rpc are"
+    output.out.print(verdict)

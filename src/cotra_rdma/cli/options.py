@@ -1,0 +1,58 @@
+"""Options and arguments that several verbs have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TRANSPORTS = ("verbs", "shm", "rpc")
+
+
+class MetricName(StrEnum):
+    """A distance, as the command line names it."""
+
+    L2 = "l2"
+    IP = "ip"
+    COSINE = "cosine"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs, in place of tables.")]
+GraphM = Annotated[int, typer.Option("--M", "-M", min=2, help="Links of a node on an upper layer; twice as many on level 0.")]
+ConstructionEf = Annotated[int, typer.Option(min=1, help="Candidates considered for each vector while building.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads that search, each with its own connection.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="RDMA device. Default: the first with an active port.", show_default=False)
+]
+GidIndex = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", help="Index in the port's GID table. Default: the ranked choice.", show_default=False),
+]
+Timeout = Annotated[float, typer.Option(min=0.001, help="The longest wait for an owner's answer, in seconds.")]
+InputFile = typer.Option(metavar="FILE", exists=True, dir_okay=False, show_default=False)
+OptionalFile = Annotated[Path | None, InputFile]
+
+
+def comma_list(values: Iterable[str]) -> list[str]:
+    """The items of options that may be repeated or hold commas."""
+    return [item.strip() for value in values for item in value.split(",") if item.strip()]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Positive whole numbers between commas, in order. Raises a usage error that names the option."""
+    items = comma_list([text])
+    if not items or not all(item.isdecimal() and int(item) > 0 for item in items):
+        raise typer.BadParameter(f"{text!r} is not a list of positive whole numbers, as in 16,32,64", param_hint=option)
+    return sorted({int(item) for item in items})
+
+
+def transports(values: Iterable[str], known: Iterable[str] = TRANSPORTS) -> tuple[str, ...]:
+    """Names of transports, without duplicates. Raises a usage error for one that is not known."""
+    names = tuple(dict.fromkeys(comma_list(values)))
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint="--transport")
+    return names

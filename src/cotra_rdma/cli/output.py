@@ -1,0 +1,102 @@
+"""What the verbs share: JSON or rich output, tables, one clear line for an error, and progress bars."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from cotra_rdma.errors import CotraError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_WIDTH = shutil.get_terminal_size((160, 24)).columns  # a pipe has no width: room for every column
+out = Console(highlight=False, width=_WIDTH)
+err = Console(stderr=True, highlight=False, width=_WIDTH)
+
+
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes an error that a user can act upon one line on stderr (JSON with `--json`) and exit status 1."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (CotraError, OSError, MemoryError) as error:
+            print_error(error, as_json=bool(kwargs.get("as_json")))
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def print_error(error: Exception, *, as_json: bool) -> None:
+    """One line on stderr."""
+    message = " ".join((str(error) or type(error).__name__).split())
+    if as_json:
+        detail = {"type": type(error).__name__, "message": message, "shard": getattr(error, "shard", None)}
+        print(json.dumps({"error": detail}), file=sys.stderr)
+    else:
+        err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on stdout, at once."""
+    print(json.dumps(value, allow_nan=False), flush=True)
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], *, title: str | None = None) -> None:
+    """A table on stdout; a column whose name starts with ">" is aligned right."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in columns:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+class RateColumn(ProgressColumn):
+    """Steps a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """The rate so far."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {self._unit}/s" if speed else f"- {self._unit}/s")
+
+
+def progress_bar(unit: str, *, disable: bool) -> Progress:
+    """A bar on stderr with count, rate and ETA; gone when it is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(unit),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=err,
+        disable=disable,
+        transient=True,
+    )
+
+
+def human_bytes(n: float) -> str:
+    """A length in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"

@@ -1,0 +1,117 @@
+"""`cotra search`: queries from a file, answers from shards that are served."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from cotra_rdma.benchmark import recall
+from cotra_rdma.cli import output
+from cotra_rdma.cli.options import InputFile, Json, OptionalFile, Threads, Timeout
+from cotra_rdma.cluster import SearchResult, connect
+from cotra_rdma.datasets import read_ground_truth, read_queries
+from cotra_rdma.errors import InvalidInputError
+
+EPILOG = """[bold]Examples[/]
+
+cotra search 10.0.0.1:7700 10.0.0.1:7701 --queries queries.fvecs --k 10 --ef 128 --out answers.npz
+
+cotra search 127.0.0.1:7700 --queries sift.hdf5 --ground-truth sift.hdf5 --transport shm --json
+"""
+
+SHOWN_QUERIES = 3
+
+
+@output.verb
+def search(
+    addresses: Annotated[list[str], typer.Argument(metavar="ADDRESS...", help="HOST:PORT of each shard's owner.")],
+    queries: Annotated[Path, InputFile],
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Answers to each query.")] = 10,
+    ef: Annotated[int, typer.Option(min=1, help="Candidates kept during a search, at least k: more is slower and finds more.")] = 64,
+    beam: Annotated[int, typer.Option(min=1, help="Nodes expanded a round: more is fewer round trips and more READs.")] = 4,
+    transport: Annotated[
+        str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
+    ] = "auto",
+    threads: Threads = 1,
+    ground_truth: OptionalFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", dir_okay=False, show_default=False,
+            help="Write the answers: .npz with ids int64[n, k] and distances float32[n, k], or .npy with both as fields.",
+        ),
+    ] = None,
+    timeout: Timeout = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Search shards that are served, and say what it took.
+
+    QPS is for the whole batch; latency percentiles are of one query from its start to its last shard's answer.
+    """
+    if out is not None and out.suffix not in (".npy", ".npz"):
+        raise typer.BadParameter(f"{out} must end in .npy or .npz", param_hint="--out")
+    vectors = read_queries(queries)
+    truth = None if ground_truth is None else read_ground_truth(ground_truth)
+    if truth is not None and (len(truth) != len(vectors) or truth.shape[1] < k):
+        raise InvalidInputError(
+            f"{ground_truth}: ground truth is {list(truth.shape)}; {len(vectors)} queries and k={k} need [{len(vectors)}, >= {k}]"
+        )
+    with connect(addresses, transport=transport, timeout_s=timeout) as cluster:
+        begin = time.perf_counter()
+        result = cluster.search(vectors, k=k, ef=ef, beam=beam, n_threads=threads)
+        seconds = time.perf_counter() - begin
+    if out is not None:
+        _write(out, result)
+    summary = _summary(result, seconds, addresses)
+    summary = {"recall": None if truth is None else recall(result.ids, truth), **summary}
+    if as_json:
+        output.print_json({**summary, "queries": len(vectors), "k": k, "ef": ef, "beam": beam, "n_threads": threads})
+    else:
+        _show(summary, result, len(vectors), k)
+
+
+def _write(path: Path, result: SearchResult) -> None:
+    if path.suffix == ".npz":
+        np.savez(path, ids=result.ids, distances=result.distances)
+        return
+    answers = np.empty(result.ids.shape, [("id", "<i8"), ("distance", "<f4")])
+    answers["id"], answers["distance"] = result.ids, result.distances
+    np.save(path, answers)
+
+
+def _summary(result: SearchResult, seconds: float, addresses: list[str]) -> dict[str, Any]:
+    p50, p99 = np.percentile(result.stats["latency_ns"] / 1e3, (50, 99))
+    return {
+        "qps": len(result.ids) / seconds,
+        "p50_us": float(p50),
+        "p99_us": float(p99),
+        "reads_per_query": float(result.stats["reads"].mean()),
+        "rounds_per_query": float(result.stats["rounds"].mean()),
+        "bytes_per_query": float(result.stats["read_bytes"].mean()),
+        "transports": dict(zip(addresses, result.transports, strict=True)),
+        "coverage": result.coverage,
+    }
+
+
+def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int) -> None:
+    output.print_table(
+        ("", ""),
+        [
+            ("queries", f"{n_queries:,}"),
+            (f"recall@{k}", "no ground truth given" if summary["recall"] is None else f"{summary['recall']:.4f}"),
+            ("queries a second", f"{summary['qps']:,.0f}"),
+            ("latency", f"p50 {summary['p50_us']:,.0f} us, p99 {summary['p99_us']:,.0f} us"),
+            ("READs per query", f"{summary['reads_per_query']:.1f}"),
+            ("rounds per query", f"{summary['rounds_per_query']:.1f}"),
+            ("read per query", output.human_bytes(summary["bytes_per_query"])),
+            *((f"path to {address}", path) for address, path in summary["transports"].items()),
+            ("coverage", f"{summary['coverage']:.0%} of the shards"),
+        ],
+    )
+    for number, (ids, distances) in enumerate(zip(result.ids[:SHOWN_QUERIES], result.distances, strict=False)):
+        answers = "  ".join(f"{i} ({distance:.4g})" for i, distance in zip(ids, distances, strict=True))
+        output.out.print(f"query {number}: {answers}", soft_wrap=True)

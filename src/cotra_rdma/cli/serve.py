@@ -1,0 +1,146 @@
+"""`cotra serve`: publish shards to peers until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import signal
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cotra_rdma.cli import output
+from cotra_rdma.cli.options import TRANSPORTS, Device, GidIndex, Json, transports
+from cotra_rdma.collection import shard_paths
+from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.server import Server, serve as serve_shard
+from cotra_rdma.shard import Shard
+
+EPILOG = """[bold]Examples[/]
+
+cotra serve index --listen 0.0.0.0:7700
+
+cotra serve index/shard-000.cotra index/shard-001.cotra --listen 10.0.0.1:7700 --device mlx5_0 --gid-index 3 --transport verbs
+
+The first shard listens on PORT, the next on PORT + 1, and so on. SIGTERM and Ctrl-C end it cleanly, with status 0.
+"""
+
+
+@output.verb
+def serve(
+    shards: Annotated[
+        list[Path],
+        typer.Argument(metavar="SHARD...", exists=True, help="Shard files, or directories that `cotra build` made."),
+    ],
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where peers connect; PORT 0: a free one for each shard.")
+    ] = "127.0.0.1:0",
+    device: Device = None,
+    gid_index: GidIndex = None,
+    transport: Annotated[
+        list[str], typer.Option(metavar="NAME[,NAME...]", help="Ways to offer: verbs, shm, rpc. May be repeated.")
+    ] = list(TRANSPORTS),  # noqa: B006 (typer copies it)
+    until_stdin_closes: Annotated[
+        bool, typer.Option("--until-stdin-closes", hidden=True, help="End when stdin does: with the parent process.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Serve shards: peers read their memory, or ask over RPC where they cannot.
+
+    With --json, one line when ready: {"address", "shards", "region", "transports"}; "address" and "region" are the first shard's.
+    """
+    offered = transports(transport)
+    host, port = _host_port(listen)
+    with _StopSignals() as stop, contextlib.ExitStack() as stack:
+        served = []
+        for position, path in enumerate(shard_paths(shards)):
+            shard = stack.enter_context(Shard.open(path))
+            address = f"{host}:{port + position if port else 0}"
+            server = stack.enter_context(
+                serve_shard(shard, address, transports=offered, device=device, gid_index=gid_index)
+            )
+            served.append(_describe(path, shard, server))
+        _print_ready(served, as_json=as_json)
+        stop.wait(until_stdin_closes)
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT leave the block, once, as `typer.Exit(0)`; what the block opened is closed on the way.
+
+    The wake-up socket closes the gap in which a signal could arrive just before the wait begins.
+    """
+
+    def __enter__(self) -> _StopSignals:
+        self._wakes, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        signal.set_wakeup_fd(self._wake.fileno())
+        self._old = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _stop(self, _number: int, _frame: object) -> None:
+        for number in self._old:
+            signal.signal(number, signal.SIG_IGN)
+        raise typer.Exit(0)
+
+    def wait(self, until_stdin_closes: bool) -> None:
+        """Waits for a signal, or for the end of stdin."""
+        stdin = [sys.stdin] if until_stdin_closes else []
+        while not set(stdin) & set(select.select([self._wakes, *stdin], [], [])[0]):
+            pass
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, old in self._old.items():
+            signal.signal(number, old)
+        self._wake.close()
+        self._wakes.close()
+
+
+def _host_port(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise typer.BadParameter(f"{listen!r} is not HOST:PORT", param_hint="--listen")
+    return host, int(port)
+
+
+def _describe(path: Path, shard: Shard, server: Server) -> dict[str, Any]:
+    region = server.exposed_region()
+    return {
+        "path": str(path),
+        "address": server.address,
+        "count": len(shard),
+        "dim": shard.dim,
+        "metric": shard.metric,
+        "region": None if region is None else asdict(region),
+        "transports": list(server.transports),
+    }
+
+
+def _print_ready(served: list[dict[str, Any]], *, as_json: bool) -> None:
+    if not served:
+        raise InvalidInputError("there is no shard to serve")
+    if as_json:
+        first = served[0]
+        keys = ("address", "region", "transports")
+        output.print_json({**{key: first[key] for key in keys}, "shards": served})
+        return
+    output.print_table(
+        ("shard", ">vectors", ">dim", "metric", "address", "paths", "memory region (addr, rkey, len)"),
+        (
+            (
+                shard["path"],
+                f"{shard['count']:,}",
+                str(shard["dim"]),
+                shard["metric"],
+                shard["address"],
+                ", ".join(shard["transports"]),
+                "none: no verbs device" if (r := shard["region"]) is None else f"{r['addr']:#x}, {r['rkey']:#x}, {r['len']:,}",
+            )
+            for shard in served
+        ),
+    )
+    output.out.print("Ready. Ctrl-C ends it.")

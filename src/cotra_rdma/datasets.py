@@ -1,0 +1,197 @@
+"""Readers of vector files: .npy, .fvecs/.bvecs/.ivecs (corpus-texmex.irisa.fr) and ann-benchmarks HDF5.
+
+Files are mapped, never loaded whole, so that they may be larger than memory; HDF5 is read slice by slice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma.errors import FormatError
+
+if TYPE_CHECKING:
+    import h5py
+
+TEXMEX_TYPES: dict[str, np.dtype[Any]] = {
+    ".fvecs": np.dtype("<f4"),
+    ".bvecs": np.dtype("u1"),
+    ".ivecs": np.dtype("<i4"),
+}
+HDF5_SUFFIXES = (".hdf5", ".h5")
+MAX_DIM = 1 << 20
+
+_HDF5_METRICS = {"euclidean": "l2", "l2": "l2", "angular": "cosine", "cosine": "cosine", "ip": "ip", "dot": "ip"}
+
+
+@dataclass(frozen=True, slots=True)
+class VectorFile:
+    """The rows of one vector file.
+
+    Attributes:
+        path: the file.
+        count, dim: its shape.
+        dtype: of the rows as stored (in this machine's byte order).
+        metric: "l2", "ip" or "cosine" where the file says so (HDF5), else None.
+    """
+
+    path: Path
+    count: int
+    dim: int
+    dtype: np.dtype[Any]
+    metric: str | None
+    _rows: Any  # a mapping, or an open HDF5 data set
+    _file: h5py.File | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, dim)."""
+        return self.count, self.dim
+
+    def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Rows [start, stop) as `dtype`[n, dim]: a view of the mapping where the format allows it, else a copy.
+
+        Raises:
+            FormatError: a .fvecs/.bvecs/.ivecs row in it has another dimension than the first one.
+        """
+        rows = self._rows[start : self.count if stop is None else stop]
+        if rows.dtype.names:
+            wrong = np.flatnonzero(rows["dim"] != self.dim)
+            if len(wrong):
+                row = wrong[0]
+                dim = rows["dim"][row]
+                raise FormatError(f"{self.path}: row {start + row} has dimension {dim}, and row 0 has {self.dim}")
+            rows = rows["row"]
+        return np.asarray(rows, self.dtype)
+
+    def chunks(self, rows: int) -> Iterator[npt.NDArray[Any]]:
+        """All rows, `rows` at a time."""
+        for begin in range(0, self.count, rows):
+            yield self.read(begin, begin + rows)
+
+    def close(self) -> None:
+        """Closes the HDF5 file, where it is one. Mappings go with the object."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_vectors(path: str | os.PathLike[str], dataset: str | None = None) -> VectorFile:
+    """Opens a file of vectors: of any float dtype, or uint8.
+
+    Args:
+        path: .npy, .fvecs, .bvecs, or .hdf5/.h5.
+        dataset: which HDF5 data set; None: "train". Ignored for other files.
+
+    Raises:
+        FormatError: the file is malformed, truncated, empty, or of another kind.
+        OSError: it cannot be opened.
+    """
+    file = _open(Path(path), dataset or "train")
+    if file.dtype.kind != "f" and file.dtype != np.uint8:
+        file.close()
+        raise FormatError(f"{path}: vectors must be of a float dtype or uint8, and these are {file.dtype}")
+    return file
+
+
+def read_queries(path: str | os.PathLike[str]) -> npt.NDArray[np.float32]:
+    """All vectors of a file (HDF5: its "test" data set) as float32[n, dim], C-contiguous. Raises as `open_vectors`."""
+    with open_vectors(path, "test") as file:
+        return np.ascontiguousarray(file.read(), np.float32)
+
+
+def read_ground_truth(path: str | os.PathLike[str]) -> npt.NDArray[np.int64]:
+    """The ids of each query's nearest rows, nearest first: int64[n_queries, k].
+
+    Args:
+        path: .npy (any integer dtype), .ivecs, or .hdf5/.h5 (its "neighbors" data set).
+
+    Raises:
+        FormatError: as `open_vectors`, or the file holds no integers.
+    """
+    with _open(Path(path), "neighbors") as file:
+        if file.dtype.kind not in "iu":
+            raise FormatError(f"{path}: ground truth must be integer ids, and these are {file.dtype}")
+        return np.ascontiguousarray(file.read(), np.int64)
+
+
+def _open(path: Path, dataset: str) -> VectorFile:
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        file = _open_npy(path)
+    elif suffix in TEXMEX_TYPES:
+        file = _open_texmex(path, TEXMEX_TYPES[suffix])
+    elif suffix in HDF5_SUFFIXES:
+        file = _open_hdf5(path, dataset)
+    else:
+        known = ", ".join([".npy", *TEXMEX_TYPES, *HDF5_SUFFIXES])
+        raise FormatError(f"{path}: unknown kind of vector file {suffix!r}; known are {known}")
+    if not file.count or not file.dim:
+        file.close()
+        raise FormatError(f"{path}: holds no vectors (shape {list(file.shape)})")
+    return file
+
+
+def _open_npy(path: Path) -> VectorFile:
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise FormatError(f"{path}: not a whole .npy file: {error}") from error
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.dtype.names:
+        what = f"shape {list(rows.shape)}, {rows.dtype}" if isinstance(rows, np.ndarray) else "an archive of arrays"
+        raise FormatError(f"{path}: must hold one array [rows, dim], and holds {what}")
+    return VectorFile(path, rows.shape[0], rows.shape[1], rows.dtype.newbyteorder("="), None, rows)
+
+
+def _open_texmex(path: Path, dtype: np.dtype[Any]) -> VectorFile:
+    """Each row: its dimension as int32, then so many numbers, all little-endian."""
+    size = path.stat().st_size
+    if size < 4:
+        raise FormatError(f"{path}: {size} bytes are too few for one row")
+    dim = int(np.fromfile(path, "<i4", 1)[0])
+    if not 0 < dim <= MAX_DIM:
+        raise FormatError(f"{path}: its first row has dimension {dim}: not a {path.suffix} file")
+    row = np.dtype([("dim", "<i4"), ("row", dtype, (dim,))])
+    if size % row.itemsize:
+        raise FormatError(f"{path}: {size} bytes are not whole {dim}-d rows of {row.itemsize} bytes: truncated?")
+    rows = np.memmap(path, row, "r")
+    return VectorFile(path, len(rows), dim, dtype.newbyteorder("="), None, rows)
+
+
+def _open_hdf5(path: Path, dataset: str) -> VectorFile:
+    import h5py  # costs 0.2 s, and only HDF5 needs it
+
+    path.stat()  # a missing file is an OSError that says so; h5py's would not
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise FormatError(f"{path}: not a whole HDF5 file: {error}") from error
+    rows = file.get(dataset)
+    problem = None
+    if not isinstance(rows, h5py.Dataset):
+        problem = f"has no data set {dataset!r}; it has {', '.join(sorted(file)) or 'none'}"
+    elif rows.ndim != 2:
+        problem = f"its data set {dataset!r} must be [rows, dim], and is {list(rows.shape)}"
+    distance = file.attrs.get("distance")
+    name = distance.decode() if isinstance(distance, bytes) else distance
+    if name is not None and name not in _HDF5_METRICS:
+        problem = f"its distance {name!r} is not one of {', '.join(sorted(_HDF5_METRICS))}"
+    if problem:
+        file.close()
+        raise FormatError(f"{path}: {problem}")
+    metric = None if name is None else _HDF5_METRICS[name]
+    return VectorFile(path, rows.shape[0], rows.shape[1], rows.dtype.newbyteorder("="), metric, rows, file)

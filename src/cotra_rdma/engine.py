@@ -1,0 +1,217 @@
+"""The search engine's Python side: a shard's `View`, one thread's `Engine`, and the merge of several shards' answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._native import Handle, check, ffi, lib, new_error
+from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
+from cotra_rdma.errors import InvalidInputError
+
+METRICS = ("l2", "ip", "cosine")
+VECTOR_TYPES = ("float32", "float16", "uint8")
+
+STATS_DTYPE = np.dtype(
+    [
+        ("reads", "<u4"),
+        ("rounds", "<u4"),
+        ("expansions", "<u4"),
+        ("cache_hits", "<u4"),
+        ("read_bytes", "<u8"),
+        ("latency_ns", "<u8"),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """A graph image's header. `code_dim`: bits of a neighbour's code; `degree`: links of a node on level 0."""
+
+    image_bytes: int
+    count: int
+    deleted_count: int
+    upper_count: int
+    generation: int
+    seed: int
+    nav_offset: int
+    nav_bytes: int
+    records_offset: int
+    image_checksum: int
+    record_bytes: int
+    dim: int
+    code_dim: int
+    metric: str
+    vector_type: str
+    M: int
+    degree: int
+    ef_construction: int
+    max_level: int
+    entry_node: int
+    format_version: int
+
+    @classmethod
+    def from_c(cls, raw: Any) -> Self:
+        """From a `cotra_image_info *`."""
+        return cls(
+            image_bytes=raw.image_bytes,
+            count=raw.count,
+            deleted_count=raw.deleted_count,
+            upper_count=raw.upper_count,
+            generation=raw.generation,
+            seed=raw.seed,
+            nav_offset=raw.nav_offset,
+            nav_bytes=raw.nav_bytes,
+            records_offset=raw.records_offset,
+            image_checksum=raw.image_checksum,
+            record_bytes=raw.record_bytes,
+            dim=raw.dim,
+            code_dim=raw.code_dim,
+            metric=METRICS[raw.metric],
+            vector_type=VECTOR_TYPES[raw.vector_type],
+            M=raw.M,
+            degree=raw.degree,
+            ef_construction=raw.ef_construction,
+            max_level=raw.max_level,
+            entry_node=raw.entry_node,
+            format_version=raw.format_version,
+        )
+
+
+class View(Handle):
+    """What a reader keeps of one shard: its header and upper layers, read once over a channel and validated.
+
+    Read-only afterwards: engines of several threads may share it.
+    """
+
+    @classmethod
+    def open(cls, channel: Channel, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
+        """Reads and validates header and navigation section. Raises `FormatError`, `ChecksumError`, `TransportError`."""
+        out, err = ffi.new("cotra_view **"), new_error()
+        check(lib.cotra_view_open(channel.ptr, round(timeout_s * 1e9), out, err), err)
+        return cls(out[0])
+
+    def _destroy(self, ptr: Any) -> None:
+        lib.cotra_view_close(ptr)
+
+    @property
+    def info(self) -> ImageInfo:
+        """The image's header."""
+        raw, nbytes = ffi.new("cotra_image_info *"), ffi.new("uint64_t *")
+        lib.cotra_view_get_info(self.ptr, raw, nbytes)
+        return ImageInfo.from_c(raw)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the view holds."""
+        raw, nbytes = ffi.new("cotra_image_info *"), ffi.new("uint64_t *")
+        lib.cotra_view_get_info(self.ptr, raw, nbytes)
+        return int(nbytes[0])
+
+
+class Engine(Handle):
+    """One thread's searcher over n shards: `views[i]` is walked through `channels[i]`. Not shared between threads."""
+
+    @classmethod
+    def create(cls, views: Sequence[View], channels: Sequence[Channel], *, simd: int | None = None) -> Self:
+        """All views must agree on dim and metric. `simd`: a COTRA_SIMD_* level; None: the CPU's best."""
+        if len(views) != len(channels) or not views:
+            raise InvalidInputError("an engine needs one channel for each view, and at least one")
+        out, err = ffi.new("cotra_engine **"), new_error()
+        level = lib.cotra_simd_best() if simd is None else simd
+        raw_views = ffi.new("cotra_view *[]", [view.ptr for view in views])
+        raw_channels = ffi.new("cotra_channel *[]", [channel.ptr for channel in channels])
+        check(lib.cotra_engine_create(raw_views, raw_channels, len(views), level, out, err), err)
+        engine = cls(out[0], tuple(views), tuple(channels))
+        engine._n_shards = len(views)
+        engine._dim = views[0].info.dim
+        return engine
+
+    _n_shards: int
+    _dim: int
+
+    def _destroy(self, ptr: Any) -> None:
+        lib.cotra_engine_destroy(ptr)
+
+    def search(
+        self,
+        queries: npt.NDArray[np.float32],
+        k: int,
+        ef: int,
+        beam: int,
+        *,
+        inflight: int = 0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
+        """Searches every shard for every query; the GIL is released.
+
+        Args:
+            queries: float32[n_queries, dim], C-contiguous.
+            k, ef, beam: answers, pool size (k <= ef) and expansions a round.
+            inflight: queries in progress at once; 0: chosen from the channels.
+            timeout_s: the longest wait for one READ, in seconds.
+
+        Returns:
+            labels int64[n_shards, n_queries, k] (-1 where there are fewer), distances float32 likewise (inf there), each
+            row by distance, then label; and one `STATS_DTYPE` record for each query, summed over the shards.
+        """
+        n = len(queries)
+        if queries.ndim != 2 or queries.shape[1] != self._dim:
+            raise InvalidInputError(f"queries must be float32[n, {self._dim}], not {queries.dtype}{list(queries.shape)}")
+        queries = np.ascontiguousarray(queries, np.float32)
+        params = ffi.new("cotra_search_params *", (k, ef, beam, inflight, round(timeout_s * 1e9)))
+        if not 1 <= k <= ef:
+            raise InvalidInputError(f"k must be in [1, ef], and k is {k} where ef is {ef}")
+        labels = np.empty((self._n_shards, n, k), np.int64)
+        distances = np.empty((self._n_shards, n, k), np.float32)
+        stats = np.zeros(n, STATS_DTYPE)
+        err = new_error()
+        status = lib.cotra_engine_search(
+            self.ptr,
+            ffi.from_buffer("float[]", queries),
+            n,
+            params,
+            ffi.from_buffer("int64_t[]", labels),
+            ffi.from_buffer("float[]", distances),
+            ffi.cast("cotra_query_stats *", ffi.from_buffer(stats)),
+            err,
+        )
+        check(status, err)
+        return labels, distances, stats
+
+
+def merge(
+    labels: npt.NDArray[np.int64], distances: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+    """Merges sorted answers of several shards by distance, then shard, then label; a label is kept once.
+
+    Args:
+        labels: int64[n_shards, n_queries, k], -1 where a row has fewer. distances: float32, likewise.
+
+    Returns:
+        labels int64[n_queries, k], distances float32[n_queries, k], and the position of the shard of each: int32 (-1: none).
+    """
+    labels = np.ascontiguousarray(labels, np.int64)
+    distances = np.ascontiguousarray(distances, np.float32)
+    n_shards, n, k = labels.shape
+    out_labels = np.empty((n, k), np.int64)
+    out_distances = np.empty((n, k), np.float32)
+    out_shards = np.empty((n, k), np.int32)
+    err = new_error()
+    status = lib.cotra_merge(
+        ffi.from_buffer("int64_t[]", labels),
+        ffi.from_buffer("float[]", distances),
+        n_shards,
+        n,
+        k,
+        ffi.from_buffer("int64_t[]", out_labels),
+        ffi.from_buffer("float[]", out_distances),
+        ffi.from_buffer("int32_t[]", out_shards),
+        err,
+    )
+    check(status, err)
+    return out_labels, out_distances, out_shards

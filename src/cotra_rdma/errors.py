@@ -1,0 +1,91 @@
+"""Every exception that the package raises on purpose. One base; below it, what a caller would handle differently."""
+
+from __future__ import annotations
+
+
+class CotraError(Exception):
+    """The base of all errors of this package.
+
+    Attributes:
+        shard: the position (in the order given to `connect`) of the shard it concerns, or None.
+        sys_errno: the errno behind it, or 0.
+    """
+
+    def __init__(self, message: str, *, shard: int | None = None, sys_errno: int = 0) -> None:
+        super().__init__(message)
+        self.shard = shard
+        self.sys_errno = sys_errno
+
+
+class InvalidInputError(CotraError, ValueError):
+    """A value of the caller's is out of its range: a wrong dimension, NaN in a vector, duplicate ids, k > ef."""
+
+
+class FormatError(CotraError, ValueError):
+    """Bytes that are not a graph image, envelope or data set of ours, or malformed ones."""
+
+
+class ChecksumError(FormatError):
+    """A checksum does not match: the bytes are torn or corrupt."""
+
+
+class LossyVectorError(InvalidInputError):
+    """A vector cannot be held exactly by the vector type that was asked for."""
+
+
+class VerbsUnavailableError(CotraError):
+    """RDMA was asked for by name and cannot be had; the message says why and what to do."""
+
+
+class DeviceNotFoundError(VerbsUnavailableError):
+    """libibverbs is there, but the device, port or GID is not."""
+
+
+class MemlockError(CotraError, PermissionError):
+    """RLIMIT_MEMLOCK is too small to pin the memory; the message has the number and the line to change."""
+
+
+class TransportError(CotraError, ConnectionError):
+    """A peer cannot be reached, or a path to it broke."""
+
+
+class CompletionError(TransportError):
+    """A work request completed in error.
+
+    Attributes:
+        wc_status: `enum ibv_wc_status` of the completion.
+        vendor_error: the provider's own code beside it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        shard: int | None = None,
+        sys_errno: int = 0,
+        wc_status: int = 0,
+        vendor_error: int = 0,
+    ) -> None:
+        super().__init__(message, shard=shard, sys_errno=sys_errno)
+        self.wc_status = wc_status
+        self.vendor_error = vendor_error
+
+
+class DeadlineError(TransportError, TimeoutError):
+    """Time ran out before a peer answered."""
+
+
+class BoundsError(CotraError, IndexError):
+    """An offset and length outside the memory region."""
+
+
+class ClosedError(CotraError):
+    """The object was closed."""
+
+
+class StaleShardError(CotraError):
+    """The shard was rebuilt (another generation) since it was connected to: connect again."""
+
+
+class PeerError(CotraError):
+    """A peer answered a request with an error; the message is the peer's."""

@@ -1,0 +1,93 @@
+"""Owners in processes of their own, on this host: for the demo, the benchmark and tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+from cotra_rdma.errors import PeerError
+
+_CPUCLOCK_SCHED = 2  # clock_getcpuclockid(3) makes a process's clock id of its pid and this
+
+
+class OwnerProcess:
+    """A child process that runs `cotra serve`. It ends with `close`, and by itself when this process dies."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        *,
+        listen: str = "127.0.0.1:0",
+        transports: Sequence[str] = ("verbs", "shm", "rpc"),
+        device: str | None = None,
+        gid_index: int | None = None,
+    ) -> None:
+        """Starts it; `wait_ready` tells when it serves. Arguments as `cotra serve`."""
+        command = [sys.executable, "-P", "-m", "cotra_rdma.cli", "serve", *map(os.fspath, paths), "--json"]
+        command += ["--until-stdin-closes", "--listen", listen, "--transport", ",".join(transports)]
+        command += ["--device", device] if device is not None else []
+        command += ["--gid-index", str(gid_index)] if gid_index is not None else []
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr
+        )
+        self._ready: dict[str, Any] = {}
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    def wait_ready(self, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Waits until it serves, and returns what `cotra serve --json` printed. Raises `PeerError` when it ended or hangs."""
+        assert self._process.stdout is not None
+        if not self._ready:
+            readable, _, _ = select.select([self._process.stdout], [], [], timeout_s)
+            line = self._process.stdout.readline() if readable else b""
+            if not line:
+                why = "did not start" if readable else f"was not ready after {timeout_s:.0f} s"
+                self._end()
+                self._stderr.seek(0)
+                said = self._stderr.read().decode("utf-8", "replace").strip()
+                raise PeerError(f"the owner process {why}: {said or 'it said nothing'}")
+            self._ready = json.loads(line)
+        return self._ready
+
+    @property
+    def addresses(self) -> list[str]:
+        """The address of each of its shards, in the order of `paths`; waits until it serves."""
+        return [shard["address"] for shard in self.wait_ready()["shards"]]
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU that all its threads have used so far, to the nanosecond."""
+        return time.clock_gettime((~self.pid << 3) | _CPUCLOCK_SCHED)
+
+    def close(self) -> None:
+        """Ends it, by force after a few seconds."""
+        self._end()
+        self._stderr.close()
+
+    def _end(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        for insist in (self._process.terminate, self._process.kill, lambda: None):
+            try:
+                self._process.wait(3.0)
+                break
+            except subprocess.TimeoutExpired:
+                insist()
+        self._process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

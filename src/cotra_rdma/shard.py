@@ -1,0 +1,404 @@
+"""`Shard`: one HNSW graph packed into one contiguous image, in memory or mapped from a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import hnswlib
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._native import Handle, check, ffi, lib, new_error
+from cotra_rdma.arena import Arena
+from cotra_rdma.channel import Channel
+from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
+from cotra_rdma.errors import FormatError, InvalidInputError, LossyVectorError
+from cotra_rdma.queries import check_queries
+
+__all__ = ["Progress", "Shard"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress("build" | "pack", nodes done, nodes in all)."""
+
+MIN_DIM, MAX_DIM, MAX_M = 1, 4096, 512
+_STATE_TIMEOUT_S = 60.0
+_ADD_ROWS = 4096
+_ENCODE_ROWS = 2048
+
+
+class Shard:
+    """One packed HNSW graph: position-independent bytes that a file, a memfd and a memory region hold alike.
+
+    Make one with `build`, `from_hnswlib` or `open`; close it, or use it as a context manager.
+    """
+
+    def __init__(self, arena: Arena, info: ImageInfo) -> None:
+        self._arena = arena
+        self._info = info
+        self._pinned: Arena | None = None
+        self._lock = threading.Lock()
+        self._lanes: list[_LocalLane] = []
+
+    # ---- making one ----
+
+    @classmethod
+    def build(
+        cls,
+        vectors: npt.ArrayLike,
+        ids: npt.ArrayLike | None = None,
+        metric: str = "l2",
+        M: int = 16,
+        ef_construction: int = 200,
+        seed: int = 100,
+        n_threads: int = 0,
+        progress: Progress | None = None,
+        *,
+        generation: int = 1,
+    ) -> Self:
+        """Builds a graph with hnswlib and packs it.
+
+        Args:
+            vectors: [n, dim], 1 <= dim <= 4096, of any real dtype. uint8 vectors are held as uint8, and float16 ones as
+                float16 (except for cosine, where normalised vectors are held as float32); all others as float32.
+            ids: int64[n], unique and >= 0; None for 0 ... n - 1.
+            metric: "l2" (squared), "ip" (1 - inner product) or "cosine" (1 - cosine), as in hnswlib.
+            M: links of a node on an upper layer; level 0 has 2 M (HNSW, Malkov and Yashunin, section 4.1).
+            ef_construction: the candidate list while building (the same paper, section 4.1).
+            seed: of hnswlib's levels and of the codes' rotation.
+            n_threads: 0 for all cores. With more than one, hnswlib's graph differs a little from run to run.
+            progress: see `Progress`.
+            generation: stored in the image; count it up when the same shard is rebuilt.
+
+        Raises:
+            InvalidInputError: no vectors, NaN or infinity among them, a wrong shape, duplicate or negative ids.
+        """
+        rows = np.asarray(vectors)
+        if rows.ndim != 2 or rows.shape[0] == 0 or not MIN_DIM <= rows.shape[1] <= MAX_DIM:
+            raise InvalidInputError(f"vectors must be [n >= 1, {MIN_DIM} <= dim <= {MAX_DIM}], not {list(rows.shape)}")
+        if not (np.issubdtype(rows.dtype, np.floating) or np.issubdtype(rows.dtype, np.integer)):
+            raise InvalidInputError(f"vectors must be real numbers, not {rows.dtype}")
+        if metric not in METRICS:
+            raise InvalidInputError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
+        if not 2 <= M <= MAX_M:
+            raise InvalidInputError(f"M must be in [2, {MAX_M}], not {M}")
+        if ef_construction < 1:
+            raise InvalidInputError(f"ef_construction must be at least 1, not {ef_construction}")
+        count, dim = rows.shape
+        labels = _check_ids(ids, count)
+        index = hnswlib.Index(space=metric, dim=dim)
+        index.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=seed)
+        threads = _threads(n_threads)
+        for begin in range(0, count, _ADD_ROWS):
+            part = np.asarray(rows[begin : begin + _ADD_ROWS], np.float32)
+            _check_finite(part, begin)
+            index.add_items(part, labels[begin : begin + _ADD_ROWS], num_threads=threads)
+            if progress:
+                progress("build", min(begin + _ADD_ROWS, count), count)
+        stored = {np.dtype(np.uint8): "uint8", np.dtype(np.float16): "float16"}.get(rows.dtype, "float32")
+        if metric == "cosine":
+            stored = "float32"
+        return cls.from_hnswlib(
+            index, seed=seed, n_threads=threads, vector_type=stored, progress=progress, generation=generation
+        )
+
+    @classmethod
+    def from_hnswlib(
+        cls,
+        index: hnswlib.Index,
+        *,
+        seed: int = 100,
+        n_threads: int = 0,
+        vector_type: str = "auto",
+        progress: Progress | None = None,
+        generation: int = 1,
+    ) -> Self:
+        """Packs an hnswlib index. It is read through hnswlib's own `save_index` (a temporary file in TMPDIR or
+        /var/tmp, as large as the index) and not changed.
+
+        Args:
+            vector_type: how own vectors are held: "float32", "float16", "uint8", or "auto": the smallest type that holds
+                all of them exactly.
+
+        Raises:
+            InvalidInputError: an empty index, a vector that is not finite.
+            LossyVectorError: `vector_type` cannot hold a vector exactly.
+        """
+        if index.get_current_count() == 0:
+            raise InvalidInputError("an empty index makes no shard: add vectors first")
+        if vector_type not in ("auto", *VECTOR_TYPES):
+            raise InvalidInputError(f"vector_type must be auto, {', '.join(VECTOR_TYPES)}, not {vector_type!r}")
+        candidates = [vector_type]
+        if vector_type == "auto":
+            some = np.asarray(index.get_items(index.get_ids_list()[:64]), np.float32)
+            candidates = [name for name in ("uint8", "float16") if _is_exact(some, name)] + ["float32"]
+        for name in candidates:
+            try:
+                arena = _pack(index, name, seed, _threads(n_threads), progress, generation)
+            except LossyVectorError:
+                if name == candidates[-1]:
+                    raise
+                continue
+            return cls(arena, _validate(arena, full=False))
+        raise AssertionError("float32 holds every vector")
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
+        """Maps a shard's file read-only.
+
+        Args:
+            verify: check every record now (reads the whole file); without it only header and upper layers are checked now,
+                and each record when it is used.
+
+        Raises:
+            FormatError: not a shard's file, a truncated or malformed one. ChecksumError: a corrupt one.
+            OSError: it cannot be opened.
+        """
+        with Path(path).open("rb"):  # the ordinary OSError for a file that is not there or not readable
+            pass
+        arena = Arena.map_file(path)
+        try:
+            return cls(arena, _validate(arena, full=verify))
+        except BaseException as error:
+            arena.close()
+            if isinstance(error, FormatError):
+                raise type(error)(f"{os.fspath(path)}: {error}") from None
+            raise
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the image to a file, whole or not at all (a temporary file beside it, then a rename)."""
+        target = Path(path)
+        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                with self.arena.view() as view:
+                    file.write(view)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(temporary).chmod(0o666 & ~umask)
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    # ---- what it is ----
+
+    @property
+    def info(self) -> ImageInfo:
+        """The image's header."""
+        return self._info
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector."""
+        return self._info.dim
+
+    @property
+    def metric(self) -> str:
+        """`l2`, `ip` or `cosine`."""
+        return self._info.metric
+
+    @property
+    def arena(self) -> Arena:
+        """The memory that holds the image: an own memfd, or a read-only mapping of the file after `open`."""
+        return self._arena
+
+    def __len__(self) -> int:
+        return self._info.count - self._info.deleted_count
+
+    def __repr__(self) -> str:
+        info = self._info
+        return f"<Shard of {info.count} {info.vector_type}[{info.dim}] vectors, {info.metric}, {info.image_bytes} bytes>"
+
+    def pinned(self, *, lock: bool = True) -> Arena:
+        """A sealed memfd arena that holds the image: the shard's own where it is one already, else a copy, made once.
+
+        Args:
+            lock: also mlock it, as a registered region must be. Raises `MemlockError` with the remedy.
+        """
+        with self._lock:
+            if self._pinned is None:
+                if self._arena.info.fd is not None:
+                    self._pinned = self._arena
+                else:
+                    copy = Arena.create(len(self._arena))
+                    with copy.view() as to, self._arena.view() as source:
+                        to[:] = source
+                    self._pinned = copy
+                self._pinned.seal()
+            if lock:
+                self._pinned.lock()
+            return self._pinned
+
+    # ---- searching it in this process ----
+
+    def search(
+        self, queries: npt.ArrayLike, k: int = 10, ef: int = 64, beam: int = 4, n_threads: int = 1
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
+        """Searches the shard in this process, with the same engine that a peer uses.
+
+        Args:
+            queries: float32[n_queries, dim] or float32[dim].
+            k, ef, beam: answers, pool size (k <= ef), expansions a round.
+            n_threads: threads that share the queries.
+
+        Returns:
+            labels int64[n_queries, k] (-1 where there are fewer), distances float32[n_queries, k] (inf there), and one
+            `cotra_rdma.engine.STATS_DTYPE` record for each query.
+        """
+        rows = check_queries(queries, self.dim)
+        threads = max(1, min(n_threads, len(rows)))
+        if threads == 1:
+            return self._search_part(rows, k, ef, beam)
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(lambda part: self._search_part(part, k, ef, beam), np.array_split(rows, threads)))
+        labels, distances, stats = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return labels, distances, stats
+
+    def _search_part(
+        self, rows: npt.NDArray[np.float32], k: int, ef: int, beam: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
+        with self._lock:
+            lane = self._lanes.pop() if self._lanes else None
+        lane = lane or _LocalLane(self._arena, self._info.record_bytes)
+        labels, distances, stats = lane.engine.search(rows, k, ef, beam)
+        with self._lock:  # a lane whose search failed is not used again
+            self._lanes.append(lane)
+        return labels[0], distances[0], stats
+
+    # ---- letting go ----
+
+    def close(self) -> None:
+        """Unmaps the image. Servers and clusters that use it must be closed first."""
+        with self._lock:
+            lanes, self._lanes = self._lanes, []
+        for lane in lanes:
+            lane.close()
+        if self._pinned is not None and self._pinned is not self._arena:
+            self._pinned.close()
+        self._arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class _LocalLane:
+    """What one thread needs to search an image in this process."""
+
+    def __init__(self, arena: Arena, record_bytes: int) -> None:
+        self.channel = Channel.shm(arena, slot_bytes=max(record_bytes, 4096))
+        self.view = View.open(self.channel)
+        self.engine = Engine.create([self.view], [self.channel])
+
+    def close(self) -> None:
+        for part in (self.engine, self.view, self.channel):
+            part.close()
+
+
+class _Packer(Handle):
+    def _destroy(self, ptr: Any) -> None:
+        lib.cotra_packer_destroy(ptr)
+
+
+def _threads(n_threads: int) -> int:
+    if n_threads < 0:
+        raise InvalidInputError(f"n_threads must be >= 0, not {n_threads}")
+    return n_threads or len(os.sched_getaffinity(0))
+
+
+def _check_ids(ids: npt.ArrayLike | None, count: int) -> npt.NDArray[np.int64]:
+    if ids is None:
+        return np.arange(count, dtype=np.int64)
+    given = np.asarray(ids)
+    if given.shape != (count,) or not np.issubdtype(given.dtype, np.integer):
+        raise InvalidInputError(f"ids must be int64[{count}], not {given.dtype}{list(given.shape)}")
+    labels = given.astype(np.int64)
+    if (labels < 0).any() or (labels.astype(given.dtype) != given).any():
+        raise InvalidInputError("ids must be in [0, 2^63)")
+    unique, counts = np.unique(labels, return_counts=True)
+    if len(unique) != count:
+        raise InvalidInputError(f"duplicate ids: {unique[counts > 1][:5].tolist()} and {count - len(unique)} in all")
+    return labels
+
+
+def _check_finite(part: npt.NDArray[np.float32], begin: int) -> None:
+    bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+    if len(bad):
+        raise InvalidInputError(f"vector {begin + int(bad[0])} holds NaN or infinity")
+
+
+def _is_exact(vectors: npt.NDArray[np.float32], name: str) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool((vectors.astype(name).astype(np.float32) == vectors).all())
+
+
+def _validate(arena: Arena, *, full: bool) -> ImageInfo:
+    raw, err = ffi.new("cotra_image_info *"), new_error()
+    info = arena.info
+    check(lib.cotra_image_validate(ffi.cast("void *", info.addr), info.len, full, raw, err), err)
+    return ImageInfo.from_c(raw)
+
+
+def _pack(
+    index: hnswlib.Index, vector_type: str, seed: int, threads: int, progress: Progress | None, generation: int
+) -> Arena:
+    params = ffi.new(
+        "cotra_packer_params *",
+        {
+            "dim": index.dim,
+            "metric": METRICS.index(index.space),
+            "vector_type": VECTOR_TYPES.index(vector_type),
+            "arena_flags": lib.COTRA_ARENA_HUGE,
+            "seed": seed % 2**64,
+            "generation": generation,
+        },
+    )
+    out, err = ffi.new("cotra_packer **"), new_error()
+    check(lib.cotra_packer_create(params, out, err), err)
+    with _Packer(out[0]) as packer:
+        _stream_index(index, packer)
+        count = lib.cotra_packer_count(packer.ptr)
+        _encode(packer, count, threads, progress)
+        arena_out, err = ffi.new("cotra_arena **"), new_error()
+        check(lib.cotra_packer_finish(packer.ptr, arena_out, err), err)
+        return Arena(arena_out[0])
+
+
+def _stream_index(index: hnswlib.Index, packer: _Packer) -> None:
+    """hnswlib writes its state into a temporary file, and the packer reads that front to back: no second copy in memory.
+
+    A pipe would spare the file, but `save_index` holds the GIL while it writes, so nobody could be sure to be reading.
+    """
+    directory = os.environ.get("TMPDIR") or ("/var/tmp" if Path("/var/tmp").is_dir() else None)  # a disk; /tmp may be memory
+    with tempfile.TemporaryDirectory(prefix="cotra-", dir=directory) as scratch:
+        state = Path(scratch) / "state"
+        index.save_index(os.fspath(state))
+        with state.open("rb", buffering=0) as file:
+            err = new_error()
+            check(lib.cotra_packer_read(packer.ptr, file.fileno(), round(_STATE_TIMEOUT_S * 1e9), err), err)
+
+
+def _encode(packer: _Packer, count: int, threads: int, progress: Progress | None) -> None:
+    def encode(begin: int) -> int:
+        end, err = min(begin + _ENCODE_ROWS, count), new_error()
+        check(lib.cotra_packer_encode(packer.ptr, begin, end, err), err)
+        return end - begin
+
+    done = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for future in as_completed([pool.submit(encode, begin) for begin in range(0, count, _ENCODE_ROWS)]):
+            done += future.result()
+            if progress:
+                progress("pack", done, count)
+

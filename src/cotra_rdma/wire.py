@@ -1,0 +1,146 @@
+"""NodeDB's wire: `VShardEnvelope` byte for byte, and what the parts of the payloads share. The page is docs/wire.md.
+
+Nothing here knows a socket or the compiled module. The payloads themselves are in `messages`.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from cotra_rdma.errors import FormatError, InvalidInputError
+
+WIRE_VERSION = 2
+MAX_PAYLOAD_BYTES = 64 << 20
+
+_HEADER = struct.Struct("<HHQQII")
+HEADER_BYTES = _HEADER.size  # 28
+
+Buffer = bytes | memoryview
+# One buffer, or several whose concatenation is the payload: large replies are sent and received without joining them.
+Payload = Buffer | tuple[Buffer, ...]
+
+
+class VShardMessageType(enum.IntEnum):
+    """The message types of the vector seam. A response is its request plus one."""
+
+    VECTOR_SCATTER_REQUEST = 50
+    VECTOR_SCATTER_RESPONSE = 51
+    VECTOR_COARSE_ROUTE_REQUEST = 52
+    VECTOR_COARSE_ROUTE_RESPONSE = 53
+    VECTOR_BUILD_EXCHANGE_REQUEST = 54
+    VECTOR_BUILD_EXCHANGE_RESPONSE = 55
+    VECTOR_MEM_REGION_REQUEST = 56
+    VECTOR_MEM_REGION_RESPONSE = 57
+
+    @property
+    def is_request(self) -> bool:
+        """Whether it asks for an answer."""
+        return self % 2 == 0
+
+    @property
+    def response(self) -> VShardMessageType:
+        """The type that answers this request."""
+        return VShardMessageType(self + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class VShardEnvelope:
+    """One message: little-endian `version u16 | msg_type u16 | source_node u64 | target_node u64 | vshard_id u32 |
+    payload_len u32 | payload`.
+
+    Attributes:
+        version: WIRE_VERSION.
+        msg_type: a `VShardMessageType`.
+        source_node, target_node: NodeDB's node numbers (u64); 0 where a side has none.
+        vshard_id: the shard that it concerns (u32).
+        payload: bytes. From `rpc` it may be a memoryview, or a tuple of them that are to be read one after the other.
+    """
+
+    version: int
+    msg_type: VShardMessageType
+    source_node: int
+    target_node: int
+    vshard_id: int
+    payload: Payload
+
+    @property
+    def payload_len(self) -> int:
+        """The payload's length in bytes."""
+        return sum(map(len, self.payload)) if isinstance(self.payload, tuple) else len(self.payload)
+
+    def frames(self) -> list[Buffer]:
+        """The message as buffers whose concatenation is `encode()`; the payload's later parts are not copied.
+
+        Raises `InvalidInputError` when a field does not fit its place.
+        """
+        length = self.payload_len
+        if self.version != WIRE_VERSION:
+            raise InvalidInputError(f"envelope: version {self.version} cannot be written, only {WIRE_VERSION}")
+        if length > MAX_PAYLOAD_BYTES:
+            raise InvalidInputError(f"envelope: a payload of {length} bytes passes the limit of {MAX_PAYLOAD_BYTES}")
+        numbers = (VShardMessageType(self.msg_type), self.source_node, self.target_node, self.vshard_id)
+        try:
+            header = _HEADER.pack(self.version, *numbers, length)
+        except struct.error as error:
+            raise InvalidInputError(f"envelope: a field does not fit its place: {error}") from error
+        parts = self.payload if isinstance(self.payload, tuple) else (self.payload,)
+        first, rest = (parts[0], parts[1:]) if parts else (b"", ())
+        return [header + first, *rest]
+
+    def encode(self) -> bytes:
+        """The message as bytes."""
+        return b"".join(self.frames())
+
+    @classmethod
+    def decode(cls, data: Buffer) -> VShardEnvelope:
+        """Reads one whole message. Raises `FormatError` on short or oversized input and on an unknown version or type."""
+        return cls.from_frames([data])
+
+    @classmethod
+    def from_frames(cls, frames: Sequence[Buffer]) -> VShardEnvelope:
+        """Reads a message from buffers whose concatenation it is, without copying a memoryview's payload."""
+        first, total = frames[0], sum(map(len, frames))
+        if len(first) < HEADER_BYTES:
+            raise FormatError(f"envelope: {len(first)} bytes are too few for a header of {HEADER_BYTES}")
+        version, msg_type, source, target, vshard, length = _HEADER.unpack_from(first)
+        if version != WIRE_VERSION:
+            raise FormatError(f"envelope: wire version {version} is unknown; this side speaks {WIRE_VERSION}")
+        if msg_type not in _KNOWN_TYPES:
+            raise FormatError(f"envelope: message type {msg_type} is unknown")
+        if length > MAX_PAYLOAD_BYTES:
+            raise FormatError(f"envelope: a payload of {length} bytes passes the limit of {MAX_PAYLOAD_BYTES}")
+        if total - HEADER_BYTES != length:
+            raise FormatError(f"envelope: its payload should be {length} bytes and is {total - HEADER_BYTES}")
+        head = first[HEADER_BYTES:]
+        payload = (head, *frames[1:]) if len(frames) > 1 else head
+        return cls(version, VShardMessageType(msg_type), source, target, vshard, payload)
+
+
+_KNOWN_TYPES = frozenset(VShardMessageType)
+
+
+def join(payload: Payload) -> Buffer:
+    """The payload as one buffer; copied only when it came in parts."""
+    return b"".join(payload) if isinstance(payload, tuple) else payload
+
+
+T = TypeVar("T")
+
+
+def decode_array(data: Buffer, kind: type[T], what: str) -> T:
+    """One MessagePack array as `kind`; `FormatError` when it is anything else."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{what}: {error}") from error
+
+
+def encode_array(value: Any) -> bytes:
+    """A value as MessagePack, integers in their smallest encoding."""
+    return msgspec.msgpack.encode(value)
