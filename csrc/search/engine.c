@@ -207,7 +207,7 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
     const cotra_image_info *info = &to->view->info;
     for (uint32_t i = 0; i < n; i++)
         to->queue[to->queued++] =
-            (cotra_read){.offset = info->records_offset + (uint64_t)cotra_walk_frontier_node(walk, i) * info->record_bytes,
+            (cotra_read){.offset = info->records_offset + (uint64_t)walk->frontier[i] * info->record_bytes,
                          .length = info->record_bytes,
                          .slot = w * engine->beam + i};
     run->missing = n;

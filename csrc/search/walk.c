@@ -1,6 +1,7 @@
 #include "search/walk.h"
 
 #include "base/status.h"
+#include "layout/vectors.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -75,7 +76,7 @@ void cotra_walk_destroy(cotra_walk *walk)
     memset(walk, 0, sizeof *walk);
 }
 
-/* ---- the set of numbers seen ---- */
+/* ---- the nodes seen ---- */
 
 static void seen_clear(cotra_walk *walk)
 {
@@ -86,49 +87,47 @@ static void seen_clear(cotra_walk *walk)
     }
 }
 
-static uint64_t *seen_place(uint64_t *table, uint32_t mask, uint32_t epoch, uint32_t number)
+static cotra_seen *seen_place(cotra_seen *table, uint32_t mask, uint32_t epoch, uint32_t number)
 {
     uint32_t i = number * 0x9E3779B1u;
     i ^= i >> 15;
     for (;; i++) {
-        uint64_t *place = &table[i & mask];
-        if (*place >> 32 != epoch || (uint32_t)*place == number)
+        cotra_seen *place = &table[i & mask];
+        if (place->epoch != epoch || place->number == number)
             return place;
     }
 }
 
-/* Grows the table; only a walk that sees far more than ef nodes gets here. */
+/* Doubles the table; only a walk that sees far more than ef nodes gets here. */
 static int seen_grow(cotra_walk *walk, cotra_error *err)
 {
     size_t old = (size_t)walk->seen_mask + 1;
     if (old > (size_t)1 << 30)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: a walk saw more than 2^29 nodes");
-    uint64_t *table = calloc(2 * old, sizeof *table);
+    cotra_seen *table = calloc(2 * old, sizeof *table);
     if (!table)
-        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for the set of seen nodes");
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for the nodes seen");
     uint32_t mask = (uint32_t)(2 * old - 1);
     for (size_t i = 0; i < old; i++)
-        if (walk->seen[i] >> 32 == walk->epoch)
-            *seen_place(table, mask, walk->epoch, (uint32_t)walk->seen[i]) = walk->seen[i];
+        if (walk->seen[i].epoch == walk->epoch)
+            *seen_place(table, mask, walk->epoch, walk->seen[i].number) = walk->seen[i];
     free(walk->seen);
     walk->seen = table;
     walk->seen_mask = mask;
     return COTRA_OK;
 }
 
-/* Returns 1 when the number is new, 0 when it was seen, < 0 on an error. */
-static inline int seen_add(cotra_walk *walk, uint32_t number, cotra_error *err)
+/* The entry of a number; a new one has the walk's epoch only after seen_add. */
+static inline cotra_seen *seen_find(cotra_walk *walk, uint32_t number)
 {
-    uint64_t *place = seen_place(walk->seen, walk->seen_mask, walk->epoch, number);
-    if (*place >> 32 == walk->epoch)
-        return 0;
-    *place = (uint64_t)walk->epoch << 32 | number;
-    if (++walk->seen_count * 2 > walk->seen_mask) {
-        int status = seen_grow(walk, err);
-        if (status)
-            return status;
-    }
-    return 1;
+    return seen_place(walk->seen, walk->seen_mask, walk->epoch, number);
+}
+
+static int seen_add(cotra_walk *walk, cotra_seen *place, uint32_t number, float distance, uint32_t estimates,
+                    cotra_error *err)
+{
+    *place = (cotra_seen){.epoch = walk->epoch, .number = number, .distance = distance, .estimates = estimates};
+    return ++walk->seen_count * 2 > walk->seen_mask ? seen_grow(walk, err) : COTRA_OK;
 }
 
 /* ---- the pool ---- */
@@ -165,20 +164,11 @@ static void pool_insert(cotra_walk *walk, uint64_t word, uint32_t capacity)
         walk->first_open = place;
 }
 
-/* An expanded node's exact distance takes the place of its estimate. */
-static void pool_replace(cotra_walk *walk, uint64_t old, uint64_t word)
+static void pool_remove(cotra_walk *walk, uint32_t place)
 {
-    uint32_t place = pool_place(walk, old);
-    if (place < walk->pool_count && walk->pool[place] == old) {
-        walk->pool_count--;
-        memmove(walk->pool + place, walk->pool + place + 1, (walk->pool_count - place) * sizeof *walk->pool);
-        if (place < walk->first_open)
-            walk->first_open--;
-    }
-    uint32_t to = pool_place(walk, word);
-    if (to < walk->first_open)
-        walk->first_open++;
-    pool_insert(walk, word, walk->ef);
+    walk->pool_count--;
+    memmove(walk->pool + place, walk->pool + place + 1, (walk->pool_count - place) * sizeof *walk->pool);
+    walk->first_open -= place < walk->first_open;
 }
 
 /* ---- upper layers, in the view ---- */
@@ -214,8 +204,8 @@ static int descend(cotra_walk *walk, cotra_error *err)
     if (!(distance < INFINITY))
         distance = 3.4e38f; /* a start is a start */
     const uint32_t width = walk->beam < walk->ef ? walk->beam : walk->ef;
-    int status = seen_add(walk, current, err);
-    if (status < 0)
+    int status = seen_add(walk, seen_find(walk, current), current, distance, 0, err);
+    if (status)
         return status;
     pool_insert(walk, to_word(distance, current), width);
     while (walk->first_open < walk->pool_count) {
@@ -227,12 +217,13 @@ static int descend(cotra_walk *walk, cotra_error *err)
         *entry |= CHOSEN;
         const uint32_t *row = cotra_view_row(view, (uint32_t)*entry & INT32_MAX, 1);
         for (uint32_t j = 1; j <= row[0]; j++) {
-            status = seen_add(walk, row[j], err);
-            if (status < 0)
-                return status;
-            if (status == 0)
+            cotra_seen *place = seen_find(walk, row[j]);
+            if (place->epoch == walk->epoch)
                 continue;
             float d = upper_distance(walk, row[j]);
+            status = seen_add(walk, place, row[j], d, 0, err);
+            if (status)
+                return status;
             if (d < pool_bound(walk, width))
                 pool_insert(walk, to_word(d, row[j]), width);
         }
@@ -267,6 +258,12 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
         for (uint32_t i = 0; i < dim; i++)
             walk->query[i] *= norm;
     }
+    walk->limit = INFINITY;
+    walk->query_norm2 = view->info.metric == COTRA_METRIC_IP ? kernels->dot[COTRA_VECTOR_F32](walk->query, walk->query, dim) : 0;
+    /* One bit a dimension estimates a squared distance with an error of about 1.5 / sqrt(D) of it (RaBitQ, theorem 3.2, for
+     * a residual as long as the distance). How many of those are worth waiting for is what ef / k asks for; the factor is
+     * measured (docs/performance.md). */
+    walk->slack = 0.75f / sqrtf((float)view->info.code_dim) * (sqrtf((float)walk->ef / (float)walk->k) - 1);
     cotra_query_codes_make(&view->rotation, walk->query, view->mean, walk->scratch, &walk->codes);
     seen_clear(walk);
     if (view->info.upper_count) {
@@ -277,8 +274,9 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
         pool_insert(walk, to_word(3.4e38f, view->info.entry_node), walk->ef);
     }
     for (uint32_t i = 0; i < walk->pool_count; i++) {
-        int status = seen_add(walk, (uint32_t)walk->pool[i] & INT32_MAX, err);
-        if (status < 0)
+        uint32_t node = (uint32_t)walk->pool[i] & INT32_MAX;
+        int status = seen_add(walk, seen_find(walk, node), node, 0, 0, err);
+        if (status)
             return status;
     }
     walk->first_open = 0;
@@ -287,80 +285,115 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
 
 uint32_t cotra_walk_choose(cotra_walk *walk)
 {
+    const uint64_t limit = to_word(walk->limit, 0);
     uint32_t n = 0, i = walk->first_open;
-    for (; i < walk->pool_count && n < walk->beam; i++)
+    for (; i < walk->pool_count && n < walk->beam && walk->pool[i] < limit; i++) {
         if (!(walk->pool[i] & CHOSEN)) {
             walk->pool[i] |= CHOSEN;
-            walk->frontier[n++] = walk->pool[i];
+            walk->frontier[n] = (uint32_t)walk->pool[i] & INT32_MAX;
+            seen_find(walk, walk->frontier[n++])->estimates = 0;
         }
+    }
     walk->first_open = i;
     walk->frontier_count = n;
     walk->stats.rounds += n > 0;
     return n;
 }
 
-static void hits_insert(cotra_walk *walk, float distance, int64_t label)
+/* Keeps the k best, and the limit that follows from them. */
+static void hits_insert(cotra_walk *walk, cotra_hit hit)
 {
+    const uint32_t k = walk->k;
     uint32_t i = walk->hit_count;
     cotra_hit *hits = walk->hits;
-    if (i == walk->k) {
-        if (distance > hits[i - 1].distance || (distance == hits[i - 1].distance && label > hits[i - 1].label))
+    if (i == k) {
+        const cotra_hit *last = &hits[k - 1];
+        if (hit.distance > last->distance || (hit.distance == last->distance && hit.label > last->label))
             return;
         i--;
     } else {
         walk->hit_count++;
     }
-    for (; i > 0 && (distance < hits[i - 1].distance ||
-                     (distance == hits[i - 1].distance && label < hits[i - 1].label));
-         i--)
+    for (; i > 0; i--) {
+        if (hits[i - 1].distance < hit.distance ||
+            (hits[i - 1].distance == hit.distance && hits[i - 1].label < hit.label))
+            break;
         hits[i] = hits[i - 1];
-    hits[i] = (cotra_hit){.distance = distance, .label = label};
+    }
+    hits[i] = hit;
+    if (walk->hit_count == k) {
+        float far = hits[k - 1].distance, scale = far; /* l2: |q - x|^2; cosine: |q - x|^2 / 2 */
+        if (walk->view->info.metric == COTRA_METRIC_IP)
+            scale = (walk->query_norm2 + hits[k - 1].norm2) / 2 + far - 1; /* the same half, of vectors of any length */
+        walk->limit = far + walk->slack * (scale > 0 ? scale : 0);
+    }
+}
+
+/* A neighbour's estimate: a new node enters the pool, an open one moves to the mean of its estimates. */
+static int take_estimate(cotra_walk *walk, uint32_t node, float estimate, cotra_error *err)
+{
+    cotra_seen *seen = seen_find(walk, node);
+    if (seen->epoch == walk->epoch) {
+        if (seen->estimates == 0)
+            return COTRA_OK;
+        uint64_t old = to_word(seen->distance, node);
+        uint32_t place = pool_place(walk, old);
+        if (place < walk->pool_count && walk->pool[place] == old)
+            pool_remove(walk, place);
+        seen->distance += (estimate - seen->distance) / (float)++seen->estimates;
+        pool_insert(walk, to_word(seen->distance, node), walk->ef);
+        return COTRA_OK;
+    }
+    pool_insert(walk, to_word(estimate, node), walk->ef);
+    return seen_add(walk, seen, node, estimate, 1, err);
 }
 
 int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra_error *err)
 {
     const cotra_view *view = walk->view;
+    const cotra_image_info *info = &view->info;
     const cotra_record_layout *layout = &view->record;
-    const uint32_t node = cotra_walk_frontier_node(walk, i);
-    int status = cotra_record_validate(record, &view->info, node, err);
+    const uint32_t node = walk->frontier[i];
+    int status = cotra_record_validate(record, info, node, err);
     if (status)
         return status;
     /* What steers the walk is loaded once: the memory may be a live peer's. */
     const cotra_record_head head = *(const volatile cotra_record_head *)record;
-    const uint32_t count = head.count <= view->info.degree ? head.count : view->info.degree;
-    const float distance = cotra_metric_distance(walk->kernels, view->info.metric, view->info.vector_type, walk->query,
-                                                 record + COTRA_RECORD_HEAD_BYTES, view->info.dim);
+    const uint32_t count = head.count <= info->degree ? head.count : info->degree;
+    const uint8_t *own = record + COTRA_RECORD_HEAD_BYTES;
+    const float distance =
+        cotra_metric_distance(walk->kernels, info->metric, info->vector_type, walk->query, own, info->dim);
     walk->stats.expansions++;
-    if (distance < INFINITY) { /* false for NaN */
-        if (!(head.flags & COTRA_NODE_DELETED))
-            hits_insert(walk, distance, head.label);
-        if(0)pool_replace(walk, walk->frontier[i], to_word(distance, node) | CHOSEN);
+    if (distance < INFINITY && !(head.flags & COTRA_NODE_DELETED)) { /* NaN is not below infinity */
+        cotra_hit hit = {.distance = distance, .label = head.label};
+        if (info->metric == COTRA_METRIC_IP) {
+            cotra_vector_load(info->vector_type, own, info->dim, walk->scratch);
+            memset(walk->scratch + info->dim, 0, (padded_dim(info->dim) - info->dim) * sizeof *walk->scratch);
+            hit.norm2 = walk->kernels->dot[COTRA_VECTOR_F32](walk->scratch, walk->scratch, info->dim);
+        }
+        hits_insert(walk, hit);
     }
     const volatile uint32_t *numbers = (const volatile uint32_t *)(record + layout->numbers);
     for (uint32_t begin = 0; begin < count; begin += COTRA_BLOCK) {
         uint32_t sums[COTRA_BLOCK];
         float estimates[COTRA_BLOCK];
         walk->kernels->scan(walk->codes.table, record + layout->codes + begin / COTRA_BLOCK * layout->block_bytes,
-                            view->info.code_dim, sums);
+                            info->code_dim, sums);
         walk->kernels->estimate(sums, (const float *)(record + layout->f0) + begin,
                                 (const float *)(record + layout->f1) + begin, distance, walk->codes.offset,
                                 walk->codes.scale, estimates);
-        uint32_t n = count - begin < COTRA_BLOCK ? count - begin : COTRA_BLOCK;
-        float bound = pool_bound(walk, walk->ef);
+        const uint32_t n = count - begin < COTRA_BLOCK ? count - begin : COTRA_BLOCK;
         for (uint32_t j = 0; j < n; j++) {
-            if (!(estimates[j] < bound))
+            /* Nothing above the limit will ever be expanded, so it need not be kept. */
+            if (!(estimates[j] < walk->limit && estimates[j] < pool_bound(walk, walk->ef)))
                 continue;
             uint32_t neighbour = numbers[begin + j];
-            if (neighbour >= view->info.count)
+            if (neighbour >= info->count)
                 return cotra_fail(err, COTRA_ERR_FORMAT, "record %u links to node %u of %llu", node, neighbour,
-                                  (unsigned long long)view->info.count);
-            status = seen_add(walk, neighbour, err);
-            if (status < 0)
+                                  (unsigned long long)info->count);
+            status = take_estimate(walk, neighbour, estimates[j], err);
+            if (status)
                 return status;
-            if (status == 0)
-                continue;
-            pool_insert(walk, to_word(estimates[j], neighbour), walk->ef);
-            bound = pool_bound(walk, walk->ef);
         }
     }
     return COTRA_OK;

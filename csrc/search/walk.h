@@ -9,10 +9,16 @@
  * frontier; the engine READs their records, in any order, whenever they come; expand() takes them in the order of the frontier.
  * So the answer depends on the image and the parameters alone.
  *
- * The pool holds the ef nearest nodes seen: one word each, so that it sorts by key, then by number.
- *   bits 63..32  the distance (exact for upper and expanded nodes, else estimated), mapped to an ordered integer
+ * The pool holds the ef nearest nodes seen: one word each, so that it sorts by distance, then by number.
+ *   bits 63..32  the distance (exact for upper nodes, else the mean of the estimates so far), mapped to an ordered integer
  *   bit  31      set once the node has been chosen for expansion
  *   bits 30..0   the node's number
+ *
+ * A node is a neighbour of several expanded nodes, each with a code of its own for it, so each gives an independent estimate:
+ * their mean is worth more than any of them, and costs no READ.
+ *
+ * A walk ends when no open entry is nearer than its limit: the k-th exact distance so far, plus slack for what an estimate may
+ * be wrong by. An easy query so ends early, a hard one goes on, at most to the pool's end.
  */
 #ifndef COTRA_SEARCH_WALK_H
 #define COTRA_SEARCH_WALK_H
@@ -22,8 +28,17 @@
 
 typedef struct cotra_hit {
     float distance;
+    float norm2; /* of the vector; only kept for inner products, where the limit needs it */
     int64_t label;
 } cotra_hit;
+
+/* A node that was seen in this walk. */
+typedef struct cotra_seen {
+    uint32_t epoch; /* of the walk that wrote it: a new walk needs no clearing */
+    uint32_t number;
+    float distance;     /* its pool word's: exact, or the mean of `estimates` */
+    uint32_t estimates; /* 0: exact or chosen, not to be changed any more */
+} cotra_seen;
 
 typedef struct cotra_walk {
     const cotra_view *view;
@@ -35,12 +50,15 @@ typedef struct cotra_walk {
     uint64_t *pool;      /* [ef + 1] */
     uint32_t pool_count; /* <= ef */
     uint32_t first_open; /* no unexpanded entry is below this place */
-    uint64_t *seen;      /* open addressing: epoch << 32 | number; at most half full */
+    cotra_seen *seen;    /* open addressing, at most half full */
     uint32_t seen_mask, seen_count, epoch;
-    uint64_t *frontier; /* [beam]: pool words of the nodes being read */
+    uint32_t *frontier;  /* [beam]: the nodes being read */
     uint32_t frontier_count;
     cotra_hit *hits; /* [k], sorted by distance, then label */
-    uint32_t hit_count; uint32_t last_change;
+    uint32_t hit_count;
+    float slack; /* of the limit, relative to the k-th squared distance */
+    float limit; /* infinite while there are fewer than k hits */
+    float query_norm2;
     cotra_query_stats stats;
 } cotra_walk;
 
@@ -52,10 +70,6 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
                      cotra_error *err);
 /* Chooses the next frontier; returns its size, 0 when the walk is done. */
 uint32_t cotra_walk_choose(cotra_walk *walk);
-static inline uint32_t cotra_walk_frontier_node(const cotra_walk *walk, uint32_t i)
-{
-    return (uint32_t)walk->frontier[i] & INT32_MAX;
-}
 /* Takes the record of frontier node i. The bytes may be anybody's and may change meanwhile. */
 int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra_error *err);
 

@@ -1,11 +1,12 @@
 """Side-by-side measurements: recall against speed, this package beside hnswlib, in one interleaved run.
 
-Every configuration is measured once a repeat, in turn, so that a noisy machine is noisy for all; medians are reported, with the
-smallest and the largest beside them.
+Every configuration is measured once a repeat, in turn, so that a noisy machine is noisy for all; medians are reported,
+with the smallest and the largest beside them.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -76,7 +77,8 @@ class DataSet:
         fitting = _metrics_of(vectors, wanted, truth)
         metric = metric or vectors.metric or next(iter(fitting), None)
         if metric not in fitting:
-            raise InvalidInputError(f"{ground_truth}: is not sorted by {metric or 'any known metric'}, but by {fitting or 'none'}")
+            found = " or ".join(fitting) or "none that is known"
+            raise InvalidInputError(f"{ground_truth}: is not sorted by {metric or 'any metric'}, but by {found}")
         return cls(Path(stem or base).stem, vectors, wanted, truth, metric)
 
 
@@ -98,7 +100,7 @@ def distances(metric: str, query: npt.NDArray[Any], rows: npt.NDArray[Any]) -> n
     """Exact distances of one query [dim] to rows [n, dim]: squared l2, 1 - ip, or 1 - cosine, as hnswlib has them."""
     query, rows = query.astype(np.float64), rows.astype(np.float64)
     if metric == "l2":
-        return np.square(rows - query).sum(axis=1)
+        return np.asarray(np.square(rows - query).sum(axis=1))
     scale = 1.0 if metric == "ip" else np.linalg.norm(query) * np.linalg.norm(rows, axis=1)
     return np.asarray(1.0 - rows @ query / scale)
 
@@ -120,11 +122,19 @@ class Cost:
 
 
 class System(Protocol):
-    """What is measured. `beams`: whether the number of expansions a round is its parameter."""
+    """What is measured."""
 
-    name: str
-    transport: str | None
-    beams: bool
+    @property
+    def name(self) -> str:
+        """As the rows name it."""
+
+    @property
+    def transport(self) -> str | None:
+        """The path to the vectors, where it has one."""
+
+    @property
+    def beams(self) -> bool:
+        """Whether the number of expansions a round is its parameter."""
 
     def search(self, queries: Queries, k: int, ef: int, beam: int) -> tuple[Ids, Cost | None]:
         """Ids int64[n, k] of each query's answers, and the cost of a query."""
@@ -138,8 +148,11 @@ class System(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One row of a benchmark: a system at one ef and beam. QPS is the median of the repeats, for the whole batch of queries;
-    latencies are of calls with one query. None: the system has no such figure."""
+    """One row of a benchmark: a system at one ef and beam.
+
+    QPS is the median of the repeats, for the whole batch of queries; latencies are of calls with one query. None: the
+    system has no such figure.
+    """
 
     system: str
     transport: str | None
@@ -181,12 +194,18 @@ class Plan:
     def configurations(self, systems: Iterable[System]) -> list[tuple[System, int, int]]:
         """Every (system, ef, beam), in the order of a repeat: all systems at one ef after the other."""
         return [
-            (system, ef, beam) for ef in self.efs for system in systems for beam in (self.beams if system.beams else (1,))
+            (system, ef, beam)
+            for ef in self.efs
+            for system in systems
+            for beam in (self.beams if system.beams else (1,))
         ]
 
 
 def run(
-    data: DataSet, systems: Sequence[System], plan: Plan, progress: Callable[[int, int], None] = lambda done, total: None
+    data: DataSet,
+    systems: Sequence[System],
+    plan: Plan,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Point]:
     """Measures every configuration of the plan; `progress` is called with (measurements done, all)."""
     configurations = plan.configurations(systems)
@@ -226,9 +245,9 @@ def run(
                 qps_max=max(samples[i]),
                 p50_us=p50,
                 p99_us=p99,
-                reads_per_query=cost and cost.reads,
-                rounds_per_query=cost and cost.rounds,
-                bytes_per_query=cost and cost.bytes,
+                reads_per_query=None if cost is None else cost.reads,
+                rounds_per_query=None if cost is None else cost.rounds,
+                bytes_per_query=None if cost is None else cost.bytes,
                 owner_cpu_us_per_query=None if cpu is None else cpu * 1e6 / (plan.repeats * len(data.queries)),
                 M=plan.M,
                 ef_construction=plan.ef_construction,
@@ -267,7 +286,9 @@ class Comparison:
     bytes_per_query: float | None
 
 
-def compare(points: Sequence[Point], targets: Sequence[float] = (0.95, 0.99), reference: str = "hnswlib") -> list[Comparison]:
+def compare(
+    points: Sequence[Point], targets: Sequence[float] = (0.95, 0.99), reference: str = "hnswlib"
+) -> list[Comparison]:
     """Every curve (a system, its transport and beam) at each recall of `targets`."""
     curves: dict[tuple[str, str | None, int | None], list[Point]] = {}
     for point in points:
@@ -296,7 +317,7 @@ def compare(points: Sequence[Point], targets: Sequence[float] = (0.95, 0.99), re
 def _at(curve: Sequence[Point], target: float, field: str) -> float | None:
     """`field` where the curve passes the recall `target`: linear between the two points around it."""
     curve = sorted(curve, key=lambda point: point.ef)
-    for low, high in zip(curve, curve[1:], strict=False):
+    for low, high in itertools.pairwise(curve):
         a, b = getattr(low, field), getattr(high, field)
         if low.recall <= target <= high.recall and a is not None and b is not None:
             share = (target - low.recall) / (high.recall - low.recall) if high.recall > low.recall else 0.0

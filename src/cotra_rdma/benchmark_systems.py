@@ -107,7 +107,9 @@ class Local:
             answers = [self._engines[0].search(queries, k, ef, beam)]
         else:
             answers = list(self._pool.map(lambda engine, part: engine.search(part, k, ef, beam), self._engines, parts))
-        return np.concatenate([ids[0] for ids, _, _ in answers]), _cost(np.concatenate([stats for _, _, stats in answers]))
+        return np.concatenate([ids[0] for ids, _, _ in answers]), _cost(
+            np.concatenate([stats for _, _, stats in answers])
+        )
 
     def owner_cpu_s(self) -> float | None:
         """None: there is no owner."""
@@ -125,7 +127,7 @@ def _cost(stats: npt.NDArray[np.void]) -> Cost:
 def parse_transport(text: str) -> tuple[str, FabricModel | None]:
     """`verbs`, `shm`, `rpc`, `local` (this process), or a modelled fabric: `model:rtt=5us:gbit=100:mreads=10`.
 
-    rtt: the round trip of a READ, in us, ms or s. gbit: the link's 10^9 bits a second. mreads: the NIC's 10^6 READs a second.
+    rtt: the round trip of a READ, in us, ms or s. gbit: the link's 10^9 bits a second. mreads: 10^6 READs a second.
     """
     kind, *settings = text.split(":")
     if kind in (*REMOTE, "local") and not settings:
@@ -155,8 +157,8 @@ def open_systems(
 ) -> Iterator[list[System]]:
     """hnswlib and this package over each of `transports`, ready to be measured; closed on the way out.
 
-    Both graphs are built with the plan's M and ef_construction, and kept in the directory `cache`, under names that tell
-    data set, shape and parameters, for the next run.
+    Both graphs are built with the plan's M and ef_construction, and kept in the directory `cache`, under names
+    that tell data set, shape and parameters, for the next run.
     """
     fabrics = [parse_transport(transport) for transport in transports]
     cache.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -65,7 +66,9 @@ class Collection:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise FormatError(f"{path}: malformed manifest: {error}") from error
         if form != (FORMAT, FORMAT_VERSION):
-            raise FormatError(f"{path}: is {form[0]} version {form[1]}, and this release reads {FORMAT} {FORMAT_VERSION}")
+            raise FormatError(
+                f"{path}: is {form[0]} version {form[1]}, and this release reads {FORMAT} {FORMAT_VERSION}"
+            )
         for shard in shards:
             if Path(shard.name).name != shard.name or not (path.parent / shard.name).is_file():
                 raise FormatError(f"{path}: names {shard.name!r}, which is not a file beside it")
@@ -121,7 +124,7 @@ def build_collection(
     try:
         bounds = np.linspace(0, vectors.count, n_shards + 1).astype(int).tolist()
         shards = []
-        for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
             name = f"shard-{number:03d}.cotra"
             with Shard.build(
                 vectors.read(start, stop),

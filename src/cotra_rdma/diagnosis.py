@@ -92,7 +92,7 @@ class Host:
 
     @property
     def may_lock_any(self) -> bool:
-        """Whether CAP_IPC_LOCK lifts the memlock limit: held, and in the first user namespace (the kernel asks there)."""
+        """Whether CAP_IPC_LOCK lifts the memlock limit: held, in the first user namespace (where the kernel asks)."""
         status = dict(line.split(":\t", 1) for line in self.text("/proc/self/status").splitlines() if ":\t" in line)
         held = int(status.get("CapEff", "0"), 16) >> CAP_IPC_LOCK & 1
         return bool(held) and self.text("/proc/self/uid_map").split() in ([], ["0", "0", "4294967295"])
@@ -121,13 +121,16 @@ def kernel(host: Host) -> Check:
     where = "on the host (a container has its host's kernel): " if host.container else ""
     if host.infiniband_config is False:
         remedy = (
-            f"{where}boot a kernel with CONFIG_INFINIBAND; this one was built without, and no module can be loaded into it. "
-            "Debian: sudo apt install linux-image-amd64 (not the cloud flavour)"
+            f"{where}boot a kernel with CONFIG_INFINIBAND; this one was built without, and no module can be loaded "
+            "into it. Debian: sudo apt install linux-image-amd64 (not the cloud flavour)"
         )
         return Check("kernel modules", Status.FAILED, f"{seen}; built without InfiniBand", remedy)
     if host.container or "ib_uverbs.ko" in host.text(f"/lib/modules/{host.release}/modules.dep"):
         return Check("kernel modules", Status.FAILED, seen, f"{where}sudo modprobe ib_uverbs")
-    remedy = f"sudo apt install linux-modules-extra-{host.release}   (Ubuntu; elsewhere the full kernel package), then sudo modprobe ib_uverbs"
+    remedy = (
+        f"sudo apt install linux-modules-extra-{host.release}   (Ubuntu; elsewhere the full kernel package), then "
+        "sudo modprobe ib_uverbs"
+    )
     return Check("kernel modules", Status.FAILED, f"{seen} nor installed", remedy)
 
 
@@ -137,12 +140,17 @@ def device_files(host: Host) -> Check:
     nodes = [node for node in host.names("/dev/infiniband") if node.startswith("uverbs")]
     if not nodes:
         remedy = (
-            f"start the container with {container_flags(host)}" if host.container else "sudo modprobe ib_uverbs; udev makes them"
+            f"start the container with {container_flags(host)}"
+            if host.container
+            else "sudo modprobe ib_uverbs; udev makes them"
         )
         return Check(name, Status.FAILED, "no /dev/infiniband/uverbs*", remedy)
     closed = [node for node in nodes if not os.access(host.path(f"/dev/infiniband/{node}"), os.R_OK | os.W_OK)]
     if closed:
-        remedy = f"sudo chmod 0666 /dev/infiniband/{closed[0]}; for good: sudo usermod -aG rdma $USER where udev gives them to that group"
+        remedy = (
+            f"sudo chmod 0666 /dev/infiniband/{closed[0]}; for good: sudo usermod -aG rdma $USER, "
+            "where udev gives them to that group"
+        )
         return Check(name, Status.FAILED, f"no permission for {', '.join(closed)}", remedy)
     return Check(name, Status.OK, ", ".join(f"/dev/infiniband/{node}" for node in nodes))
 
@@ -174,7 +182,9 @@ def huge_pages(host: Host) -> Check:
     seen = f"{free:,} of {total:,} free, {size:,} KiB each"
     if free:
         return Check("huge pages", Status.OK, seen)
-    return Check("huge pages", Status.WARNING, f"{seen}: faster with them", "sudo sysctl -w vm.nr_hugepages=512   (1 GiB)")
+    return Check(
+        "huge pages", Status.WARNING, f"{seen}: faster with them", "sudo sysctl -w vm.nr_hugepages=512   (1 GiB)"
+    )
 
 
 def container(host: Host) -> Check:
@@ -188,7 +198,9 @@ def container(host: Host) -> Check:
     if not host.may_lock_any and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
         missing.append("neither CAP_IPC_LOCK nor an unlimited memlock")
     if missing:
-        return Check("container", Status.WARNING, f"{kind}: {', '.join(missing)}", f"start it with {container_flags(host)}")
+        return Check(
+            "container", Status.WARNING, f"{kind}: {', '.join(missing)}", f"start it with {container_flags(host)}"
+        )
     return Check("container", Status.OK, f"{kind}, with /dev/infiniband and pinning allowed")
 
 

@@ -30,14 +30,20 @@ class OwnerProcess:
         gid_index: int | None = None,
     ) -> None:
         """Starts it; `wait_ready` tells when it serves. Arguments as `cotra serve`."""
-        command = [sys.executable, "-P", "-m", "cotra_rdma.cli", "serve", *map(os.fspath, paths), "--json"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "cotra_rdma.cli",
+            "serve",
+            *(os.fspath(path) for path in paths),
+            "--json",
+        ]
         command += ["--until-stdin-closes", "--listen", listen, "--transport", ",".join(transports)]
         command += ["--device", device] if device is not None else []
         command += ["--gid-index", str(gid_index)] if gid_index is not None else []
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr)
         self._ready: dict[str, Any] = {}
 
     @property
@@ -46,7 +52,7 @@ class OwnerProcess:
         return self._process.pid
 
     def wait_ready(self, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Waits until it serves, and returns what `cotra serve --json` printed. Raises `PeerError` when it ended or hangs."""
+        """Waits until it serves; what `cotra serve --json` printed. Raises `PeerError` when it ended or hangs."""
         assert self._process.stdout is not None
         if not self._ready:
             readable, _, _ = select.select([self._process.stdout], [], [], timeout_s)

@@ -1,4 +1,4 @@
-"""The checks of `cotra doctor` that go through libibverbs: library, devices, ports, GIDs, and real READs. Nothing here prints."""
+"""The checks of `cotra doctor` that go through libibverbs: library, devices, ports, GIDs, real READs. No printing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BEST_MTU = 4096
 
 
 def verbs_checks(host: Host, device: str | None, gid_index: int | None, peer: str | None) -> Iterator[Check]:
-    """Library and devices; then ports, GIDs and a READ of the device by itself. Stops at the first that blocks the next."""
+    """Library, devices, ports, GIDs, and a READ of the device by itself; up to the first that blocks the next."""
     check = library_check()
     yield check
     if check.status is Status.FAILED:
@@ -109,7 +109,11 @@ def port_check(host: Host, device: str, port: PortInfo, *, needed: bool) -> Chec
     seen = f"{PORT_STATES.get(port.state, port.state)}, {layer}, MTU {port.active_mtu_bytes}"
     netdev = _netdev(host, device, port.port)
     if port.state != ACTIVE:
-        remedy = f"sudo ip link set dev {netdev} up" if layer == "Ethernet" else "start a subnet manager: sudo systemctl start opensm"
+        remedy = (
+            f"sudo ip link set dev {netdev} up"
+            if layer == "Ethernet"
+            else "start a subnet manager: sudo systemctl start opensm"
+        )
         return Check(name, Status.FAILED if needed else Status.WARNING, seen, remedy)
     if port.active_mtu_bytes < BEST_MTU and layer == "Ethernet":
         remedy = f"on both ends, where the switches allow it: sudo ip link set dev {netdev} mtu {ROCE_MTU}"
@@ -160,7 +164,12 @@ def read_check(name: str, channel: Channel, expected: bytes | None = None) -> Ch
     """READs of 1 KiB over a channel: that they come back, with the right bytes, and how long they take."""
     data = channel.read(0, READ_BYTES)
     if expected is not None and data != expected:
-        return Check(name, Status.FAILED, "the bytes that came back are not those of the region", "replace the driver or firmware")
+        return Check(
+            name,
+            Status.FAILED,
+            "the bytes that came back are not those of the region",
+            "replace the driver or firmware",
+        )
     _, latencies = channel.read_loop(np.zeros(READS, np.uint64), READ_BYTES)
     return Check(name, Status.OK, f"{READ_BYTES} bytes, {np.median(latencies) / 1e3:.1f} us typical")
 
@@ -179,3 +188,8 @@ def _ip(peer_host: str | None) -> str | None:
         return None if peer_host is None else str(socket.getaddrinfo(peer_host.strip("[]"), None)[0][4][0])
     except OSError:
         return None
+
+
+def peer_check(address: str, device: str | None, gid_index: int | None, timeout_s: float) -> Check:
+    """Real READs of 1 KiB of a peer's region over verbs; where that cannot be had, the path that works."""
+    raise NotImplementedError

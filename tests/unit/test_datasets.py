@@ -113,9 +113,7 @@ def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.fvecs", "a.bvecs", "a.hdf5"])
-@pytest.mark.parametrize(
-    "content", [b"", b"abc", b"\xff" * 100, b"\0" * 100, b"not a vector file at all\n" * 9]
-)
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100, b"\0" * 100, b"not a vector file at all\n" * 9])
 def test_foreign_bytes(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FormatError, match=name):

@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Vector search in a peer's memory: HNSW graphs walked by one-sided RDMA READs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 all went well; 1 an error, told in one line on stderr; 2 the command line was wrong.",
 )
@@ -45,4 +45,4 @@ def _options(
 
 def main() -> None:
     """Runs the command line, and exits."""
-    app()
+    app(prog_name="cotra")

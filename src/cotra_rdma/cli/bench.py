@@ -15,22 +15,23 @@ from cotra_rdma.cli import output
 from cotra_rdma.cli.options import (
     ConstructionEf,
     GraphM,
+    GroundTruth,
     Json,
     MetricName,
-    OptionalFile,
     Threads,
     comma_list,
+    input_file,
     numbers,
 )
 
-EPILOG = """[bold]Examples[/]
+EPILOG = """**Examples**
 
 cotra bench --dataset data/sift128 --transport shm,model:rtt=5us --ef 32,48,64,96 --beam 1,4
 
 cotra bench --dataset glove-100-angular.hdf5 --threads 2 --json > rows.jsonl
 
-QPS is the median of the repeats for the whole batch of queries; p50 and p99 are of calls with one query. Every configuration is measured
-once a repeat, in turn. With --json: one row a line, and last {"summary": ...}.
+QPS is the median of the repeats for the whole batch of queries; p50 and p99 are of calls with one query. Every
+configuration is measured once a repeat, in turn. With --json: one row a line, and last {"summary": ...}.
 """
 
 TARGETS = (0.95, 0.99)
@@ -46,9 +47,9 @@ def bench(
             help="DIR/NAME of NAME_base.npy, NAME_queries.npy and NAME_gt.npy, or an ann-benchmarks .hdf5.",
         ),
     ] = None,
-    base: OptionalFile = None,
-    queries: OptionalFile = None,
-    ground_truth: OptionalFile = None,
+    base: Annotated[Path | None, input_file("Vectors, in place of those of the data set.")] = None,
+    queries: Annotated[Path | None, input_file("Queries, in place of those of the data set.")] = None,
+    ground_truth: GroundTruth = None,
     metric: Annotated[
         MetricName | None, typer.Option(help="Default: the file's own, else the one the ground truth is sorted by.")
     ] = None,
@@ -56,14 +57,17 @@ def bench(
     ef: Annotated[str, typer.Option(metavar="N[,N...]", help="Candidates kept during a search, each at least k.")] = (
         "16,24,32,48,64,96,128,192,256"
     ),
-    beam: Annotated[str, typer.Option(metavar="N[,N...]", help="Nodes expanded a round; hnswlib has no such thing.")] = "4",
+    beam: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="Nodes expanded a round; hnswlib has no such thing.")
+    ] = "4",
     transport: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[,NAME...]",
             show_default="shm",
-            help="shm, verbs, rpc: an owner process on this host. local: this process. model:rtt=5us:gbit=100:mreads=10: "
-            "this process, and a fabric with that round trip, bandwidth and READ rate. May be repeated.",
+            help="shm, verbs, rpc: an owner process on this host. local: this process. "
+            "model:rtt=5us:gbit=100:mreads=10: the same, and a fabric with that round trip, "
+            "bandwidth and READ rate. May be repeated.",
         ),
     ] = None,
     threads: Threads = 1,
@@ -72,7 +76,12 @@ def bench(
     ef_construction: ConstructionEf = 200,
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", file_okay=False, show_default="~/.cache/cotra-rdma", help="Where built graphs are kept for the next run."),
+        typer.Option(
+            metavar="DIR",
+            file_okay=False,
+            show_default="~/.cache/cotra-rdma",
+            help="Where built graphs are kept for the next run.",
+        ),
     ] = None,
     hnswlib: Annotated[bool, typer.Option("--hnswlib/--no-hnswlib", help="Measure hnswlib beside it.")] = True,
     as_json: Json = False,
@@ -134,7 +143,19 @@ def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparis
         f"M={plan.M}, ef_construction={plan.ef_construction}, threads={plan.n_threads}, repeats={plan.repeats}"
     )
     output.print_table(
-        ("system", ">ef", f">recall@{plan.k}", ">QPS", ">(min-max)", ">p50 us", ">p99 us", ">READs", ">rounds", ">KiB", ">owner CPU us"),
+        (
+            "system",
+            ">ef",
+            f">recall@{plan.k}",
+            ">QPS",
+            ">(min-max)",
+            ">p50 us",
+            ">p99 us",
+            ">READs",
+            ">rounds",
+            ">KiB",
+            ">owner CPU us",
+        ),
         (
             (
                 _label(point),
@@ -158,8 +179,12 @@ def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparis
             output.out.print(f"recall {line.recall}: {_label(line)}: not reached in this sweep")
             continue
         ratio = "" if line.qps_ratio is None or line.system == "hnswlib" else f", {line.qps_ratio:.2f} x hnswlib"
-        cost = "" if line.reads_per_query is None else (
-            f", {line.reads_per_query:.1f} READs, {_number(line.rounds_per_query)} rounds, "
-            f"{_number((line.bytes_per_query or 0) / 1024)} KiB a query"
+        cost = (
+            ""
+            if line.reads_per_query is None
+            else (
+                f", {line.reads_per_query:.1f} READs, {_number(line.rounds_per_query)} rounds, "
+                f"{_number((line.bytes_per_query or 0) / 1024)} KiB a query"
+            )
         )
         output.out.print(f"recall {line.recall}: {_label(line)}: {line.qps:,.0f} QPS{ratio}{cost}", soft_wrap=True)

@@ -14,7 +14,7 @@ from cotra_rdma.cli.options import ConstructionEf, GraphM, Json, MetricName
 from cotra_rdma.collection import build_collection
 from cotra_rdma.datasets import open_vectors
 
-EPILOG = """[bold]Examples[/]
+EPILOG = """**Examples**
 
 cotra build base.fvecs index --shards 4
 
@@ -30,12 +30,17 @@ def build(
             metavar="INPUT",
             exists=True,
             dir_okay=False,
-            help="Vectors, of any float dtype or uint8: .npy, .fvecs, .bvecs (these may be larger than memory) or ann-benchmarks .hdf5.",
+            help="Vectors, of any float dtype or uint8: .npy, .fvecs, .bvecs (these may be larger than memory) or "
+            "ann-benchmarks .hdf5.",
         ),
     ],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", file_okay=False, help="Where the shard files go.")],
-    shards: Annotated[int, typer.Option("--shards", min=1, metavar="N", help="Shard files to split the rows over.")] = 1,
-    metric: Annotated[MetricName | None, typer.Option(help="Distance. Default: what an HDF5 file says, else l2.")] = None,
+    shards: Annotated[
+        int, typer.Option("--shards", min=1, metavar="N", help="Shard files to split the rows over.")
+    ] = 1,
+    metric: Annotated[
+        MetricName | None, typer.Option(help="Distance. Default: what an HDF5 file says, else l2.")
+    ] = None,
     M: GraphM = 16,
     ef_construction: ConstructionEf = 200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the graph's levels and of the code's rotation.")] = 100,
@@ -76,11 +81,16 @@ def build(
     output.print_table(
         ("shard", ">vectors", ">first id", ">size"),
         (
-            (str(out_dir / shard.name), f"{shard.count:,}", f"{shard.first_id:,}", output.human_bytes(shard.image_bytes))
+            (
+                str(out_dir / shard.name),
+                f"{shard.count:,}",
+                f"{shard.first_id:,}",
+                output.human_bytes(shard.image_bytes),
+            )
             for shard in collection.shards
         ),
     )
     output.out.print(
-        f"{collection.count:,} x {collection.dim} vectors, {collection.metric}, M={M}, ef_construction={ef_construction}: "
-        f"{seconds:.1f} s, {collection.count / seconds:,.0f} vectors/s",
+        f"{collection.count:,} x {collection.dim} vectors, {collection.metric}, M={M}, "
+        f"ef_construction={ef_construction}: {seconds:.1f} s, {collection.count / seconds:,.0f} vectors/s",
     )

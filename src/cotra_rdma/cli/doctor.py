@@ -13,7 +13,7 @@ from cotra_rdma.cli.options import Device, GidIndex, Json, Timeout
 from cotra_rdma.diagnosis import Check, Host, Status, host_checks, usable
 from cotra_rdma.verbs_diagnosis import peer_check, verbs_checks
 
-EPILOG = """[bold]Examples[/]
+EPILOG = """**Examples**
 
 cotra doctor
 
@@ -29,7 +29,11 @@ MARKS = {Status.OK: "[green]ok[/]", Status.WARNING: "[yellow]warning[/]", Status
 def doctor(
     peer: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", show_default=False, help="HOST:PORT of an owner: also do a real 1 KiB READ of its memory."),
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="HOST:PORT of an owner: also do a real 1 KiB READ of its memory.",
+        ),
     ] = None,
     device: Device = None,
     gid_index: GidIndex = None,
@@ -53,7 +57,9 @@ def doctor(
 
 
 def _show(checks: list[Check], good: bool) -> None:
-    output.print_table(("check", "", "seen"), ((check.name, MARKS[check.status], escape(check.seen)) for check in checks))
+    output.print_table(
+        ("check", "", "seen"), ((check.name, MARKS[check.status], escape(check.seen)) for check in checks)
+    )
     for check in checks:
         if check.remedy:
             output.out.print(f"{MARKS[check.status]} {check.name}:", soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,19 +21,33 @@ class MetricName(StrEnum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs, in place of tables.")]
-GraphM = Annotated[int, typer.Option("--M", "-M", min=2, help="Links of a node on an upper layer; twice as many on level 0.")]
+GraphM = Annotated[
+    int, typer.Option("--M", "-M", min=2, help="Links of a node on an upper layer; twice as many on level 0.")
+]
 ConstructionEf = Annotated[int, typer.Option(min=1, help="Candidates considered for each vector while building.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that search, each with its own connection.")]
 Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="RDMA device. Default: the first with an active port.", show_default=False)
+    str | None,
+    typer.Option(metavar="NAME", help="RDMA device. Default: the first with an active port.", show_default=False),
 ]
 GidIndex = Annotated[
     int | None,
-    typer.Option(min=0, metavar="N", help="Index in the port's GID table. Default: the ranked choice.", show_default=False),
+    typer.Option(
+        min=0, metavar="N", help="Index in the port's GID table. Default: the ranked choice.", show_default=False
+    ),
 ]
 Timeout = Annotated[float, typer.Option(min=0.001, help="The longest wait for an owner's answer, in seconds.")]
-InputFile = typer.Option(metavar="FILE", exists=True, dir_okay=False, show_default=False)
-OptionalFile = Annotated[Path | None, InputFile]
+
+
+def input_file(description: str) -> Any:
+    """An option that names a file which must be there."""
+    return typer.Option(metavar="FILE", exists=True, dir_okay=False, show_default=False, help=description)
+
+
+GroundTruth = Annotated[
+    Path | None,
+    input_file("Ids of each query's nearest vectors, nearest first: .npy, .ivecs, or an HDF5 file's \"neighbors\"."),
+]
 
 
 def comma_list(values: Iterable[str]) -> list[str]:

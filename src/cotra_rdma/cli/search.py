@@ -11,12 +11,12 @@ import typer
 
 from cotra_rdma.benchmark import recall
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import InputFile, Json, OptionalFile, Threads, Timeout
+from cotra_rdma.cli.options import GroundTruth, Json, Threads, Timeout, input_file
 from cotra_rdma.cluster import SearchResult, connect
 from cotra_rdma.datasets import read_ground_truth, read_queries
 from cotra_rdma.errors import InvalidInputError
 
-EPILOG = """[bold]Examples[/]
+EPILOG = """**Examples**
 
 cotra search 10.0.0.1:7700 10.0.0.1:7701 --queries queries.fvecs --k 10 --ef 128 --out answers.npz
 
@@ -28,21 +28,27 @@ SHOWN_QUERIES = 3
 
 @output.verb
 def search(
-    addresses: Annotated[list[str], typer.Argument(metavar="ADDRESS...", help="HOST:PORT of each shard's owner.")],
-    queries: Annotated[Path, InputFile],
+    addresses: Annotated[list[str], typer.Argument(metavar="ADDRESS", help="HOST:PORT of each shard's owner.")],
+    queries: Annotated[Path, input_file('Vectors to search for; of an HDF5 file its "test" set.')],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Answers to each query.")] = 10,
-    ef: Annotated[int, typer.Option(min=1, help="Candidates kept during a search, at least k: more is slower and finds more.")] = 64,
-    beam: Annotated[int, typer.Option(min=1, help="Nodes expanded a round: more is fewer round trips and more READs.")] = 4,
+    ef: Annotated[
+        int, typer.Option(min=1, help="Candidates kept during a search, at least k: more is slower and finds more.")
+    ] = 64,
+    beam: Annotated[
+        int, typer.Option(min=1, help="Nodes expanded a round: more is fewer round trips and more READs.")
+    ] = 4,
     transport: Annotated[
         str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
     ] = "auto",
     threads: Threads = 1,
-    ground_truth: OptionalFile = None,
+    ground_truth: GroundTruth = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", dir_okay=False, show_default=False,
-            help="Write the answers: .npz with ids int64[n, k] and distances float32[n, k], or .npy with both as fields.",
+            metavar="FILE",
+            dir_okay=False,
+            show_default=False,
+            help="Write the answers: .npz of ids int64[n, k] and distances float32[n, k], or .npy of both as fields.",
         ),
     ] = None,
     timeout: Timeout = 5.0,
@@ -58,7 +64,7 @@ def search(
     truth = None if ground_truth is None else read_ground_truth(ground_truth)
     if truth is not None and (len(truth) != len(vectors) or truth.shape[1] < k):
         raise InvalidInputError(
-            f"{ground_truth}: ground truth is {list(truth.shape)}; {len(vectors)} queries and k={k} need [{len(vectors)}, >= {k}]"
+            f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
         )
     with connect(addresses, transport=transport, timeout_s=timeout) as cluster:
         begin = time.perf_counter()

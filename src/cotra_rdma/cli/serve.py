@@ -17,14 +17,15 @@ from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, Device, GidIndex, Json, transports
 from cotra_rdma.collection import shard_paths
 from cotra_rdma.errors import InvalidInputError
-from cotra_rdma.server import Server, serve as serve_shard
+from cotra_rdma.server import Server
+from cotra_rdma.server import serve as serve_shard
 from cotra_rdma.shard import Shard
 
-EPILOG = """[bold]Examples[/]
+EPILOG = """**Examples**
 
 cotra serve index --listen 0.0.0.0:7700
 
-cotra serve index/shard-000.cotra index/shard-001.cotra --listen 10.0.0.1:7700 --device mlx5_0 --gid-index 3 --transport verbs
+cotra serve index/shard-000.cotra --listen 10.0.0.1:7700 --device mlx5_0 --gid-index 3 --transport verbs,rpc
 
 The first shard listens on PORT, the next on PORT + 1, and so on. SIGTERM and Ctrl-C end it cleanly, with status 0.
 """
@@ -34,7 +35,7 @@ The first shard listens on PORT, the next on PORT + 1, and so on. SIGTERM and Ct
 def serve(
     shards: Annotated[
         list[Path],
-        typer.Argument(metavar="SHARD...", exists=True, help="Shard files, or directories that `cotra build` made."),
+        typer.Argument(metavar="SHARD", exists=True, help="Shard files, or directories that `cotra build` made."),
     ],
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where peers connect; PORT 0: a free one for each shard.")
@@ -51,7 +52,7 @@ def serve(
 ) -> None:
     """Serve shards: peers read their memory, or ask over RPC where they cannot.
 
-    With --json, one line when ready: {"address", "shards", "region", "transports"}; "address" and "region" are the first shard's.
+    With --json, one line when ready: {"address", "shards", "region", "transports"}; all but "shards" of the first.
     """
     offered = transports(transport)
     host, port = _host_port(listen)
@@ -138,7 +139,9 @@ def _print_ready(served: list[dict[str, Any]], *, as_json: bool) -> None:
                 shard["metric"],
                 shard["address"],
                 ", ".join(shard["transports"]),
-                "none: no verbs device" if (r := shard["region"]) is None else f"{r['addr']:#x}, {r['rkey']:#x}, {r['len']:,}",
+                "none: no verbs device"
+                if (r := shard["region"]) is None
+                else f"{r['addr']:#x}, {r['rkey']:#x}, {r['len']:,}",
             )
             for shard in served
         ),
