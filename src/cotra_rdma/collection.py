@@ -114,9 +114,11 @@ def build_collection(
         raise InvalidInputError(f"{vectors.count} rows cannot be split into {n_shards} shards")
     if out.exists() and not out.is_dir():
         raise InvalidInputError(f"{out}: exists and is not a directory")
-    old = [*out.glob("shard-*.cotra"), *out.glob(MANIFEST)]
+    old = sorted([*out.glob("shard-*.cotra"), *out.glob(MANIFEST)])
     if old and not force:
-        raise InvalidInputError(f"{out}: holds a collection already ({old[0].name}); force (--force) replaces it")
+        raise InvalidInputError(
+            f"{out}: holds a collection already ({old[0].name}); it is replaced only with force (--force)"
+        )
     generation = _generation(out) + 1
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import typer
 
 from cotra_rdma.benchmark import recall
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import Json
+from cotra_rdma.cli.options import TRANSPORTS, Json, transports
 from cotra_rdma.cluster import Cluster, connect
 from cotra_rdma.collection import build_collection, shard_paths
 from cotra_rdma.datasets import open_vectors
@@ -52,6 +52,7 @@ def demo(
     Builds four shards, starts an owner process for each, and walks their graphs from this one. Takes half a minute, and
     leaves nothing behind.
     """
+    transports([transport], ("auto", *TRANSPORTS))
     vectors, names = _load()
     numbers = {name: number for number, name in enumerate(names)}
     wanted = words or list(WORDS)

@@ -11,7 +11,7 @@ import typer
 
 from cotra_rdma.benchmark import recall
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import GroundTruth, Json, Threads, Timeout, input_file
+from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, Timeout, input_file, transports
 from cotra_rdma.cluster import SearchResult, connect
 from cotra_rdma.datasets import read_ground_truth, read_queries
 from cotra_rdma.errors import InvalidInputError
@@ -60,6 +60,7 @@ def search(
     """
     if out is not None and out.suffix not in (".npy", ".npz"):
         raise typer.BadParameter(f"{out} must end in .npy or .npz", param_hint="--out")
+    transports([transport], ("auto", *TRANSPORTS))
     vectors = read_queries(queries)
     truth = None if ground_truth is None else read_ground_truth(ground_truth)
     if truth is not None and (len(truth) != len(vectors) or truth.shape[1] < k):

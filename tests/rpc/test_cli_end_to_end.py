@@ -1,0 +1,145 @@
+"""The `cotra` command as a user types it: build, serve in a process of its own, search it, stop it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cotra_rdma.benchmark import distances
+from cotra_rdma.errors import PeerError
+from cotra_rdma.owner_process import OwnerProcess
+
+N, DIM, N_QUERIES = 3000, 24, 50
+COTRA = (sys.executable, "-m", "cotra_rdma.cli")
+
+
+def cotra(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*COTRA, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def answer(*arguments: object) -> Any:
+    return json.loads(cotra(*arguments, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, queries and ground truth, and an index of two shards."""
+    path = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(5)
+    base, queries = (rng.normal(size=(n, DIM)).astype(np.float32) for n in (N, N_QUERIES))
+    truth = np.stack([np.argsort(distances("l2", query, base))[:10] for query in queries])
+    for name, array in (("base", base), ("queries", queries), ("gt", truth)):
+        np.save(path / f"small_{name}.npy", array)
+    answer("build", path / "small_base.npy", path / "index", "--shards", 2, "--threads", 1)
+    return path
+
+
+@pytest.mark.parametrize("transport", ["shm", "rpc"])
+def test_build_serve_search(data: Path, tmp_path: Path, transport: str) -> None:
+    with OwnerProcess([data / "index"], transports=("shm", "rpc")) as owner:
+        ready = owner.wait_ready()
+        assert ready["address"] == ready["shards"][0]["address"]
+        assert ready["region"] is None
+        assert ready["transports"] == ["shm", "rpc"]
+        assert [shard["count"] for shard in ready["shards"]] == [N // 2, N // 2]
+        asked = (*owner.addresses, "--queries", data / "small_queries.npy", "--ef", 128, "--transport", transport)
+        summary = answer("search", *asked, "--ground-truth", data / "small_gt.npy", "--out", tmp_path / "found.npz")
+        assert summary["recall"] > 0.95
+        assert summary["transports"] == dict.fromkeys(owner.addresses, transport)
+        assert summary["coverage"] == 1.0
+        assert summary["qps"] > 0
+        assert 0 < summary["p50_us"] <= summary["p99_us"]
+        if transport == "shm":
+            assert summary["reads_per_query"] >= summary["rounds_per_query"] > 1
+            assert summary["bytes_per_query"] > summary["reads_per_query"]
+        with np.load(tmp_path / "found.npz") as found:
+            ids, near = found["ids"], found["distances"]
+        assert (ids.dtype, ids.shape, near.dtype) == (np.int64, (N_QUERIES, 10), np.float32)
+        base, queries = (np.load(data / f"small_{name}.npy") for name in ("base", "queries"))
+        np.testing.assert_allclose(near[0], distances("l2", queries[0], base[ids[0]]), rtol=1e-4)
+        assert answer("search", *asked, "--out", tmp_path / "found.npy")["recall"] is None
+        fields = np.load(tmp_path / "found.npy")
+        np.testing.assert_array_equal(fields["id"], ids)
+        np.testing.assert_array_equal(fields["distance"], near)
+        assert "recall@10" in cotra("search", *asked).stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_serve_cleanly(data: Path, number: signal.Signals) -> None:
+    command = [*COTRA, "serve", str(data / "index"), "--json", "--transport", "shm,rpc"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["shards"]
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, b"")
+
+
+def test_an_owner_process_ends_with_the_one_that_started_it(data: Path) -> None:
+    program = (
+        "import sys; from cotra_rdma.owner_process import OwnerProcess; "
+        "owner = OwnerProcess(sys.argv[1:], transports=('rpc',)); owner.wait_ready(); assert owner.cpu_s() > 0; "
+        "print(owner.pid, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(data / "index")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        owner = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+    ended, _, _ = select.select([owner], [], [], 30)
+    os.close(owner)
+    assert ended
+
+
+def test_an_owner_that_cannot_start_says_why(data: Path) -> None:
+    with (
+        OwnerProcess([data / "small_base.npy"], transports=("rpc",)) as owner,
+        pytest.raises(PeerError, match=r"did not start: .*small_base\.npy"),
+    ):
+        owner.wait_ready()
+
+
+def test_verbs_by_name_where_there_is_none_says_why(data: Path) -> None:
+    with OwnerProcess([data / "index"], transports=("shm", "rpc")) as owner:
+        failed = cotra(
+            *("search", *owner.addresses, "--queries", data / "small_queries.npy", "--transport", "verbs", "--json"),
+            status=1,
+        )
+        assert "verbs" in json.loads(failed.stderr)["error"]["message"]
+
+
+def test_doctor_names_the_path_that_works(data: Path) -> None:
+    with OwnerProcess([data / "index"], transports=("shm", "rpc")) as owner:
+        report = json.loads(cotra("doctor", "--peer", owner.addresses[0], "--json", status=1).stdout)
+        (peer,) = (check for check in report["checks"] if check["name"].startswith("peer"))
+        assert peer["status"] == "failed"
+        assert "shm" in peer["seen"]
+
+
+def test_bench(data: Path, tmp_path: Path) -> None:
+    done = cotra(
+        *("bench", "--dataset", data / "small", "--ef", "16,64", "--transport", "shm,rpc,local,model:rtt=5us"),
+        *("--repeats", 2, "--cache", tmp_path, "--json"),
+    )
+    *rows, last = map(json.loads, done.stdout.splitlines())
+    assert [(row["system"], row["transport"]) for row in rows[:5]] == [
+        ("hnswlib", None),
+        *(("cotra", transport) for transport in ("shm", "rpc", "local", "model:rtt=5us")),
+    ]
+    assert len(rows) == 10
+    by_path = {row["transport"]: row for row in rows[5:]}
+    assert len({by_path[path]["recall"] for path in ("shm", "rpc", "local", "model:rtt=5us")}) == 1
+    assert by_path["shm"]["owner_cpu_us_per_query"] < by_path["rpc"]["owner_cpu_us_per_query"]
+    assert len(last["summary"]) == 10
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,178 @@
+"""The `cotra` command without a network: help, usage errors, the shape of errors, build, doctor."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from cotra_rdma import verbs_diagnosis
+from cotra_rdma.cli import app, options
+from cotra_rdma.collection import Collection
+from cotra_rdma.diagnosis import Check, Host, Status
+
+VERBS = ("build", "serve", "search", "doctor", "demo", "bench")
+
+
+def cotra(*arguments: object) -> Result:
+    """Runs the command in this process; what it prints is `stdout` and `stderr`, without colours."""
+    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> Path:
+    np.save(tmp_path / "base.npy", np.random.default_rng(1).normal(size=(200, 8)).astype(np.float32))
+    return tmp_path / "base.npy"
+
+
+@pytest.fixture
+def shard(vectors: Path, tmp_path: Path) -> Path:
+    assert cotra("build", vectors, tmp_path / "index").exit_code == 0
+    return tmp_path / "index" / "shard-000.cotra"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_names_every_option_and_gives_examples(verb: str) -> None:
+    result = cotra(verb, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.stdout
+    assert f"cotra {verb}" in result.stdout.split("Examples")[1]
+    rows = [line for line in result.stdout.splitlines() if re.search(r" --[a-zA-Z]", line) and line.startswith("│")]
+    assert rows
+    assert all(len(row.strip("│ ").split()) > 3 for row in rows), "an option without help"
+
+
+def test_version_and_no_arguments() -> None:
+    assert re.fullmatch(r"cotra \d+\.\d+\.\d+\S*\n", cotra("--version").stdout)
+    assert all(verb in cotra().stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("fly",), "No such command"),
+        (("build",), "Missing argument"),
+        (("build", "nowhere.npy", "out"), "nowhere.npy"),
+        (("build", __file__, "out", "--shards", "0"), "--shards"),
+        (("build", __file__, "out", "--metric", "manhattan"), "manhattan"),
+        (("serve", __file__, "--listen", "7700"), "not HOST:PORT"),
+        (("serve", __file__, "--listen", "localhost:70000"), "not HOST:PORT"),
+        (("serve", __file__, "--transport", "verbs,tcp"), "'tcp' is not one of verbs, shm, rpc"),
+        (("search", "127.0.0.1:1"), "--queries"),
+        (("search", "127.0.0.1:1", "--queries", __file__, "--out", "answers.csv"), "must end in .npy or .npz"),
+        (("search", "127.0.0.1:1", "--queries", __file__, "--transport", "tcp"), "'tcp' is not one of"),
+        (("bench",), "give --dataset"),
+        (("bench", "--dataset", "x", "--ef", "16,many"), "'16,many' is not a list"),
+        (("bench", "--dataset", "x", "--ef", "8"), "8 is less than k = 10"),
+    ],
+)
+def test_usage_errors_are_status_2(arguments: tuple[str, ...], reason: str) -> None:
+    result = cotra(*arguments)
+    assert result.exit_code == 2
+    assert reason in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_errors_are_one_line_and_status_1(tmp_path: Path, as_json: bool) -> None:
+    (tmp_path / "base.npy").write_bytes(b"no vectors here")
+    result = cotra("build", tmp_path / "base.npy", tmp_path / "out", *["--json"] * as_json)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1
+    if as_json:
+        error = json.loads(result.stderr)["error"]
+        assert (error["type"], error["shard"]) == ("FormatError", None)
+        assert "not a whole .npy file" in error["message"]
+    else:
+        assert result.stderr.startswith(f"error: {tmp_path / 'base.npy'}: not a whole .npy file")
+
+
+def test_build(vectors: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    report = json.loads(cotra("build", vectors, out, "--shards", 3, "--M", 8, "--metric", "ip", "--json").stdout)
+    assert (report["count"], report["M"], report["metric"], report["out_dir"]) == (200, 8, "ip", str(out))
+    assert [entry["count"] for entry in report["shards"]] == [66, 67, 67]
+    assert len(Collection.load(out).shards) == 3
+    again = cotra("build", vectors, out)
+    assert again.exit_code == 1
+    assert "--force" in again.stderr
+    shown = cotra("build", vectors, out, "--force")
+    assert shown.exit_code == 0
+    assert "200 x 8 vectors, l2" in shown.stdout
+
+
+def test_serve_tells_bad_shards(shard: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.cotra"
+    truncated.write_bytes(shard.read_bytes()[:-100])
+    for path in (truncated, tmp_path):
+        result = cotra("serve", path, "--json")
+        assert result.exit_code == 1
+        assert json.loads(result.stderr)["error"]["type"] == "FormatError"
+
+
+def test_search_of_nobody(vectors: Path) -> None:
+    result = cotra("search", "127.0.0.1:1", "--queries", vectors, "--timeout", 0.2, "--json")
+    assert result.exit_code == 1
+    assert "127.0.0.1:1" in json.loads(result.stderr)["error"]["message"]
+
+
+def test_search_with_a_ground_truth_of_other_queries(vectors: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "gt.npy", np.zeros((3, 10), np.int32))
+    result = cotra("search", "127.0.0.1:1", "--queries", vectors, "--ground-truth", tmp_path / "gt.npy")
+    assert result.exit_code == 1
+    assert "must be [200, 10 or more]" in result.stderr
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_doctor(monkeypatch: pytest.MonkeyPatch, usable: bool) -> None:
+    found = Check(
+        "thing", Status.OK if usable else Status.FAILED, "this [bold]was[/] seen", "" if usable else "do that"
+    )
+    monkeypatch.setattr("cotra_rdma.cli.doctor.verbs_checks", lambda *_: iter([found]))
+    monkeypatch.setattr("cotra_rdma.cli.doctor.host_checks", lambda _: iter([Check("other", Status.WARNING, "x", "y")]))
+    report = cotra("doctor", "--json")
+    assert report.exit_code == (0 if usable else 1)
+    assert json.loads(report.stdout)["usable"] is usable
+    assert json.loads(report.stdout)["checks"][0]["name"] == "thing"
+    shown = cotra("doctor")
+    assert shown.exit_code == report.exit_code
+    assert "this [bold]was[/] seen" in shown.stdout
+    assert ("do that" in shown.stdout) is not usable
+
+
+def test_demo_of_a_word_that_is_not_there() -> None:
+    result = cotra("demo", "king", "xyzzyplugh")
+    assert result.exit_code == 1
+    assert "xyzzyplugh" in result.stderr
+    assert "king" not in result.stderr
+
+
+def test_numbers_and_lists() -> None:
+    assert options.comma_list(["a,b", " c ", ",,"]) == ["a", "b", "c"]
+    assert options.numbers("64, 16,16", "--ef") == [16, 64]
+    assert options.transports(["shm,rpc", "shm"]) == ("shm", "rpc")
+
+
+def test_no_device_has_the_remedy(tmp_path: Path) -> None:
+    assert "rdma link add rxe0 type rxe netdev eth0" in verbs_diagnosis.soft_roce(Host(tmp_path))
+    vendor = tmp_path / "sys/bus/pci/devices/0000:01:00.0/vendor"
+    vendor.parent.mkdir(parents=True)
+    vendor.write_text("0x15b3\n")
+    assert verbs_diagnosis.soft_roce(Host(tmp_path)).startswith("sudo modprobe mlx5_ib")
+
+
+def test_every_command_in_the_docs_has_the_options_it_uses() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    commands = re.findall(
+        r"^cotra (\w+)(.*)$", "".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL)), re.MULTILINE
+    )
+    assert {verb for verb, _ in commands} == set(VERBS)
+    for verb, arguments in commands:
+        known = set(re.findall(r"--[\w-]+", cotra(verb, "--help").stdout))
+        assert set(re.findall(r"--[\w-]+", arguments)) <= known, f"cotra {verb}{arguments}"
