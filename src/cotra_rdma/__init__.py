@@ -2,8 +2,63 @@
 
 from __future__ import annotations
 
-from cotra_rdma.arena import Arena
-from cotra_rdma.region import MemoryRegion
-from cotra_rdma.shard import Shard
+from importlib.metadata import version
 
-__all__ = ["Arena", "MemoryRegion", "Shard"]
+from cotra_rdma.arena import Arena
+from cotra_rdma.channel import FabricModel
+from cotra_rdma.cluster import Cluster, SearchResult, connect
+from cotra_rdma.errors import (
+    BoundsError,
+    ChecksumError,
+    ClosedError,
+    CompletionError,
+    CotraError,
+    DeadlineError,
+    DeviceNotFoundError,
+    FormatError,
+    InvalidInputError,
+    LossyVectorError,
+    MemlockError,
+    PeerError,
+    StaleShardError,
+    TransportError,
+    VerbsUnavailableError,
+)
+from cotra_rdma.region import MemoryRegion
+from cotra_rdma.rpc import ClientKeys, ServerKeys
+from cotra_rdma.server import Server, serve
+from cotra_rdma.shard import Shard
+from cotra_rdma.verbs import QueuePairOptions, register
+
+__version__ = version("cotra-rdma")
+
+__all__ = [
+    "Arena",
+    "BoundsError",
+    "ChecksumError",
+    "ClientKeys",
+    "ClosedError",
+    "Cluster",
+    "CompletionError",
+    "CotraError",
+    "DeadlineError",
+    "DeviceNotFoundError",
+    "FabricModel",
+    "FormatError",
+    "InvalidInputError",
+    "LossyVectorError",
+    "MemlockError",
+    "MemoryRegion",
+    "PeerError",
+    "QueuePairOptions",
+    "SearchResult",
+    "Server",
+    "ServerKeys",
+    "Shard",
+    "StaleShardError",
+    "TransportError",
+    "VerbsUnavailableError",
+    "connect",
+    "register",
+    "serve",
+]

@@ -161,7 +161,9 @@ class Engine(Handle):
         """
         n = len(queries)
         if queries.ndim != 2 or queries.shape[1] != self._dim:
-            raise InvalidInputError(f"queries must be float32[n, {self._dim}], not {queries.dtype}{list(queries.shape)}")
+            raise InvalidInputError(
+                f"queries must be float32[n, {self._dim}], not {queries.dtype}{list(queries.shape)}"
+            )
         queries = np.ascontiguousarray(queries, np.float32)
         params = ffi.new("cotra_search_params *", (k, ef, beam, inflight, round(timeout_s * 1e9)))
         if not 1 <= k <= ef:

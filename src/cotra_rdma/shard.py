@@ -216,7 +216,9 @@ class Shard:
 
     def __repr__(self) -> str:
         info = self._info
-        return f"<Shard of {info.count} {info.vector_type}[{info.dim}] vectors, {info.metric}, {info.image_bytes} bytes>"
+        return (
+            f"<Shard of {info.count} {info.vector_type}[{info.dim}] vectors, {info.metric}, {info.image_bytes} bytes>"
+        )
 
     def pinned(self, *, lock: bool = True) -> Arena:
         """A sealed memfd arena that holds the image: the shard's own where it is one already, else a copy, made once.
@@ -380,7 +382,9 @@ def _stream_index(index: hnswlib.Index, packer: _Packer) -> None:
 
     A pipe would spare the file, but `save_index` holds the GIL while it writes, so nobody could be sure to be reading.
     """
-    directory = os.environ.get("TMPDIR") or ("/var/tmp" if Path("/var/tmp").is_dir() else None)  # a disk; /tmp may be memory
+    directory = os.environ.get("TMPDIR") or (
+        "/var/tmp" if Path("/var/tmp").is_dir() else None
+    )  # a disk; /tmp may be memory
     with tempfile.TemporaryDirectory(prefix="cotra-", dir=directory) as scratch:
         state = Path(scratch) / "state"
         index.save_index(os.fspath(state))
@@ -401,4 +405,3 @@ def _encode(packer: _Packer, count: int, threads: int, progress: Progress | None
             done += future.result()
             if progress:
                 progress("pack", done, count)
-

@@ -144,3 +144,8 @@ def decode_array(data: Buffer, kind: type[T], what: str) -> T:
 def encode_array(value: Any) -> bytes:
     """A value as MessagePack, integers in their smallest encoding."""
     return msgspec.msgpack.encode(value)
+
+
+def fields_of(value: msgspec.Struct) -> dict[str, Any]:
+    """A wire struct's fields by name."""
+    return {name: getattr(value, name) for name in value.__struct_fields__}

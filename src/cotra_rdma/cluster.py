@@ -1,0 +1,418 @@
+"""`connect`: a reader of one or more shards. Each shard is read over the best path to it, and the answers are merged."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
+from cotra_rdma.engine import Engine, merge
+from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, TransportError, VerbsUnavailableError
+from cotra_rdma.peer import ONE_SIDED, Peer, check_alike
+from cotra_rdma.queries import check_queries
+from cotra_rdma.rpc import ClientKeys, parse_address
+from cotra_rdma.verbs import Device, QueuePairOptions
+
+log = logging.getLogger(__name__)
+
+TRANSPORTS = ("auto", "verbs", "shm", "rpc")
+_LEASE_RENEWAL_S = 15.0
+_MAX_THREADS = 256
+
+_Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The answers to a batch of queries.
+
+    Attributes:
+        ids: int64[n_queries, k], nearest first; -1 where there are fewer.
+        distances: float32[n_queries, k], inf there.
+        shards: int32[n_queries, k]: the position of the shard of each, in the order given to `connect`; -1 there.
+        stats: `cotra_rdma.engine.STATS_DTYPE`[n_queries]: reads, rounds (of the shard with most), expansions, cache_hits
+            (upper-layer nodes looked at without a READ), read_bytes, latency_ns; all else summed over the shards.
+        transports: for each shard the transport that was really used: "verbs", "shm" or "rpc".
+        elapsed_s: of the whole call, in seconds.
+        coverage: the share of the shards that answered: 1.0, for a shard that does not is an error.
+    """
+
+    ids: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+    shards: npt.NDArray[np.int32]
+    stats: npt.NDArray[np.void]
+    transports: tuple[str, ...]
+    elapsed_s: float
+    coverage: float = 1.0
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What one thread searches the one-sided shards with: a channel for each, and an engine over them."""
+
+    engine: Engine
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        self.engine.close()
+        self.stack.close()
+
+
+def connect(
+    addresses: str | Sequence[str],
+    transport: str = "auto",
+    *,
+    device: str | None = None,
+    gid_index: int | None = None,
+    keys: ClientKeys | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    fabric: FabricModel | None = None,
+    queue_pair: QueuePairOptions | None = None,
+) -> Cluster:
+    """Connects to the owners of shards, and reads each shard's header and upper layers once.
+
+    Args:
+        addresses: HOST:PORT of each shard's server; their order numbers the shards.
+        transport: "auto" takes verbs, else shm on the same host, else rpc, for each shard by itself; which, and why not a
+            better one, is in `Cluster.transports` and `Cluster.passed_over`, and logged once. A name is binding.
+        device, gid_index: of verbs on this side; None for the first active device and the GID that ranks best.
+        keys: CURVE keys, where the owners want them.
+        timeout_s: for each call of the control plane.
+        fabric: adds a modelled fabric to every one-sided READ.
+        queue_pair: options of the queue pairs, time-outs say.
+
+    Raises:
+        TransportError: a shard cannot be reached. VerbsUnavailableError: verbs was asked for and cannot be had, and why.
+        InvalidInputError: shards that differ in dim or metric.
+    """
+    given = [addresses] if isinstance(addresses, str) else list(addresses)
+    if not given:
+        raise InvalidInputError("connect needs at least one address")
+    if transport not in TRANSPORTS:
+        raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
+    return Cluster(given, transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions())
+
+
+class Cluster:
+    """A connection to shards; made by `connect`. Searches may come from many threads at once."""
+
+    def __init__(
+        self,
+        addresses: list[str],
+        transport: str,
+        device: str | None,
+        gid_index: int | None,
+        keys: ClientKeys | None,
+        timeout_s: float,
+        fabric: FabricModel | None,
+        options: QueuePairOptions,
+    ) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
+        self._idle: list[_Lane] = []
+        self._ef: int | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._stop_leases = threading.Event()
+        self._leases: threading.Thread | None = None
+        self._device: Device | None = None
+        self._peers: list[Peer] = []
+        try:
+            for index, address in enumerate(addresses):
+                named = {name: getattr(options, name) for name in options.__slots__}
+                named["peer_address"] = _ip_of(address)
+                named["gid_index"] = -1 if gid_index is None else gid_index
+                peer = Peer(
+                    index,
+                    address,
+                    keys=keys,
+                    timeout_ms=max(1, round(timeout_s * 1000)),
+                    options=QueuePairOptions(**named),
+                    fabric=fabric,
+                )
+                self._peers.append(peer)
+            check_alike(self._peers)
+            no_device = self._open_device(transport, device)
+            for peer in self._peers:
+                peer.choose(transport, self._device, no_device)
+        except BaseException:
+            self.close()
+            raise
+        self.dim: int = self._peers[0].shard.dim
+        self.metric: str = self._peers[0].shard.metric
+        self.transports: tuple[str, ...] = tuple(peer.transport for peer in self._peers)
+        self.passed_over: tuple[dict[str, str], ...] = tuple(peer.passed_over for peer in self._peers)
+        self._one_sided = [peer for peer in self._peers if peer.transport in ONE_SIDED]
+        self._by_rpc = [peer for peer in self._peers if peer.transport == "rpc"]
+        if "verbs" in self.transports:
+            self._leases = threading.Thread(target=self._keep_leases, name="cotra-leases", daemon=True)
+            self._leases.start()
+
+    def _open_device(self, transport: str, name: str | None) -> str:
+        """Opens this side's device where it is needed; returns why there is none."""
+        offered = any(peer.capabilities.transports.get("verbs") == "" for peer in self._peers)
+        if transport not in ("auto", "verbs") or (not offered and transport == "auto"):
+            return "not asked for"
+        try:
+            self._device = Device(name)
+        except VerbsUnavailableError as error:
+            if transport == "verbs" or name is not None:
+                raise
+            return str(error)
+        return ""
+
+    def _keep_leases(self) -> None:
+        peers = [peer for peer in self._peers if peer.transport == "verbs"]
+        while not self._stop_leases.wait(_LEASE_RENEWAL_S):
+            for peer in peers:
+                try:
+                    peer.renew()
+                except CotraError as error:  # a search will tell
+                    log.debug("%s: its lease was not renewed: %s", peer, error)
+
+    # ---- what it is connected to ----
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The shards' addresses, in order."""
+        return tuple(peer.address for peer in self._peers)
+
+    def __len__(self) -> int:
+        """Vectors in all shards."""
+        return sum(peer.shard.count for peer in self._peers)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes that this reader keeps of the shards: headers and upper layers."""
+        return sum(peer.view.nbytes for peer in self._peers if peer.view is not None)
+
+    # ---- searching ----
+
+    def search(
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        ef: int = 64,
+        beam: int = 4,
+        n_threads: int = 1,
+        *,
+        inflight: int = 0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> SearchResult:
+        """The k nearest vectors of each query, over all shards.
+
+        Each shard's graph is walked by itself, and the answers are merged by distance, then shard, then id; an id that
+        several shards hold is returned once.
+
+        Args:
+            queries: float32[n_queries, dim] or float32[dim].
+            k: answers for each query, k <= ef. With fewer vectors than k, places stay empty (-1, inf).
+            ef: the pool of candidates in each shard: a larger one finds more, with more READs.
+            beam: nodes expanded a round: a wider one needs fewer rounds, and more READs.
+            n_threads: threads that share the queries, each with its own queue pairs.
+            inflight: queries in progress at once in each thread; 0: chosen for the transport.
+            timeout_s: the longest wait for one READ, or for an owner's answer over RPC.
+
+        Raises:
+            InvalidInputError: a wrong dim, NaN or infinity, k > ef. TransportError and those below it: a shard failed; the
+            error's `shard` tells which.
+        """
+        begin = time.perf_counter()
+        rows = check_queries(queries, self.dim)
+        if not 1 <= k <= ef:
+            raise InvalidInputError(f"k must be in [1, ef], and k is {k} where ef is {ef}")
+        if not 1 <= n_threads <= _MAX_THREADS:
+            raise InvalidInputError(f"n_threads must be in [1, {_MAX_THREADS}], not {n_threads}")
+        if self._closed:
+            raise ClosedError("the cluster is closed")
+        calls = [
+            self._executor().submit(peer.search, rows, k, ef, beam, round(timeout_s * 1000)) for peer in self._by_rpc
+        ]
+        try:
+            answers = self._search_one_sided(rows, k, ef, beam, n_threads, inflight, timeout_s)
+        finally:
+            failures = [error for error in (call.exception() for call in calls) if error is not None]
+        if failures:
+            raise failures[0]
+        ids, distances, shards, stats = self._merge(answers, calls, k, len(rows))
+        return SearchResult(ids, distances, shards, stats, self.transports, time.perf_counter() - begin)
+
+    def _merge(
+        self, one_sided: _Answer | None, calls: list[Future[_Answer]], k: int, n: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]:
+        if not calls:
+            assert one_sided is not None
+            return *merge(one_sided[0], one_sided[1]), one_sided[2]
+        labels = np.empty((len(self._peers), n, k), np.int64)
+        distances = np.empty((len(self._peers), n, k), np.float32)
+        all_stats = []
+        if one_sided is not None:
+            where = [peer.index for peer in self._one_sided]
+            labels[where], distances[where] = one_sided[0], one_sided[1]
+            all_stats.append(one_sided[2])
+        for peer, call in zip(self._by_rpc, calls, strict=True):
+            labels[peer.index], distances[peer.index], stats = call.result()
+            all_stats.append(stats)
+        total = all_stats[0].copy()
+        for stats in all_stats[1:]:
+            for name in ("reads", "expansions", "cache_hits", "read_bytes"):
+                total[name] += stats[name]
+            for name in ("rounds", "latency_ns"):
+                total[name] = np.maximum(total[name], stats[name])
+        return *merge(labels, distances), total
+
+    def _search_one_sided(
+        self,
+        rows: npt.NDArray[np.float32],
+        k: int,
+        ef: int,
+        beam: int,
+        n_threads: int,
+        inflight: int,
+        timeout_s: float,
+    ) -> _Answer | None:
+        if not self._one_sided:
+            return None
+        threads = min(n_threads, len(rows))
+        if threads <= 1:
+            return self._search_in_lane(rows, k, ef, beam, inflight, timeout_s)
+        parts = [
+            self._executor().submit(self._search_in_lane, part, k, ef, beam, inflight, timeout_s)
+            for part in np.array_split(rows, threads)
+        ]
+        done = [part.exception() for part in parts]
+        for error in done:
+            if error is not None:
+                raise error
+        answers = [part.result() for part in parts]
+        return (
+            np.concatenate([answer[0] for answer in answers], axis=1),
+            np.concatenate([answer[1] for answer in answers], axis=1),
+            np.concatenate([answer[2] for answer in answers]),
+        )
+
+    def _search_in_lane(
+        self, rows: npt.NDArray[np.float32], k: int, ef: int, beam: int, inflight: int, timeout_s: float
+    ) -> _Answer:
+        with self._lock:
+            lane = self._idle.pop() if self._idle else None
+        lane = lane or self._open_lane()
+        try:
+            answer = lane.engine.search(rows, k, ef, beam, inflight=inflight, timeout_s=timeout_s)
+        except InvalidInputError:
+            self._give_back(lane)
+            raise
+        except CotraError as error:
+            lane.close()  # READs of the failed search may still be on their way into its buffers
+            raise self._name_shard(error) from None
+        except BaseException:
+            lane.close()
+            raise
+        self._give_back(lane)
+        return answer
+
+    def _name_shard(self, error: CotraError) -> CotraError:
+        """The engine counts the one-sided shards only; people count all, and know them by address."""
+        if error.shard is not None:
+            peer = self._one_sided[error.shard]
+            error.shard = peer.index
+            error.args = (f"{peer}: {error}",)
+        return error
+
+    def _open_lane(self) -> _Lane:
+        with ExitStack() as stack:
+            channels, views = [], []
+            for peer in self._one_sided:
+                channel, parts = peer.open_channel()
+                stack.push(parts)
+                channels.append(channel)
+                assert peer.view is not None
+                views.append(peer.view)
+            engine = Engine.create(views, channels)
+            return _Lane(engine, stack.pop_all())
+
+    def _give_back(self, lane: _Lane) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(lane)
+                return
+        lane.close()
+
+    def _executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the cluster is closed")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_MAX_THREADS, "cotra-search")
+            return self._pool
+
+    # ---- hnswlib's own calls ----
+
+    def set_ef(self, ef: int) -> None:
+        """ef for `knn_query`, as hnswlib's `set_ef`."""
+        if ef < 1:
+            raise InvalidInputError(f"ef must be at least 1, not {ef}")
+        self._ef = ef
+
+    def knn_query(
+        self, data: npt.ArrayLike, k: int = 1, num_threads: int = 1
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
+        """hnswlib's `Index.knn_query`: labels uint64[n_queries, k] and distances float32[n_queries, k].
+
+        ef is what `set_ef` set, at least k; 64 or k before. Raises `InvalidInputError` when a query has fewer than k
+        answers, as hnswlib does.
+        """
+        result = self.search(data, k, max(self._ef or 64, k), n_threads=num_threads)
+        if (result.ids < 0).any():
+            raise InvalidInputError(f"there are fewer than {k} vectors to return; use search() for a partial answer")
+        return result.ids.astype(np.uint64), result.distances
+
+    # ---- the end ----
+
+    def close(self) -> None:
+        """Closes lanes, then connections. A search in progress in another thread is waited for. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            idle, self._idle = self._idle, []
+        self._stop_leases.set()
+        if self._leases is not None:
+            self._leases.join()
+        if self._pool is not None:
+            self._pool.shutdown()
+        for lane in idle:
+            lane.close()
+        for peer in self._peers:
+            peer.close()
+        if self._device is not None:
+            self._device.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        paths: Any = ", ".join(f"{a} over {t}" for a, t in zip(self.addresses, self.transports, strict=True))
+        return f"<Cluster of {len(self._peers)} shards: {paths}>"
+
+
+def _ip_of(address: str) -> str | None:
+    """The IP address that a shard is reached at, for the choice of the GID."""
+    host, port = parse_address(address)
+    try:
+        return str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]).partition("%")[0]
+    except OSError as error:
+        raise TransportError(f"{address}: {error}") from error

@@ -1,0 +1,289 @@
+"""`serve`: an owner. It packs a shard into one pinned region, publishes it, and answers the control plane and RPC searches."""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from cotra_rdma import messages
+from cotra_rdma.arena import Arena
+from cotra_rdma.errors import CotraError, InvalidInputError, MemlockError, VerbsUnavailableError
+from cotra_rdma.handover import HandOver, boot_id
+from cotra_rdma.region import MemoryRegion
+from cotra_rdma.rpc import RpcServer, ServerKeys
+from cotra_rdma.shard import Shard
+from cotra_rdma.verbs import Device, MemoryRegistration, QueuePair, QueuePairAttributes, QueuePairOptions
+from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, fields_of
+
+log = logging.getLogger(__name__)
+
+TRANSPORTS = ("verbs", "shm", "rpc")
+LEASE_S = 60.0
+"""A peer's queue pairs are taken back when nothing was heard of it for so many seconds."""
+MAX_LANES = 1024
+
+
+@dataclass(slots=True)
+class _Lane:
+    peer: str
+    queue_pair: QueuePair
+
+
+def serve(
+    shard: Shard,
+    address: str = "127.0.0.1:0",
+    transports: Iterable[str] = TRANSPORTS,
+    device: str | None = None,
+    gid_index: int | None = None,
+    *,
+    keys: ServerKeys | None = None,
+    queue_pair: QueuePairOptions | None = None,
+    n_workers: int = 4,
+) -> Server:
+    """Serves a shard until the server is closed (it is a context manager).
+
+    Args:
+        shard: stays the caller's; close it after the server.
+        address: HOST:PORT to listen on; port 0 takes a free one, which `server.address` tells. RPC is the control plane, so
+            it always listens.
+        transports: what peers may use: "verbs", "shm", "rpc". One that cannot be had here is left out, logged once, and
+            explained in `server.unavailable`.
+        device, gid_index: of verbs; None for the first active device, and the GID that ranks best for each peer.
+        keys: CURVE keys; None for an open server.
+        queue_pair: options of the queue pairs towards peers, time-outs say.
+        n_workers: threads that answer requests.
+
+    Raises:
+        InvalidInputError: an unknown transport or a bad address. TransportError: the address cannot be listened on.
+        VerbsUnavailableError: `device` was asked for by name and cannot be had.
+    """
+    return Server(shard, address, tuple(transports), device, gid_index, keys, queue_pair, n_workers)
+
+
+class Server:
+    """A shard being served; made by `serve`."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        address: str,
+        transports: tuple[str, ...],
+        device: str | None,
+        gid_index: int | None,
+        keys: ServerKeys | None,
+        queue_pair: QueuePairOptions | None,
+        n_workers: int,
+    ) -> None:
+        unknown = [name for name in transports if name not in TRANSPORTS]
+        if unknown or not transports:
+            raise InvalidInputError(f"transports must be some of {', '.join(TRANSPORTS)}, not {unknown or 'none'}")
+        self._shard = shard
+        self._options = queue_pair or QueuePairOptions()
+        self._gid_index = -1 if gid_index is None else gid_index
+        self._device: Device | None = None
+        self._registration: MemoryRegistration | None = None
+        self._handover: HandOver | None = None
+        self._lanes: dict[int, _Lane] = {}
+        self._lane_numbers = itertools.count(1)
+        self._heard: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self.unavailable: dict[str, str] = {name: "not offered" for name in TRANSPORTS if name not in transports}
+        try:
+            if "verbs" in transports:
+                self._open_verbs(device)
+            if "shm" in transports:
+                self._handover = HandOver(self._pinned())
+            self._rpc = RpcServer(address, self._handle, keys=keys, n_workers=n_workers)
+        except BaseException:
+            self._close_parts()
+            raise
+
+    def _pinned(self) -> Arena:
+        try:
+            return self._shard.pinned(lock=True)
+        except MemlockError as error:
+            log.info("the region is not locked: %s", error)
+            return self._shard.pinned(lock=False)
+
+    def _open_verbs(self, name: str | None) -> None:
+        try:
+            self._device = Device(name)
+            self._registration = MemoryRegistration(self._device, self._pinned())
+            QueuePair(self._device, self._peer_options(None)).close()  # a port and a GID there are
+        except (VerbsUnavailableError, MemlockError) as error:
+            if name is not None:
+                raise
+            self.unavailable["verbs"] = str(error)
+            log.warning("verbs is not offered: %s", error)
+            for part in (self._registration, self._device):
+                if part is not None:
+                    part.close()
+            self._registration = self._device = None
+
+    def _peer_options(self, peer_address: str | None) -> QueuePairOptions:
+        names = {name: getattr(self._options, name) for name in self._options.__slots__}
+        return QueuePairOptions(**{**names, "gid_index": self._gid_index, "peer_address": peer_address})
+
+    # ---- what it offers ----
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT that peers connect to."""
+        return self._rpc.address
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """The transports that peers can have; why another cannot be had is in `unavailable`."""
+        return tuple(name for name in TRANSPORTS if name not in self.unavailable)
+
+    def exposed_region(self) -> MemoryRegion | None:
+        """The region that peers READ, or None where no verbs device exists (NodeDB's seam: callers fall back to RPC)."""
+        return None if self._registration is None else self._registration.region
+
+    @property
+    def n_lanes(self) -> int:
+        """Queue pairs that peers hold."""
+        with self._lock:
+            return len(self._lanes)
+
+    # ---- requests ----
+
+    def _handle(self, request: VShardEnvelope) -> VShardEnvelope:
+        if request.msg_type == VShardMessageType.VECTOR_SCATTER_REQUEST:
+            payload = self._search(request).encode()
+        elif request.msg_type == VShardMessageType.VECTOR_MEM_REGION_REQUEST:
+            payload = messages.encode_region(self._region(request))
+        else:
+            raise InvalidInputError(f"message type {request.msg_type.value} is not answered here")
+        return VShardEnvelope(
+            WIRE_VERSION,
+            request.msg_type.response,
+            request.target_node,
+            request.source_node,
+            request.vshard_id,
+            payload,
+        )
+
+    def _search(self, request: VShardEnvelope) -> messages.SearchResponse:
+        if "rpc" in self.unavailable:
+            return messages.SearchResponse.failed(1, "this owner does not offer rpc")
+        try:
+            wanted = messages.SearchRequest.decode(request.payload)
+            if wanted.filter_bitmap is not None:
+                raise InvalidInputError("filters are not supported by this version")
+            if len(wanted.queries) % self._shard.dim:
+                raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {self._shard.dim}")
+            queries = wanted.queries.reshape(-1, self._shard.dim)
+            labels, distances, stats = self._shard.search(queries, wanted.top_k, wanted.ef_search, wanted.beam)
+            return messages.SearchResponse(0, "", labels, distances, memoryview(stats.view(np.uint8)))
+        except (CotraError, MemoryError) as error:
+            return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}")
+
+    def _region(self, request: VShardEnvelope) -> messages.RegionResponse:
+        try:
+            wanted = messages.decode_region_request(request.payload)
+            self._renew(wanted.peer)
+            if wanted.want == messages.WANT_QUEUE_PAIR:
+                return self._open_lane(wanted)
+            if wanted.want == messages.WANT_SHARED_MEMORY:
+                return self._offer_memory()
+            if wanted.want == messages.WANT_RELEASE:
+                self._release(lambda number, lane: lane.peer == wanted.peer and wanted.lane in (0, number))
+            elif wanted.want not in (messages.WANT_CAPABILITIES, messages.WANT_LEASE):
+                raise InvalidInputError(f"want {wanted.want} is unknown")
+            return self._describe()
+        except (CotraError, MemoryError) as error:
+            return messages.RegionResponse(code=1, message=str(error))
+
+    def _describe(
+        self,
+        *,
+        queue_pair: messages.QueuePairFields | None = None,
+        lane: int = 0,
+        shared_memory: messages.SharedMemoryFields | None = None,
+    ) -> messages.RegionResponse:
+        region = self.exposed_region()
+        return messages.RegionResponse(
+            shard=messages.as_fields(messages.ShardFields, self._shard.info),
+            transports={name: self.unavailable.get(name, "") for name in TRANSPORTS},
+            region=None if region is None else messages.as_fields(messages.RegionFields, region),
+            queue_pair=queue_pair,
+            lane=lane,
+            shared_memory=shared_memory,
+        )
+
+    def _offer_memory(self) -> messages.RegionResponse:
+        if self._handover is None:
+            raise InvalidInputError(f"shared memory: {self.unavailable['shm']}")
+        return self._describe(
+            shared_memory=messages.SharedMemoryFields(self._handover.name, self._handover.length, boot_id())
+        )
+
+    def _open_lane(self, wanted: messages.RegionRequest) -> messages.RegionResponse:
+        if self._device is None:
+            raise VerbsUnavailableError(self.unavailable["verbs"])
+        if wanted.queue_pair is None:
+            raise InvalidInputError("a queue pair's attributes are missing")
+        remote = QueuePairAttributes(**fields_of(wanted.queue_pair))
+        gid = ipaddress.IPv6Address(remote.gid) if len(remote.gid) == 16 else None
+        peer_address = str(gid.ipv4_mapped or gid) if gid is not None and int(gid) else None
+        with self._lock:
+            if self._closed or len(self._lanes) >= MAX_LANES:
+                raise InvalidInputError(f"no more than {MAX_LANES} queue pairs at once")
+            queue_pair = QueuePair(self._device, self._peer_options(peer_address))
+            try:
+                queue_pair.connect(remote)
+            except BaseException:
+                queue_pair.close()
+                raise
+            number = next(self._lane_numbers)
+            self._lanes[number] = _Lane(wanted.peer, queue_pair)
+        return self._describe(queue_pair=messages.as_fields(messages.QueuePairFields, queue_pair.local), lane=number)
+
+    def _renew(self, peer: str) -> None:
+        """Notes that a peer lives, and takes back what silent ones held."""
+        now = time.monotonic()
+        with self._lock:
+            self._heard[peer] = now
+            silent = {name for name, heard in self._heard.items() if now - heard > LEASE_S}
+            for name in silent:
+                del self._heard[name]
+        if silent:
+            self._release(lambda _number, lane: lane.peer in silent)
+
+    def _release(self, chosen: Callable[[int, _Lane], bool]) -> None:
+        with self._lock:
+            for number in [number for number, lane in self._lanes.items() if chosen(number, lane)]:
+                self._lanes.pop(number).queue_pair.close()
+
+    # ---- the end ----
+
+    def _close_parts(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._release(lambda _number, _lane: True)
+        for part in (self._registration, self._device, self._handover):
+            if part is not None:
+                part.close()
+        self._registration = self._device = self._handover = None
+
+    def close(self) -> None:
+        """Stops listening, takes back the queue pairs and deregisters the region: peers' READs fail from then on. Idempotent."""
+        self._rpc.close()
+        self._close_parts()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
