@@ -223,7 +223,7 @@ typedef struct cotra_qp_options {
     uint32_t send_depth;       /* work requests in the send queue; 0: 128 */
     uint32_t max_rd_atomic;    /* a cap on READs in progress; 0: what the devices allow */
     uint32_t timeout_exponent; /* ACK time-out 4.096 us x 2^n; 0: 14 (67 ms) */
-    uint32_t retry_count;      /* 0: 7. A dead peer surfaces after about (retry_count + 1) time-outs */
+    uint32_t retry_count;      /* 0: 6. A dead peer surfaces after about (retry_count + 1) time-outs; 7 is for ever on rxe */
     uint32_t traffic_class;
     uint32_t service_level;
     uint32_t hop_limit; /* 0: 64 */

@@ -198,8 +198,8 @@ class SearchResponse:
         """The payload in parts: the large fields are the arrays' own memory."""
         n, k = self.labels.shape
         fields: list[Buffer] = [
-            memoryview(np.ascontiguousarray(self.labels, "<i8").reshape(-1)).cast("B"),
-            memoryview(np.ascontiguousarray(self.distances, "<f4").reshape(-1)).cast("B"),
+            np.ascontiguousarray(self.labels, "<i8").reshape(-1).data.cast("B"),
+            np.ascontiguousarray(self.distances, "<f4").reshape(-1).data.cast("B"),
             self.stats,
         ]
         numbers = b"".join(encode_array(value) for value in (self.code, self.message, n, k))
@@ -311,7 +311,7 @@ class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
     code: int = 0
     message: str = ""
     shard: ShardFields | None = None
-    transports: dict[str, str] = {}  # noqa: RUF012 (msgspec copies it)
+    transports: dict[str, str] = {}
     region: RegionFields | None = None
     queue_pair: QueuePairFields | None = None
     lane: int = 0

@@ -27,7 +27,7 @@ from cotra_rdma.errors import (
     VerbsUnavailableError,
 )
 from cotra_rdma.region import MemoryRegion
-from cotra_rdma.rpc import DEFAULT_TIMEOUT_MS, ClientKeys, RpcClient, parse_address
+from cotra_rdma.rpc import ClientKeys, RpcClient, parse_address
 from cotra_rdma.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, fields_of
 
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 ONE_SIDED = ("verbs", "shm")
 _MAX_BATCH_BYTES = 16 << 20
+_RELEASE_TIMEOUT_MS = 300
 
 
 class Peer:
@@ -65,6 +66,7 @@ class Peer:
         self._device: Device | None = None
         self._arena: Arena | None = None
         self._first: tuple[Channel, ExitStack] | None = None
+        self._gone = False
         self._reach()
         self.capabilities = self._ask(messages.WANT_CAPABILITIES)
         shard = self.capabilities.shard
@@ -107,11 +109,15 @@ class Peer:
             raise DeadlineError(f"{self}: {error}{hint}", shard=self.index) from None
 
     def _ask(
-        self, want: int, queue_pair: messages.QueuePairFields | None = None, lane: int = 0
+        self,
+        want: int,
+        queue_pair: messages.QueuePairFields | None = None,
+        lane: int = 0,
+        timeout_ms: int | None = None,
     ) -> messages.RegionResponse:
         request = messages.RegionRequest(want, self._name, queue_pair, lane)
         reply = self._call(
-            VShardMessageType.VECTOR_MEM_REGION_REQUEST, messages.encode_region(request), self._timeout_ms
+            VShardMessageType.VECTOR_MEM_REGION_REQUEST, messages.encode_region(request), timeout_ms or self._timeout_ms
         )
         answer = messages.decode_region_response(reply.payload)
         if answer.code:
@@ -204,11 +210,14 @@ class Peer:
         return stack.enter_context(Channel.verbs(queue_pair, region, slot_bytes=slot_bytes))
 
     def _release(self, lane: int) -> None:
+        """Best effort: an owner that is gone holds nothing, and one that missed it takes the lane back with the lease."""
+        if self._gone:
+            return
         try:
-            self._ask(messages.WANT_RELEASE, lane=lane)
-        except CotraError as error:  # an owner that is gone holds nothing
+            self._ask(messages.WANT_RELEASE, lane=lane, timeout_ms=_RELEASE_TIMEOUT_MS)
+        except CotraError as error:
             log.debug("%s: its queue pair was not released: %s", self, error)
-            self._timeout_ms = 100  # do not wait again for each of its lanes
+            self._gone = True
 
     def renew(self) -> None:
         """Keeps the queue pairs that the owner holds for this reader."""

@@ -96,7 +96,8 @@ class RpcServer:
             self._stop_authenticator()
             self._context.term()
             raise TransportError(f"cannot listen on {address}: {error}") from error
-        bound = self._router.last_endpoint.decode().rpartition(":")[2].rstrip("\0")
+        endpoint = self._router.get_string(zmq.LAST_ENDPOINT)
+        bound = endpoint.rpartition(":")[2].rstrip("\0")
         self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
         self._replies: queue.SimpleQueue[list[bytes | memoryview]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -197,12 +198,13 @@ class RpcClient:
     def __init__(self, address: str, *, keys: ClientKeys | None = None) -> None:
         host, port = parse_address(address)
         self.address = address
-        self._socket: zmq.Socket[bytes] | None = zmq.Context.instance().socket(zmq.DEALER)
-        _limit(self._socket, host)
+        dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        _limit(dealer, host)
         if keys:
-            self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
-            self._socket.curve_serverkey = keys.server
-        self._socket.connect(_endpoint(host, port))
+            dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
+            dealer.curve_serverkey = keys.server
+        dealer.connect(_endpoint(host, port))
+        self._socket: zmq.Socket[bytes] | None = dealer
 
     def call(self, envelope: VShardEnvelope, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> VShardEnvelope:
         """Sends a request and waits for its answer.

@@ -22,7 +22,7 @@ from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import RpcServer, ServerKeys
 from cotra_rdma.shard import Shard
 from cotra_rdma.verbs import Device, MemoryRegistration, QueuePair, QueuePairAttributes, QueuePairOptions
-from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.wire import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Server:
 
     def _handle(self, request: VShardEnvelope) -> VShardEnvelope:
         if request.msg_type == VShardMessageType.VECTOR_SCATTER_REQUEST:
-            payload = self._search(request).encode()
+            payload: Payload = self._search(request).encode()
         elif request.msg_type == VShardMessageType.VECTOR_MEM_REGION_REQUEST:
             payload = messages.encode_region(self._region(request))
         else:
@@ -185,7 +185,7 @@ class Server:
                 raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {self._shard.dim}")
             queries = wanted.queries.reshape(-1, self._shard.dim)
             labels, distances, stats = self._shard.search(queries, wanted.top_k, wanted.ef_search, wanted.beam)
-            return messages.SearchResponse(0, "", labels, distances, memoryview(stats.view(np.uint8)))
+            return messages.SearchResponse(0, "", labels, distances, stats.view(np.uint8).data)
         except (CotraError, MemoryError) as error:
             return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}")
 

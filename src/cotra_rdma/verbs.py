@@ -18,8 +18,10 @@ _GID_TYPES = ("InfiniBand", "RoCEv1", "RoCEv2")
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """A verbs device's attributes (ibv_query_device(3)). `max_rd_atomic`: READs that a queue pair may be the target of at
-    once; `max_init_rd_atomic`: that it may have started."""
+    """A verbs device's attributes (ibv_query_device(3)).
+
+    `max_rd_atomic`: READs that a queue pair may be the target of at once; `max_init_rd_atomic`: that it may have started.
+    """
 
     name: str
     firmware: str
@@ -54,7 +56,7 @@ class PortInfo:
 
 @dataclass(frozen=True, slots=True)
 class GidInfo:
-    """An entry of a port's GID table: 16 bytes, its index, "RoCEv2", "RoCEv1" or "InfiniBand", and how it ranks for a peer."""
+    """An entry of a port's GID table; `type` is "RoCEv2", "RoCEv1" or "InfiniBand", `why` the ranking in words."""
 
     gid: bytes
     index: int
@@ -98,7 +100,8 @@ class QueuePairOptions:
         send_depth: READs in the send queue; default 128.
         max_rd_atomic: a cap on READs in progress; default what both devices allow.
         timeout_exponent: ACK time-out of 4.096 us x 2^n; default 14 (67 ms).
-        retry_count: default 7; a dead peer surfaces after about (retry_count + 1) time-outs, 0.5 s (NICs round up).
+        retry_count: default 6; a dead peer surfaces after about (retry_count + 1) time-outs, 0.5 s (NICs round up). 7 means
+            for ever on Soft-RoCE.
         traffic_class, service_level, hop_limit: of the packets; hop_limit is 64 by default.
     """
 
@@ -122,6 +125,11 @@ def address_bytes(address: str | None) -> bytes:
     return parsed.packed if parsed.version == 6 else bytes(10) + b"\xff\xff" + parsed.packed
 
 
+def compiled() -> bool:
+    """Whether the package was built with the verbs transport."""
+    return bool(lib.cotra_verbs_compiled())
+
+
 def library() -> str:
     """The path of the libibverbs that was loaded. Raises `VerbsUnavailableError` with the reason when there is none."""
     text, err = ffi.new("char[256]"), new_error()
@@ -130,7 +138,7 @@ def library() -> str:
 
 
 def devices() -> list[DeviceInfo]:
-    """The verbs devices of this machine. Raises `VerbsUnavailableError` where library or kernel offers no verbs at all."""
+    """This machine's verbs devices. Raises `VerbsUnavailableError` where library or kernel offers no verbs at all."""
     raw, count, err = ffi.new("cotra_device_info[]", _MAX_DEVICES), ffi.new("uint32_t *"), new_error()
     check(lib.cotra_verbs_devices(raw, _MAX_DEVICES, count, err), err)
     return [DeviceInfo.from_c(raw[i]) for i in range(min(count[0], _MAX_DEVICES))]
@@ -220,8 +228,8 @@ class QueuePair(Handle):
     def local(self) -> QueuePairAttributes:
         """This side's attributes, for the peer's `connect`."""
         raw, _ = self._local()
-        names = QueuePairAttributes.__slots__
-        return QueuePairAttributes(**{n: bytes(raw.gid) if n == "gid" else getattr(raw, n) for n in names})
+        numbers: dict[str, int] = {n: getattr(raw, n) for n in QueuePairAttributes.__slots__ if n != "gid"}
+        return QueuePairAttributes(gid=bytes(raw.gid), **numbers)
 
     @property
     def gid(self) -> GidInfo:

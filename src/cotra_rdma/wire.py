@@ -99,7 +99,7 @@ class VShardEnvelope:
 
     @classmethod
     def decode(cls, data: Buffer) -> VShardEnvelope:
-        """Reads one whole message. Raises `FormatError` on short or oversized input and on an unknown version or type."""
+        """Reads one whole message. Raises `FormatError` for short or oversized input, and an unknown version or type."""
         return cls.from_frames([data])
 
     @classmethod
