@@ -268,7 +268,7 @@ int cotra_device_gids(const cotra_device *device, uint32_t port, const uint8_t *
                       uint32_t capacity, uint32_t *count, cotra_error *err)
 {
     *count = 0;
-    cotra_port_info info;
+    cotra_port_info info = {0};
     int status = cotra_device_port(device, port, &info, err);
     if (status)
         return status;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import Any, Self
 
@@ -47,16 +48,25 @@ def check(status: int, err: Any) -> int:
 
 
 class Handle:
-    """Owns one C object: its cdata, and the Python objects (parents, pinned buffers) that must outlive it.
+    """Owns one C object, and the Python objects (parent handles, pinned buffers) that must outlive it.
 
-    `close()` is idempotent; use after close raises `ClosedError`. A subclass gives `_destroy`.
+    `close()` is idempotent; use after close raises `ClosedError`. A C object is destroyed when its handle is closed *and* the
+    handles made on it are: so the order in which a program, or the garbage collector, closes things can never leave a queue
+    pair without its device. A subclass gives `_destroy`.
     """
 
-    _ptr: Any
+    _ptr: Any = None
+    _doomed: Any = None  # closed, but handles made on it are still open
+    _users: int = 0
+    _counting = threading.RLock()  # re-entrant: a finalizer may run at any allocation
 
     def __init__(self, ptr: Any, *keep_alive: object) -> None:
         self._ptr = ptr
         self._keep_alive = keep_alive
+        with self._counting:
+            for parent in keep_alive:
+                if isinstance(parent, Handle):
+                    parent._users += 1
 
     def _destroy(self, ptr: Any) -> None:
         raise NotImplementedError
@@ -74,13 +84,26 @@ class Handle:
         return self._ptr is None
 
     def close(self) -> None:
-        """Destroys the C object and lets go of what it kept alive. Children must be closed first."""
-        ptr, self._ptr = self._ptr, None
-        if ptr is not None:
-            try:
-                self._destroy(ptr)
-            finally:
-                self._keep_alive = ()
+        """Destroys the C object and lets go of what it kept alive; with handles made on it still open, when the last closes."""
+        with self._counting:
+            if self._ptr is None:
+                return
+            self._ptr, self._doomed = None, self._ptr
+        self._destroy_unused()
+
+    def _destroy_unused(self) -> None:
+        with self._counting:
+            if self._users or self._doomed is None:
+                return
+            ptr, self._doomed = self._doomed, None
+        try:
+            self._destroy(ptr)
+        finally:
+            parents, self._keep_alive = [p for p in self._keep_alive if isinstance(p, Handle)], ()
+            for parent in parents:
+                with self._counting:
+                    parent._users -= 1
+                parent._destroy_unused()
 
     def __enter__(self) -> Self:
         return self
@@ -89,5 +112,4 @@ class Handle:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_ptr", None) is not None:
-            self.close()
+        self.close()

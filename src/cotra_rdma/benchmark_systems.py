@@ -169,13 +169,9 @@ def open_systems(
             systems.append(Hnswlib(_hnswlib_index(data, plan, cache / f"{stem}.hnswlib", progress), plan.n_threads))
         shard = _shard(data, plan, cache / f"{stem}.cotra", progress)
         for transport, (kind, fabric) in zip(transports, fabrics, strict=True):
-            system: System
-            if kind in REMOTE:
-                system = Remote(shard, kind, plan.n_threads)
-            else:
-                system = Local(shard, transport, fabric, plan.n_threads)
-            stack.callback(system.close)
-            systems.append(system)
+            threads = plan.n_threads
+            systems.append(Remote(shard, kind, threads) if kind in REMOTE else Local(shard, transport, fabric, threads))
+            stack.callback(systems[-1].close)
         yield systems
 
 

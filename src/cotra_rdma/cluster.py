@@ -196,6 +196,19 @@ class Cluster:
         """Bytes that this reader keeps of the shards: headers and upper layers."""
         return sum(peer.view.nbytes for peer in self._peers if peer.view is not None)
 
+    def ping(self, n_reads: int = 100, n_bytes: int = 1024) -> tuple[npt.NDArray[np.uint64], ...]:
+        """The latency of `n_reads` READs of each shard's first bytes, one after the other, in ns: uint64[n_reads] for each
+        shard; empty for one that is only asked over RPC. Raises `TransportError`."""
+        latencies = []
+        for peer in self._peers:
+            if peer.transport not in ONE_SIDED:
+                latencies.append(np.empty(0, np.uint64))
+                continue
+            channel, parts = peer.open_channel()
+            with parts:
+                latencies.append(channel.read_loop(np.zeros(n_reads, np.uint64), n_bytes)[1])
+        return tuple(latencies)
+
     # ---- searching ----
 
     def search(

@@ -126,7 +126,7 @@ class Engine(Handle):
         raw_views = ffi.new("cotra_view *[]", [view.ptr for view in views])
         raw_channels = ffi.new("cotra_channel *[]", [channel.ptr for channel in channels])
         check(lib.cotra_engine_create(raw_views, raw_channels, len(views), level, out, err), err)
-        engine = cls(out[0], tuple(views), tuple(channels))
+        engine = cls(out[0], *views, *channels)
         engine._n_shards = len(views)
         engine._dim = views[0].info.dim
         return engine

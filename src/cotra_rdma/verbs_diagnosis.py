@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel
+from cotra_rdma.cluster import connect
 from cotra_rdma.diagnosis import INSTALL_LIBIBVERBS, REBUILD, ROCE_MTU, Check, Host, Status
 from cotra_rdma.errors import CotraError, VerbsUnavailableError
 from cotra_rdma.verbs import (
@@ -27,7 +29,6 @@ READ_BYTES = 1024
 READS = 100
 PORT_STATES = {1: "down", 2: "initialising", 3: "armed", 4: "active", 5: "active, deferred"}
 ACTIVE = 4
-LINK_LAYERS = {1: "InfiniBand", 2: "Ethernet"}
 BEST_MTU = 4096
 
 
@@ -53,7 +54,8 @@ def library_check() -> Check:
     if not compiled():
         return Check("libibverbs", Status.FAILED, "this build of cotra-rdma has no verbs transport", REBUILD)
     try:
-        return Check("libibverbs", Status.OK, library())
+        path = library()
+        return Check("libibverbs", Status.OK, f"{path}, version {Path(path).resolve().name.partition('.so.')[2]}")
     except VerbsUnavailableError as error:
         return Check("libibverbs", Status.FAILED, str(error), INSTALL_LIBIBVERBS)
 
@@ -105,7 +107,7 @@ def _device_checks(host: Host, device: Device, gid_index: int | None, peer_host:
 def port_check(host: Host, device: str, port: PortInfo, *, needed: bool) -> Check:
     """Whether a port is active, and its MTU. `needed`: no other port is active."""
     name = f"port {device}/{port.port}"
-    layer = LINK_LAYERS.get(port.link_layer, "unknown link")
+    layer = port.link_layer
     seen = f"{PORT_STATES.get(port.state, port.state)}, {layer}, MTU {port.active_mtu_bytes}"
     netdev = _netdev(host, device, port.port)
     if port.state != ACTIVE:
@@ -129,14 +131,11 @@ def gid_check(host: Host, device: str, port: PortInfo, gids: list[GidInfo], want
     if not gids:
         return Check(name, Status.FAILED, "the table is empty", add_address)
     chosen = gids[0].index if wanted is None else wanted
-    seen = "\n".join(
-        f"{'*' if gid.index == chosen else ' '} {gid.index}: {socket.inet_ntop(socket.AF_INET6, gid.gid)} ({gid.why})"
-        for gid in gids
-    )
+    seen = "\n".join(f"{'*' if gid.index == chosen else ' '} {gid.index}: {gid.address} ({gid.why})" for gid in gids)
     if all(gid.index != chosen for gid in gids):
         return Check(name, Status.FAILED, f"{seen}\nno index {chosen}", f"--gid-index {gids[0].index}")
     used = next(gid for gid in gids if gid.index == chosen)
-    if used.gid[:2] == b"\xfe\x80" and port.link_layer == 2:
+    if used.gid[:2] == b"\xfe\x80" and port.link_layer == "Ethernet":
         return Check(name, Status.WARNING, f"{seen}\nlink-local: not routed, and rarely what peers use", add_address)
     if chosen != gids[0].index:
         return Check(name, Status.WARNING, f"{seen}\nindex {chosen} is not the best", f"--gid-index {gids[0].index}")
@@ -150,7 +149,7 @@ def loopback_check(device: Device, gid_index: int | None) -> Check:
         with Arena.create(READ_BYTES) as arena, MemoryRegistration(device, arena) as registered:
             with arena.view() as view:
                 view[:] = bytes(range(256)) * (READ_BYTES // 256)
-            options = QueuePairOptions(gid_index=gid_index)
+            options = QueuePairOptions(gid_index=-1 if gid_index is None else gid_index)
             with QueuePair(device, options) as owner, QueuePair(device, options) as reader:
                 owner.connect(reader.local)
                 reader.connect(owner.local)
@@ -192,4 +191,18 @@ def _ip(peer_host: str | None) -> str | None:
 
 def peer_check(address: str, device: str | None, gid_index: int | None, timeout_s: float) -> Check:
     """Real READs of 1 KiB of a peer's region over verbs; where that cannot be had, the path that works."""
-    raise NotImplementedError
+    name = f"peer {address}"
+    try:
+        with connect(address, "verbs", device=device, gid_index=gid_index, timeout_s=timeout_s) as cluster:
+            (latencies,) = cluster.ping(READS, READ_BYTES)
+        return Check(name, Status.OK, f"{READ_BYTES} bytes, {np.median(latencies) / 1e3:.1f} us typical")
+    except CotraError as error:
+        why = str(error)
+    try:
+        with connect(address, timeout_s=timeout_s) as cluster:
+            return Check(
+                name, Status.FAILED, f"{why}; {cluster.transports[0]} works", "cotra doctor on the owner's machine"
+            )
+    except CotraError as error:
+        remedy = "cotra serve must run there, and its port be open; with CURVE keys, the doctor cannot ask"
+        return Check(name, Status.FAILED, f"{why}; nor does another path work: {error}", remedy)
