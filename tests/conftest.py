@@ -1,0 +1,68 @@
+"""What all tiers share: `--require`, real data, and small shards that are made once."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from cotra_rdma import Shard
+
+TIERS = ("rxe", "hardware", "fakeverbs")
+FIGURES = pytest.StashKey[list[str]]()
+
+Floats = npt.NDArray[np.float32]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require",
+        action="append",
+        choices=TIERS,
+        default=[],
+        metavar="TIER",
+        help=f"fail, in place of skipping, where TIER ({', '.join(TIERS)}) cannot run; may be repeated",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[FIGURES]:
+        terminalreporter.section("figures")
+        for line in config.stash[FIGURES]:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def words() -> Floats:
+    """The 20,000 most frequent words of GloVe: float32[20000, 100]."""
+    with (resources.files("cotra_rdma") / "demo_data" / "vectors.npy").open("rb") as file:
+        return np.load(file).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def queries(words: Floats) -> Floats:
+    """Vectors near those of words, but none of them: float32[200, 100]."""
+    generator = np.random.default_rng(7)
+    rows = words[generator.choice(len(words), 200, replace=False)]
+    return (rows + 0.1 * generator.standard_normal(rows.shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def shards(words: Floats, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two shard files (cosine) of the first 4,000 words; ids are row numbers."""
+    directory = tmp_path_factory.mktemp("shards")
+    paths = []
+    for part in range(2):
+        rows = np.arange(2000 * part, 2000 * (part + 1))
+        path = directory / f"shard-{part}.cotra"
+        with Shard.build(words[rows], ids=rows, metric="cosine", ef_construction=100, n_threads=1) as shard:
+            shard.save(path)
+        paths.append(path)
+    return paths
