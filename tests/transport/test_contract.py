@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from helpers.contract import ChannelContract, OpenChannel, pattern  # noqa: F401 (a fixture)
 
 from cotra_rdma import Arena, FabricModel
 from cotra_rdma.channel import Channel
+from helpers.contract import ChannelContract, OpenChannel, pattern  # noqa: F401 (a fixture)
 
 
 class TestShm(ChannelContract):
