@@ -138,12 +138,14 @@ static float pool_bound(const cotra_walk *walk, uint32_t capacity)
     return walk->pool_count < capacity ? INFINITY : from_key((uint32_t)(walk->pool[capacity - 1] >> 32));
 }
 
+/* Where an open entry is, or belongs. Choosing an entry does not move it, so its mark must not count: among entries of the
+ * same distance it would break the order. */
 static uint32_t pool_place(const cotra_walk *walk, uint64_t word)
 {
     uint32_t low = 0, high = walk->pool_count;
     while (low < high) {
         uint32_t middle = (low + high) / 2;
-        if (walk->pool[middle] < word)
+        if ((walk->pool[middle] & ~CHOSEN) < word)
             low = middle + 1;
         else
             high = middle;

@@ -11,7 +11,7 @@
  *
  * The pool holds the ef nearest nodes seen: one word each, so that it sorts by distance, then by number.
  *   bits 63..32  the distance (exact for upper nodes, else the mean of the estimates so far), mapped to an ordered integer
- *   bit  31      set once the node has been chosen for expansion
+ *   bit  31      set once the node has been chosen for expansion; not part of the order
  *   bits 30..0   the node's number
  *
  * A node is a neighbour of several expanded nodes, each with a code of its own for it, so each gives an independent estimate:
