@@ -317,6 +317,9 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     uint32_t slots = UINT32_MAX, batch = 1;
     for (uint32_t s = 0; s < engine->n_shards; s++) {
         const cotra_channel *channel = engine->lanes[s].channel;
+        int settled = cotra_channel_settle(engine->lanes[s].channel, err);
+        if (settled)
+            return settled;
         slots = channel->slots < slots ? channel->slots : slots;
         batch = channel->post_batch > batch ? channel->post_batch : batch;
     }

@@ -32,13 +32,33 @@ int cotra_channel_post(cotra_channel *channel, const cotra_read *reads, uint32_t
             return cotra_fail(err, COTRA_ERR_ARGUMENT, "READ of %u bytes into slot %u: the channel has %u slots of %u bytes",
                               read->length, read->slot, channel->slots, channel->slot_bytes);
     }
-    return channel->ops->post(channel, reads, n, posted, err);
+    int status = channel->ops->post(channel, reads, n, posted, err);
+    channel->in_progress += *posted;
+    return status;
 }
 
 int cotra_channel_poll(cotra_channel *channel, cotra_completion *out, uint32_t capacity, uint32_t *n, cotra_error *err)
 {
     *n = 0;
-    return channel->ops->poll(channel, out, capacity, n, err);
+    int status = channel->ops->poll(channel, out, capacity, n, err);
+    channel->in_progress -= *n;
+    return status;
+}
+
+int cotra_channel_settle(cotra_channel *channel, cotra_error *err)
+{
+    while (channel->in_progress) {
+        cotra_completion forgotten[16];
+        uint32_t n;
+        int status = cotra_channel_poll(channel, forgotten, 16, &n, err);
+        if (status < 0)
+            return status;
+        if (n == 0)
+            return cotra_fail(err, COTRA_ERR_CLOSED,
+                              "%s channel: %u READs of an earlier call that failed are still in progress: open another one",
+                              channel->ops->name, channel->in_progress);
+    }
+    return COTRA_OK;
 }
 
 int cotra_channel_report(const cotra_channel *channel, int status, cotra_error *err)
@@ -95,8 +115,10 @@ static int transfer_run(cotra_channel *channel, const transfer *job, uint32_t de
     uint64_t started[BATCH], busy[BATCH];
     uint32_t idle[BATCH], n_idle = 0;
     uint64_t next = 0, done = 0, last_progress = cotra_clock_ns();
-    int failed = COTRA_OK;
+    int failed = cotra_channel_settle(channel, err);
 
+    if (failed)
+        return failed;
     depth = depth < channel->slots ? depth : channel->slots;
     depth = depth < BATCH ? depth : BATCH;
     for (uint32_t s = depth; s-- > 0;)

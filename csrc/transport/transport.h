@@ -42,7 +42,8 @@ struct cotra_channel {
     uint32_t slots;
     uint32_t slot_bytes;
     uint32_t post_batch; /* READs that are worth collecting for one post; 1 where a doorbell costs nothing */
-    uint64_t reads;      /* completed well */
+    uint32_t in_progress; /* READs posted, their completions not polled yet: counted by cotra_channel_post and _poll */
+    uint64_t reads;       /* completed well */
     uint64_t read_bytes;
     uint64_t doorbells;
     cotra_error error; /* the first error completion, in full: status 0 while there is none */
@@ -54,6 +55,9 @@ enum { COTRA_DEFAULT_SLOTS = 256, COTRA_DEFAULT_SLOT_BYTES = 64 * 1024, COTRA_MA
 int cotra_channel_limits(uint32_t *slots, uint32_t *slot_bytes, cotra_error *err);
 int cotra_channel_post(cotra_channel *channel, const cotra_read *reads, uint32_t n, uint32_t *posted, cotra_error *err);
 int cotra_channel_poll(cotra_channel *channel, cotra_completion *out, uint32_t capacity, uint32_t *n, cotra_error *err);
+/* Before a call that numbers the slots anew: takes and forgets completions of READs that an earlier call, which failed or ran
+ * out of time, no longer waited for. COTRA_ERR_CLOSED while some of them are still on their way: their slots are not free. */
+int cotra_channel_settle(cotra_channel *channel, cotra_error *err);
 /* Reports the channel's first error completion (or the bare status where it has none) in err; returns the status. */
 int cotra_channel_report(const cotra_channel *channel, int status, cotra_error *err);
 
