@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from helpers.tiers import FIGURES, TIERS
 
 from cotra_rdma import Shard
 
-TIERS = ("rxe", "hardware", "fakeverbs")
-FIGURES = pytest.StashKey[list[str]]()
 
 Floats = npt.NDArray[np.float32]
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hnswlib
 import numpy as np
 import numpy.typing as npt
 
@@ -19,6 +19,9 @@ from cotra_rdma.engine import Engine, View
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.owner_process import OwnerProcess
 from cotra_rdma.shard import Shard
+
+if TYPE_CHECKING:
+    import hnswlib
 
 SEED = 100
 REMOTE = ("verbs", "shm", "rpc")
@@ -176,6 +179,8 @@ def open_systems(
 
 
 def _hnswlib_index(data: DataSet, plan: Plan, path: Path, progress: Progress) -> hnswlib.Index:
+    import hnswlib
+
     index = hnswlib.Index(space=data.metric, dim=data.vectors.dim)
     if path.exists():
         index.load_index(str(path))

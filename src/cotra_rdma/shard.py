@@ -9,9 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import hnswlib
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +20,9 @@ from cotra_rdma.channel import Channel
 from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
 from cotra_rdma.errors import FormatError, InvalidInputError, LossyVectorError
 from cotra_rdma.queries import check_queries
+
+if TYPE_CHECKING:
+    import hnswlib
 
 __all__ = ["Progress", "Shard"]
 
@@ -79,6 +81,8 @@ class Shard:
         Raises:
             InvalidInputError: no vectors, NaN or infinity among them, a wrong shape, duplicate or negative ids.
         """
+        import hnswlib  # only who builds needs it: it is compiled for one CPU, and a reader's may be older
+
         rows = np.asarray(vectors)
         if rows.ndim != 2 or rows.shape[0] == 0 or not MIN_DIM <= rows.shape[1] <= MAX_DIM:
             raise InvalidInputError(f"vectors must be [n >= 1, {MIN_DIM} <= dim <= {MAX_DIM}], not {list(rows.shape)}")

@@ -1,10 +1,14 @@
-"""A tier that cannot run here is skipped, or fails where `--require` names it."""
+"""The tiers that need something, and what to do where it is missing: skip, or fail where `--require` names it."""
 
 from __future__ import annotations
 
 from typing import NoReturn
 
 import pytest
+
+TIERS = ("rxe", "hardware", "fakeverbs")
+FIGURES = pytest.StashKey[list[str]]()
+"""Lines of measured figures, printed after the run."""
 
 
 def cannot_run(config: pytest.Config, tier: str, why: str) -> NoReturn:

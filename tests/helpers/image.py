@@ -1,0 +1,182 @@
+"""Graph images as bytes to be changed: the format written down a second time (csrc/layout/image.h), and memory that faults."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma import Arena, Shard
+from cotra_rdma.channel import Channel
+from cotra_rdma.engine import Engine, View
+
+HEADER_BYTES, RECORD_HEAD_BYTES, BLOCK = 4096, 32, 32
+_U64 = (
+    "image_bytes count deleted_count upper_count generation seed records_offset nav_offset nav_bytes image_checksum"
+).split()
+_U32 = (
+    "record_bytes dim code_dim metric vector_type M degree ef_construction max_level entry_node format_version nav_checksum"
+).split()
+# name -> (offset, struct format)
+HEADER_FIELDS = (
+    {"magic": (0, "<Q"), "version": (8, "<I"), "header_checksum": (12, "<I")}
+    | {name: (16 + 8 * i, "<Q") for i, name in enumerate(_U64)}
+    | {name: (96 + 4 * i, "<I") for i, name in enumerate(_U32)}
+)
+USED_HEADER_BYTES = 144
+RECORD_FIELDS = {
+    "checksum": (0, "<I"),
+    "node": (4, "<I"),
+    "label": (8, "<q"),
+    "flags": (16, "<I"),
+    "count": (20, "<H"),
+    "reserved": (22, "<H"),
+    "generation": (24, "<I"),
+    "reserved2": (28, "<I"),
+}
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_TABLE = _crc_table()
+
+
+def crc32c(crc: int, data: bytes) -> int:
+    """CRC-32C without its inversions at both ends (as the SSE 4.2 instruction has it)."""
+    for byte in data:
+        crc = (crc >> 8) ^ _TABLE[(crc ^ byte) & 0xFF]
+    return crc
+
+
+def checksum(data: bytes, seed: int) -> int:
+    """csrc/base/checksum.c: four lanes of CRC-32C over 8-byte words, folded at the end."""
+    whole, length = len(data) // 32 * 32, len(data)
+    lanes = [seed, seed ^ 0x9E3779B9, seed ^ 0x7F4A7C15, seed ^ 0xF39CC060]
+    words = [data[i : i + 8] for i in range(0, whole, 8)]
+    a, b, c, d = (crc32c(lane, b"".join(words[i::4])) for i, lane in enumerate(lanes))
+    a = crc32c(a, data[whole : length // 8 * 8])
+    a = crc32c(a, struct.pack("<Q", b << 32 | c))
+    return crc32c(a, struct.pack("<Q", (length & 0xFFFFFFFF) << 32 | d))
+
+
+class Image:
+    """A valid image's bytes, to be spoiled. Checksums stay as they were until `seal`."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = bytearray(data)
+        self.header = {name: self.get(name) for name in HEADER_FIELDS}  # as it was made
+        self.record_bytes, self.count = self.header["record_bytes"], self.header["count"]
+        dim, code_dim, degree = (self.header[name] for name in ("dim", "code_dim", "degree"))
+        vector_bytes = dim * (4, 2, 1)[self.header["vector_type"]]
+        self.slots = -(-degree // BLOCK) * BLOCK
+        self.numbers = RECORD_HEAD_BYTES + -(-vector_bytes // 32) * 32
+        self.f0 = self.numbers + 4 * self.slots
+        self.f1 = self.f0 + 4 * self.slots
+        self.codes = self.f1 + 4 * self.slots
+        self.used_record_bytes = self.codes + self.slots // BLOCK * (code_dim // 4 * 16)
+        upper = self.header["upper_count"]
+        self.nav = self.header["nav_offset"]
+        self.nav_nodes = self.nav + -(-4 * dim // 8) * 8
+        self.nav_first_row = self.nav_nodes + -(-4 * upper // 8) * 8
+        self.nav_rows = self.nav_first_row + -(-4 * (upper + 1) // 8) * 8
+
+    def get(self, field: str) -> int:
+        offset, code = HEADER_FIELDS[field]
+        return int(struct.unpack_from(code, self.data, offset)[0])
+
+    def set(self, field: str, value: int) -> None:
+        """A number of the header."""
+        offset, code = HEADER_FIELDS[field]
+        struct.pack_into(code, self.data, offset, value % 256 ** struct.calcsize(code))
+
+    def record(self, node: int) -> int:
+        """Where a record is."""
+        return HEADER_BYTES + node * self.record_bytes
+
+    def set_record(self, node: int, field: str, value: int) -> None:
+        """A number of a record's head."""
+        offset, code = RECORD_FIELDS[field]
+        size = 8 * struct.calcsize(code)
+        value %= 2**size
+        struct.pack_into(code.upper(), self.data, self.record(node) + offset, value)
+
+    def set_word(self, offset: int, value: int) -> None:
+        """A u32 anywhere."""
+        struct.pack_into("<I", self.data, offset, value)
+
+    def get_word(self, offset: int) -> int:
+        return int(struct.unpack_from("<I", self.data, offset)[0])
+
+    def seal_record(self, node: int) -> None:
+        """Makes one record's checksum right."""
+        at = self.record(node)
+        self.set_word(at, checksum(bytes(self.data[at + 8 : at + self.record_bytes]), node))
+
+    def seal(self, *records: int) -> Image:
+        """Makes the checksums of the named records, the navigation section, the whole, and the header right."""
+        for node in records:
+            self.seal_record(node)
+        nav = bytes(self.data[self.nav : self.nav + self.header["nav_bytes"]])
+        self.set("nav_checksum", checksum(nav, 1))
+        chain = 0
+        for node in range(self.count):
+            chain = checksum(struct.pack("<Q", chain << 32 | self.get_word(self.record(node))), 2)
+        self.set("image_checksum", self.get("nav_checksum") << 32 | chain)
+        return self.seal_header()
+
+    def seal_header(self) -> Image:
+        """Makes the header's checksum right, and no other."""
+        self.set("header_checksum", 0)
+        self.set("header_checksum", checksum(bytes(self.data[:USED_HEADER_BYTES]), 0))
+        return self
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.data)
+
+
+class GuardedMemory:
+    """Memory with a page on both sides that faults: bytes put in it end right before the second one."""
+
+    def __init__(self, capacity: int) -> None:
+        page = mmap.PAGESIZE
+        self._inside = -(-capacity // page) * page
+        self._map = mmap.mmap(-1, self._inside + 2 * page, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        libc = ctypes.CDLL(None, use_errno=True)
+        for start in (0, page + self._inside):
+            address = ctypes.c_void_p(self._bytes.ctypes.data + start)
+            if libc.mprotect(address, ctypes.c_size_t(page), 0) != 0:
+                raise OSError(ctypes.get_errno(), "mprotect")
+
+    def hold(self, data: bytes) -> npt.NDArray[np.uint8]:
+        """The bytes, at the end of the memory; the next call overwrites them."""
+        end = mmap.PAGESIZE + self._inside
+        view = self._bytes[end - len(data) : end]
+        view[:] = np.frombuffer(data, np.uint8)
+        return view
+
+
+@contextmanager
+def reader_of(memory: npt.NDArray[np.uint8], *, simd: int | None = None) -> Iterator[Engine]:
+    """What a reader makes of a peer's memory, whose bytes nobody has checked."""
+    with Arena.wrap(memory) as arena, Channel.shm(arena) as channel, View.open(channel) as view:
+        with Engine.create([view], [channel], simd=simd) as engine:
+            yield engine
+
+
+def image_bytes(shard: Shard) -> bytes:
+    """A shard's image."""
+    with shard.arena.view() as view:
+        return bytes(view)
