@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers.tiers import FIGURES, TIERS
 
 from cotra_rdma import Shard
-
+from helpers.tiers import FIGURES, TIERS
 
 Floats = npt.NDArray[np.float32]
 

@@ -1,0 +1,83 @@
+# The commands of this project; CI calls the same ones. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Under CI nothing may be skipped, and a compiler's warning is an error.
+ifdef CI
+REQUIRE = --require=rxe --require=fakeverbs
+WERROR = ON
+else
+WERROR = OFF
+endif
+BUILT_FROM = pyproject.toml CMakeLists.txt tools/generate_ffi.py $(shell find csrc -name '*.[ch]')
+INSTALL = pip install --quiet --disable-pip-version-check
+SANITIZED_TIERS = tests/unit tests/fuzz tests/transport tests/fakeverbs
+
+.PHONY: help build demo test lint format asan bench docs packages clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+build: $(VENV)/.built ## build into .venv
+
+demo: build ## build, then search real word vectors in the memory of four other processes
+	$(BIN)/cotra demo
+
+test: packages ## install what the tests need, then run all of them
+	@$(MAKE) --no-print-directory $(VENV)/.tested
+	$(BIN)/python -m pytest $(REQUIRE) $(PYTEST_OPTIONS)
+
+lint: $(VENV)/.linted ## ruff, mypy --strict and clang-format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.[ch]')
+
+format: $(VENV)/.linted ## write what lint wants
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.[ch]')
+
+asan: packages ## the tiers without a network, with AddressSanitizer and UndefinedBehaviorSanitizer in the C shim
+	@$(MAKE) --no-print-directory VENV=.venv-asan BUILD_DIR=build/asan SETTINGS=-Ccmake.define.COTRA_SANITIZE=ON .venv-asan/.tested
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc COTRA_SANITIZED=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	.venv-asan/bin/python -m pytest $(SANITIZED_TIERS) $(PYTEST_OPTIONS)
+
+bench: build ## recall against speed, beside hnswlib: see bench/README.md
+	PATH="$(BIN):$$PATH" bench/run
+
+docs: $(VENV)/.documented ## the documentation as a site, in build/site; broken links are errors
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+packages: ## the system's packages that the tests need (Debian, Ubuntu)
+	@sh tools/install_packages.sh test
+
+clean: ## remove all that was built
+	rm -rf build dist .venv .venv-asan .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+BUILD_DIR = build/$(notdir $(VENV))
+# Whether <infiniband/verbs.h> is there is a part of the build: when it comes, the shim is built again.
+VERBS_H := $(wildcard /usr/include/infiniband/verbs.h)
+
+$(VENV)/bin/pip:
+	@sh tools/install_packages.sh build
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/$(INSTALL) --upgrade pip
+	$(BIN)/$(INSTALL) 'scikit-build-core>=0.11' 'cffi>=1.17' 'cmake>=3.20' ninja
+
+$(VENV)/.built: $(VENV)/bin/pip $(BUILT_FROM) $(VERBS_H)
+	$(BIN)/$(INSTALL) --no-build-isolation --editable . -Cbuild-dir=$(BUILD_DIR) -Ccmake.define.COTRA_WERROR=$(WERROR) $(SETTINGS)
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.built
+	$(BIN)/$(INSTALL) --group test
+	@touch $@
+
+$(VENV)/.linted: $(VENV)/.tested
+	$(BIN)/$(INSTALL) --group lint
+	@touch $@
+
+$(VENV)/.documented: $(VENV)/.built
+	$(BIN)/$(INSTALL) --group docs
+	@touch $@
