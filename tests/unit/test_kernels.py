@@ -1,0 +1,201 @@
+"""Kernels: every SIMD level that this CPU has, against numpy and against the portable one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cotra_rdma import InvalidInputError
+from cotra_rdma._native import check, ffi, lib, new_error
+from helpers.properties import fixed
+
+PORTABLE = lib.COTRA_SIMD_PORTABLE
+METRICS = {"l2": lib.COTRA_METRIC_L2, "ip": lib.COTRA_METRIC_IP, "cosine": lib.COTRA_METRIC_COSINE}
+TYPES = {
+    np.float32: lib.COTRA_VECTOR_F32,
+    np.float16: lib.COTRA_VECTOR_F16,
+    np.uint8: lib.COTRA_VECTOR_U8,
+}
+DIMS = (1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 100, 1000, 4095, 4096)
+TOLERANCE = 1e-5  # of (|q| + |x|)^2, as csrc/distance/kernels.h promises
+
+
+def has(simd: int) -> bool:
+    out = ffi.new("float *")
+    return bool(lib.cotra_kernel_distance(simd, 0, 0, ffi.new("float[1]"), ffi.new("float[1]"), 1, out, ffi.NULL) == 0)
+
+
+LEVELS = [simd for simd in range(4) if has(simd)]
+
+
+def named(simd: int) -> str:
+    return str(ffi.string(lib.cotra_simd_name(simd)).decode())
+
+
+levels = pytest.mark.parametrize("simd", LEVELS, ids=named)
+
+
+def distance(simd: int, metric: str, query: np.ndarray, vector: np.ndarray) -> np.float32:
+    out, err = ffi.new("float *"), new_error()
+    status = lib.cotra_kernel_distance(
+        simd,
+        METRICS[metric],
+        TYPES[vector.dtype.type],
+        ffi.from_buffer("float[]", query),
+        ffi.from_buffer(vector),
+        len(query),
+        out,
+        err,
+    )
+    check(status, err)
+    return np.float32(out[0])
+
+
+def exact(metric: str, query: np.ndarray, vector: np.ndarray) -> tuple[float, float]:
+    """The distance in float64, and the tolerance."""
+    q, x = query.astype(np.float64), vector.astype(np.float64)
+    scale = (np.linalg.norm(q) + np.linalg.norm(x)) ** 2
+    return float(((q - x) ** 2).sum() if metric == "l2" else 1 - q @ x), TOLERANCE * scale + 1e-7
+
+
+def random_vector(generator: np.random.Generator, dim: int, kind: type) -> np.ndarray:
+    if kind is np.uint8:
+        return generator.integers(0, 256, dim, np.uint8)
+    return generator.normal(size=dim).astype(kind)
+
+
+def scan(simd: int, table: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    sums, err = np.full(32, 0xFFFFFFFF, np.uint32), new_error()
+    lut, packed = ffi.from_buffer("uint8_t[]", table), ffi.from_buffer("uint8_t[]", codes)
+    check(lib.cotra_kernel_scan(simd, lut, packed, 4 * len(table), ffi.from_buffer("uint32_t[]", sums), err), err)
+    return sums
+
+
+def scan_by_hand(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """table uint8[groups, 16], codes uint8[groups, 16]: neighbour j's nibble is low in byte j, neighbour j + 16's high."""
+    nibbles = np.concatenate([codes & 15, codes >> 4], axis=1)
+    return np.take_along_axis(table, nibbles.astype(np.intp), axis=1).sum(axis=0, dtype=np.uint32)
+
+
+def test_the_best_level_is_one_of_them() -> None:
+    assert PORTABLE in LEVELS
+    assert lib.cotra_simd_best() == max(LEVELS)
+    assert [named(simd) for simd in (0, 1, 2, 3, -1, 4)] == ["portable", "avx2", "avx512", "neon", "unknown", "unknown"]
+
+
+@levels
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("metric", METRICS)
+def test_distances_are_numpys(simd: int, metric: str, kind: type) -> None:
+    generator = np.random.default_rng(0)
+    for dim in DIMS:
+        for _ in range(5):
+            query = generator.normal(scale=100 if kind is np.uint8 else 1, size=dim).astype(np.float32)
+            vector = random_vector(generator, dim, kind)
+            expected, tolerance = exact(metric, query, vector)
+            assert distance(simd, metric, query, vector) == pytest.approx(expected, abs=tolerance)
+
+
+@levels
+@pytest.mark.parametrize("metric", METRICS)
+@fixed(60)
+@given(data=st.data())
+def test_any_values(simd: int, metric: str, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(list(TYPES)))
+    dim = data.draw(st.integers(1, 130))
+    width = {np.float32: 32, np.float16: 16, np.uint8: 32}[kind]
+    bound = 2.0**14
+    component = st.integers(0, 255) if kind is np.uint8 else st.floats(-bound, bound, width=width)
+    query = np.array(data.draw(st.lists(st.floats(-bound, bound, width=32), min_size=dim, max_size=dim)), np.float32)
+    vector = np.array(data.draw(st.lists(component, min_size=dim, max_size=dim)), kind)
+    found = distance(simd, metric, query, vector)
+    expected, tolerance = exact(metric, query, vector)
+    assert abs(float(found) - expected) <= tolerance
+    assert abs(float(found) - float(distance(PORTABLE, metric, query, vector))) <= tolerance
+
+
+@levels
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
+def test_small_integers_are_exact_and_so_bit_identical(simd: int, kind: type) -> None:
+    """Sums below 2^24 have no rounding: the order of the sums cannot show."""
+    generator = np.random.default_rng(1)
+    for dim in DIMS:
+        query = generator.integers(0, 16, dim).astype(np.float32)
+        vector = generator.integers(0, 16, dim).astype(kind)
+        for metric in METRICS:
+            assert distance(simd, metric, query, vector) == exact(metric, query, vector)[0]
+
+
+@levels
+def test_every_half_is_converted_as_numpy_does(simd: int) -> None:
+    """Subnormals, zeros and infinities too; 1 - (1 x h) shows each (NaN stays NaN)."""
+    one = np.ones(1, np.float32)
+    zero = np.zeros(1, np.float32)
+    halves = np.arange(2**16, dtype=np.uint16)[::5].view(np.float16)
+    with np.errstate(invalid="ignore"):  # signalling NaNs are among them
+        wides = halves.astype(np.float32)
+        squares = wides * wides
+    for half, wide, square in zip(halves[:, np.newaxis], wides, squares, strict=True):
+        np.testing.assert_equal(distance(simd, "l2", zero, half), square)
+        np.testing.assert_equal(distance(simd, "ip", one, half), np.float32(1) - wide)
+
+
+@levels
+@pytest.mark.parametrize("code_dim", [64, 128, 960, 1024, 1088, 2048, 4096])
+def test_scan_is_exact(simd: int, code_dim: int) -> None:
+    generator = np.random.default_rng(code_dim)
+    for _ in range(20):
+        table = generator.integers(0, 256, (code_dim // 4, 16), np.uint8)
+        codes = generator.integers(0, 256, (code_dim // 4, 16), np.uint8)
+        assert (scan(simd, table, codes) == scan_by_hand(table, codes)).all()
+
+
+@levels
+@pytest.mark.parametrize("code_dim", [64, 1024, 4096])
+def test_scan_does_not_overflow(simd: int, code_dim: int) -> None:
+    groups = code_dim // 4
+    table = np.full((groups, 16), 255, np.uint8)
+    for code in (0, 0x0F, 0xF0, 255):
+        assert scan(simd, table, np.full((groups, 16), code, np.uint8)).tolist() == [255 * groups] * 32
+    table[:, 1:] = 0  # only nibble 0 counts, so that neighbours side by side differ most
+    codes = np.tile(np.array([0x00, 0x11, 0x01, 0x10] * 4, np.uint8), (groups, 1))
+    assert (scan(simd, table, codes) == scan_by_hand(table, codes)).all()
+
+
+@levels
+@fixed(60)
+@given(groups=st.integers(1, 5).map(lambda n: 16 * n), seed=st.integers(0, 2**32), values=st.lists(st.integers(0, 255)))
+def test_scan_of_any_bytes(simd: int, groups: int, seed: int, values: list[int]) -> None:
+    generator = np.random.default_rng(seed)
+    table, codes = (generator.choice([0, 1, 254, 255, *values], (groups, 16)).astype(np.uint8) for _ in range(2))
+    assert (scan(simd, table, codes) == scan_by_hand(table, codes)).all()
+
+
+@pytest.mark.parametrize(
+    ("dim", "metric", "vector_type"), [(0, 0, 0), (4097, 0, 0), (2**32 - 1, 0, 0), (8, 3, 0), (8, 0, 3), (8, 0, 2**31)]
+)
+def test_what_is_no_vector_is_refused(dim: int, metric: int, vector_type: int) -> None:
+    err = new_error()
+    query, vector = ffi.new("float[8]"), ffi.new("float[8]")
+    with pytest.raises(InvalidInputError):
+        check(
+            lib.cotra_kernel_distance(PORTABLE, metric, vector_type, query, vector, dim, ffi.new("float *"), err), err
+        )
+
+
+@pytest.mark.parametrize("code_dim", [0, 1, 63, 65, 4096 + 64])
+def test_codes_come_in_words_of_64_bits(code_dim: int) -> None:
+    err = new_error()
+    with pytest.raises(InvalidInputError, match="64"):
+        check(lib.cotra_kernel_scan(PORTABLE, ffi.NULL, ffi.NULL, code_dim, ffi.NULL, err), err)
+
+
+@pytest.mark.parametrize("simd", [simd for simd in (-1, 0, 1, 2, 3, 4, 99) if simd not in LEVELS])
+def test_levels_that_this_cpu_does_not_have(simd: int) -> None:
+    err = new_error()
+    with pytest.raises(InvalidInputError, match=f"no {named(simd)} kernels"):
+        check(lib.cotra_kernel_scan(simd, ffi.NULL, ffi.NULL, 64, ffi.NULL, err), err)
+    with pytest.raises(InvalidInputError, match=f"no {named(simd)} kernels"):
+        check(lib.cotra_kernel_distance(simd, 0, 0, ffi.NULL, ffi.NULL, 1, ffi.NULL, err), err)
