@@ -180,12 +180,13 @@ def run(
     )
     (out / "guest.sh").write_text(script, encoding="utf-8")
     share = "local,security_model=none"
+    whole = f"{share},id=r,path=/,multidevs=remap,readonly=on"
     machine = [
         *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-la57"),
         *("-smp", "2", "-m", str(memory_mib), "-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio"),
         *("-kernel", os.fspath(kernel), "-initrd", os.fspath(initrd)),
         *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
-        *("-fsdev", f"{share},id=r,path=/,multidevs=remap,readonly=on", "-device", "virtio-9p-pci,fsdev=r,mount_tag=root"),
+        *("-fsdev", whole, "-device", "virtio-9p-pci,fsdev=r,mount_tag=root"),
         *("-fsdev", f"{share},id=o,path={out.resolve()}", "-device", "virtio-9p-pci,fsdev=o,mount_tag=out"),
         *("-device", "virtio-rng-pci"),
     ]

@@ -232,7 +232,7 @@ class Peer:
         rows = max(1, _MAX_BATCH_BYTES // (max(5 * queries.shape[1], 12 * k + STATS_DTYPE.itemsize)))
         parts = [
             self._search_part(queries[begin : begin + rows], k, ef, beam, timeout_ms)
-            for begin in range(0, len(queries), rows)
+            for begin in range(0, max(1, len(queries)), rows)
         ]
         if len(parts) == 1:
             return parts[0]
@@ -252,7 +252,7 @@ class Peer:
         stats = np.frombuffer(answer.stats, STATS_DTYPE).copy()
         # What the owner read in its own memory crossed no wire: this side made one round of one message.
         stats["reads"], stats["rounds"] = 0, 1
-        stats["read_bytes"] = (len(request) + reply.payload_len) // len(queries)
+        stats["read_bytes"] = (len(request) + reply.payload_len) // max(1, len(queries))
         return answer.labels, answer.distances, stats
 
     def close(self) -> None:

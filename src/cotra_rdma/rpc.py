@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_MS = 5000
 _ID = struct.Struct("<Q")
 _ZERO_COPY_BYTES = 64 * 1024
+_ZAP_DOMAIN = "cotra"  # where it is empty, ZeroMQ asks no authenticator
 
 Handler = Callable[[VShardEnvelope], VShardEnvelope]
 
@@ -88,7 +89,7 @@ class RpcServer:
         if keys:
             self._router.curve_server = True
             self._router.curve_publickey, self._router.curve_secretkey = keys.public, keys.secret
-            self._router.zap_domain = b"cotra"
+            self._router.zap_domain = _ZAP_DOMAIN.encode()
         try:
             self._router.bind(_endpoint(host, port or "*"))
         except zmq.ZMQError as error:
@@ -186,7 +187,7 @@ class _AllowedKeys:
 def _authenticate(context: zmq.Context[zmq.Socket[bytes]], keys: ServerKeys) -> ThreadAuthenticator:
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
-    authenticator.configure_curve_callback("*", credentials_provider=_AllowedKeys(keys.allowed))
+    authenticator.configure_curve_callback(_ZAP_DOMAIN, credentials_provider=_AllowedKeys(keys.allowed))
     return authenticator
 
 
