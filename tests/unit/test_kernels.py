@@ -136,10 +136,10 @@ def test_every_half_is_converted_as_numpy_does(simd: int) -> None:
     halves = np.arange(2**16, dtype=np.uint16)[::5].view(np.float16)
     with np.errstate(invalid="ignore"):  # signalling NaNs are among them
         wides = halves.astype(np.float32)
-        squares = wides * wides
-    for half, wide, square in zip(halves[:, np.newaxis], wides, squares, strict=True):
+        squares, differences = wides * wides, 1 - wides
+    for half, square, difference in zip(halves[:, np.newaxis], squares, differences, strict=True):
         np.testing.assert_equal(distance(simd, "l2", zero, half), square)
-        np.testing.assert_equal(distance(simd, "ip", one, half), np.float32(1) - wide)
+        np.testing.assert_equal(distance(simd, "ip", one, half), difference)
 
 
 @levels
