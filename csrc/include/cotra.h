@@ -36,7 +36,8 @@ typedef enum cotra_status {
     COTRA_ERR_COMPLETION = -10, /* a work request completed in error: see wc_status, vendor_error */
     COTRA_ERR_DEADLINE = -11,   /* time ran out */
     COTRA_ERR_CLOSED = -12,     /* the channel or queue pair is gone */
-    COTRA_ERR_LOSSY = -13       /* a vector cannot be held exactly by the vector type asked for */
+    COTRA_ERR_LOSSY = -13,      /* a vector cannot be held exactly by the vector type asked for */
+    COTRA_ERR_TRANSPORT = -14   /* the path to a peer broke, without a completion that says how */
 } cotra_status;
 
 typedef struct cotra_error {

@@ -34,6 +34,8 @@ typedef struct verbs_channel {
     size_t landing_bytes;
     uint32_t depth;
     uint64_t first, acknowledged, next;
+    uint64_t drained; /* work requests before it are done with, well or not: the queue pair will not touch their slots again */
+    int open_ended;   /* a chain was taken in part, without its signalled end */
     uint64_t failed; /* the position of the first READ that failed, when base.error says that one did */
     struct {
         uint32_t slot, length;
@@ -110,15 +112,22 @@ static int verbs_post(cotra_channel *channel, const cotra_read *reads, uint32_t 
         self->next += taken;
         if (error) {
             /* What was taken of the chain has no signalled end: the queue pair cannot be used any further. */
-            cotra_fail_errno(&channel->error, COTRA_ERR_CLOSED, error, "ibv_post_send of %u READs on %s", count,
+            cotra_fail_errno(&channel->error, COTRA_ERR_TRANSPORT, error, "ibv_post_send of %u READs on %s", count,
                              self->qp->device->info.name);
             self->failed = self->acknowledged;
+            self->open_ended = taken > 0;
             if (err)
                 *err = channel->error;
-            return COTRA_ERR_CLOSED;
+            return COTRA_ERR_TRANSPORT;
         }
     }
     return COTRA_OK;
+}
+
+static void note_drained(verbs_channel *self, const struct ibv_wc *wc)
+{
+    if (wc->wr_id >= self->drained && wc->wr_id < self->next)
+        self->drained = wc->wr_id + 1;
 }
 
 static int verbs_poll(cotra_channel *channel, cotra_completion *out, uint32_t capacity, uint32_t *n, cotra_error *err)
@@ -130,10 +139,11 @@ static int verbs_poll(cotra_channel *channel, cotra_completion *out, uint32_t ca
         int count = ibv_poll_cq(self->qp->cq, 16, wcs);
         if (count < 0) {
             self->failed = self->acknowledged;
-            cotra_fail(&channel->error, COTRA_ERR_CLOSED, "ibv_poll_cq on %s returned %d", self->qp->device->info.name,
-                       count);
+            cotra_fail(&channel->error, COTRA_ERR_TRANSPORT, "ibv_poll_cq on %s returned %d",
+                       self->qp->device->info.name, count);
         }
         for (int i = 0; i < count; i++) {
+            note_drained(self, &wcs[i]);
             if (wcs[i].status != IBV_WC_SUCCESS)
                 record_failure(self, &wcs[i]);
             else if (!channel->error.status && wcs[i].wr_id >= self->acknowledged && wcs[i].wr_id < self->next)
@@ -156,19 +166,36 @@ static int verbs_poll(cotra_channel *channel, cotra_completion *out, uint32_t ca
     return COTRA_OK;
 }
 
+/* READs in flight write into the landing memory: stop them before it goes. In the error state the queue pair starts none, and
+ * once its outstanding work is flushed none is left. */
+static void drain(verbs_channel *self)
+{
+    struct ibv_wc wc;
+    cotra_qp_abort(self->qp);
+    if (self->open_ended) {
+        /* What was done of such a chain gives no completion; one more work request, flushed after it, does. */
+        struct ibv_send_wr *refused = NULL;
+        self->work[0].wr_id = self->next;
+        self->work[0].next = NULL;
+        self->work[0].send_flags = IBV_SEND_SIGNALED;
+        if (ibv_post_send(self->qp->qp, self->work, &refused) == 0)
+            self->next++;
+    }
+    uint64_t give_up = cotra_clock_ns() + DRAIN_NS;
+    while (self->drained != self->next && cotra_clock_ns() < give_up) {
+        int count = ibv_poll_cq(self->qp->cq, 1, &wc);
+        if (count < 0)
+            return;
+        if (count == 1)
+            note_drained(self, &wc);
+    }
+}
+
 static void verbs_close(cotra_channel *channel)
 {
     verbs_channel *self = (verbs_channel *)channel;
-    /* READs in flight write into the landing memory: stop them before it goes. In the error state the queue pair starts none,
-     * and once its outstanding work is flushed none is left. */
-    if (self->qp && self->acknowledged != self->next) {
-        cotra_qp_abort(self->qp);
-        struct ibv_wc wc;
-        uint64_t give_up = cotra_clock_ns() + DRAIN_NS;
-        while (self->acknowledged != self->next && cotra_clock_ns() < give_up)
-            if (ibv_poll_cq(self->qp->cq, 1, &wc) == 1 && wc.wr_id >= self->acknowledged && wc.wr_id < self->next)
-                self->acknowledged = wc.wr_id + 1;
-    }
+    if (self->qp && self->drained != self->next)
+        drain(self);
     if (self->landing_mr)
         self->qp->device->verbs->dereg_mr(self->landing_mr);
     if (self->landing)

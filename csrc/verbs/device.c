@@ -184,10 +184,12 @@ void cotra_device_close(cotra_device *device)
 int cotra_device_port(const cotra_device *device, uint32_t port, cotra_port_info *out, cotra_error *err)
 {
     struct ibv_port_attr attributes;
-    int error = port >= 1 && port <= device->info.n_ports ? query_port(device, port, &attributes) : EINVAL;
+    if (port < 1 || port > device->info.n_ports)
+        return cotra_fail(err, COTRA_ERR_NO_DEVICE, "%s has no port %u: it has %u, counted from 1", device->info.name, port,
+                          device->info.n_ports);
+    int error = query_port(device, port, &attributes);
     if (error)
-        return cotra_fail_errno(err, COTRA_ERR_NO_DEVICE, error, "port %u of %s (it has %u)", port, device->info.name,
-                                device->info.n_ports);
+        return cotra_fail_errno(err, COTRA_ERR_NO_DEVICE, error, "ibv_query_port %u of %s", port, device->info.name);
     memset(out, 0, sizeof *out);
     out->port = port;
     out->state = attributes.state;
@@ -199,10 +201,11 @@ int cotra_device_port(const cotra_device *device, uint32_t port, cotra_port_info
 }
 
 /* One line of /sys/class/infiniband/DEVICE/ports/PORT/gid_attrs/KIND/INDEX; empty where there is none. */
-static void read_gid_attribute(const char *device, uint32_t port, const char *kind, uint32_t index, char *out, int capacity)
+static void read_gid_attribute(const cotra_device *device, uint32_t port, const char *kind, uint32_t index, char *out,
+                               int capacity)
 {
-    char path[256];
-    snprintf(path, sizeof path, "/sys/class/infiniband/%s/ports/%u/gid_attrs/%s/%u", device, port, kind, index);
+    char path[IBV_SYSFS_PATH_MAX + 64];
+    snprintf(path, sizeof path, "%s/ports/%u/gid_attrs/%s/%u", device->context->device->ibdev_path, port, kind, index);
     out[0] = 0;
     FILE *file = fopen(path, "re");
     if (!file)
@@ -274,22 +277,30 @@ int cotra_device_gids(const cotra_device *device, uint32_t port, const uint8_t *
         return status;
     if (peer_address && memcmp(peer_address, zeros, sizeof zeros) == 0)
         peer_address = NULL;
+    int error = 0;
     for (uint32_t i = 0; i < info.gid_count && *count < capacity; i++) {
         union ibv_gid gid;
-        if (device->verbs->query_gid(device->context, (uint8_t)port, (int)i, &gid) != 0 ||
-            memcmp(gid.raw, zeros, sizeof zeros) == 0)
+        errno = 0;
+        if (device->verbs->query_gid(device->context, (uint8_t)port, (int)i, &gid) != 0) {
+            error = errno ? errno : EIO;
+            continue;
+        }
+        if (memcmp(gid.raw, zeros, sizeof zeros) == 0)
             continue;
         cotra_gid_info *entry = &out[(*count)++];
         memset(entry, 0, sizeof *entry);
         memcpy(entry->gid, gid.raw, sizeof entry->gid);
         entry->index = i;
         char text[64];
-        read_gid_attribute(device->info.name, port, "types", i, text, sizeof text);
+        read_gid_attribute(device, port, "types", i, text, sizeof text);
         entry->type = info.link_layer == 1                ? COTRA_GID_IB
                       : strstr(text, "v2") || text[0] == 0 ? COTRA_GID_ROCE_V2
                                                            : COTRA_GID_ROCE_V1;
         rank_gid(entry, peer_address);
     }
+    if (*count == 0 && error)
+        return cotra_fail_errno(err, COTRA_ERR_NO_DEVICE, error, "ibv_query_gid of port %u of %s", port,
+                                device->info.name);
     qsort(out, *count, sizeof *out, by_score);
     return COTRA_OK;
 }

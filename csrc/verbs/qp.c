@@ -17,7 +17,7 @@ static uint32_t least(uint32_t a, uint32_t b)
 static int check_options(const cotra_device *device, cotra_qp_options *options, cotra_error *err)
 {
     if (options->send_depth == 0)
-        options->send_depth = least(DEFAULT_SEND_DEPTH, (uint32_t)device->info.max_qp_wr);
+        options->send_depth = least(least(DEFAULT_SEND_DEPTH, (uint32_t)device->info.max_qp_wr), (uint32_t)device->info.max_cqe);
     if (options->timeout_exponent == 0)
         options->timeout_exponent = DEFAULT_TIMEOUT;
     if (options->retry_count == 0)
@@ -57,10 +57,13 @@ static int choose_gid(cotra_qp *qp, cotra_error *err)
         at++;
     if (!status && at < n)
         qp->gid = gids[at];
-    else if (!status && (options->gid_index >= 0 || qp->link_layer == 2))
-        status = cotra_fail(err, COTRA_ERR_NO_DEVICE, "port %u of %s has no GID %d (%u GIDs; does its interface have an "
-                            "address?)",
+    else if (!status && options->gid_index >= 0)
+        status = cotra_fail(err, COTRA_ERR_NO_DEVICE, "port %u of %s has no GID index %d (it has %u GIDs; cotra doctor lists "
+                            "them)",
                             options->port, qp->device->info.name, options->gid_index, n);
+    else if (!status && qp->link_layer == 2)
+        status = cotra_fail(err, COTRA_ERR_NO_DEVICE, "port %u of %s has no GID: give its network interface an address",
+                            options->port, qp->device->info.name);
     free(gids);
     return status;
 }
