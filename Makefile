@@ -44,8 +44,8 @@ asan: packages ## the tiers without a network, with AddressSanitizer and Undefin
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	.venv-asan/bin/python -m pytest $(SANITIZED_TIERS) $(PYTEST_OPTIONS)
 
-bench: build ## recall against speed, beside hnswlib: see bench/README.md
-	PATH="$(BIN):$$PATH" bench/run
+bench: build ## recall against speed, beside hnswlib: make bench DATA=directory (see bench/README.md)
+	PATH="$(BIN):$$PATH" sh bench/run $(DATA)
 
 docs: $(VENV)/.documented ## the documentation as a site, in build/site; broken links are errors
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
