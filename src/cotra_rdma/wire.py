@@ -84,10 +84,10 @@ class VShardEnvelope:
             raise InvalidInputError(f"envelope: version {self.version} cannot be written, only {WIRE_VERSION}")
         if length > MAX_PAYLOAD_BYTES:
             raise InvalidInputError(f"envelope: a payload of {length} bytes passes the limit of {MAX_PAYLOAD_BYTES}")
-        numbers = (VShardMessageType(self.msg_type), self.source_node, self.target_node, self.vshard_id)
+        numbers = (self.source_node, self.target_node, self.vshard_id)
         try:
-            header = _HEADER.pack(self.version, *numbers, length)
-        except struct.error as error:
+            header = _HEADER.pack(self.version, VShardMessageType(self.msg_type), *numbers, length)
+        except (struct.error, ValueError) as error:
             raise InvalidInputError(f"envelope: a field does not fit its place: {error}") from error
         parts = self.payload if isinstance(self.payload, tuple) else (self.payload,)
         first, rest = (parts[0], parts[1:]) if parts else (b"", ())
@@ -137,7 +137,11 @@ def decode_array(data: Buffer, kind: type[T], what: str) -> T:
     """One MessagePack array as `kind`; `FormatError` when it is anything else."""
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+        RecursionError,
+    ) as error:  # the last: arrays in arrays in arrays ...
         raise FormatError(f"{what}: {error}") from error
 
 
