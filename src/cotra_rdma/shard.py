@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -97,10 +98,11 @@ class Shard:
         count, dim = rows.shape
         labels = _check_ids(ids, count)
         index = hnswlib.Index(space=metric, dim=dim)
-        index.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=seed)
+        index.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=seed % 2**64)
         threads = _threads(n_threads)
         for begin in range(0, count, _ADD_ROWS):
-            part = np.asarray(rows[begin : begin + _ADD_ROWS], np.float32)
+            with np.errstate(over="ignore"):  # what overflows float32 is then infinite, and refused
+                part = np.asarray(rows[begin : begin + _ADD_ROWS], np.float32)
             _check_finite(part, begin)
             index.add_items(part, labels[begin : begin + _ADD_ROWS], num_threads=threads)
             if progress:
@@ -140,7 +142,7 @@ class Shard:
             raise InvalidInputError(f"vector_type must be auto, {', '.join(VECTOR_TYPES)}, not {vector_type!r}")
         candidates = [vector_type]
         if vector_type == "auto":
-            some = np.asarray(index.get_items(index.get_ids_list()[:64]), np.float32)
+            some = _some_vectors(index)
             candidates = [name for name in ("uint8", "float16") if _is_exact(some, name)] + ["float32"]
         for name in candidates:
             try:
@@ -342,6 +344,15 @@ def _check_finite(part: npt.NDArray[np.float32], begin: int) -> None:
     bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
     if len(bad):
         raise InvalidInputError(f"vector {begin + int(bad[0])} holds NaN or infinity")
+
+
+def _some_vectors(index: hnswlib.Index) -> npt.NDArray[np.float32]:
+    """A few of an index's vectors; hnswlib gives no deleted ones out."""
+    vectors = []
+    for label in index.get_ids_list()[:64]:
+        with suppress(RuntimeError):
+            vectors.append(index.get_items([label])[0])
+    return np.asarray(vectors, np.float32)
 
 
 def _is_exact(vectors: npt.NDArray[np.float32], name: str) -> bool:
