@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
 from cotra_rdma.engine import Engine, merge
-from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, TransportError, VerbsUnavailableError
+from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, TransportError
 from cotra_rdma.peer import ONE_SIDED, Peer, check_alike
 from cotra_rdma.queries import check_queries
 from cotra_rdma.rpc import ClientKeys, parse_address
@@ -155,7 +156,11 @@ class Cluster:
         self._one_sided = [peer for peer in self._peers if peer.transport in ONE_SIDED]
         self._by_rpc = [peer for peer in self._peers if peer.transport == "rpc"]
         if "verbs" in self.transports:
-            self._leases = threading.Thread(target=self._keep_leases, name="cotra-leases", daemon=True)
+            # The thread must not keep a cluster that nobody else holds: that one's leases run out.
+            weakref.finalize(self, self._stop_leases.set)
+            self._leases = threading.Thread(
+                target=_keep_leases, args=(weakref.ref(self), self._stop_leases), name="cotra-leases", daemon=True
+            )
             self._leases.start()
 
     def _open_device(self, transport: str, name: str | None) -> str:
@@ -165,20 +170,21 @@ class Cluster:
             return "not asked for"
         try:
             self._device = Device(name)
-        except VerbsUnavailableError as error:
+        except CotraError as error:
             if transport == "verbs" or name is not None:
                 raise
             return str(error)
         return ""
 
-    def _keep_leases(self) -> None:
-        peers = [peer for peer in self._peers if peer.transport == "verbs"]
-        while not self._stop_leases.wait(_LEASE_RENEWAL_S):
-            for peer in peers:
-                try:
-                    peer.renew()
-                except CotraError as error:  # a search will tell
-                    log.debug("%s: its lease was not renewed: %s", peer, error)
+    def renew_leases(self) -> None:
+        """Keeps the queue pairs that owners hold for this reader. A thread does it, as long as the cluster is open."""
+        for peer in self._peers:
+            if peer.transport != "verbs":
+                continue
+            try:
+                peer.renew()
+            except CotraError as error:  # a search will tell
+                log.debug("%s: its lease was not renewed: %s", peer, error)
 
     # ---- what it is connected to ----
 
@@ -420,6 +426,14 @@ class Cluster:
     def __repr__(self) -> str:
         paths: Any = ", ".join(f"{a} over {t}" for a, t in zip(self.addresses, self.transports, strict=True))
         return f"<Cluster of {len(self._peers)} shards: {paths}>"
+
+
+def _keep_leases(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
+    while not stop.wait(_LEASE_RENEWAL_S):
+        alive = cluster()
+        if alive is not None:
+            alive.renew_leases()
+        del alive
 
 
 def _ip_of(address: str) -> str | None:

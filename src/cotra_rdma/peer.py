@@ -21,7 +21,6 @@ from cotra_rdma.errors import (
     DeadlineError,
     FormatError,
     InvalidInputError,
-    MemlockError,
     PeerError,
     TransportError,
     VerbsUnavailableError,
@@ -146,8 +145,8 @@ class Peer:
                 self.transport = name
                 if name in ONE_SIDED:
                     self._connect_view()
-            except (TransportError, VerbsUnavailableError, PeerError, MemlockError) as error:
-                if wanted != "auto":
+            except CotraError as error:
+                if wanted != "auto" or isinstance(error, (FormatError, InvalidInputError)):
                     raise
                 self.transport = ""
                 self.passed_over[name] = str(error)

@@ -120,8 +120,8 @@ class Server:
             self._device = Device(name)
             self._registration = MemoryRegistration(self._device, self._pinned())
             QueuePair(self._device, self._peer_options(None)).close()  # a port and a GID there are
-        except (VerbsUnavailableError, MemlockError) as error:
-            if name is not None:
+        except CotraError as error:
+            if name is not None or isinstance(error, InvalidInputError):
                 raise
             self.unavailable["verbs"] = str(error)
             log.warning("verbs is not offered: %s", error)
