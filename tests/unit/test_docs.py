@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pytest
 import typer.main
 
-from cotra_rdma import Shard
+from cotra_rdma import Shard, errors
+from cotra_rdma._native import check, new_error
 from cotra_rdma.cli import app
 from cotra_rdma.messages import (
     SearchRequest,
@@ -97,6 +98,24 @@ def test_the_envelope_table_of_the_wire_page() -> None:
         assert int.from_bytes(raw[int(offset) : int(offset) + int(size)], "little") == values.pop(name.strip("`"))
     assert not values
     assert int(rows[-1][0]) == len(raw) - 1
+
+
+def test_the_errors_page_is_complete() -> None:
+    page = DOCS / "reference" / "errors.md"
+    header = (ROOT / "csrc" / "include" / "cotra.h").read_text(encoding="utf-8")
+    numbers = dict(
+        re.findall(r"^ +(COTRA_[A-Z_]+) = (-?\d+),? +/\*", header.partition("} cotra_status;")[0], re.MULTILINE)
+    )
+    told = {row[1].strip("`"): (row[0], row[2].strip("`")) for row in table(page, "## C statuses")}
+    assert {name: number for name, (number, _) in told.items()} == numbers | {"COTRA_OK": "0"}
+    exceptions = {row[0].removeprefix("&nbsp;").strip(" `") for row in table(page, "## Exceptions")}
+    public = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+    assert exceptions == public - {"CotraError"}
+    for name, (number, python) in told.items():
+        if int(number) < 0:
+            with pytest.raises(getattr(errors, python, MemoryError)) as caught:
+                check(int(number), new_error())
+            assert caught.type.__name__ == python, name
 
 
 # ---- the format page, as the one who reads an image by it alone ----
