@@ -31,6 +31,7 @@ from helpers.fakeverbs import Fake
 from helpers.tiers import cannot_run
 
 HERE = Path(__file__).parent
+SOURCES = HERE / "library"
 INSIDE = "COTRA_FAKEVERBS_REPORTS"
 OLD_SYMBOL = "ibv_query_gid"
 TEST_TIMEOUT_S = 30
@@ -64,9 +65,21 @@ def make_library(kind: str, directory: Path) -> None:
         versions += f"IBVERBS_1.2 {{ global: {OLD_SYMBOL}; }} IBVERBS_1.1;\n"
     script = directory / "libibverbs.map"
     script.write_text(versions)
-    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-shared", "-fPIC", "-pthread"]
+    flags = [
+        "-std=gnu11",
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Wshadow",
+        "-Wmissing-prototypes",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+    ]
     link = ["-Wl,-soname,libibverbs.so.1", f"-Wl,--version-script={script}"]
-    subprocess.run(["gcc", *flags, *link, HERE / "fake_libibverbs.c", "-o", target], check=True)
+    subprocess.run(["gcc", *flags, *link, *sorted(SOURCES.glob("*.c")), "-o", target], check=True)
 
 
 def library_of(item: pytest.Item) -> str:
@@ -95,6 +108,8 @@ def run_inside(config: pytest.Config, directory: Path, nodeids: list[str]) -> Re
                 running = data["started"]
                 continue
             report = config.hook.pytest_report_from_serializable(config=config, data=data)
+            if isinstance(report.longrepr, list):  # a skip's, a tuple before it was JSON
+                report.longrepr = tuple(report.longrepr)
             reports[report.nodeid].append(report)
             if report.when == "teardown":
                 running = ""
@@ -102,7 +117,7 @@ def run_inside(config: pytest.Config, directory: Path, nodeids: list[str]) -> Re
         if waiting or running:
             culprit = running or waiting.pop(0)
             said = f"its process ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-            report = pytest.TestReport(culprit, (culprit, None, ""), {}, "failed", said, "call")
+            report = pytest.TestReport(culprit, (culprit, None, culprit.partition("::")[2]), {}, "failed", said, "call")
             reports[culprit] = [report]
     return reports
 

@@ -1,4 +1,4 @@
-"""The fake libibverbs (tests/fakeverbs/fake_libibverbs.c) from a test: its settings, its faults, and what it saw."""
+"""The fake libibverbs (tests/fakeverbs/library) from a test: its settings, its faults, and what it saw."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Fake:
         self._library.fake_qp_attribute.restype = ctypes.c_long
 
     def set(self, **settings: object) -> None:
-        """Settings by name, MTU=3 or PORT_STATE_fake1=1: see the library's head."""
+        """Settings by name, MTU=3 or PORT_STATE_fake1=1: see fake.h."""
         for name, value in settings.items():
             self._environment.setenv(f"FAKE_VERBS_{name}", str(value))
 
