@@ -66,11 +66,13 @@ int cotra_channel_open_shm(const cotra_arena *arena, uint32_t slots, uint32_t sl
     int status = cotra_channel_limits(&slots, &slot_bytes, err);
     if (status)
         return status;
+    cotra_arena_info info;
+    cotra_arena_get_info(arena, &info);
+    if (info.address % 8) /* a READ is a pointer, and the numbers of a record are loaded through it */
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "shm channel: a region must be 8-byte aligned in memory");
     shm_channel *self = calloc(1, sizeof *self + slots * sizeof self->ready[0]);
     if (!self)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "shm channel: no memory for %u slots", slots);
-    cotra_arena_info info;
-    cotra_arena_get_info(arena, &info);
     self->base.ops = &shm_ops;
     self->base.region_bytes = info.length_bytes;
     self->base.slots = slots;

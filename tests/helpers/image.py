@@ -145,7 +145,7 @@ class Image:
 
 
 class GuardedMemory:
-    """Memory with a page on both sides that faults: bytes put in it end right before the second one."""
+    """Memory with a page on both sides that faults: bytes put in it end right before the second one (8-byte aligned)."""
 
     def __init__(self, capacity: int) -> None:
         page = mmap.PAGESIZE
@@ -160,8 +160,8 @@ class GuardedMemory:
 
     def hold(self, data: bytes) -> npt.NDArray[np.uint8]:
         """The bytes, at the end of the memory; the next call overwrites them."""
-        end = mmap.PAGESIZE + self._inside
-        view = self._bytes[end - len(data) : end]
+        start = mmap.PAGESIZE + self._inside - -(-len(data) // 8) * 8
+        view = self._bytes[start : start + len(data)]
         view[:] = np.frombuffer(data, np.uint8)
         return view
 

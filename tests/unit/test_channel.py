@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cotra_rdma import Arena, ClosedError, DeadlineError, FabricModel, FormatError, Shard
+from cotra_rdma import Arena, ClosedError, DeadlineError, FabricModel, FormatError, InvalidInputError, Shard
 from cotra_rdma._native import lib
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import Engine, View
@@ -48,3 +48,12 @@ def test_a_second_engine_on_the_channel_of_a_failed_search(words: np.ndarray) ->
         with Engine.create([view], [inner]) as engine:
             labels, _, _ = engine.search(words[:64], 1, 64, 4)
             assert labels[0, :, 0].tolist() == list(range(64))
+
+
+def test_memory_that_is_not_aligned_is_refused() -> None:
+    memory = np.zeros(64, np.uint64).view(np.uint8)
+    for shift in range(1, 8):
+        with Arena.wrap(memory[shift:]) as arena, pytest.raises(InvalidInputError, match="8-byte aligned"):
+            Channel.shm(arena)
+    with Arena.wrap(memory[8:]) as arena, Channel.shm(arena) as channel:
+        assert channel.read(1, 3) == bytes(3)
