@@ -40,7 +40,7 @@ format: $(VENV)/.linted ## write what lint wants
 
 asan: packages ## the tiers without a network, with AddressSanitizer and UndefinedBehaviorSanitizer in the C shim
 	@$(MAKE) --no-print-directory VENV=.venv-asan BUILD_DIR=build/asan SETTINGS=-Ccmake.define.COTRA_SANITIZE=ON .venv-asan/.tested
-	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc COTRA_SANITIZED=1 \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc COTRA_SANITIZED=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	.venv-asan/bin/python -m pytest $(SANITIZED_TIERS) $(PYTEST_OPTIONS)
 

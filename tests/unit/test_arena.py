@@ -223,6 +223,7 @@ def test_locking(arena: Arena) -> None:
         assert wrapped.info.locked
 
 
+@pytest.mark.skipif("COTRA_SANITIZED" in os.environ, reason="AddressSanitizer makes mlock do nothing")
 def test_a_limit_on_locked_memory_is_told_with_its_remedy(no_memlock: None, arena: Arena) -> None:
     for lock in (arena.lock, lambda: Arena.create(10_000, lock=True), lambda: Arena.wrap(bytes(10_000), lock=True)):
         with pytest.raises(MemlockError, match=r"RLIMIT_MEMLOCK is 0; raise it with 'ulimit -l") as caught:

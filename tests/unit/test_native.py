@@ -167,7 +167,7 @@ def test_children_are_destroyed_before_their_parents(order: tuple[str, ...]) -> 
     assert_children_first(log)
 
 
-@fixed(60)
+@fixed(25)
 @given(order=st.permutations(list(PARENTS)), closed=st.sets(st.sampled_from(list(PARENTS))), cycle=st.booleans())
 def test_any_order_of_the_garbage_collector(order: list[str], closed: set[str], cycle: bool) -> None:
     log: list[str] = []
