@@ -39,6 +39,8 @@ const char *cotra_status_name(int status)
         return "closed";
     case COTRA_ERR_LOSSY:
         return "vector type cannot hold the vectors exactly";
+    case COTRA_ERR_STALE:
+        return "the shard was rebuilt";
     case COTRA_ERR_TRANSPORT:
         return "path to the peer broke";
     default:

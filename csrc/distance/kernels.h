@@ -16,9 +16,9 @@ typedef struct cotra_kernels {
     cotra_pair_kernel l2[3], dot[3]; /* by vector type */
     /* sums[32] of a 4-bit look-up table over one block of codes; both as layout/codes.h and layout/image.h lay them out */
     void (*scan)(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, uint32_t *sums);
-    /* out[32] = distance + f0 - f1 (offset + scale x sums) */
-    void (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset, float scale,
-                     float *out);
+    /* out[32] = distance + f0 - f1 (offset + scale x sums); the bits of those below `bound` (a NaN is not) */
+    uint32_t (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset, float scale,
+                         float bound, float *out);
 } cotra_kernels;
 
 extern const cotra_kernels cotra_kernels_portable;

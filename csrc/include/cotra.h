@@ -37,7 +37,8 @@ typedef enum cotra_status {
     COTRA_ERR_DEADLINE = -11,   /* time ran out */
     COTRA_ERR_CLOSED = -12,     /* the channel or queue pair is gone */
     COTRA_ERR_LOSSY = -13,      /* a vector cannot be held exactly by the vector type asked for */
-    COTRA_ERR_TRANSPORT = -14   /* the path to a peer broke, without a completion that says how */
+    COTRA_ERR_TRANSPORT = -14,  /* the path to a peer broke, without a completion that says how */
+    COTRA_ERR_STALE = -15       /* the shard was rebuilt since its header was read */
 } cotra_status;
 
 typedef struct cotra_error {

@@ -314,20 +314,20 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam must be in [1, %d], not %u", MAX_BEAM, params->beam);
     if (n_queries == 0)
         return COTRA_OK;
-    uint32_t slots = UINT32_MAX, batch = 1;
+    uint32_t slots = UINT32_MAX, wanted = 0;
     for (uint32_t s = 0; s < engine->n_shards; s++) {
         const cotra_channel *channel = engine->lanes[s].channel;
         int settled = cotra_channel_settle(engine->lanes[s].channel, err);
         if (settled)
             return settled;
         slots = channel->slots < slots ? channel->slots : slots;
-        batch = channel->post_batch > batch ? channel->post_batch : batch;
+        const uint32_t in_flight = channel->in_flight ? channel->in_flight : channel->slots;
+        wanted += in_flight > 2 * params->beam ? in_flight / params->beam : 2;
     }
     if (params->beam > slots)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam %u needs as many READs in progress, the channel has %u slots",
                           params->beam, slots);
-    /* Memory behaves like a wire of ~100 ns: a few walks cover it. A real wire is kept full with what its slots allow. */
-    uint32_t n_walks = params->inflight ? params->inflight : (batch == 1 ? 4 : 64) * engine->n_shards;
+    uint32_t n_walks = params->inflight ? params->inflight : wanted;
     n_walks = n_walks < slots / params->beam ? n_walks : slots / params->beam;
     n_walks = n_walks < MAX_INFLIGHT ? n_walks : MAX_INFLIGHT;
     if (n_walks > n_queries * engine->n_shards)

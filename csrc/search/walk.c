@@ -8,6 +8,7 @@
 #include <string.h>
 
 #define CHOSEN ((uint64_t)1 << 31)
+#define FARTHEST 1e37f /* of all pool keys: what is further, or nearer than its negative, is only a hostile record's to say */
 
 /* float -> an integer that sorts the same way; -0.0 and 0.0 become neighbours, NaN never gets here. */
 static uint32_t to_key(float distance)
@@ -45,16 +46,17 @@ int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t e
     memset(walk, 0, sizeof *walk);
     walk->k = k;
     walk->ef = ef;
+    walk->capacity = COTRA_POOL_FACTOR * ef;
     walk->beam = beam;
     const size_t code_dim = cotra_code_dim(max_dim);
     uint32_t seen = 256;
-    while (seen < 8 * ef)
+    while (seen < 4 * walk->capacity)
         seen *= 2;
     walk->seen_mask = seen - 1;
     walk->codes.table = aligned_alloc(64, round_up64(code_dim * 4));
     walk->query = aligned_alloc(64, round_up64(padded_dim(max_dim) * sizeof(float)));
     walk->scratch = aligned_alloc(64, round_up64(2 * code_dim * sizeof(float)));
-    walk->pool = malloc((ef + 1) * sizeof *walk->pool);
+    walk->pool = malloc((walk->capacity + 1) * sizeof *walk->pool);
     walk->seen = calloc(seen, sizeof *walk->seen);
     walk->frontier = malloc(beam * sizeof *walk->frontier);
     walk->hits = malloc(k * sizeof *walk->hits);
@@ -139,18 +141,17 @@ static float pool_bound(const cotra_walk *walk, uint32_t capacity)
 }
 
 /* Where an open entry is, or belongs. Choosing an entry does not move it, so its mark must not count: among entries of the
- * same distance it would break the order. */
+ * same distance it would break the order. Without a branch that a CPU could guess wrong. */
 static uint32_t pool_place(const cotra_walk *walk, uint64_t word)
 {
-    uint32_t low = 0, high = walk->pool_count;
-    while (low < high) {
-        uint32_t middle = (low + high) / 2;
-        if ((walk->pool[middle] & ~CHOSEN) < word)
-            low = middle + 1;
-        else
-            high = middle;
+    const uint64_t *pool = walk->pool, *low = pool;
+    for (uint32_t n = walk->pool_count; n > 0;) {
+        uint32_t half = n / 2;
+        int right = (low[half] & ~CHOSEN) < word;
+        low = right ? low + half + 1 : low;
+        n = right ? n - half - 1 : half;
     }
-    return low;
+    return (uint32_t)(low - pool);
 }
 
 static void pool_insert(cotra_walk *walk, uint64_t word, uint32_t capacity)
@@ -166,11 +167,20 @@ static void pool_insert(cotra_walk *walk, uint64_t word, uint32_t capacity)
         walk->first_open = place;
 }
 
-static void pool_remove(cotra_walk *walk, uint32_t place)
+/* Gives the open entry at a place another distance. */
+static void pool_move(cotra_walk *walk, uint32_t from, uint64_t word)
 {
-    walk->pool_count--;
-    memmove(walk->pool + place, walk->pool + place + 1, (walk->pool_count - place) * sizeof *walk->pool);
-    walk->first_open -= place < walk->first_open;
+    uint64_t *pool = walk->pool;
+    uint32_t to = pool_place(walk, word);
+    if (to > from) { /* the place was counted with the old entry still below it */
+        to--;
+        memmove(pool + from, pool + from + 1, (to - from) * sizeof *pool);
+    } else {
+        memmove(pool + to + 1, pool + to, (from - to) * sizeof *pool);
+    }
+    pool[to] = word;
+    if (to < walk->first_open)
+        walk->first_open = to;
 }
 
 /* ---- upper layers, in the view ---- */
@@ -204,7 +214,7 @@ static int descend(cotra_walk *walk, cotra_error *err)
             }
         }
     if (!(distance < INFINITY))
-        distance = 3.4e38f; /* a start is a start */
+        distance = FARTHEST; /* a start is a start */
     const uint32_t width = walk->beam < walk->ef ? walk->beam : walk->ef;
     int status = seen_add(walk, seen_find(walk, current), current, distance, 0, err);
     if (status)
@@ -264,7 +274,7 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
     walk->query_norm2 = view->info.metric == COTRA_METRIC_IP ? kernels->dot[COTRA_VECTOR_F32](walk->query, walk->query, dim) : 0;
     /* One bit a dimension estimates a squared distance with an error of about 1.5 / sqrt(D) of it (RaBitQ, theorem 3.2, for
      * a residual as long as the distance). How many of those are worth waiting for is what ef / k asks for; the factor is
-     * measured (docs/performance.md). */
+     * measured (bench/README.md). */
     walk->slack = 0.75f / sqrtf((float)view->info.code_dim) * (sqrtf((float)walk->ef / (float)walk->k) - 1);
     cotra_query_codes_make(&view->rotation, walk->query, view->mean, walk->scratch, &walk->codes);
     seen_clear(walk);
@@ -273,7 +283,7 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
         if (status)
             return status;
     } else {
-        pool_insert(walk, to_word(3.4e38f, view->info.entry_node), walk->ef);
+        pool_insert(walk, to_word(3.4e38f, view->info.entry_node), walk->capacity);
     }
     for (uint32_t i = 0; i < walk->pool_count; i++) {
         uint32_t node = (uint32_t)walk->pool[i] & INT32_MAX;
@@ -340,13 +350,14 @@ static int take_estimate(cotra_walk *walk, uint32_t node, float estimate, cotra_
             return COTRA_OK;
         uint64_t old = to_word(seen->distance, node);
         uint32_t place = pool_place(walk, old);
-        if (place < walk->pool_count && walk->pool[place] == old)
-            pool_remove(walk, place);
         seen->distance += (estimate - seen->distance) / (float)++seen->estimates;
-        pool_insert(walk, to_word(seen->distance, node), walk->ef);
+        if (place < walk->pool_count && walk->pool[place] == old)
+            pool_move(walk, place, to_word(seen->distance, node));
+        else
+            pool_insert(walk, to_word(seen->distance, node), walk->capacity);
         return COTRA_OK;
     }
-    pool_insert(walk, to_word(estimate, node), walk->ef);
+    pool_insert(walk, to_word(estimate, node), walk->capacity);
     return seen_add(walk, seen, node, estimate, 1, err);
 }
 
@@ -381,19 +392,23 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra
         float estimates[COTRA_BLOCK];
         walk->kernels->scan(walk->codes.table, record + layout->codes + begin / COTRA_BLOCK * layout->block_bytes,
                             info->code_dim, sums);
-        walk->kernels->estimate(sums, (const float *)(record + layout->f0) + begin,
-                                (const float *)(record + layout->f1) + begin, distance, walk->codes.offset,
-                                walk->codes.scale, estimates);
-        const uint32_t n = count - begin < COTRA_BLOCK ? count - begin : COTRA_BLOCK;
-        for (uint32_t j = 0; j < n; j++) {
-            /* Nothing above the limit will ever be expanded, so it need not be kept. */
-            if (!(estimates[j] < walk->limit && estimates[j] < pool_bound(walk, walk->ef)))
+        /* Nothing above the limit will ever be expanded, so it need not be kept. */
+        float bound = pool_bound(walk, walk->capacity);
+        bound = walk->limit < bound ? walk->limit : bound;
+        uint32_t below = walk->kernels->estimate(
+            sums, (const float *)(record + layout->f0) + begin, (const float *)(record + layout->f1) + begin, distance,
+            walk->codes.offset, walk->codes.scale, bound, estimates);
+        if (count - begin < COTRA_BLOCK)
+            below &= (1u << (count - begin)) - 1;
+        for (; below; below &= below - 1) {
+            const uint32_t j = (uint32_t)__builtin_ctz(below);
+            if (!(estimates[j] < pool_bound(walk, walk->capacity))) /* it sinks as the pool fills */
                 continue;
             uint32_t neighbour = numbers[begin + j];
             if (neighbour >= info->count)
                 return cotra_fail(err, COTRA_ERR_FORMAT, "record %u links to node %u of %llu", node, neighbour,
                                   (unsigned long long)info->count);
-            status = take_estimate(walk, neighbour, estimates[j], err);
+            status = take_estimate(walk, neighbour, fmaxf(-FARTHEST, fminf(estimates[j], FARTHEST)), err);
             if (status)
                 return status;
         }

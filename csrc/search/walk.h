@@ -9,7 +9,8 @@
  * frontier; the engine READs their records, in any order, whenever they come; expand() takes them in the order of the frontier.
  * So the answer depends on the image and the parameters alone.
  *
- * The pool holds the ef nearest nodes seen: one word each, so that it sorts by distance, then by number.
+ * The pool holds the 2 ef nodes that seem nearest: estimates order it, not distances, so ef of them would leave out some of the
+ * ef nearest. One word each, so that it sorts by distance, then by number.
  *   bits 63..32  the distance (exact for upper nodes, else the mean of the estimates so far), mapped to an ordered integer
  *   bit  31      set once the node has been chosen for expansion; not part of the order
  *   bits 30..0   the node's number
@@ -25,6 +26,8 @@
 
 #include "distance/kernels.h"
 #include "search/view.h"
+
+enum { COTRA_POOL_FACTOR = 2 };
 
 typedef struct cotra_hit {
     float distance;
@@ -47,8 +50,9 @@ typedef struct cotra_walk {
     uint32_t k, ef, beam;
     float *query;        /* [dim padded to 32 floats] */
     float *scratch;      /* [2 * code_dim] */
-    uint64_t *pool;      /* [ef + 1] */
-    uint32_t pool_count; /* <= ef */
+    uint32_t capacity;   /* COTRA_POOL_FACTOR * ef */
+    uint64_t *pool;      /* [capacity + 1] */
+    uint32_t pool_count; /* <= capacity */
     uint32_t first_open; /* no unexpanded entry is below this place */
     cotra_seen *seen;    /* open addressing, at most half full */
     uint32_t seen_mask, seen_count, epoch;

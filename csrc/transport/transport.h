@@ -42,6 +42,7 @@ struct cotra_channel {
     uint32_t slots;
     uint32_t slot_bytes;
     uint32_t post_batch; /* READs that are worth collecting for one post; 1 where a doorbell costs nothing */
+    uint32_t in_flight;  /* READs that are worth having in progress; 0: as many as there are slots */
     uint32_t in_progress; /* READs posted, their completions not polled yet: counted by cotra_channel_post and _poll */
     uint64_t reads;       /* completed well */
     uint64_t read_bytes;

@@ -83,8 +83,8 @@ class ClosedError(CotraError):
     """The object was closed."""
 
 
-class StaleShardError(CotraError):
-    """The shard was rebuilt (another generation) since it was connected to: connect again."""
+class StaleShardError(FormatError):
+    """A record is of another generation than the header that was read: the shard was rebuilt; connect again."""
 
 
 class PeerError(CotraError):
