@@ -44,7 +44,7 @@ static uint32_t crc_word_portable(uint32_t crc, uint64_t word)
 
 static uint32_t checksum_portable(const uint8_t *bytes, size_t length, uint32_t seed)
 {
-    CHECKSUM_BODY(crc_word_portable)
+    CHECKSUM_BODY(crc_word_portable);
 }
 
 #if defined(__x86_64__)
@@ -57,7 +57,7 @@ __attribute__((target("sse4.2"))) static inline uint32_t crc_word_sse42(uint32_t
 
 __attribute__((target("sse4.2"))) static uint32_t checksum_sse42(const uint8_t *bytes, size_t length, uint32_t seed)
 {
-    CHECKSUM_BODY(crc_word_sse42)
+    CHECKSUM_BODY(crc_word_sse42);
 }
 
 uint32_t cotra_checksum(const void *data, size_t length, uint32_t seed)

@@ -1,6 +1,6 @@
-/* One checksum for everything that a reader checks: four interleaved CRC-32C (Castagnoli) streams over little-endian 64-bit
- * words, folded into one. Word i goes to stream i mod 4, so the CPU's crc32 instruction runs at its throughput, not its
- * latency; without the instruction a table gives the same value. */
+/* One checksum for everything that a reader checks: four interleaved CRC-32C (Castagnoli) streams over little-endian
+ * 64-bit words, folded into one. Word i goes to stream i mod 4, so the CPU's crc32 instruction runs at its throughput,
+ * not its latency; without the instruction a table gives the same value. */
 #ifndef COTRA_BASE_CHECKSUM_H
 #define COTRA_BASE_CHECKSUM_H
 

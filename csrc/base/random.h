@@ -1,4 +1,5 @@
-/* The generator behind seeds: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), so that every build makes the same rotation. */
+/* The generator behind seeds: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), so that every build makes the same
+ * rotation. */
 #ifndef COTRA_BASE_RANDOM_H
 #define COTRA_BASE_RANDOM_H
 

@@ -1,8 +1,9 @@
 /* The arithmetic of a hop, one table of functions for each SIMD level, chosen once when an engine is made.
  *
- * Vectors and queries are padded with zeros: a query to a multiple of 32 floats, a stored vector to a multiple of 32 bytes, so
- * that no kernel has a tail. Estimates are made of integer sums and single float operations, so they are the same bits at every
- * level; exact distances differ between levels by the order of their sums: |difference| <= 1e-5 x (|q| + |x|)^2.
+ * Vectors and queries are padded with zeros: a query to a multiple of 32 floats, a stored vector to a multiple of 32
+ * bytes, so that no kernel has a tail. Estimates are made of integer sums and single float operations, so they are the
+ * same bits at every level; exact distances differ between levels by the order of their sums: |difference| <= 1e-5 x
+ * (|q| + |x|)^2.
  */
 #ifndef COTRA_DISTANCE_KERNELS_H
 #define COTRA_DISTANCE_KERNELS_H
@@ -14,11 +15,11 @@ typedef float (*cotra_pair_kernel)(const float *query, const void *vector, uint3
 
 typedef struct cotra_kernels {
     cotra_pair_kernel l2[3], dot[3]; /* by vector type */
-    /* sums[32] of a 4-bit look-up table over one block of codes; both as layout/codes.h and layout/image.h lay them out */
+    /* sums[32] of a 4-bit look-up table over one block of codes; laid out as in layout/{codes,image}.h */
     void (*scan)(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, uint32_t *sums);
     /* out[32] = distance + f0 - f1 (offset + scale x sums); the bits of those below `bound` (a NaN is not) */
-    uint32_t (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset, float scale,
-                         float bound, float *out);
+    uint32_t (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset,
+                         float scale, float bound, float *out);
 } cotra_kernels;
 
 extern const cotra_kernels cotra_kernels_portable;

@@ -61,9 +61,9 @@ PAIR_KERNEL(dot_f32, load_f32, product)
 PAIR_KERNEL(dot_f16, load_f16, product)
 PAIR_KERNEL(dot_u8, load_u8, product)
 
-/* Two groups a step: their 16 table entries sit in the two lanes, as do their codes. Even and odd neighbours' bytes are summed
- * as 16-bit words: `all` holds even + 256 x odd (mod 2^16), `odd` the odd ones, so even = all - 256 x odd. A word overflows
- * after 257 steps; 128 steps (1,024 dimensions) are summed before they go into 32 bits. */
+/* Two groups a step: their 16 table entries sit in the two lanes, as do their codes. Even and odd neighbours' bytes are
+ * summed as 16-bit words: `all` holds even + 256 x odd (mod 2^16), `odd` the odd ones, so even = all - 256 x odd. A
+ * word overflows after 257 steps; 128 steps (1,024 dimensions) are summed before they go into 32 bits. */
 static void scan(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, uint32_t *sums)
 {
     const __m256i low_nibbles = _mm256_set1_epi8(15);
@@ -76,8 +76,7 @@ static void scan(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, 
             __m256i entries = _mm256_loadu_si256((const __m256i *)(table + (size_t)d * 4));
             __m256i code = _mm256_loadu_si256((const __m256i *)(codes + (size_t)d * 4));
             __m256i low = _mm256_shuffle_epi8(entries, _mm256_and_si256(code, low_nibbles));
-            __m256i high =
-                _mm256_shuffle_epi8(entries, _mm256_and_si256(_mm256_srli_epi16(code, 4), low_nibbles));
+            __m256i high = _mm256_shuffle_epi8(entries, _mm256_and_si256(_mm256_srli_epi16(code, 4), low_nibbles));
             all_low = _mm256_add_epi16(all_low, low);
             odd_low = _mm256_add_epi16(odd_low, _mm256_srli_epi16(low, 8));
             all_high = _mm256_add_epi16(all_high, high);
@@ -97,8 +96,8 @@ static void scan(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, 
     }
 }
 
-static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset, float scale,
-                         float bound, float *out)
+static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset,
+                         float scale, float bound, float *out)
 {
     uint32_t below = 0;
     const __m256 d = _mm256_set1_ps(distance), o = _mm256_set1_ps(offset), s = _mm256_set1_ps(scale);

@@ -16,9 +16,9 @@
         return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));              \
     }
 
-#define AS_IS(v) (v)
-#define TO_FLOAT(v) ((float)(v))
-#define SQUARE(a, b) ((a) - (b)) * ((a) - (b))
+#define AS_IS(v)      (v)
+#define TO_FLOAT(v)   ((float)(v))
+#define SQUARE(a, b)  ((a) - (b)) * ((a) - (b))
 #define PRODUCT(a, b) (a) * (b)
 
 PAIR_KERNEL(l2_f32, float, AS_IS, SQUARE)
@@ -40,8 +40,8 @@ static void scan(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, 
         }
 }
 
-static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset, float scale,
-                         float bound, float *out)
+static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset,
+                         float scale, float bound, float *out)
 {
     uint32_t below = 0;
     for (int j = 0; j < 32; j++) {

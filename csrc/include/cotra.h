@@ -1,13 +1,15 @@
 /* cotra.h: the one public header of the C shim.
  *
- * Everything between the two cdef markers is given to cffi verbatim by tools/generate_ffi.py, so that part holds plain C
- * declarations only: no preprocessor lines, no inline functions.
+ * Everything between the two cdef markers is given to cffi verbatim by tools/generate_ffi.py, so that part holds plain
+ * C declarations only: no preprocessor lines, no inline functions.
  *
  * Conventions
  *  - A function that can fail returns a cotra_status: 0 is done, > 0 is progress or back-pressure, < 0 is an error, and
- *    then *err (may be NULL) says which call failed, on what object, with what numbers, and the remedy where one is known.
+ *    then *err (may be NULL) says which call failed, on what object, with what numbers, and the remedy where one is
+ * known.
  *  - Objects are opaque and come in create/destroy (or open/close) pairs; destroying NULL is allowed. Children first.
- *  - Lengths are bytes and times nanoseconds unless a name says otherwise. Nothing here prints, exits or starts a thread.
+ *  - Lengths are bytes and times nanoseconds unless a name says otherwise. Nothing here prints, exits or starts a
+ * thread.
  *  - Handles are not locked. A channel and an engine belong to one thread at a time; an arena, a view, a device and a
  *    packer (its encode step, on disjoint ranges) may be shared.
  */
@@ -137,7 +139,8 @@ typedef struct cotra_packer_params {
 } cotra_packer_params;
 
 int cotra_packer_create(const cotra_packer_params *params, cotra_packer **out, cotra_error *err);
-/* Reads hnswlib's saved state (what Index.save_index writes) from a file or pipe until its end, and lays the image out. */
+/* Reads hnswlib's saved state (what Index.save_index writes) from a file or pipe until its end, and lays the image out.
+ */
 int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_error *err);
 uint64_t cotra_packer_count(const cotra_packer *packer);
 /* Makes the codes, factors and checksums of records [begin, end): ranges may be encoded by several threads at once. */
@@ -150,12 +153,13 @@ void cotra_packer_destroy(cotra_packer *packer);
 
 enum { COTRA_SIMD_PORTABLE = 0, COTRA_SIMD_AVX2 = 1, COTRA_SIMD_AVX512 = 2, COTRA_SIMD_NEON = 3 };
 
-int cotra_simd_best(void);            /* the best level that this CPU has */
+int cotra_simd_best(void); /* the best level that this CPU has */
 const char *cotra_simd_name(int simd);
 /* One kernel on one pair, for tests: vector is in vector_type, its distance in metric to query float32[dim]. */
 int cotra_kernel_distance(int simd, uint32_t metric, uint32_t vector_type, const float *query, const void *vector,
                           uint32_t dim, float *out, cotra_error *err);
-/* Sums of a 4-bit look-up table over 32 packed codes, for tests: lut u8[code_dim / 4][16], codes u8[code_dim / 4][16]. */
+/* Sums of a 4-bit look-up table over 32 packed codes, for tests: lut u8[code_dim / 4][16], codes u8[code_dim / 4][16].
+ */
 int cotra_kernel_scan(int simd, const uint8_t *lut, const uint8_t *codes, uint32_t code_dim, uint32_t *sums,
                       cotra_error *err);
 
@@ -194,10 +198,10 @@ enum { COTRA_GID_IB = 0, COTRA_GID_ROCE_V1 = 1, COTRA_GID_ROCE_V2 = 2 };
 typedef struct cotra_gid_info {
     uint8_t gid[16];
     uint32_t index;
-    uint32_t type;     /* COTRA_GID_* */
-    uint32_t netdev;   /* interface index, or 0 */
-    int32_t score;     /* the ranking: highest is chosen */
-    char why[64];      /* the ranking in words: "RoCEv2, IPv4, same subnet as the peer" */
+    uint32_t type;   /* COTRA_GID_* */
+    uint32_t netdev; /* interface index, or 0 */
+    int32_t score;   /* the ranking: highest is chosen */
+    char why[64];    /* the ranking in words: "RoCEv2, IPv4, same subnet as the peer" */
 } cotra_gid_info;
 
 typedef struct cotra_mr_info {
@@ -225,7 +229,7 @@ typedef struct cotra_qp_options {
     uint32_t send_depth;       /* work requests in the send queue; 0: 128 */
     uint32_t max_rd_atomic;    /* a cap on READs in progress; 0: what the devices allow */
     uint32_t timeout_exponent; /* ACK time-out 4.096 us x 2^n; 0: 14 (67 ms) */
-    uint32_t retry_count;      /* 0: 6. A dead peer surfaces after about (retry_count + 1) time-outs; 7 is for ever on rxe */
+    uint32_t retry_count; /* 0: 6. A dead peer surfaces after about (retry_count + 1) time-outs; 7 is for ever on rxe */
     uint32_t traffic_class;
     uint32_t service_level;
     uint32_t hop_limit; /* 0: 64 */
@@ -274,18 +278,18 @@ typedef struct cotra_channel_info {
     uint32_t slot_bytes; /* the longest single READ */
     uint64_t reads;      /* completed since open */
     uint64_t read_bytes;
-    uint64_t doorbells;  /* chained posts */
+    uint64_t doorbells; /* chained posts */
 } cotra_channel_info;
 
 typedef struct cotra_model_params {
-    uint64_t round_trip_ns;      /* added to every READ */
-    uint64_t bytes_per_second;   /* of the link; 0: no limit */
-    uint64_t reads_per_second;   /* message rate; 0: no limit */
-    uint64_t fail_after_reads;   /* the READ after so many fails with fail_status; 0: never */
-    int32_t fail_status;         /* a cotra_status */
+    uint64_t round_trip_ns;    /* added to every READ */
+    uint64_t bytes_per_second; /* of the link; 0: no limit */
+    uint64_t reads_per_second; /* message rate; 0: no limit */
+    uint64_t fail_after_reads; /* the READ after so many fails with fail_status; 0: never */
+    int32_t fail_status;       /* a cotra_status */
     int32_t fail_wc_status;
-    uint64_t drop_after_reads;   /* READs after so many never complete; 0: never */
-    uint64_t corrupt_every;      /* one bit of every n-th READ is flipped; 0: never */
+    uint64_t drop_after_reads; /* READs after so many never complete; 0: never */
+    uint64_t corrupt_every;    /* one bit of every n-th READ is flipped; 0: never */
 } cotra_model_params;
 
 /* shm: a region that is mapped here. The arena must outlive the channel. slots 0: 256; slot_bytes 0: 64 KiB */
@@ -314,9 +318,9 @@ typedef struct cotra_engine cotra_engine;
 
 typedef struct cotra_search_params {
     uint32_t k;
-    uint32_t ef;       /* k <= ef */
-    uint32_t beam;     /* expansions a round */
-    uint32_t inflight; /* queries at once; 0: chosen from the channels */
+    uint32_t ef;         /* k <= ef */
+    uint32_t beam;       /* expansions a round */
+    uint32_t inflight;   /* queries at once; 0: chosen from the channels */
     uint64_t timeout_ns; /* the longest wait for any one READ; 0: 5 s */
 } cotra_search_params;
 

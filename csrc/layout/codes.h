@@ -1,10 +1,11 @@
-/* Neighbours' codes: RaBitQ with one bit a dimension (Gao and Long, SIGMOD 2024), relative to the node that links to them, as
- * in SymphonyQG (SIGMOD 2025), arranged so that a query prepares its look-up table once and not once for each node.
+/* Neighbours' codes: RaBitQ with one bit a dimension (Gao and Long, SIGMOD 2024), relative to the node that links to
+ * them, as in SymphonyQG (SIGMOD 2025), arranged so that a query prepares its look-up table once and not once for each
+ * node.
  *
  * P is a random rotation into code_dim dimensions, m the mean vector of the shard. For a neighbour x of node c let
- * r = P(x - c), b the signs of r (+1, -1), S1 = sum |r_i|, g = |r|^2 / S1 (= |r| / (alpha sqrt(D)) in RaBitQ's terms). Then
- * g <b, P(q - c)> estimates <r, P(q - c)> without bias, and <b, P(q - c)> = <b, P(q - m)> - <b, P(c - m)>, whose second term
- * is known when the image is packed. So with d(q, c) exact from the record:
+ * r = P(x - c), b the signs of r (+1, -1), S1 = sum |r_i|, g = |r|^2 / S1 (= |r| / (alpha sqrt(D)) in RaBitQ's terms).
+ * Then g <b, P(q - c)> estimates <r, P(q - c)> without bias, and <b, P(q - c)> = <b, P(q - m)> - <b, P(c - m)>, whose
+ * second term is known when the image is packed. So with d(q, c) exact from the record:
  *
  *   l2:         d(q, x) = d(q, c) + |r|^2 - 2 <q - c, x - c>   ~  d(q, c) + f0 - f1 <b, P(q - m)>,
  *               f1 = 2 g,   f0 = |r|^2 + f1 <b, P(c - m)>

@@ -80,13 +80,14 @@ int cotra_hnswlib_open(cotra_hnswlib_stream *stream, int fd, uint32_t dim, uint6
     uint64_t links_bytes = 4 * header.degree + 4;
     if (header.level0_offset != 0 || header.M < 1 || header.M > COTRA_MAX_M || header.max_M != header.M ||
         header.degree != 2 * header.M || header.data_offset != links_bytes ||
-        header.label_offset != links_bytes + 4 * (uint64_t)dim ||
-        header.element_bytes != header.label_offset + 8 || header.count > header.max_elements) {
-        status = cotra_fail(err, COTRA_ERR_FORMAT,
-                            "not hnswlib 0.8's state of float32[%u] vectors with M <= %d: M %llu, degree %llu, %llu bytes "
-                            "an element",
-                            dim, COTRA_MAX_M, (unsigned long long)header.M, (unsigned long long)header.degree,
-                            (unsigned long long)header.element_bytes);
+        header.label_offset != links_bytes + 4 * (uint64_t)dim || header.element_bytes != header.label_offset + 8 ||
+        header.count > header.max_elements) {
+        status =
+            cotra_fail(err, COTRA_ERR_FORMAT,
+                       "not hnswlib 0.8's state of float32[%u] vectors with M <= %d: M %llu, degree %llu, %llu bytes "
+                       "an element",
+                       dim, COTRA_MAX_M, (unsigned long long)header.M, (unsigned long long)header.degree,
+                       (unsigned long long)header.element_bytes);
         goto free_buffer;
     }
     if (header.count == 0 || header.count > COTRA_MAX_COUNT) {

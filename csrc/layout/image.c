@@ -163,8 +163,9 @@ int cotra_record_validate(const uint8_t *record, const cotra_image_info *info, u
     if (head->checksum != cotra_record_checksum(record, info->record_bytes, node) || head->node != node)
         return cotra_fail(err, COTRA_ERR_CHECKSUM, "record %u (it says %u): torn or corrupt bytes", node, head->node);
     if (head->generation != (uint32_t)info->generation)
-        return cotra_fail(err, COTRA_ERR_STALE, "record %u is of generation %u, the header that was read of %llu: connect again",
-                          node, head->generation, (unsigned long long)info->generation);
+        return cotra_fail(err, COTRA_ERR_STALE,
+                          "record %u is of generation %u, the header that was read of %llu: connect again", node,
+                          head->generation, (unsigned long long)info->generation);
     if (head->count > info->degree)
         return cotra_fail(err, COTRA_ERR_FORMAT, "record %u has %u neighbours where %u is the most", node, head->count,
                           info->degree);

@@ -2,17 +2,17 @@
  *
  *   [0, 4096)            header, zero-padded
  *   [records_offset, ..) one record of record_bytes for each node; a hop is one READ of one record
- *   [nav_offset, ...)    navigation section: mean vector, upper layers; a reader takes it whole, once. It comes last, for
- *                        the packer learns its size last
+ *   [nav_offset, ...)    navigation section: mean vector, upper layers; a reader takes it whole, once. It comes last,
+ * for the packer learns its size last
  *
- * A record holds everything that expanding its node needs: the node's own vector (exact distance), and for each neighbour its
- * number, its code and two factors (estimated distance). All integers are little-endian.
+ * A record holds everything that expanding its node needs: the node's own vector (exact distance), and for each
+ * neighbour its number, its code and two factors (estimated distance). All integers are little-endian.
  *
  *   head (32 bytes) | own vector | numbers u32[slots] | f0 f32[slots] | f1 f32[slots] | codes
  *
- * slots is the degree rounded up to blocks of 32; the codes of a block are laid out for 4-bit look-ups ("FastScan", Andre,
- * Kermarrec, Le Scouarnec, VLDB 2015): for each group of 4 dimensions 16 bytes, byte j holding neighbour j's nibble low and
- * neighbour j + 16's nibble high. Which bits they are, and what the factors mean: layout/codes.h.
+ * slots is the degree rounded up to blocks of 32; the codes of a block are laid out for 4-bit look-ups ("FastScan",
+ * Andre, Kermarrec, Le Scouarnec, VLDB 2015): for each group of 4 dimensions 16 bytes, byte j holding neighbour j's
+ * nibble low and neighbour j + 16's nibble high. Which bits they are, and what the factors mean: layout/codes.h.
  */
 #ifndef COTRA_LAYOUT_IMAGE_H
 #define COTRA_LAYOUT_IMAGE_H
@@ -39,7 +39,7 @@ enum {
     COTRA_NODE_DELETED = 1 /* a flag of a node: walked through, never returned */
 };
 
-#define COTRA_NO_NODE UINT32_MAX
+#define COTRA_NO_NODE   UINT32_MAX
 #define COTRA_MAX_COUNT INT32_MAX /* node numbers leave one bit for the search's own use */
 
 typedef struct cotra_image_header {
@@ -82,8 +82,8 @@ typedef struct cotra_record_layout {
 
 /* Where things are in the navigation section, from its first byte; derived, never stored.
  *   mean f32[dim] | nodes u32[n] ascending | first_row u32[n + 1] | rows u32[n_rows][1 + M] | vectors[n]
- * Upper node u has first_row[u + 1] - first_row[u] rows, one for each of its levels 1, 2, ...: a count, then positions of
- * upper nodes. */
+ * Upper node u has first_row[u + 1] - first_row[u] rows, one for each of its levels 1, 2, ...: a count, then positions
+ * of upper nodes. */
 typedef struct cotra_nav_layout {
     uint64_t nodes, first_row, rows, vectors, total;
 } cotra_nav_layout;
@@ -103,8 +103,8 @@ int cotra_header_validate(const cotra_image_header *header, uint64_t region_byte
                           cotra_error *err);
 /* Checks a navigation section in private memory (nobody can change it any more). */
 int cotra_nav_validate(const uint8_t *nav, const cotra_image_info *info, cotra_error *err);
-/* Checks a record that is about to be used: checksum, own number, degree. Its neighbours' numbers are checked where they are
- * loaded. */
+/* Checks a record that is about to be used: checksum, own number, degree. Its neighbours' numbers are checked where
+ * they are loaded. */
 int cotra_record_validate(const uint8_t *record, const cotra_image_info *info, uint32_t node, cotra_error *err);
 
 #endif

@@ -2,8 +2,8 @@
  *
  *   create -> read (once, one thread) -> encode (any threads, disjoint ranges that cover all nodes) -> finish
  *
- * read() puts own vectors and links straight into their places in the image while the state streams by, so that at no time
- * there is more than hnswlib's index, the image and one buffer. encode() needs only the image.
+ * read() puts own vectors and links straight into their places in the image while the state streams by, so that at no
+ * time there is more than hnswlib's index, the image and one buffer. encode() needs only the image.
  */
 #include "base/arena.h"
 #include "base/checksum.h"
@@ -142,8 +142,8 @@ static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint
     if (head->label < 0)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "node %llu: labels must be below 2^63", (unsigned long long)node);
     if (!cotra_vector_store(info->vector_type, vector, info->dim, record + COTRA_RECORD_HEAD_BYTES))
-        return cotra_fail(err, COTRA_ERR_LOSSY, "the vector with label %lld is not exact as %s",
-                          (long long)head->label, info->vector_type == COTRA_VECTOR_U8 ? "uint8" : "float16");
+        return cotra_fail(err, COTRA_ERR_LOSSY, "the vector with label %lld is not exact as %s", (long long)head->label,
+                          info->vector_type == COTRA_VECTOR_U8 ? "uint8" : "float16");
     return COTRA_OK;
 }
 
@@ -182,7 +182,8 @@ static int read_upper(cotra_packer *packer, cotra_hnswlib_stream *stream, uint64
     if (!status)
         status = reserve((void **)&packer->first_row, &packer->upper_capacity, upper + 1, 4, err);
     if (!status)
-        status = reserve((void **)&packer->rows, &packer->row_capacity, packer->n_rows + levels, 4 * (size_t)width, err);
+        status =
+            reserve((void **)&packer->rows, &packer->row_capacity, packer->n_rows + levels, 4 * (size_t)width, err);
     if (status)
         return status;
     packer->upper_nodes[upper] = (uint32_t)node;

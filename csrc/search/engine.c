@@ -337,7 +337,8 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         return status;
     engine->started_ns = malloc(n_queries * sizeof *engine->started_ns);
     if (!engine->started_ns)
-        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %llu queries", (unsigned long long)n_queries);
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %llu queries",
+                          (unsigned long long)n_queries);
     engine->queries = queries;
     engine->n_queries = n_queries;
     engine->next_task = 0;

@@ -19,8 +19,8 @@ int cotra_merge(const int64_t *shard_labels, const float *shard_distances, uint3
         for (uint32_t s = 0; s < n_shards; s++)
             next[s] = 0;
         while (n < k) {
-            /* Shards are tried in order and only a smaller distance wins, so a tie goes to the lower shard; within a shard
-             * the order is already by distance, then label. */
+            /* Shards are tried in order and only a smaller distance wins, so a tie goes to the lower shard; within a
+             * shard the order is already by distance, then label. */
             uint32_t best = n_shards;
             size_t best_at = 0;
             for (uint32_t s = 0; s < n_shards; s++) {

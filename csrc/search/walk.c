@@ -8,7 +8,8 @@
 #include <string.h>
 
 #define CHOSEN ((uint64_t)1 << 31)
-#define FARTHEST 1e37f /* of all pool keys: what is further, or nearer than its negative, is only a hostile record's to say */
+#define FARTHEST                                                                                                       \
+    1e37f /* of all pool keys: what is further, or nearer than its negative, is only a hostile record's to say */
 
 /* float -> an integer that sorts the same way; -0.0 and 0.0 become neighbours, NaN never gets here. */
 static uint32_t to_key(float distance)
@@ -140,8 +141,8 @@ static float pool_bound(const cotra_walk *walk, uint32_t capacity)
     return walk->pool_count < capacity ? INFINITY : from_key((uint32_t)(walk->pool[capacity - 1] >> 32));
 }
 
-/* Where an open entry is, or belongs. Choosing an entry does not move it, so its mark must not count: among entries of the
- * same distance it would break the order. Without a branch that a CPU could guess wrong. */
+/* Where an open entry is, or belongs. Choosing an entry does not move it, so its mark must not count: among entries of
+ * the same distance it would break the order. Without a branch that a CPU could guess wrong. */
 static uint32_t pool_place(const cotra_walk *walk, uint64_t word)
 {
     const uint64_t *pool = walk->pool, *low = pool;
@@ -193,8 +194,8 @@ static float upper_distance(cotra_walk *walk, uint32_t upper)
                                  cotra_view_vector(view, upper), view->info.dim);
 }
 
-/* Greedy on the levels above 1, then a best-first search on level 1 that leaves its nearest nodes in the pool: the first
- * frontier is then a whole beam. */
+/* Greedy on the levels above 1, then a best-first search on level 1 that leaves its nearest nodes in the pool: the
+ * first frontier is then a whole beam. */
 static int descend(cotra_walk *walk, cotra_error *err)
 {
     const cotra_view *view = walk->view;
@@ -240,7 +241,8 @@ static int descend(cotra_walk *walk, cotra_error *err)
                 pool_insert(walk, to_word(d, row[j]), width);
         }
     }
-    for (uint32_t i = 0; i < walk->pool_count; i++) /* from places among the upper nodes to node numbers, all open again */
+    for (uint32_t i = 0; i < walk->pool_count;
+         i++) /* from places among the upper nodes to node numbers, all open again */
         walk->pool[i] = (walk->pool[i] >> 32 << 32) | view->nodes[(uint32_t)walk->pool[i] & INT32_MAX];
     for (uint32_t i = 1; i < walk->pool_count; i++) /* equal distances sort by node number */
         for (uint32_t j = i; j > 0 && walk->pool[j] < walk->pool[j - 1]; j--) {
@@ -271,10 +273,11 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
             walk->query[i] *= norm;
     }
     walk->limit = INFINITY;
-    walk->query_norm2 = view->info.metric == COTRA_METRIC_IP ? kernels->dot[COTRA_VECTOR_F32](walk->query, walk->query, dim) : 0;
-    /* One bit a dimension estimates a squared distance with an error of about 1.5 / sqrt(D) of it (RaBitQ, theorem 3.2, for
-     * a residual as long as the distance). How many of those are worth waiting for is what ef / k asks for; the factor is
-     * measured (bench/README.md). */
+    walk->query_norm2 =
+        view->info.metric == COTRA_METRIC_IP ? kernels->dot[COTRA_VECTOR_F32](walk->query, walk->query, dim) : 0;
+    /* One bit a dimension estimates a squared distance with an error of about 1.5 / sqrt(D) of it (RaBitQ, theorem 3.2,
+     * for a residual as long as the distance). How many of those are worth waiting for is what ef / k asks for; the
+     * factor is measured (bench/README.md). */
     walk->slack = 0.75f / sqrtf((float)view->info.code_dim) * (sqrtf((float)walk->ef / (float)walk->k) - 1);
     cotra_query_codes_make(&view->rotation, walk->query, view->mean, walk->scratch, &walk->codes);
     seen_clear(walk);
@@ -395,9 +398,9 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra
         /* Nothing above the limit will ever be expanded, so it need not be kept. */
         float bound = pool_bound(walk, walk->capacity);
         bound = walk->limit < bound ? walk->limit : bound;
-        uint32_t below = walk->kernels->estimate(
-            sums, (const float *)(record + layout->f0) + begin, (const float *)(record + layout->f1) + begin, distance,
-            walk->codes.offset, walk->codes.scale, bound, estimates);
+        uint32_t below = walk->kernels->estimate(sums, (const float *)(record + layout->f0) + begin,
+                                                 (const float *)(record + layout->f1) + begin, distance,
+                                                 walk->codes.offset, walk->codes.scale, bound, estimates);
         if (count - begin < COTRA_BLOCK)
             below &= (1u << (count - begin)) - 1;
         for (; below; below &= below - 1) {

@@ -29,8 +29,9 @@ int cotra_channel_post(cotra_channel *channel, const cotra_read *reads, uint32_t
                               read->length, (unsigned long long)read->offset,
                               (unsigned long long)channel->region_bytes);
         if (read->length > channel->slot_bytes || read->slot >= channel->slots)
-            return cotra_fail(err, COTRA_ERR_ARGUMENT, "READ of %u bytes into slot %u: the channel has %u slots of %u bytes",
-                              read->length, read->slot, channel->slots, channel->slot_bytes);
+            return cotra_fail(err, COTRA_ERR_ARGUMENT,
+                              "READ of %u bytes into slot %u: the channel has %u slots of %u bytes", read->length,
+                              read->slot, channel->slots, channel->slot_bytes);
     }
     int status = channel->ops->post(channel, reads, n, posted, err);
     channel->in_progress += *posted;
@@ -54,9 +55,10 @@ int cotra_channel_settle(cotra_channel *channel, cotra_error *err)
         if (status < 0)
             return status;
         if (n == 0)
-            return cotra_fail(err, COTRA_ERR_CLOSED,
-                              "%s channel: %u READs of an earlier call that failed are still in progress: open another one",
-                              channel->ops->name, channel->in_progress);
+            return cotra_fail(
+                err, COTRA_ERR_CLOSED,
+                "%s channel: %u READs of an earlier call that failed are still in progress: open another one",
+                channel->ops->name, channel->in_progress);
     }
     return COTRA_OK;
 }
@@ -90,8 +92,8 @@ void cotra_channel_close(cotra_channel *channel)
 
 enum { BATCH = 64 };
 
-/* The one loop behind the blocking reads: n READs, READ i at offset(i) of length(i) bytes, at most depth in progress, each
- * copied to its place or timed. */
+/* The one loop behind the blocking reads: n READs, READ i at offset(i) of length(i) bytes, at most depth in progress,
+ * each copied to its place or timed. */
 typedef struct transfer {
     const uint64_t *offsets; /* NULL: consecutive pieces from first_offset */
     uint64_t first_offset;
@@ -109,7 +111,8 @@ static uint32_t piece_length(const transfer *job, uint64_t i)
     return (uint32_t)(job->total_bytes - i * job->piece_bytes);
 }
 
-static int transfer_run(cotra_channel *channel, const transfer *job, uint32_t depth, uint64_t timeout_ns, cotra_error *err)
+static int transfer_run(cotra_channel *channel, const transfer *job, uint32_t depth, uint64_t timeout_ns,
+                        cotra_error *err)
 {
     /* slot s holds READ number busy[s]; free slots are kept on a stack */
     uint64_t started[BATCH], busy[BATCH];

@@ -1,8 +1,8 @@
 /* model: another channel seen through a fabric that we do not own.
  *
- * Every READ of the inner channel is held back until the modelled fabric would have delivered it: a NIC that starts at most
- * reads_per_second, a link that carries bytes_per_second, and a round trip on top. Faults are counted in READs, so a test
- * that asks for one gets it at the same place each time.
+ * Every READ of the inner channel is held back until the modelled fabric would have delivered it: a NIC that starts at
+ * most reads_per_second, a link that carries bytes_per_second, and a round trip on top. Faults are counted in READs, so
+ * a test that asks for one gets it at the same place each time.
  */
 #include "transport/transport.h"
 
@@ -25,11 +25,11 @@ typedef struct model_channel {
     uint64_t link_free_ns; /* when the link may carry the next byte */
     uint64_t started;      /* READs posted since open */
     uint32_t n_held, first_held;
-    uint8_t *scratch;      /* [slots][slot_bytes], only where corrupt_every needs a copy */
-    uint64_t *due;         /* [slots] */
-    uint64_t *ordinal;     /* [slots]: which READ, counted from 1 */
-    uint32_t *length;      /* [slots] */
-    held *ring;            /* [slots], completed by the inner channel and not due yet, in order of completion */
+    uint8_t *scratch;  /* [slots][slot_bytes], only where corrupt_every needs a copy */
+    uint64_t *due;     /* [slots] */
+    uint64_t *ordinal; /* [slots]: which READ, counted from 1 */
+    uint32_t *length;  /* [slots] */
+    held *ring;        /* [slots], completed by the inner channel and not due yet, in order of completion */
 } model_channel;
 
 static int model_post(cotra_channel *channel, const cotra_read *reads, uint32_t n, uint32_t *posted, cotra_error *err)

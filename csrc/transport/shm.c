@@ -1,9 +1,9 @@
 /* shm: the region is mapped in this process (its own arena, or a same-host peer's memfd, mapped read-only).
  *
- * A READ is a pointer: nothing is copied. post() prefetches the record, so that by the time the engine comes back to this
- * query, having worked on others, the lines are in the cache: the same hiding of latency that a NIC's READ gets.
- * The memory may change while it is looked at (a broken or hostile owner keeps its writable mapping): users of a completion
- * load each number that steers them once, check it, and use the copy (search/walk.c).
+ * A READ is a pointer: nothing is copied. post() prefetches the record, so that by the time the engine comes back to
+ * this query, having worked on others, the lines are in the cache: the same hiding of latency that a NIC's READ gets.
+ * The memory may change while it is looked at (a broken or hostile owner keeps its writable mapping): users of a
+ * completion load each number that steers them once, check it, and use the copy (search/walk.c).
  */
 #include "transport/transport.h"
 
@@ -78,7 +78,8 @@ int cotra_channel_open_shm(const cotra_arena *arena, uint32_t slots, uint32_t sl
     self->base.slots = slots;
     self->base.slot_bytes = slot_bytes;
     self->base.post_batch = 1;
-    self->base.in_flight = 8; /* memory behaves like a wire of ~100 ns; more records at once would push each other out of L1 */
+    self->base.in_flight =
+        8; /* memory behaves like a wire of ~100 ns; more records at once would push each other out of L1 */
     self->region = (const uint8_t *)(uintptr_t)info.address;
     *out = &self->base;
     return COTRA_OK;

@@ -1,11 +1,11 @@
 /* The small interface that the search engine calls: one-sided READs of one region.
  *
- * A channel has `slots` places for READs in progress, numbered from 0; the caller picks a free slot for each READ and it is
- * free again when the completion with that number has been polled. The bytes of a completed READ stay valid until the same
- * slot is posted again. Which READ completes first is not promised.
+ * A channel has `slots` places for READs in progress, numbered from 0; the caller picks a free slot for each READ and
+ * it is free again when the completion with that number has been polled. The bytes of a completed READ stay valid until
+ * the same slot is posted again. Which READ completes first is not promised.
  *
- * Bounds are checked here, once, for every implementation: cotra_channel_post refuses a READ outside the region or longer
- * than slot_bytes before any implementation sees it.
+ * Bounds are checked here, once, for every implementation: cotra_channel_post refuses a READ outside the region or
+ * longer than slot_bytes before any implementation sees it.
  */
 #ifndef COTRA_TRANSPORT_TRANSPORT_H
 #define COTRA_TRANSPORT_TRANSPORT_H
@@ -26,8 +26,8 @@ typedef struct cotra_completion {
 
 typedef struct cotra_channel_ops {
     const char *name;
-    /* Starts READs, all in one doorbell where there is such a thing. *posted <= n says how many were taken, in order; fewer
-     * than n is back-pressure (poll first) and not an error. */
+    /* Starts READs, all in one doorbell where there is such a thing. *posted <= n says how many were taken, in order;
+     * fewer than n is back-pressure (poll first) and not an error. */
     int (*post)(cotra_channel *channel, const cotra_read *reads, uint32_t n, uint32_t *posted, cotra_error *err);
     /* Takes up to capacity completions, without waiting. A READ that failed is a completion with its status; an error
      * return is for a channel that can never complete anything again. */
@@ -41,8 +41,8 @@ struct cotra_channel {
     uint64_t region_bytes;
     uint32_t slots;
     uint32_t slot_bytes;
-    uint32_t post_batch; /* READs that are worth collecting for one post; 1 where a doorbell costs nothing */
-    uint32_t in_flight;  /* READs that are worth having in progress; 0: as many as there are slots */
+    uint32_t post_batch;  /* READs that are worth collecting for one post; 1 where a doorbell costs nothing */
+    uint32_t in_flight;   /* READs that are worth having in progress; 0: as many as there are slots */
     uint32_t in_progress; /* READs posted, their completions not polled yet: counted by cotra_channel_post and _poll */
     uint64_t reads;       /* completed well */
     uint64_t read_bytes;
@@ -56,8 +56,9 @@ enum { COTRA_DEFAULT_SLOTS = 256, COTRA_DEFAULT_SLOT_BYTES = 64 * 1024, COTRA_MA
 int cotra_channel_limits(uint32_t *slots, uint32_t *slot_bytes, cotra_error *err);
 int cotra_channel_post(cotra_channel *channel, const cotra_read *reads, uint32_t n, uint32_t *posted, cotra_error *err);
 int cotra_channel_poll(cotra_channel *channel, cotra_completion *out, uint32_t capacity, uint32_t *n, cotra_error *err);
-/* Before a call that numbers the slots anew: takes and forgets completions of READs that an earlier call, which failed or ran
- * out of time, no longer waited for. COTRA_ERR_CLOSED while some of them are still on their way: their slots are not free. */
+/* Before a call that numbers the slots anew: takes and forgets completions of READs that an earlier call, which failed
+ * or ran out of time, no longer waited for. COTRA_ERR_CLOSED while some of them are still on their way: their slots are
+ * not free. */
 int cotra_channel_settle(cotra_channel *channel, cotra_error *err);
 /* Reports the channel's first error completion (or the bare status where it has none) in err; returns the status. */
 int cotra_channel_report(const cotra_channel *channel, int status, cotra_error *err);

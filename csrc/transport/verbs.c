@@ -1,18 +1,18 @@
 /* verbs: READs of a remote region over a connected queue pair.
  *
- * One post is one chain of work requests and one doorbell; only its last one is signalled, for a reliable connection completes
- * in order, so its completion stands for all before it. The order of posting is kept in a ring:
+ * One post is one chain of work requests and one doorbell; only its last one is signalled, for a reliable connection
+ * completes in order, so its completion stands for all before it. The order of posting is kept in a ring:
  *
  *     first                      acknowledged                     next
  *       |  done, not yet polled       |  posted, not yet done       |
  *       v                             v                             v
  *   ----#############################################################----   positions count up for ever, mod depth
  *
- * A work request's id is its position, so a completion says how far `acknowledged` moves. At most `depth` READs lie in the ring,
- * so the send queue never overflows; and every chain ends signalled, so it is always drained again.
+ * A work request's id is its position, so a completion says how far `acknowledged` moves. At most `depth` READs lie in
+ * the ring, so the send queue never overflows; and every chain ends signalled, so it is always drained again.
  *
- * An error is reported with the id of the READ that failed; the queue pair is then in the error state, and all others are
- * flushed. So after the first error every outstanding READ has failed, whether or not its own completion was seen.
+ * An error is reported with the id of the READ that failed; the queue pair is then in the error state, and all others
+ * are flushed. So after the first error every outstanding READ has failed, whether or not its own completion was seen.
  */
 #ifdef COTRA_HAVE_VERBS
 #include "transport/transport.h"
@@ -34,12 +34,13 @@ typedef struct verbs_channel {
     size_t landing_bytes;
     uint32_t depth;
     uint64_t first, acknowledged, next;
-    uint64_t drained; /* work requests before it are done with, well or not: the queue pair will not touch their slots again */
+    uint64_t drained; /* work requests before it are done with, well or not: the queue pair will not touch their slots
+                         again */
     int open_ended;   /* a chain was taken in part, without its signalled end */
-    uint64_t failed; /* the position of the first READ that failed, when base.error says that one did */
+    uint64_t failed;  /* the position of the first READ that failed, when base.error says that one did */
     struct {
         uint32_t slot, length;
-    } *ring; /* [depth] */
+    } * ring; /* [depth] */
     struct ibv_send_wr work[CHAIN];
     struct ibv_sge pieces[CHAIN];
 } verbs_channel;
@@ -70,8 +71,8 @@ static void record_failure(verbs_channel *self, const struct ibv_wc *wc)
     if (error->status)
         return;
     self->failed = wc->wr_id;
-    cotra_fail(error, COTRA_ERR_COMPLETION, "RDMA READ completed with status %d (%s), vendor error 0x%x: %s", wc->status,
-               self->qp->device->verbs->wc_status_str(wc->status), wc->vendor_err, remedy(wc->status));
+    cotra_fail(error, COTRA_ERR_COMPLETION, "RDMA READ completed with status %d (%s), vendor error 0x%x: %s",
+               wc->status, self->qp->device->verbs->wc_status_str(wc->status), wc->vendor_err, remedy(wc->status));
     error->wc_status = (int32_t)wc->status;
     error->vendor_error = wc->vendor_err;
 }
@@ -155,7 +156,8 @@ static int verbs_poll(cotra_channel *channel, cotra_completion *out, uint32_t ca
     }
     uint64_t end = channel->error.status ? self->next : self->acknowledged;
     for (; self->first != end && *n < capacity; self->first++) {
-        uint32_t slot = self->ring[self->first % self->depth].slot, length = self->ring[self->first % self->depth].length;
+        uint32_t slot = self->ring[self->first % self->depth].slot,
+                 length = self->ring[self->first % self->depth].length;
         int done = self->first < self->acknowledged;
         out[(*n)++] = (cotra_completion){.data = done ? self->landing + (size_t)slot * channel->slot_bytes : NULL,
                                          .slot = slot,
@@ -166,8 +168,8 @@ static int verbs_poll(cotra_channel *channel, cotra_completion *out, uint32_t ca
     return COTRA_OK;
 }
 
-/* READs in flight write into the landing memory: stop them before it goes. In the error state the queue pair starts none, and
- * once its outstanding work is flushed none is left. */
+/* READs in flight write into the landing memory: stop them before it goes. In the error state the queue pair starts
+ * none, and once its outstanding work is flushed none is left. */
 static void drain(verbs_channel *self)
 {
     struct ibv_wc wc;
@@ -250,7 +252,8 @@ int cotra_channel_open_verbs(cotra_qp *qp, const cotra_remote_region *region, ui
     self->landing = landing;
     /* After fork() a child must not share these pages copy-on-write with the NIC (ibv_fork_init(3)). */
     (void)madvise(landing, self->landing_bytes, MADV_DONTFORK);
-    status = cotra_mr_register(qp->device, landing, self->landing_bytes, IBV_ACCESS_LOCAL_WRITE, &self->landing_mr, err);
+    status =
+        cotra_mr_register(qp->device, landing, self->landing_bytes, IBV_ACCESS_LOCAL_WRITE, &self->landing_mr, err);
     if (status)
         goto close_self;
     *out = &self->base;

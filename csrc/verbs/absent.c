@@ -4,9 +4,10 @@
 
 static int absent(cotra_error *err)
 {
-    return cotra_fail(err, COTRA_ERR_UNAVAILABLE,
-                      "this cotra-rdma was built without <infiniband/verbs.h>: install libibverbs-dev (Debian, Ubuntu) or "
-                      "rdma-core-devel (Fedora, RHEL) and install the package again from source");
+    return cotra_fail(
+        err, COTRA_ERR_UNAVAILABLE,
+        "this cotra-rdma was built without <infiniband/verbs.h>: install libibverbs-dev (Debian, Ubuntu) or "
+        "rdma-core-devel (Fedora, RHEL) and install the package again from source");
 }
 
 int cotra_verbs_compiled(void)

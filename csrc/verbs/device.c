@@ -142,10 +142,11 @@ int cotra_device_open(const char *name, cotra_device **out, cotra_error *err)
             status = cotra_fail(err, COTRA_ERR_NO_DEVICE, "no verbs device is named %s; there %s: %s", name,
                                 n == 1 ? "is" : "are", n ? seen : "none");
         else
-            status = cotra_fail(err, COTRA_ERR_NO_DEVICE,
-                                "no verbs device has an active port (devices: %s); for Soft-RoCE: rdma link add rxe0 type "
-                                "rxe netdev INTERFACE",
-                                n ? seen : "none");
+            status =
+                cotra_fail(err, COTRA_ERR_NO_DEVICE,
+                           "no verbs device has an active port (devices: %s); for Soft-RoCE: rdma link add rxe0 type "
+                           "rxe netdev INTERFACE",
+                           n ? seen : "none");
         goto free_device;
     }
     errno = 0;
@@ -185,8 +186,8 @@ int cotra_device_port(const cotra_device *device, uint32_t port, cotra_port_info
 {
     struct ibv_port_attr attributes;
     if (port < 1 || port > device->info.n_ports)
-        return cotra_fail(err, COTRA_ERR_NO_DEVICE, "%s has no port %u: it has %u, counted from 1", device->info.name, port,
-                          device->info.n_ports);
+        return cotra_fail(err, COTRA_ERR_NO_DEVICE, "%s has no port %u: it has %u, counted from 1", device->info.name,
+                          port, device->info.n_ports);
     int error = query_port(device, port, &attributes);
     if (error)
         return cotra_fail_errno(err, COTRA_ERR_NO_DEVICE, error, "ibv_query_port %u of %s", port, device->info.name);
@@ -226,7 +227,8 @@ static int is_ipv4(const uint8_t *address)
 
 static int is_link_local(const uint8_t *address)
 {
-    return is_ipv4(address) ? address[12] == 169 && address[13] == 254 : address[0] == 0xFE && (address[1] & 0xC0) == 0x80;
+    return is_ipv4(address) ? address[12] == 169 && address[13] == 254
+                            : address[0] == 0xFE && (address[1] & 0xC0) == 0x80;
 }
 
 static int common_bits(const uint8_t *a, const uint8_t *b)
@@ -243,8 +245,8 @@ static int common_bits(const uint8_t *a, const uint8_t *b)
     return bits;
 }
 
-/* The ranking: RoCEv2 before v1 (v1 does not route), the peer's address family, not link-local unless the peer is, then the
- * longest common prefix with the peer's address. */
+/* The ranking: RoCEv2 before v1 (v1 does not route), the peer's address family, not link-local unless the peer is, then
+ * the longest common prefix with the peer's address. */
 static void rank_gid(cotra_gid_info *gid, const uint8_t *peer)
 {
     const int ipv4 = is_ipv4(gid->gid), local = is_link_local(gid->gid);
@@ -256,7 +258,9 @@ static void rank_gid(cotra_gid_info *gid, const uint8_t *peer)
         gid->score += 1000;
     gid->score += peer && is_ipv4(peer) == ipv4 ? common : ipv4;
     snprintf(gid->why, sizeof gid->why, "%s, %s%s%s",
-             gid->type == COTRA_GID_ROCE_V2 ? "RoCEv2" : gid->type == COTRA_GID_ROCE_V1 ? "RoCEv1" : "InfiniBand",
+             gid->type == COTRA_GID_ROCE_V2   ? "RoCEv2"
+             : gid->type == COTRA_GID_ROCE_V1 ? "RoCEv1"
+                                              : "InfiniBand",
              ipv4 ? "IPv4" : "IPv6", local ? ", link-local" : "",
              peer && is_ipv4(peer) == ipv4 && common >= (ipv4 ? 120 : 64) ? ", same subnet as the peer" : "");
 }
@@ -293,7 +297,7 @@ int cotra_device_gids(const cotra_device *device, uint32_t port, const uint8_t *
         entry->index = i;
         char text[64];
         read_gid_attribute(device, port, "types", i, text, sizeof text);
-        entry->type = info.link_layer == 1                ? COTRA_GID_IB
+        entry->type = info.link_layer == 1                 ? COTRA_GID_IB
                       : strstr(text, "v2") || text[0] == 0 ? COTRA_GID_ROCE_V2
                                                            : COTRA_GID_ROCE_V1;
         rank_gid(entry, peer_address);

@@ -31,11 +31,11 @@ int cotra_mr_register(cotra_device *device, const void *address, uint64_t length
     char soft[32] = "unlimited";
     if (limit.rlim_cur != RLIM_INFINITY)
         snprintf(soft, sizeof soft, "%llu bytes", (unsigned long long)limit.rlim_cur);
-    return cotra_fail_errno(err, COTRA_ERR_MEMLOCK, error,
-                            "ibv_reg_mr of %llu bytes on %s: it must be pinned, and RLIMIT_MEMLOCK is %s; raise it with "
-                            "'ulimit -l %llu' or a line '* - memlock unlimited' in /etc/security/limits.conf",
-                            (unsigned long long)length_bytes, device->info.name, soft,
-                            (unsigned long long)(length_bytes + 1023) / 1024);
+    return cotra_fail_errno(
+        err, COTRA_ERR_MEMLOCK, error,
+        "ibv_reg_mr of %llu bytes on %s: it must be pinned, and RLIMIT_MEMLOCK is %s; raise it with "
+        "'ulimit -l %llu' or a line '* - memlock unlimited' in /etc/security/limits.conf",
+        (unsigned long long)length_bytes, device->info.name, soft, (unsigned long long)(length_bytes + 1023) / 1024);
 }
 
 int cotra_mr_create(cotra_device *device, const void *address, uint64_t length_bytes, cotra_mr **out, cotra_error *err)

@@ -17,7 +17,8 @@ static uint32_t least(uint32_t a, uint32_t b)
 static int check_options(const cotra_device *device, cotra_qp_options *options, cotra_error *err)
 {
     if (options->send_depth == 0)
-        options->send_depth = least(least(DEFAULT_SEND_DEPTH, (uint32_t)device->info.max_qp_wr), (uint32_t)device->info.max_cqe);
+        options->send_depth =
+            least(least(DEFAULT_SEND_DEPTH, (uint32_t)device->info.max_qp_wr), (uint32_t)device->info.max_cqe);
     if (options->timeout_exponent == 0)
         options->timeout_exponent = DEFAULT_TIMEOUT;
     if (options->retry_count == 0)
@@ -25,8 +26,9 @@ static int check_options(const cotra_device *device, cotra_qp_options *options, 
     if (options->hop_limit == 0)
         options->hop_limit = DEFAULT_HOPS;
     if (options->send_depth > (uint32_t)device->info.max_qp_wr || options->send_depth > (uint32_t)device->info.max_cqe)
-        return cotra_fail(err, COTRA_ERR_ARGUMENT, "send_depth %u: %s takes %d work requests and %d completions at most",
-                          options->send_depth, device->info.name, device->info.max_qp_wr, device->info.max_cqe);
+        return cotra_fail(err, COTRA_ERR_ARGUMENT,
+                          "send_depth %u: %s takes %d work requests and %d completions at most", options->send_depth,
+                          device->info.name, device->info.max_qp_wr, device->info.max_cqe);
     if (options->timeout_exponent > 31 || options->retry_count > 7 || options->traffic_class > 255 ||
         options->service_level > 15 || options->hop_limit > 255)
         return cotra_fail(err, COTRA_ERR_ARGUMENT,
@@ -58,7 +60,8 @@ static int choose_gid(cotra_qp *qp, cotra_error *err)
     if (!status && at < n)
         qp->gid = gids[at];
     else if (!status && options->gid_index >= 0)
-        status = cotra_fail(err, COTRA_ERR_NO_DEVICE, "port %u of %s has no GID index %d (it has %u GIDs; cotra doctor lists "
+        status = cotra_fail(err, COTRA_ERR_NO_DEVICE,
+                            "port %u of %s has no GID index %d (it has %u GIDs; cotra doctor lists "
                             "them)",
                             options->port, qp->device->info.name, options->gid_index, n);
     else if (!status && qp->link_layer == 2)
@@ -75,8 +78,8 @@ static int to_init(cotra_qp *qp, cotra_error *err)
     attributes.qp_state = IBV_QPS_INIT;
     attributes.port_num = (uint8_t)qp->options.port;
     attributes.qp_access_flags = IBV_ACCESS_REMOTE_READ;
-    int error = qp->device->verbs->modify_qp(
-        qp->qp, &attributes, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
+    int error = qp->device->verbs->modify_qp(qp->qp, &attributes,
+                                             IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
     return error ? cotra_fail_errno(err, COTRA_ERR_SYSTEM, error, "ibv_modify_qp to INIT on %s", qp->device->info.name)
                  : COTRA_OK;
 }
@@ -165,7 +168,8 @@ int cotra_qp_connect(cotra_qp *qp, const cotra_qp_attributes *remote, cotra_erro
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "queue pair %u is connected already", local->qp_number);
     if (remote->mtu_bytes < 256 || remote->qp_number >= 1u << 24 || remote->packet_sequence >= 1u << 24 ||
         remote->max_rd_atomic == 0)
-        return cotra_fail(err, COTRA_ERR_ARGUMENT, "the peer's queue pair attributes make no sense: number %u, MTU %u, %u "
+        return cotra_fail(err, COTRA_ERR_ARGUMENT,
+                          "the peer's queue pair attributes make no sense: number %u, MTU %u, %u "
                           "READs at once",
                           remote->qp_number, remote->mtu_bytes, remote->max_rd_atomic);
     uint32_t serve = least(least(local->max_rd_atomic, remote->max_init_rd_atomic), 255);

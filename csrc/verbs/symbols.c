@@ -1,5 +1,5 @@
-/* libibverbs by dlopen, so that one build runs with it and without it (as NCCL does). Loaded once, never unloaded: providers
- * keep threads and state of their own. */
+/* libibverbs by dlopen, so that one build runs with it and without it (as NCCL does). Loaded once, never unloaded:
+ * providers keep threads and state of their own. */
 #ifdef COTRA_HAVE_VERBS
 #include "verbs/verbs.h"
 
@@ -17,17 +17,19 @@ static void load(void)
 {
     void *handle = dlopen("libibverbs.so.1", RTLD_NOW);
     if (!handle) {
-        snprintf(outcome, sizeof outcome,
-                 "libibverbs cannot be loaded (%s); install it: libibverbs1 and ibverbs-providers on Debian and Ubuntu, "
-                 "libibverbs on Fedora and RHEL",
-                 dlerror());
+        snprintf(
+            outcome, sizeof outcome,
+            "libibverbs cannot be loaded (%s); install it: libibverbs1 and ibverbs-providers on Debian and Ubuntu, "
+            "libibverbs on Fedora and RHEL",
+            dlerror());
         return;
     }
 #define LOAD(type, name, arguments)                                                                                    \
     {                                                                                                                  \
         void *symbol = dlvsym(handle, "ibv_" #name, "IBVERBS_1.1");                                                    \
         if (!symbol) {                                                                                                 \
-            snprintf(outcome, sizeof outcome, "libibverbs has no ibv_" #name " of version IBVERBS_1.1: it is too old");  \
+            snprintf(outcome, sizeof outcome,                                                                          \
+                     "libibverbs has no ibv_" #name " of version IBVERBS_1.1: it is too old");                         \
             dlclose(handle);                                                                                           \
             return;                                                                                                    \
         }                                                                                                              \
@@ -38,7 +40,8 @@ static void load(void)
     Dl_info where;
     void *entry;
     memcpy(&entry, &library.open_device, sizeof entry);
-    snprintf(outcome, sizeof outcome, "%s", dladdr(entry, &where) && where.dli_fname ? where.dli_fname : "libibverbs.so.1");
+    snprintf(outcome, sizeof outcome, "%s",
+             dladdr(entry, &where) && where.dli_fname ? where.dli_fname : "libibverbs.so.1");
     loaded = 1;
 }
 
