@@ -110,7 +110,7 @@ void cotra_query_codes_make(const cotra_rotation *rotation, const float *query, 
         low_sum -= low;
         widest = low > widest ? low : widest;
     }
-    const float step = widest > 0 ? 2 * widest / 255 : 1, inverse = 1 / step;
+    const float step = widest > 1e-30f ? 2 * widest / 255 : 1, inverse = 1 / step;
     for (uint32_t g = 0; g < n; g += 4) {
         const float *x = rotated + g;
         uint8_t *entry = codes->table + (size_t)g * 4;

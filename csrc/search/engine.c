@@ -62,6 +62,9 @@ int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels
         if (info->dim != views[0]->info.dim || info->metric != views[0]->info.metric)
             return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has dim %u and metric %u, shard 0 has %u and %u", i,
                               info->dim, info->metric, views[0]->info.dim, views[0]->info.metric);
+        for (uint32_t j = 0; j < i; j++)
+            if (channels[j] == channels[i])
+                return cotra_fail(err, COTRA_ERR_ARGUMENT, "shards %u and %u have the same channel", j, i);
         if (info->record_bytes > channels[i]->slot_bytes)
             return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has records of %u bytes, its channel reads %u at most",
                               i, info->record_bytes, channels[i]->slot_bytes);

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -130,15 +130,13 @@ class Cluster:
         self._peers: list[Peer] = []
         try:
             for index, address in enumerate(addresses):
-                named = {name: getattr(options, name) for name in options.__slots__}
-                named["peer_address"] = _ip_of(address)
-                named["gid_index"] = -1 if gid_index is None else gid_index
+                towards = replace(options, peer_address=options.peer_address or _ip_of(address))
                 peer = Peer(
                     index,
                     address,
                     keys=keys,
                     timeout_ms=max(1, round(timeout_s * 1000)),
-                    options=QueuePairOptions(**named),
+                    options=towards if gid_index is None else replace(towards, gid_index=gid_index),
                     fabric=fabric,
                 )
                 self._peers.append(peer)

@@ -1,4 +1,7 @@
-"""The payloads of the messages that this release speaks: search (50, 51) and memory regions (56, 57). See docs/wire.md."""
+"""The payloads of the messages that this release speaks: search (50, 51) and memory regions (56, 57).
+
+The page is docs/reference/wire.md.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +187,7 @@ class SearchResponse:
     """Type 51: [code u32, message str, n u32, k u32, labels bin, distances bin, stats bin].
 
     Attributes:
-        code: 0, or the number of an `ErrorCode`; then `message` says why and the rest is empty.
+        code: 0; else the request failed, `message` says why, and the rest is empty.
         labels: int64[n, k], little-endian. distances: float32[n, k]. stats: `engine.STATS_DTYPE`[n] as raw bytes (32 each).
     """
 

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -87,8 +87,8 @@ class Server:
         if unknown or not transports:
             raise InvalidInputError(f"transports must be some of {', '.join(TRANSPORTS)}, not {unknown or 'none'}")
         self._shard = shard
-        self._options = queue_pair or QueuePairOptions()
-        self._gid_index = -1 if gid_index is None else gid_index
+        options = queue_pair or QueuePairOptions()
+        self._options = options if gid_index is None else replace(options, gid_index=gid_index)
         self._device: Device | None = None
         self._registration: MemoryRegistration | None = None
         self._handover: HandOver | None = None
@@ -97,6 +97,8 @@ class Server:
         self._heard: dict[str, float] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._stop = threading.Event()
+        self._reaper = threading.Thread(target=self._reap_regularly, name="cotra-leases", daemon=True)
         self.unavailable: dict[str, str] = {name: "not offered" for name in TRANSPORTS if name not in transports}
         try:
             if "verbs" in transports:
@@ -104,6 +106,7 @@ class Server:
             if "shm" in transports:
                 self._handover = HandOver(self._pinned())
             self._rpc = RpcServer(address, self._handle, keys=keys, n_workers=n_workers)
+            self._reaper.start()
         except BaseException:
             self._close_parts()
             raise
@@ -119,7 +122,7 @@ class Server:
         try:
             self._device = Device(name)
             self._registration = MemoryRegistration(self._device, self._pinned())
-            QueuePair(self._device, self._peer_options(None)).close()  # a port and a GID there are
+            QueuePair(self._device, self._options).close()  # a port and a GID there are
         except CotraError as error:
             if name is not None or isinstance(error, InvalidInputError):
                 raise
@@ -130,9 +133,12 @@ class Server:
                     part.close()
             self._registration = self._device = None
 
-    def _peer_options(self, peer_address: str | None) -> QueuePairOptions:
-        names = {name: getattr(self._options, name) for name in self._options.__slots__}
-        return QueuePairOptions(**{**names, "gid_index": self._gid_index, "peer_address": peer_address})
+    def _options_towards(self, gid: bytes) -> QueuePairOptions:
+        """The options of a queue pair towards a reader with this GID: it tells the address, which ranks our own GIDs."""
+        address = ipaddress.IPv6Address(gid) if len(gid) == 16 else None
+        if self._options.peer_address is not None or not address or not int(address):
+            return self._options
+        return replace(self._options, peer_address=str(address.ipv4_mapped or address))
 
     # ---- what it offers ----
 
@@ -164,7 +170,9 @@ class Server:
         elif request.msg_type == VShardMessageType.VECTOR_MEM_REGION_REQUEST:
             payload = messages.encode_region(self._region(request))
         else:
-            raise InvalidInputError(f"message type {request.msg_type.value} is not answered here")
+            payload = messages.encode_region(
+                messages.RegionResponse(1, f"message type {request.msg_type.value} is not answered here")
+            )
         return VShardEnvelope(
             WIRE_VERSION,
             request.msg_type.response,
@@ -235,12 +243,10 @@ class Server:
         if wanted.queue_pair is None:
             raise InvalidInputError("a queue pair's attributes are missing")
         remote = QueuePairAttributes(**fields_of(wanted.queue_pair))
-        gid = ipaddress.IPv6Address(remote.gid) if len(remote.gid) == 16 else None
-        peer_address = str(gid.ipv4_mapped or gid) if gid is not None and int(gid) else None
         with self._lock:
             if self._closed or len(self._lanes) >= MAX_LANES:
                 raise InvalidInputError(f"no more than {MAX_LANES} queue pairs at once")
-            queue_pair = QueuePair(self._device, self._peer_options(peer_address))
+            queue_pair = QueuePair(self._device, self._options_towards(remote.gid))
             try:
                 queue_pair.connect(remote)
             except BaseException:
@@ -248,23 +254,33 @@ class Server:
                 raise
             number = next(self._lane_numbers)
             self._lanes[number] = _Lane(wanted.peer, queue_pair)
+            self._heard[wanted.peer] = time.monotonic()
         return self._describe(queue_pair=messages.as_fields(messages.QueuePairFields, queue_pair.local), lane=number)
 
     def _renew(self, peer: str) -> None:
-        """Notes that a peer lives, and takes back what silent ones held."""
-        now = time.monotonic()
+        """Notes that a peer that holds queue pairs lives."""
         with self._lock:
-            self._heard[peer] = now
-            silent = {name for name, heard in self._heard.items() if now - heard > LEASE_S}
-            for name in silent:
-                del self._heard[name]
+            if peer in self._heard:
+                self._heard[peer] = time.monotonic()
+
+    def _reap(self) -> None:
+        """Takes back what silent peers hold."""
+        with self._lock:
+            silent = {name for name, heard in self._heard.items() if time.monotonic() - heard > LEASE_S}
         if silent:
+            log.info("queue pairs of %d silent peers are taken back", len(silent))
             self._release(lambda _number, lane: lane.peer in silent)
+
+    def _reap_regularly(self) -> None:
+        while not self._stop.wait(LEASE_S / 4):
+            self._reap()
 
     def _release(self, chosen: Callable[[int, _Lane], bool]) -> None:
         with self._lock:
             for number in [number for number, lane in self._lanes.items() if chosen(number, lane)]:
                 self._lanes.pop(number).queue_pair.close()
+            holding = {lane.peer for lane in self._lanes.values()}
+            self._heard = {peer: heard for peer, heard in self._heard.items() if peer in holding}
 
     # ---- the end ----
 
@@ -280,6 +296,8 @@ class Server:
     def close(self) -> None:
         """Stops listening, takes back the queue pairs and deregisters the region: peers' READs fail from then on. Idempotent."""
         self._rpc.close()
+        self._stop.set()
+        self._reaper.join()
         self._close_parts()
 
     def __enter__(self) -> Self:

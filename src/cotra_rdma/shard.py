@@ -237,7 +237,7 @@ class Shard:
                 if self._arena.info.fd is not None:
                     self._pinned = self._arena
                 else:
-                    copy = Arena.create(len(self._arena))
+                    copy = Arena.create(len(self._arena), huge=True)
                     with copy.view() as to, self._arena.view() as source:
                         to[:] = source
                     self._pinned = copy

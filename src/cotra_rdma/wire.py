@@ -1,4 +1,4 @@
-"""NodeDB's wire: `VShardEnvelope` byte for byte, and what the parts of the payloads share. The page is docs/wire.md.
+"""NodeDB's wire: `VShardEnvelope` byte for byte, and what the parts of the payloads share. The page is docs/reference/wire.md.
 
 Nothing here knows a socket or the compiled module. The payloads themselves are in `messages`.
 """
