@@ -28,8 +28,8 @@ from cotra_rdma.wire import VShardEnvelope, VShardMessageType
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "ARCHITECTURE.md"])
-RUNNABLE = ("tutorial.md", "howto/secure.md", "howto/tuning.md")
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "ARCHITECTURE.md", ROOT / "README.md", ROOT / "bench" / "README.md"])
+RUNNABLE = ("../README.md", "tutorial.md", "howto/secure.md", "howto/tuning.md")
 
 Bytes = npt.NDArray[np.uint8]
 
