@@ -20,12 +20,13 @@ VERBS_USERS = {"transport/verbs.c"}
 # Modules of the package, lowest first; those of one row do not import each other.
 LAYERS = (
     ("errors",),
-    ("_native", "region", "wire", "queries", "datasets"),
+    ("_native", "region", "wire", "queries", "datasets", "job"),
     ("arena", "messages", "rpc", "owner_process"),
     ("verbs", "handover"),
     ("channel",),
     ("engine",),
     ("shard", "peer", "benchmark"),
+    ("lanes",),
     ("collection", "server", "cluster", "diagnosis"),
     ("benchmark_systems", "verbs_diagnosis"),
     ("cli",),
