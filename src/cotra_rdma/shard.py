@@ -213,6 +213,13 @@ class Shard:
         """`l2`, `ip` or `cosine`."""
         return self._info.metric
 
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The id of each local row, int64[count]: what a filter's bits stand for."""
+        info = self._info
+        with self._arena.view() as view:
+            records = np.frombuffer(view, np.uint8, info.count * info.record_bytes, info.records_offset)
+            return records.reshape(info.count, info.record_bytes)[:, 8:16].copy().view(np.int64)[:, 0]
+
     @property
     def arena(self) -> Arena:
         """The memory that holds the image: an own memfd, or a read-only mapping of the file after `open`."""

@@ -28,7 +28,7 @@ LAYERS = (
     ("shard", "peer", "benchmark"),
     ("lanes",),
     ("collection", "server", "cluster", "diagnosis"),
-    ("benchmark_systems", "verbs_diagnosis"),
+    ("benchmark_systems", "benchmark_plot", "verbs_diagnosis"),
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}
