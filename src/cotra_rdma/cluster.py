@@ -22,7 +22,7 @@ from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, Partia
 from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.lanes import LanePool
 from cotra_rdma.peer import ONE_SIDED, Peer, check_alike
-from cotra_rdma.queries import check_queries, pack_filter
+from cotra_rdma.queries import MAX_TIMEOUT_S, check_queries, check_search, pack_filter
 from cotra_rdma.rpc import ClientKeys, parse_address
 from cotra_rdma.verbs import Device, QueuePairOptions
 
@@ -91,6 +91,8 @@ def connect(
     given = [addresses] if isinstance(addresses, str) else list(addresses)
     if not given:
         raise InvalidInputError("connect needs at least one address")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidInputError(f"timeout_s must be in (0, {MAX_TIMEOUT_S:g}], not {timeout_s!r}")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
     return Cluster(given, transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions())
@@ -287,8 +289,7 @@ class Cluster:
         shards: npt.ArrayLike | None,
     ) -> SearchJob:
         rows, n_shards = check_queries(queries, self.dim), len(self._peers)
-        if not 1 <= k <= ef:
-            raise InvalidInputError(f"k must be in [1, ef], and k is {k} where ef is {ef}")
+        check_search(k, ef, beam, inflight, timeout_s)
         packed = None
         if filters is not None:
             if len(filters) != n_shards:

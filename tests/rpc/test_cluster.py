@@ -32,6 +32,7 @@ from cotra_rdma import (
     VerbsUnavailableError,
     peer,
 )
+from cotra_rdma import server as server_module
 from cotra_rdma.engine import merge
 from cotra_rdma.owner_process import OwnerProcess
 
@@ -219,10 +220,13 @@ class TestSearch:
             ({"queries": np.full((2, 100), np.nan, np.float32)}, "query 0 holds NaN"),
             ({"queries": np.full((2, 100), np.inf, np.float32)}, "query 0 holds NaN or infinity"),
             ({"queries": np.array([["a"] * 100])}, "real numbers"),
-            ({"k": 0}, "k must be in"),
-            ({"k": 65}, "k must be in"),
+            ({"k": 0}, "k must be a whole number"),
+            ({"k": 65}, "k must be a whole number"),
             ({"beam": 0}, "beam"),
             ({"n_threads": 0}, "n_threads"),
+            ({"timeout_s": -1}, "timeout_s"),
+            ({"inflight": -1}, "inflight"),
+            ({"beam": 10**10}, "beam"),
         ],
     )
     def test_bad_input_is_said_and_nothing_is_lost(
@@ -345,6 +349,16 @@ class TestConnecting:
         ):
             cotra_rdma.connect([one.address, two.address])
         assert caught.value.shard == 1
+
+    def test_a_server_that_can_offer_nothing_does_not_start(
+        self, opened: list[Shard], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_device(_name: str | None) -> None:
+            raise VerbsUnavailableError("none here")
+
+        monkeypatch.setattr(server_module, "Device", no_device)
+        with pytest.raises(VerbsUnavailableError, match=r"nothing can be offered.*none here"):
+            cotra_rdma.serve(opened[0], transports=("verbs",))
 
     def test_what_is_no_owner_is_a_deadline_with_a_hint(self) -> None:
         with zmq.Context() as context, context.socket(zmq.ROUTER) as mute:
