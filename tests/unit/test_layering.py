@@ -22,7 +22,7 @@ LAYERS = (
     ("errors",),
     ("_native", "region", "wire", "queries", "datasets"),
     ("arena", "messages", "rpc", "seam", "owner_process"),
-    ("verbs", "handover"),
+    ("verbs", "handover", "dispatch"),
     ("channel",),
     ("engine",),
     ("shard", "peer", "benchmark"),
@@ -129,7 +129,7 @@ def test_the_compiled_module_has_one_importer() -> None:
 
 def test_rpc_works_without_the_compiled_module() -> None:
     """Envelopes and payloads are made where the C part does not exist: nothing below rpc reaches for it."""
-    seen, queue = set(), ["rpc", "wire", "messages", "seam"]
+    seen, queue = set(), ["rpc", "wire", "messages", "seam", "dispatch"]
     while queue:
         module = queue.pop()
         if module not in seen:
