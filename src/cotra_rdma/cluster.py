@@ -18,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
-from cotra_rdma.engine import Engine, merge
+from cotra_rdma.engine import STATS_DTYPE, Engine, merge
 from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, TransportError
 from cotra_rdma.peer import ONE_SIDED, Peer, check_alike
 from cotra_rdma.queries import check_queries
+from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys, parse_address
 from cotra_rdma.verbs import Device, QueuePairOptions
+from cotra_rdma.wire import fields_of
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +198,12 @@ class Cluster:
         return sum(peer.shard.count for peer in self._peers)
 
     @property
+    def regions(self) -> tuple[MemoryRegion | None, ...]:
+        """The region that each shard's owner exposes to RDMA READs, or None where it has no verbs device."""
+        told = [peer.capabilities.region for peer in self._peers]
+        return tuple(None if region is None else MemoryRegion(**fields_of(region)) for region in told)
+
+    @property
     def cached_bytes(self) -> int:
         """Bytes that this reader keeps of the shards: headers and upper layers."""
         return sum(peer.view.nbytes for peer in self._peers if peer.view is not None)
@@ -245,13 +253,7 @@ class Cluster:
             error's `shard` tells which.
         """
         begin = time.perf_counter()
-        rows = check_queries(queries, self.dim)
-        if not 1 <= k <= ef:
-            raise InvalidInputError(f"k must be in [1, ef], and k is {k} where ef is {ef}")
-        if not 1 <= n_threads <= _MAX_THREADS:
-            raise InvalidInputError(f"n_threads must be in [1, {_MAX_THREADS}], not {n_threads}")
-        if self._closed:
-            raise ClosedError("the cluster is closed")
+        rows = self._check(queries, k, ef, n_threads)
         calls = [
             self._executor().submit(peer.search, rows, k, ef, beam, round(timeout_s * 1000)) for peer in self._by_rpc
         ]
@@ -263,6 +265,42 @@ class Cluster:
             raise failures[0]
         ids, distances, shards, stats = self._merge(answers, calls, k, len(rows))
         return SearchResult(ids, distances, shards, stats, self.transports, time.perf_counter() - begin)
+
+    def walk(
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        ef: int = 64,
+        beam: int = 4,
+        n_threads: int = 1,
+        *,
+        inflight: int = 0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> _Answer:
+        """The one-sided part of `search`, by shard and not merged, for algorithms that merge it with other answers.
+
+        Arguments and errors as `search`.
+
+        Returns:
+            labels int64[n_read, n_queries, k] (-1 where there are fewer) and distances float32 likewise (inf there) of the
+            shards that are read over verbs or shm, in their order; and one `STATS_DTYPE` record for each query.
+        """
+        rows = self._check(queries, k, ef, n_threads)
+        answer = self._search_one_sided(rows, k, ef, beam, n_threads, inflight, timeout_s)
+        if answer is None:
+            shape = (0, len(rows), k)
+            return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(rows), STATS_DTYPE)
+        return answer
+
+    def _check(self, queries: npt.ArrayLike, k: int, ef: int, n_threads: int) -> npt.NDArray[np.float32]:
+        rows = check_queries(queries, self.dim)
+        if not 1 <= k <= ef:
+            raise InvalidInputError(f"k must be in [1, ef], and k is {k} where ef is {ef}")
+        if not 1 <= n_threads <= _MAX_THREADS:
+            raise InvalidInputError(f"n_threads must be in [1, {_MAX_THREADS}], not {n_threads}")
+        if self._closed:
+            raise ClosedError("the cluster is closed")
+        return rows
 
     def _merge(
         self, one_sided: _Answer | None, calls: list[Future[_Answer]], k: int, n: int

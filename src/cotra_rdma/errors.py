@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cotra_rdma.scatter_gather import SeamResult
+
 
 class CotraError(Exception):
     """The base of all errors of this package.
@@ -89,3 +94,18 @@ class StaleShardError(FormatError):
 
 class PeerError(CotraError):
     """A peer answered a request with an error; the message is the peer's."""
+
+
+class PartialResultError(CotraError):
+    """Some shards did not answer, and a partial answer was not asked for; the message names them.
+
+    Attributes:
+        result: what the others answered; its `outcomes` say what became of each shard.
+    """
+
+    def __init__(self, message: str, result: SeamResult, *, shard: int | None = None) -> None:
+        super().__init__(message, shard=shard)
+        self.result = result
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.result), {"shard": self.shard, "sys_errno": self.sys_errno}

@@ -20,14 +20,14 @@ VERBS_USERS = {"transport/verbs.c"}
 # Modules of the package, lowest first; those of one row do not import each other.
 LAYERS = (
     ("errors",),
-    ("_native", "region", "wire", "queries", "datasets"),
+    ("_native", "region", "wire", "queries", "datasets", "blocking"),
     ("arena", "messages", "rpc", "seam", "owner_process"),
     ("verbs", "handover", "dispatch"),
     ("channel",),
     ("engine",),
-    ("shard", "peer", "benchmark"),
+    ("shard", "peer", "scatter_gather", "benchmark"),
     ("collection", "server", "cluster", "diagnosis"),
-    ("benchmark_systems", "verbs_diagnosis"),
+    ("benchmark_systems", "verbs_diagnosis", "cotra"),
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}
