@@ -33,7 +33,7 @@ from cotra_rdma.wire import VShardEnvelope, VShardMessageType
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "ARCHITECTURE.md", ROOT / "README.md", ROOT / "bench" / "README.md"])
-RUNNABLE = ("../README.md", "tutorial.md", "howto/secure.md", "howto/tuning.md")
+RUNNABLE = ("../README.md", "tutorial.md", "howto/secure.md", "howto/tuning.md", "howto/own-algorithm.md")
 
 Bytes = npt.NDArray[np.uint8]
 
