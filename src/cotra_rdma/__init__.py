@@ -7,6 +7,8 @@ from importlib.metadata import version
 from cotra_rdma.arena import Arena
 from cotra_rdma.channel import FabricModel
 from cotra_rdma.cluster import Cluster, SearchResult, connect
+from cotra_rdma.cotra import CoTraRdma
+from cotra_rdma.dispatch import ZmqDispatch
 from cotra_rdma.errors import (
     BoundsError,
     ChecksumError,
@@ -27,6 +29,8 @@ from cotra_rdma.errors import (
 )
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys, ServerKeys
+from cotra_rdma.scatter_gather import ScatterGather, SeamResult, ShardOutcome, ShardStatus
+from cotra_rdma.seam import VectorShardSeam
 from cotra_rdma.server import Server, serve
 from cotra_rdma.shard import Shard
 from cotra_rdma.verbs import QueuePairOptions, register
@@ -40,6 +44,7 @@ __all__ = [
     "ClientKeys",
     "ClosedError",
     "Cluster",
+    "CoTraRdma",
     "CompletionError",
     "CotraError",
     "DeadlineError",
@@ -53,13 +58,19 @@ __all__ = [
     "PartialResultError",
     "PeerError",
     "QueuePairOptions",
+    "ScatterGather",
+    "SeamResult",
     "SearchResult",
     "Server",
     "ServerKeys",
     "Shard",
+    "ShardOutcome",
+    "ShardStatus",
     "StaleShardError",
     "TransportError",
+    "VectorShardSeam",
     "VerbsUnavailableError",
+    "ZmqDispatch",
     "connect",
     "register",
     "serve",

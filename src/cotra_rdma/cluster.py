@@ -23,8 +23,10 @@ from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.lanes import LanePool
 from cotra_rdma.peer import ONE_SIDED, Peer, check_alike
 from cotra_rdma.queries import MAX_TIMEOUT_S, check_queries, check_search, pack_filter
+from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys, parse_address
 from cotra_rdma.verbs import Device, QueuePairOptions
+from cotra_rdma.wire import fields_of
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +191,12 @@ class Cluster:
         return sum(peer.shard.count for peer in self._peers)
 
     @property
+    def regions(self) -> tuple[MemoryRegion | None, ...]:
+        """The region that each shard's owner exposes to RDMA READs, or None where it has no verbs device."""
+        told = [peer.capabilities.region for peer in self._peers]
+        return tuple(None if region is None else MemoryRegion(**fields_of(region)) for region in told)
+
+    @property
     def cached_bytes(self) -> int:
         """Bytes that this reader keeps of the shards: headers and upper layers."""
         return sum(peer.view.nbytes for peer in self._peers if peer.view is not None)
@@ -248,10 +256,7 @@ class Cluster:
         """
         begin = time.perf_counter()
         job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards)
-        if not 1 <= n_threads <= _MAX_THREADS:
-            raise InvalidInputError(f"n_threads must be in [1, {_MAX_THREADS}], not {n_threads}")
-        if self._closed:
-            raise ClosedError("the cluster is closed")
+        self._check_open(n_threads)
         answers, failures = self._gather(job, n_threads, allow_partial)
         ids, distances, owners, stats = self._merge(answers, job)
         n_shards = len(self._peers)
@@ -273,9 +278,41 @@ class Cluster:
                 raise first
             why = "; ".join(str(failures[shard]) for shard in sorted(failures))
             raise PartialResultError(
-                f"{len(failures)} of {n_shards} shards failed: {why}", shard=first.shard, result=result
+                f"{len(failures)} of {n_shards} shards failed: {why}", result, shard=first.shard
             ) from first
         return result
+
+    def walk(
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        ef: int = 64,
+        beam: int = 4,
+        n_threads: int = 1,
+        *,
+        inflight: int = 0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Answer:
+        """The one-sided part of `search`, by shard and not merged, for algorithms that merge it with other answers.
+
+        Arguments and errors as `search`.
+
+        Returns:
+            labels int64[n_read, n_queries, k] (-1 where there are fewer) and distances float32 likewise (inf there) of the
+            shards that are read over verbs or shm, in their order; and one `STATS_DTYPE` record for each query.
+        """
+        job = self._job(queries, k, ef, beam, inflight, timeout_s, None, None)
+        self._check_open(n_threads)
+        if not self._one_sided:
+            shape = (0, len(job.queries), k)
+            return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(job.queries), STATS_DTYPE)
+        return self._lanes.search(self._one_sided, job, n_threads)
+
+    def _check_open(self, n_threads: int) -> None:
+        if not 1 <= n_threads <= _MAX_THREADS:
+            raise InvalidInputError(f"n_threads must be in [1, {_MAX_THREADS}], not {n_threads}")
+        if self._closed:
+            raise ClosedError("the cluster is closed")
 
     def _job(
         self,

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cotra_rdma.cluster import SearchResult
+    from cotra_rdma.scatter_gather import SeamResult
+
 
 class CotraError(Exception):
     """The base of all errors of this package.
@@ -75,18 +81,6 @@ class DeadlineError(TransportError, TimeoutError):
     """Time ran out before a peer answered."""
 
 
-class PartialResultError(TransportError):
-    """Some shards did not answer, and a partial result was not asked for.
-
-    Attributes:
-        result: the `SearchResult` of those that did; its `failures` tell about the others.
-    """
-
-    def __init__(self, message: str, *, shard: int | None = None, result: object = None) -> None:
-        super().__init__(message, shard=shard)
-        self.result = result
-
-
 class BoundsError(CotraError, IndexError):
     """An offset and length outside the memory region."""
 
@@ -101,3 +95,18 @@ class StaleShardError(FormatError):
 
 class PeerError(CotraError):
     """A peer answered a request with an error; the message is the peer's."""
+
+
+class PartialResultError(TransportError):
+    """Some shards did not answer, and a partial answer was not asked for; the message names them.
+
+    Attributes:
+        result: what the others answered: a `SearchResult`, whose `failures` say why, or a `SeamResult`, whose `outcomes` do.
+    """
+
+    def __init__(self, message: str, result: SearchResult | SeamResult, *, shard: int | None = None) -> None:
+        super().__init__(message, shard=shard)
+        self.result = result
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.result), {"shard": self.shard, "sys_errno": self.sys_errno}

@@ -35,8 +35,6 @@ from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, fie
 log = logging.getLogger(__name__)
 
 ONE_SIDED = ("verbs", "shm")
-_MAX_BATCH_BYTES = 16 << 20
-_MAX_BATCH_EF = 1 << 18  # ef of all queries of a message: as many READs, about, and as many microseconds
 _RELEASE_TIMEOUT_MS = 300
 
 
@@ -237,10 +235,8 @@ class Peer:
         labels = np.full((len(job.queries), job.k), -1, np.int64)
         distances = np.full(labels.shape, np.inf, np.float32)
         stats = np.zeros(len(job.queries), STATS_DTYPE)
-        # A message must be answered in time: it holds work for a fraction of a second.
-        work = job.ef if job.filters is None or job.filters[0] is None else 16 * job.ef
-        fits = _MAX_BATCH_BYTES // (max(5 * job.queries.shape[1], 12 * job.k + STATS_DTYPE.itemsize))
-        rows = max(1, min(fits, _MAX_BATCH_EF // work))
+        filtered = job.filters is not None and job.filters[0] is not None
+        rows = messages.queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filtered)
         for begin in range(0, len(asked), rows):
             part = asked[begin : begin + rows]
             labels[part], distances[part], stats[part] = self._search_part(job, job.queries[part])

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -69,10 +69,20 @@ def _endpoint(host: str, port: int | str) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-def _limit(socket: zmq.Socket[bytes], host: str) -> None:
+def _limit(socket: zmq.Socket[Any], host: str) -> None:
     socket.linger = 0
     socket.maxmsgsize = MAX_PAYLOAD_BYTES + HEADER_BYTES + 64
     socket.ipv6 = ":" in host
+
+
+def connect_dealer(dealer: zmq.Socket[Any], address: str, keys: ClientKeys | None) -> None:
+    """Connects a DEALER, of any kind of context, to an owner. Raises `InvalidInputError` for a bad address."""
+    host, port = parse_address(address)
+    _limit(dealer, host)
+    if keys:
+        dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
+        dealer.curve_serverkey = keys.server
+    dealer.connect(_endpoint(host, port))
 
 
 class RpcServer:
@@ -197,14 +207,10 @@ class RpcClient:
     _ids = itertools.count(1)
 
     def __init__(self, address: str, *, keys: ClientKeys | None = None) -> None:
-        host, port = parse_address(address)
+        parse_address(address)
         self.address = address
         dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        _limit(dealer, host)
-        if keys:
-            dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
-            dealer.curve_serverkey = keys.server
-        dealer.connect(_endpoint(host, port))
+        connect_dealer(dealer, address, keys)
         self._socket: zmq.Socket[bytes] | None = dealer
 
     def call(self, envelope: VShardEnvelope, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> VShardEnvelope:

@@ -7,10 +7,11 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -31,6 +32,10 @@ LEASE_S = 60.0
 """A peer's queue pairs are taken back when nothing was heard of it for so many seconds."""
 MAX_LANES = 1024
 
+Exchange = Callable[[messages.BuildExchangeRequest], object]
+"""What takes the table that a peer sends at build time: from any of the server's threads, several at once maybe. What it
+returns is not looked at; what it raises is told to the peer, which may send the table again. A list's `append` will do."""
+
 
 @dataclass(slots=True)
 class _Lane:
@@ -48,6 +53,8 @@ def serve(
     keys: ServerKeys | None = None,
     queue_pair: QueuePairOptions | None = None,
     n_workers: int = 4,
+    coarse: Any = None,
+    exchange: Exchange | None = None,
 ) -> Server:
     """Serves a shard until the server is closed (it is a context manager).
 
@@ -61,12 +68,35 @@ def serve(
         keys: CURVE keys; None for an open server.
         queue_pair: options of the queue pairs towards peers, time-outs say.
         n_workers: threads that answer requests.
+        coarse: the answer to peers that ask how this shard looks from afar (type 52): an object with `centroids`
+            [n_lists, dim], `sizes` [n_lists] and `radii` [n_lists], or a whole payload of type 53 as bytes. None: peers are
+            told that there is none.
+        exchange: called with the table that a peer sends at build time (type 54). None: peers are told that it is not taken.
 
     Raises:
-        InvalidInputError: an unknown transport or a bad address. TransportError: the address cannot be listened on.
+        InvalidInputError: an unknown transport, a bad address, or a coarse table with values that do not fit.
+        FormatError: `coarse` is bytes, and no payload of type 53. TransportError: the address cannot be listened on.
         VerbsUnavailableError: `device` was asked for by name and cannot be had.
     """
-    return Server(shard, address, tuple(transports), device, gid_index, keys, queue_pair, n_workers)
+    return Server(
+        shard,
+        address,
+        tuple(transports),
+        device,
+        gid_index,
+        keys,
+        queue_pair,
+        n_workers,
+        _coarse_payload(coarse),
+        exchange,
+    )
+
+
+def _coarse_payload(coarse: Any) -> bytes | None:
+    if isinstance(coarse, bytes):
+        messages.CoarseRouteResponse.decode(coarse)
+        return coarse
+    return None if coarse is None else messages.CoarseRouteResponse(0, "", messages.CentroidTable.of(coarse)).encode()
 
 
 class Server:
@@ -82,11 +112,22 @@ class Server:
         keys: ServerKeys | None,
         queue_pair: QueuePairOptions | None,
         n_workers: int,
+        coarse: bytes | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         unknown = [name for name in transports if name not in TRANSPORTS]
         if unknown or not transports:
             raise InvalidInputError(f"transports must be some of {', '.join(TRANSPORTS)}, not {unknown or 'none'}")
         self._shard = shard
+        self._coarse = coarse
+        self._exchange = exchange
+        self._counts: Counter[VShardMessageType] = Counter()
+        self._answers: dict[VShardMessageType, Callable[[VShardEnvelope], Payload]] = {
+            VShardMessageType.VECTOR_SCATTER_REQUEST: lambda request: self._search(request).encode(),
+            VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST: self._describe_coarsely,
+            VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST: self._take_table,
+            VShardMessageType.VECTOR_MEM_REGION_REQUEST: lambda request: messages.encode_region(self._region(request)),
+        }
         options = queue_pair or QueuePairOptions()
         self._options = options if gid_index is None else replace(options, gid_index=gid_index)
         self._device: Device | None = None
@@ -164,17 +205,18 @@ class Server:
         with self._lock:
             return len(self._lanes)
 
+    @property
+    def request_counts(self) -> Mapping[VShardMessageType, int]:
+        """How many requests of each type came in so far."""
+        with self._lock:
+            return dict(self._counts)
+
     # ---- requests ----
 
     def _handle(self, request: VShardEnvelope) -> VShardEnvelope:
-        if request.msg_type == VShardMessageType.VECTOR_SCATTER_REQUEST:
-            payload: Payload = self._search(request).encode()
-        elif request.msg_type == VShardMessageType.VECTOR_MEM_REGION_REQUEST:
-            payload = messages.encode_region(self._region(request))
-        else:
-            payload = messages.encode_region(
-                messages.RegionResponse(1, f"message type {request.msg_type.value} is not answered here")
-            )
+        with self._lock:
+            self._counts[request.msg_type] += 1
+        payload = self._answers[request.msg_type](request)
         return VShardEnvelope(
             WIRE_VERSION,
             request.msg_type.response,
@@ -183,6 +225,28 @@ class Server:
             request.vshard_id,
             payload,
         )
+
+    def _describe_coarsely(self, request: VShardEnvelope) -> bytes:
+        try:
+            messages.CoarseRouteRequest.decode(request.payload)
+            if self._coarse is None:
+                raise InvalidInputError("this owner has no coarse table: it serves without `coarse`")
+            return self._coarse
+        except CotraError as error:
+            return messages.CoarseRouteResponse.failed(1, str(error)).encode()
+
+    def _take_table(self, request: VShardEnvelope) -> bytes:
+        try:
+            table = messages.BuildExchangeRequest.decode(request.payload)
+            if self._exchange is None:
+                raise InvalidInputError("this owner takes no tables of its peers: it serves without `exchange`")
+            self._exchange(table)
+            return messages.BuildExchangeResponse().encode()
+        except CotraError as error:
+            return messages.BuildExchangeResponse(1, str(error)).encode()
+        except Exception as error:  # the callback is not ours, and a peer that waits is owed an answer
+            log.exception("%s: the exchange callback failed", self.address)
+            return messages.BuildExchangeResponse(1, f"{type(error).__name__}: {error}").encode()
 
     def _search(self, request: VShardEnvelope) -> messages.SearchResponse:
         if "rpc" in self.unavailable:

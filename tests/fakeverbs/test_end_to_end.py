@@ -19,6 +19,7 @@ from cotra_rdma import (
     Cluster,
     CompletionError,
     CotraError,
+    CoTraRdma,
     DeadlineError,
     DeviceNotFoundError,
     FabricModel,
@@ -55,6 +56,29 @@ def assert_same(one: SearchResult, other: SearchResult) -> None:
     np.testing.assert_array_equal(one.distances.view(np.uint32), other.distances.view(np.uint32))
     for name in ("reads", "rounds", "expansions", "cache_hits", "read_bytes"):
         np.testing.assert_array_equal(one.stats[name], other.stats[name])
+
+
+# ---- the seam ----
+
+
+def test_regions_are_exposed_and_walked(
+    fake: Fake, servers: list[Server], addresses: list[str], queries: Floats
+) -> None:
+    exposed = [server.exposed_region() for server in servers]
+    assert None not in exposed
+    assert [CoTraRdma(server=server).exposed_region() for server in servers] == exposed
+    with (
+        connect(addresses, "verbs") as cluster,
+        connect(addresses[:1], "verbs") as one,
+        CoTraRdma(cluster) as algorithm,
+    ):
+        assert cluster.regions == tuple(exposed)
+        assert CoTraRdma(one).exposed_region() == exposed[0]
+        assert algorithm.exposed_region() is None  # of two shards, which?
+        result, expected = algorithm.search(queries), cluster.search(queries)
+        assert (algorithm.by_rpc, result.transports, result.coverage) == ((), ("verbs", "verbs"), 1.0)
+        np.testing.assert_array_equal(result.ids, expected.ids)
+        np.testing.assert_array_equal(result.stats["reads"], expected.stats["reads"])
 
 
 # ---- answers and lanes ----

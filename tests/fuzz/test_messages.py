@@ -13,6 +13,11 @@ from hypothesis import strategies as st
 
 from cotra_rdma import FormatError
 from cotra_rdma.messages import (
+    BuildExchangeRequest,
+    BuildExchangeResponse,
+    CentroidTable,
+    CoarseRouteRequest,
+    CoarseRouteResponse,
     QueuePairFields,
     RegionFields,
     RegionRequest,
@@ -31,6 +36,9 @@ from helpers.properties import fixed
 Decoder = Callable[[Any], Any]
 
 _PAIR = QueuePairFields(bytes(range(16)), 17, 2**24 - 1, 3, 4096, 16, 16)
+_TABLE = CentroidTable(
+    np.arange(6, dtype=np.float32).reshape(3, 2), np.array([1, 2, 300], np.uint32), np.array([0, 1, 2.5], np.float32)
+)
 SEEDS: dict[Decoder, list[bytes]] = {
     SearchRequest.decode: [
         SearchRequest("docs", np.arange(20, dtype=np.float32), 10, 300, b"\xff" * 9).encode(),
@@ -53,6 +61,17 @@ SEEDS: dict[Decoder, list[bytes]] = {
             )
         )
     ],
+    CoarseRouteRequest.decode: [CoarseRouteRequest("docs").encode()],
+    CoarseRouteResponse.decode: [
+        CoarseRouteResponse(0, "", CentroidTable.of(_TABLE, "float16")).encode(),
+        CoarseRouteResponse.failed(1, "no table").encode(),
+    ],
+    BuildExchangeRequest.decode: [
+        BuildExchangeRequest(
+            2**31, _TABLE, np.arange(3, dtype=np.uint64), np.full(3, 2**31, np.uint32), 2**40, 2**33
+        ).encode()
+    ],
+    BuildExchangeResponse.decode: [BuildExchangeResponse(1, "stale").encode()],
     VShardEnvelope.decode: [VShardEnvelope(2, VShardMessageType(50), 1, 2, 3, b"payload").encode()],
 }
 DECODERS = list(SEEDS)

@@ -30,7 +30,7 @@ from cotra_rdma import (
     Shard,
     TransportError,
     VerbsUnavailableError,
-    peer,
+    messages,
 )
 from cotra_rdma import server as server_module
 from cotra_rdma.engine import merge
@@ -186,7 +186,7 @@ class TestSearch:
     def test_a_large_batch_goes_in_parts_over_rpc(
         self, opened: list[Shard], addresses: list[str], queries: Floats, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(peer, "_MAX_BATCH_BYTES", 20_000)
+        monkeypatch.setattr(messages, "_MAX_BATCH_BYTES", 20_000)
         with cotra_rdma.connect(addresses, transport="rpc") as cluster:
             result = cluster.search(queries, k=10, ef=50)
         np.testing.assert_array_equal(result.ids, in_process(opened, queries, 10, 50)[0])

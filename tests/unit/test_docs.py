@@ -18,6 +18,10 @@ from cotra_rdma import Shard, errors
 from cotra_rdma._native import check, new_error
 from cotra_rdma.cli import app
 from cotra_rdma.messages import (
+    BuildExchangeRequest,
+    BuildExchangeResponse,
+    CoarseRouteRequest,
+    CoarseRouteResponse,
     SearchRequest,
     SearchResponse,
     decode_region_request,
@@ -29,7 +33,7 @@ from cotra_rdma.wire import VShardEnvelope, VShardMessageType
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "ARCHITECTURE.md", ROOT / "README.md", ROOT / "bench" / "README.md"])
-RUNNABLE = ("../README.md", "tutorial.md", "howto/secure.md", "howto/tuning.md")
+RUNNABLE = ("../README.md", "tutorial.md", "howto/secure.md", "howto/tuning.md", "howto/own-algorithm.md")
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -71,6 +75,12 @@ def test_the_hex_of_the_wire_page() -> None:
     decoders = {
         VShardMessageType.VECTOR_SCATTER_REQUEST: lambda payload: SearchRequest.decode(payload).encode(),
         VShardMessageType.VECTOR_SCATTER_RESPONSE: lambda payload: b"".join(SearchResponse.decode(payload).encode()),
+        VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST: lambda payload: CoarseRouteRequest.decode(payload).encode(),
+        VShardMessageType.VECTOR_COARSE_ROUTE_RESPONSE: lambda payload: CoarseRouteResponse.decode(payload).encode(),
+        VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST: lambda payload: BuildExchangeRequest.decode(payload).encode(),
+        VShardMessageType.VECTOR_BUILD_EXCHANGE_RESPONSE: lambda payload: BuildExchangeResponse.decode(
+            payload
+        ).encode(),
         VShardMessageType.VECTOR_MEM_REGION_REQUEST: lambda payload: encode_region(decode_region_request(payload)),
         VShardMessageType.VECTOR_MEM_REGION_RESPONSE: lambda payload: encode_region(decode_region_response(payload)),
     }
@@ -86,7 +96,7 @@ def test_the_hex_of_the_wire_page() -> None:
         assert decoded.encode() == raw
         assert decoders[decoded.msg_type](decoded.payload) == decoded.payload
         seen.add(decoded.msg_type)
-    assert seen == set(decoders)
+    assert seen == set(decoders) == set(VShardMessageType)
 
 
 def test_the_envelope_table_of_the_wire_page() -> None:
