@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from cotra_rdma.errors import ClosedError
@@ -39,10 +39,15 @@ class LoopThread:
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine and waits for it. An interrupted wait (Ctrl-C) cancels it."""
+        """Runs a coroutine and waits for it. An interrupted wait (Ctrl-C) cancels it.
+
+        Raises `ClosedError`, also when it is closed meanwhile.
+        """
         future = self.submit(coroutine)
         try:
             return future.result()
+        except CancelledError:
+            raise ClosedError(f"{self._name} was closed meanwhile") from None
         except BaseException:
             future.cancel()
             raise

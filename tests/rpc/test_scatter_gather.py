@@ -506,9 +506,8 @@ def test_the_error_survives_pickling() -> None:
     assert (str(copy), copy.shard, copy.result.coverage) == (str(caught.value), 0, 0.0)
 
 
-def test_interrupted_and_closed_meanwhile() -> None:
-    """Closing cancels what waits on the private loop."""
-    started = threading.Event()
+def test_closing_ends_what_waits() -> None:
+    started, errors = threading.Event(), []
 
     class Waits:
         async def call(self, envelope: VShardEnvelope, timeout_ms: int) -> VShardEnvelope:
@@ -517,10 +516,19 @@ def test_interrupted_and_closed_meanwhile() -> None:
             raise AssertionError
 
     gatherer = ScatterGather([ShardRef(0, 0)], Waits())
-    waiting = gatherer.start_gather(np.zeros(2), 1, 1, timeout_s=60)
+
+    def work() -> None:
+        try:
+            gatherer.search_sync(np.zeros(2), 1, 1, timeout_s=60)
+        except ClosedError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
     assert started.wait(30)
     gatherer.close()
-    assert waiting.cancelled()
+    thread.join(30)
+    assert errors == ["cotra-scatter-gather was closed meanwhile"]
     gatherer.close()
 
 
