@@ -21,7 +21,7 @@ VERBS_USERS = {"transport/verbs.c"}
 LAYERS = (
     ("errors",),
     ("_native", "region", "wire", "queries", "datasets"),
-    ("arena", "messages", "rpc", "owner_process"),
+    ("arena", "messages", "rpc", "owner_process", "kmeans"),
     ("verbs", "handover"),
     ("channel",),
     ("engine",),
