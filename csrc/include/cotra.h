@@ -341,11 +341,20 @@ void cotra_view_close(cotra_view *view);
 /* One thread's engine over n shards: views[i] is walked through channels[i]. Both must outlive it. */
 int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, uint32_t n_shards, int simd,
                         cotra_engine **out, cotra_error *err);
+/* What of the shards a search is about; a NULL member: all of it. */
+typedef struct cotra_search_scope {
+    const uint8_t *const *filters; /* [n_shards]: NULL, or a bitmap: bit i % 8 of byte i / 8: row i may be returned */
+    const uint64_t *filter_bytes;  /* [n_shards]: at least a bit for each row */
+    const uint8_t *mask;           /* [n_queries, n_shards]: 0: the query leaves the shard out */
+} cotra_search_scope;
+
 /* queries float32[n_queries, dim] -> labels int64[n_shards, n_queries, k], distances float32[n_shards, n_queries, k],
- * each row by distance, then label; empty places hold -1 and infinity. stats[n_queries] are summed over the shards. */
+ * each row by distance, then label; empty places hold -1 and infinity. stats[n_queries] are summed over the shards.
+ * Under a filter that lets few rows through, ef grows by as much as it leaves out; where that would READ more than the
+ * rows that it lets through, those are read instead, and the answer is exact. scope may be NULL. */
 int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_queries,
-                        const cotra_search_params *params, int64_t *labels, float *distances, cotra_query_stats *stats,
-                        cotra_error *err);
+                        const cotra_search_params *params, const cotra_search_scope *scope, int64_t *labels,
+                        float *distances, cotra_query_stats *stats, cotra_error *err);
 void cotra_engine_destroy(cotra_engine *engine);
 
 /* Merges sorted answers of n_shards (laid out as above) by distance, then shard, then label; a label that came from

@@ -1,7 +1,7 @@
 /* The scheduler: many walks in flight on one thread, so that the wire, and not its latency, is the limit.
  *
- * Walk w owns slots [w * beam, (w + 1) * beam) of the channel that it reads; its frontier's i-th READ goes to slot
- * w * beam + i. A walk is expanded when the last READ of its frontier is there, in the frontier's order.
+ * Walk w owns slots [w * width, (w + 1) * width) of the channel that it reads; its frontier's i-th READ goes to slot
+ * w * width + i. A walk is expanded when the last READ of its frontier is there, in the frontier's order.
  */
 #include "base/status.h"
 #include "search/walk.h"
@@ -11,13 +11,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, POLL_BATCH = 64 };
+enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, POLL_BATCH = 64, DIRECT_WIDTH = 32 };
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 typedef struct lane { /* one shard */
     const cotra_view *view;
     cotra_channel *channel;
-    cotra_read *queue; /* READs waiting for a post: [inflight * beam] */
+    cotra_walk_plan plan;
+    cotra_read *queue; /* READs waiting for a post: [n_walks * width] */
     uint32_t queued;
     uint32_t outstanding; /* posted, not completed */
     uint64_t last_progress_ns;
@@ -25,7 +26,7 @@ typedef struct lane { /* one shard */
 
 typedef struct running {
     cotra_walk walk;
-    const uint8_t **records; /* [beam] */
+    const uint8_t **records; /* [width] */
     uint64_t query;
     uint32_t shard;
     uint32_t missing; /* READs of the frontier that are not there yet */
@@ -37,10 +38,11 @@ struct cotra_engine {
     running *walks;
     uint64_t *started_ns; /* [n_queries] of the call in progress */
     uint32_t n_shards, max_dim;
-    uint32_t n_walks, k, ef, beam; /* what `walks` was made for */
-    int broken;                    /* READs of a failed call may still be on their way into the slots */
+    uint32_t n_walks, k, pool, width; /* what `walks` was made for */
+    int broken;                       /* READs of a failed call may still be on their way into the slots */
     /* the call in progress */
     const float *queries;
+    const uint8_t *mask; /* NULL, or [n_queries, n_shards] */
     uint64_t n_queries, next_task;
     uint32_t active;
     int64_t *labels;
@@ -113,34 +115,33 @@ void cotra_engine_destroy(cotra_engine *engine)
     free(engine);
 }
 
-static int make_walks(cotra_engine *engine, uint32_t n_walks, const cotra_search_params *params, cotra_error *err)
+static int make_walks(cotra_engine *engine, uint32_t n_walks, uint32_t k, uint32_t pool, uint32_t width,
+                      cotra_error *err)
 {
-    if (engine->n_walks == n_walks && engine->k == params->k && engine->ef == params->ef &&
-        engine->beam == params->beam)
+    if (engine->n_walks == n_walks && engine->k == k && engine->pool == pool && engine->width == width)
         return COTRA_OK;
     drop_walks(engine);
     engine->walks = calloc(n_walks, sizeof *engine->walks);
     if (!engine->walks)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
-    engine->k = params->k;
-    engine->ef = params->ef;
-    engine->beam = params->beam;
+    engine->k = k;
+    engine->pool = pool;
+    engine->width = width;
     for (uint32_t i = 0; i < n_walks; i++) {
-        int status =
-            cotra_walk_create(&engine->walks[i].walk, engine->max_dim, params->k, params->ef, params->beam, err);
+        int status = cotra_walk_create(&engine->walks[i].walk, engine->max_dim, k, pool, width, err);
         if (status) {
             drop_walks(engine);
             return status;
         }
         engine->n_walks++;
-        engine->walks[i].records = calloc(params->beam, sizeof *engine->walks[i].records);
+        engine->walks[i].records = calloc(width, sizeof *engine->walks[i].records);
         if (!engine->walks[i].records) {
             drop_walks(engine);
             return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
         }
     }
     for (uint32_t i = 0; i < engine->n_shards; i++) {
-        engine->lanes[i].queue = calloc((size_t)n_walks * params->beam, sizeof *engine->lanes[i].queue);
+        engine->lanes[i].queue = calloc((size_t)n_walks * width, sizeof *engine->lanes[i].queue);
         if (!engine->lanes[i].queue) {
             drop_walks(engine);
             return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
@@ -192,16 +193,19 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
         if (walk->view)
             finish(engine, run);
         walk->view = NULL;
-        if (engine->next_task == engine->n_queries * engine->n_shards)
+        const uint64_t n_tasks = engine->n_queries * engine->n_shards;
+        while (engine->mask && engine->next_task < n_tasks && !engine->mask[engine->next_task])
+            engine->next_task++;
+        if (engine->next_task == n_tasks)
             return COTRA_OK;
         uint64_t task = engine->next_task++;
         run->query = task / engine->n_shards;
         run->shard = (uint32_t)(task % engine->n_shards);
         engine->active++;
-        if (run->shard == 0)
+        if (engine->started_ns[run->query] == 0)
             engine->started_ns[run->query] = cotra_clock_ns();
-        int status = cotra_walk_begin(walk, engine->lanes[run->shard].view, engine->kernels,
-                                      engine->queries + run->query * engine->max_dim, err);
+        int status = cotra_walk_begin(walk, engine->lanes[run->shard].view, &engine->lanes[run->shard].plan,
+                                      engine->kernels, engine->queries + run->query * engine->max_dim, err);
         if (status)
             return status;
         n = cotra_walk_choose(walk);
@@ -212,7 +216,7 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
         to->queue[to->queued++] =
             (cotra_read){.offset = info->records_offset + (uint64_t)walk->frontier[i] * info->record_bytes,
                          .length = info->record_bytes,
-                         .slot = w * engine->beam + i};
+                         .slot = w * engine->width + i};
     run->missing = n;
     walk->stats.reads += n;
     walk->stats.read_bytes += (uint64_t)n * info->record_bytes;
@@ -224,9 +228,9 @@ static int take_completion(cotra_engine *engine, const cotra_completion *complet
     from->outstanding--;
     if (completion->status != COTRA_OK)
         return cotra_channel_report(from->channel, completion->status, err);
-    uint32_t w = completion->slot / engine->beam;
+    uint32_t w = completion->slot / engine->width;
     running *run = &engine->walks[w];
-    run->records[completion->slot % engine->beam] = completion->data;
+    run->records[completion->slot % engine->width] = completion->data;
     if (--run->missing)
         return COTRA_OK;
     for (uint32_t i = 0; i < run->walk.frontier_count; i++) {
@@ -304,9 +308,48 @@ static int run_all(cotra_engine *engine, uint64_t timeout_ns, cotra_error *err)
     return COTRA_OK;
 }
 
+static uint64_t count_rows(const uint8_t *filter, uint64_t count)
+{
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < count / 8; i++)
+        n += (uint64_t)__builtin_popcount(filter[i]);
+    return count % 8 ? n + (uint64_t)__builtin_popcount(filter[count / 8] & ((1u << count % 8) - 1)) : n;
+}
+
+/* How each shard is walked. A filter that lets 1 of f rows through needs a pool f times as large for as many answers,
+ * and about as many READs; when the rows it lets through are fewer than that, they are read themselves. */
+static int make_plans(cotra_engine *engine, const cotra_search_params *params, const cotra_search_scope *scope,
+                      uint32_t *pool, uint32_t *width, cotra_error *err)
+{
+    *pool = COTRA_POOL_FACTOR * params->ef;
+    *width = params->beam;
+    for (uint32_t s = 0; s < engine->n_shards; s++) {
+        const uint64_t count = engine->lanes[s].view->info.count;
+        const uint8_t *filter = scope && scope->filters ? scope->filters[s] : NULL;
+        cotra_walk_plan *plan = &engine->lanes[s].plan;
+        *plan = (cotra_walk_plan){
+            .ef = params->ef, .pool = COTRA_POOL_FACTOR * params->ef, .beam = params->beam, .filter = filter};
+        if (!filter)
+            continue;
+        if (scope->filter_bytes[s] < (count + 7) / 8)
+            return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has %llu rows, its filter %llu bits", s,
+                              (unsigned long long)count, 8 * (unsigned long long)scope->filter_bytes[s]);
+        const uint64_t rows = count_rows(filter, count);
+        if (rows * rows <= params->ef * count) {
+            plan->direct = 1;
+            *width = params->beam > DIRECT_WIDTH ? params->beam : DIRECT_WIDTH;
+            continue;
+        }
+        const uint64_t grown = (plan->pool * count + rows - 1) / rows;
+        plan->pool = (uint32_t)(grown < COTRA_POOL_FACTOR * MAX_EF ? grown : COTRA_POOL_FACTOR * MAX_EF);
+        *pool = plan->pool > *pool ? plan->pool : *pool;
+    }
+    return COTRA_OK;
+}
+
 int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_queries,
-                        const cotra_search_params *params, int64_t *labels, float *distances, cotra_query_stats *stats,
-                        cotra_error *err)
+                        const cotra_search_params *params, const cotra_search_scope *scope, int64_t *labels,
+                        float *distances, cotra_query_stats *stats, cotra_error *err)
 {
     if (engine->broken)
         return cotra_fail(err, COTRA_ERR_CLOSED, "this engine's channels broke in an earlier search");
@@ -317,12 +360,15 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam must be in [1, %d], not %u", MAX_BEAM, params->beam);
     if (n_queries == 0)
         return COTRA_OK;
-    uint32_t slots = UINT32_MAX, wanted = 0;
+    uint32_t slots = UINT32_MAX, wanted = 0, pool, width;
+    int status = make_plans(engine, params, scope, &pool, &width, err);
+    if (status)
+        return status;
     for (uint32_t s = 0; s < engine->n_shards; s++) {
         const cotra_channel *channel = engine->lanes[s].channel;
-        int settled = cotra_channel_settle(engine->lanes[s].channel, err);
-        if (settled)
-            return settled;
+        status = cotra_channel_settle(engine->lanes[s].channel, err);
+        if (status)
+            return status;
         slots = channel->slots < slots ? channel->slots : slots;
         const uint32_t in_flight = channel->in_flight ? channel->in_flight : channel->slots;
         wanted += in_flight > 2 * params->beam ? in_flight / params->beam : 2;
@@ -330,15 +376,21 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     if (params->beam > slots)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam %u needs as many READs in progress, the channel has %u slots",
                           params->beam, slots);
+    width = width < slots ? width : slots;
     uint32_t n_walks = params->inflight ? params->inflight : wanted;
-    n_walks = n_walks < slots / params->beam ? n_walks : slots / params->beam;
+    n_walks = n_walks < slots / width ? n_walks : slots / width;
     n_walks = n_walks < MAX_INFLIGHT ? n_walks : MAX_INFLIGHT;
     if (n_walks > n_queries * engine->n_shards)
         n_walks = (uint32_t)(n_queries * engine->n_shards);
-    int status = make_walks(engine, n_walks, params, err);
+    status = make_walks(engine, n_walks, params->k, pool, width, err);
     if (status)
         return status;
-    engine->started_ns = malloc(n_queries * sizeof *engine->started_ns);
+    engine->mask = scope ? scope->mask : NULL;
+    for (uint64_t i = 0; engine->mask && i < engine->n_shards * n_queries * params->k; i++) {
+        labels[i] = -1;
+        distances[i] = INFINITY;
+    }
+    engine->started_ns = calloc(n_queries, sizeof *engine->started_ns);
     if (!engine->started_ns)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %llu queries",
                           (unsigned long long)n_queries);

@@ -42,29 +42,28 @@ static size_t round_up64(size_t bytes)
     return (bytes + 63) / 64 * 64;
 }
 
-int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t ef, uint32_t beam, cotra_error *err)
+int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t max_pool, uint32_t max_width,
+                      cotra_error *err)
 {
     memset(walk, 0, sizeof *walk);
     walk->k = k;
-    walk->ef = ef;
-    walk->capacity = COTRA_POOL_FACTOR * ef;
-    walk->beam = beam;
+    walk->width = max_width;
     const size_t code_dim = cotra_code_dim(max_dim);
     uint32_t seen = 256;
-    while (seen < 4 * walk->capacity)
+    while (seen < 4 * max_pool)
         seen *= 2;
     walk->seen_mask = seen - 1;
     walk->codes.table = aligned_alloc(64, round_up64(code_dim * 4));
     walk->query = aligned_alloc(64, round_up64(padded_dim(max_dim) * sizeof(float)));
     walk->scratch = aligned_alloc(64, round_up64(2 * code_dim * sizeof(float)));
-    walk->pool = malloc((walk->capacity + 1) * sizeof *walk->pool);
+    walk->pool = malloc(((size_t)max_pool + 1) * sizeof *walk->pool);
     walk->seen = calloc(seen, sizeof *walk->seen);
-    walk->frontier = malloc(beam * sizeof *walk->frontier);
+    walk->frontier = malloc(max_width * sizeof *walk->frontier);
     walk->hits = malloc(k * sizeof *walk->hits);
     if (walk->codes.table && walk->query && walk->scratch && walk->pool && walk->seen && walk->frontier && walk->hits)
         return COTRA_OK;
     cotra_walk_destroy(walk);
-    return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk with ef %u", ef);
+    return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk of %u candidates", max_pool);
 }
 
 void cotra_walk_destroy(cotra_walk *walk)
@@ -216,7 +215,7 @@ static int descend(cotra_walk *walk, cotra_error *err)
         }
     if (!(distance < INFINITY))
         distance = FARTHEST; /* a start is a start */
-    const uint32_t width = walk->beam < walk->ef ? walk->beam : walk->ef;
+    const uint32_t width = walk->plan.beam < walk->plan.ef ? walk->plan.beam : walk->plan.ef;
     int status = seen_add(walk, seen_find(walk, current), current, distance, 0, err);
     if (status)
         return status;
@@ -254,11 +253,13 @@ static int descend(cotra_walk *walk, cotra_error *err)
     return COTRA_OK;
 }
 
-int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kernels *kernels, const float *query,
-                     cotra_error *err)
+int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_walk_plan *plan,
+                     const cotra_kernels *kernels, const float *query, cotra_error *err)
 {
     const uint32_t dim = view->info.dim;
     walk->view = view;
+    walk->plan = *plan;
+    walk->next_row = 0;
     walk->kernels = kernels;
     walk->pool_count = walk->first_open = walk->hit_count = walk->frontier_count = 0;
     memset(&walk->stats, 0, sizeof walk->stats);
@@ -278,7 +279,9 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
     /* One bit a dimension estimates a squared distance with an error of about 1.5 / sqrt(D) of it (RaBitQ, theorem 3.2,
      * for a residual as long as the distance). How many of those are worth waiting for is what ef / k asks for; the
      * factor is measured (bench/README.md). */
-    walk->slack = 0.75f / sqrtf((float)view->info.code_dim) * (sqrtf((float)walk->ef / (float)walk->k) - 1);
+    walk->slack = 0.75f / sqrtf((float)view->info.code_dim) * (sqrtf((float)plan->ef / (float)walk->k) - 1);
+    if (plan->direct)
+        return COTRA_OK;
     cotra_query_codes_make(&view->rotation, walk->query, view->mean, walk->scratch, &walk->codes);
     seen_clear(walk);
     if (view->info.upper_count) {
@@ -286,7 +289,7 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
         if (status)
             return status;
     } else {
-        pool_insert(walk, to_word(3.4e38f, view->info.entry_node), walk->capacity);
+        pool_insert(walk, to_word(3.4e38f, view->info.entry_node), walk->plan.pool);
     }
     for (uint32_t i = 0; i < walk->pool_count; i++) {
         uint32_t node = (uint32_t)walk->pool[i] & INT32_MAX;
@@ -298,11 +301,34 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kerne
     return COTRA_OK;
 }
 
+static int lets_through(const uint8_t *filter, uint64_t row)
+{
+    return filter[row / 8] >> row % 8 & 1;
+}
+
+/* The next rows that the filter of a direct plan lets through. */
+static uint32_t choose_rows(cotra_walk *walk)
+{
+    const uint64_t count = walk->view->info.count;
+    uint32_t n = 0;
+    for (; walk->next_row < count && n < walk->width; walk->next_row++) {
+        if (walk->next_row % 8 == 0 && walk->plan.filter[walk->next_row / 8] == 0)
+            walk->next_row += 7;
+        else if (lets_through(walk->plan.filter, walk->next_row))
+            walk->frontier[n++] = (uint32_t)walk->next_row;
+    }
+    walk->frontier_count = n;
+    walk->stats.rounds += n > 0;
+    return n;
+}
+
 uint32_t cotra_walk_choose(cotra_walk *walk)
 {
+    if (walk->plan.direct)
+        return choose_rows(walk);
     const uint64_t limit = to_word(walk->limit, 0);
     uint32_t n = 0, i = walk->first_open;
-    for (; i < walk->pool_count && n < walk->beam && walk->pool[i] < limit; i++) {
+    for (; i < walk->pool_count && n < walk->plan.beam && walk->pool[i] < limit; i++) {
         if (!(walk->pool[i] & CHOSEN)) {
             walk->pool[i] |= CHOSEN;
             walk->frontier[n] = (uint32_t)walk->pool[i] & INT32_MAX;
@@ -357,10 +383,10 @@ static int take_estimate(cotra_walk *walk, uint32_t node, float estimate, cotra_
         if (place < walk->pool_count && walk->pool[place] == old)
             pool_move(walk, place, to_word(seen->distance, node));
         else
-            pool_insert(walk, to_word(seen->distance, node), walk->capacity);
+            pool_insert(walk, to_word(seen->distance, node), walk->plan.pool);
         return COTRA_OK;
     }
-    pool_insert(walk, to_word(estimate, node), walk->capacity);
+    pool_insert(walk, to_word(estimate, node), walk->plan.pool);
     return seen_add(walk, seen, node, estimate, 1, err);
 }
 
@@ -380,7 +406,8 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra
     const float distance =
         cotra_metric_distance(walk->kernels, info->metric, info->vector_type, walk->query, own, info->dim);
     walk->stats.expansions++;
-    if (distance < INFINITY && !(head.flags & COTRA_NODE_DELETED)) { /* NaN is not below infinity */
+    if (distance < INFINITY && !(head.flags & COTRA_NODE_DELETED) && /* NaN is not below infinity */
+        (!walk->plan.filter || lets_through(walk->plan.filter, node))) {
         cotra_hit hit = {.distance = distance, .label = head.label};
         if (info->metric == COTRA_METRIC_IP) {
             cotra_vector_load(info->vector_type, own, info->dim, walk->scratch);
@@ -389,6 +416,8 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra
         }
         hits_insert(walk, hit);
     }
+    if (walk->plan.direct)
+        return COTRA_OK;
     const volatile uint32_t *numbers = (const volatile uint32_t *)(record + layout->numbers);
     for (uint32_t begin = 0; begin < count; begin += COTRA_BLOCK) {
         uint32_t sums[COTRA_BLOCK];
@@ -396,7 +425,7 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra
         walk->kernels->scan(walk->codes.table, record + layout->codes + begin / COTRA_BLOCK * layout->block_bytes,
                             info->code_dim, sums);
         /* Nothing above the limit will ever be expanded, so it need not be kept. */
-        float bound = pool_bound(walk, walk->capacity);
+        float bound = pool_bound(walk, walk->plan.pool);
         bound = walk->limit < bound ? walk->limit : bound;
         uint32_t below = walk->kernels->estimate(sums, (const float *)(record + layout->f0) + begin,
                                                  (const float *)(record + layout->f1) + begin, distance,
@@ -405,7 +434,7 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra
             below &= (1u << (count - begin)) - 1;
         for (; below; below &= below - 1) {
             const uint32_t j = (uint32_t)__builtin_ctz(below);
-            if (!(estimates[j] < pool_bound(walk, walk->capacity))) /* it sinks as the pool fills */
+            if (!(estimates[j] < pool_bound(walk, walk->plan.pool))) /* it sinks as the pool fills */
                 continue;
             uint32_t neighbour = numbers[begin + j];
             if (neighbour >= info->count)

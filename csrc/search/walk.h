@@ -42,20 +42,31 @@ typedef struct cotra_seen {
     uint32_t estimates; /* 0: exact or chosen, not to be changed any more */
 } cotra_seen;
 
+/* How a shard is walked in one search. */
+typedef struct cotra_walk_plan {
+    uint32_t ef;           /* of the search: what slack is made of */
+    uint32_t pool;         /* candidates kept: COTRA_POOL_FACTOR * ef, more under a filter */
+    uint32_t beam;         /* expansions a round */
+    const uint8_t *filter; /* NULL, or a bit for each row */
+    int direct;            /* no walk: every row that the filter lets through is read */
+} cotra_walk_plan;
+
 typedef struct cotra_walk {
     const cotra_view *view;
     const cotra_kernels *kernels;
+    cotra_walk_plan plan;
     cotra_query_codes codes;
-    uint32_t k, ef, beam;
+    uint32_t k;
+    uint32_t width;      /* READs a round at most: of `frontier` */
+    uint64_t next_row;   /* of a direct plan */
     float *query;        /* [dim padded to 32 floats] */
     float *scratch;      /* [2 * code_dim] */
-    uint32_t capacity;   /* COTRA_POOL_FACTOR * ef */
-    uint64_t *pool;      /* [capacity + 1] */
-    uint32_t pool_count; /* <= capacity */
+    uint64_t *pool;      /* [plan.pool + 1] */
+    uint32_t pool_count; /* <= plan.pool */
     uint32_t first_open; /* no unexpanded entry is below this place */
     cotra_seen *seen;    /* open addressing, at most half full */
     uint32_t seen_mask, seen_count, epoch;
-    uint32_t *frontier; /* [beam]: the nodes being read */
+    uint32_t *frontier; /* [width]: the nodes being read */
     uint32_t frontier_count;
     cotra_hit *hits; /* [k], sorted by distance, then label */
     uint32_t hit_count;
@@ -65,12 +76,14 @@ typedef struct cotra_walk {
     cotra_query_stats stats;
 } cotra_walk;
 
-int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t ef, uint32_t beam, cotra_error *err);
+/* For plans of at most max_pool candidates and max_width READs a round. */
+int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t max_pool, uint32_t max_width,
+                      cotra_error *err);
 void cotra_walk_destroy(cotra_walk *walk);
 
 /* Starts a query (float32[dim]). */
-int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_kernels *kernels, const float *query,
-                     cotra_error *err);
+int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_walk_plan *plan,
+                     const cotra_kernels *kernels, const float *query, cotra_error *err);
 /* Chooses the next frontier; returns its size, 0 when the walk is done. */
 uint32_t cotra_walk_choose(cotra_walk *walk);
 /* Takes the record of frontier node i. The bytes may be anybody's and may change meanwhile. */

@@ -146,6 +146,8 @@ class Engine(Handle):
         *,
         inflight: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        filters: Sequence[bytes | None] | None = None,
+        mask: npt.NDArray[np.bool_] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         """Searches every shard for every query; the GIL is released.
 
@@ -154,6 +156,8 @@ class Engine(Handle):
             k, ef, beam: answers, pool size (k <= ef) and expansions a round.
             inflight: queries in progress at once; 0: chosen from the channels.
             timeout_s: the longest wait for one READ, in seconds.
+            filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
+            mask: bool[n_queries, n_shards]: which shards each query is for.
 
         Returns:
             labels int64[n_shards, n_queries, k] (-1 where there are fewer), distances float32 likewise (inf there), each
@@ -168,6 +172,7 @@ class Engine(Handle):
         params = ffi.new("cotra_search_params *", (k, ef, beam, inflight, round(timeout_s * 1e9)))
         if not 1 <= k <= ef:
             raise InvalidInputError(f"k must be in [1, ef], and k is {k} where ef is {ef}")
+        scope, _held = self._scope(filters, mask, n)
         labels = np.empty((self._n_shards, n, k), np.int64)
         distances = np.empty((self._n_shards, n, k), np.float32)
         stats = np.zeros(n, STATS_DTYPE)
@@ -177,6 +182,7 @@ class Engine(Handle):
             ffi.from_buffer("float[]", queries),
             n,
             params,
+            scope,
             ffi.from_buffer("int64_t[]", labels),
             ffi.from_buffer("float[]", distances),
             ffi.cast("cotra_query_stats *", ffi.from_buffer(stats)),
@@ -184,6 +190,29 @@ class Engine(Handle):
         )
         check(status, err)
         return labels, distances, stats
+
+    def _scope(
+        self, filters: Sequence[bytes | None] | None, mask: npt.NDArray[np.bool_] | None, n: int
+    ) -> tuple[Any, list[Any]]:
+        """A `cotra_search_scope *`, and what it points into."""
+        if filters is None and mask is None:
+            return ffi.NULL, []
+        scope, held = ffi.new("cotra_search_scope *"), []
+        if filters is not None:
+            if len(filters) != self._n_shards:
+                raise InvalidInputError(f"{len(filters)} filters for {self._n_shards} shards")
+            buffers = [ffi.NULL if bitmap is None else ffi.from_buffer("uint8_t[]", bitmap) for bitmap in filters]
+            pointers = ffi.new("uint8_t *[]", buffers)
+            lengths = ffi.new("uint64_t[]", [0 if bitmap is None else len(bitmap) for bitmap in filters])
+            scope.filters, scope.filter_bytes = pointers, lengths
+            held += [buffers, pointers, lengths]
+        if mask is not None:
+            bits = np.ascontiguousarray(mask, np.uint8)
+            if bits.shape != (n, self._n_shards):
+                raise InvalidInputError(f"a mask must be bool[{n}, {self._n_shards}], not {list(bits.shape)}")
+            scope.mask = ffi.from_buffer("uint8_t[]", bits)
+            held.append(bits)
+        return scope, held
 
 
 def merge(

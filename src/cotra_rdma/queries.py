@@ -1,4 +1,4 @@
-"""The one check that queries go through, wherever they come in."""
+"""The checks that queries and filters go through, wherever they come in."""
 
 from __future__ import annotations
 
@@ -31,3 +31,25 @@ def check_queries(queries: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
         if len(bad):
             raise InvalidInputError(f"query {int(bad[0])} holds NaN or infinity")
     return np.ascontiguousarray(rows)
+
+
+def pack_filter(rows: npt.ArrayLike | bytes | None, count: int) -> bytes | None:
+    """Makes a filter bitmap: bit i (of byte i // 8, lowest first) = local row i may be returned. None lets all through.
+
+    Args:
+        rows: bool[count], or a bitmap already: bytes or uint8[>= ceil(count / 8)].
+        count: rows of the shard.
+
+    Raises:
+        InvalidInputError: a filter for another number of rows.
+    """
+    if rows is None:
+        return None
+    given = np.frombuffer(rows, np.uint8) if isinstance(rows, bytes | bytearray | memoryview) else np.asarray(rows)
+    if given.dtype == np.bool_ and given.shape == (count,):
+        given = np.packbits(given, bitorder="little")
+    if given.dtype != np.uint8 or given.ndim != 1 or len(given) < (count + 7) // 8:
+        raise InvalidInputError(
+            f"a filter is bool[{count}] or a bitmap of {(count + 7) // 8} bytes, not {given.dtype}{list(given.shape)}"
+        )
+    return given.tobytes()

@@ -187,12 +187,12 @@ class Server:
             return messages.SearchResponse.failed(1, "this owner does not offer rpc")
         try:
             wanted = messages.SearchRequest.decode(request.payload)
-            if wanted.filter_bitmap is not None:
-                raise InvalidInputError("filters are not supported by this version")
             if len(wanted.queries) % self._shard.dim:
                 raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {self._shard.dim}")
             queries = wanted.queries.reshape(-1, self._shard.dim)
-            labels, distances, stats = self._shard.search(queries, wanted.top_k, wanted.ef_search, wanted.beam)
+            labels, distances, stats = self._shard.search(
+                queries, wanted.top_k, wanted.ef_search, wanted.beam, rows=wanted.filter_bitmap
+            )
             return messages.SearchResponse(0, "", labels, distances, stats.view(np.uint8).data)
         except (CotraError, MemoryError) as error:
             return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}")

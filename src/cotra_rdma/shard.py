@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import threading
@@ -20,7 +21,7 @@ from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
 from cotra_rdma.errors import FormatError, InvalidInputError, LossyVectorError
-from cotra_rdma.queries import check_queries
+from cotra_rdma.queries import check_queries, pack_filter
 
 if TYPE_CHECKING:
     import hnswlib
@@ -249,7 +250,14 @@ class Shard:
     # ---- searching it in this process ----
 
     def search(
-        self, queries: npt.ArrayLike, k: int = 10, ef: int = 64, beam: int = 4, n_threads: int = 1
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        ef: int = 64,
+        beam: int = 4,
+        n_threads: int = 1,
+        *,
+        rows: npt.ArrayLike | bytes | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         """Searches the shard in this process, with the same engine that a peer uses.
 
@@ -257,27 +265,30 @@ class Shard:
             queries: float32[n_queries, dim] or float32[dim].
             k, ef, beam: answers, pool size (k <= ef), expansions a round.
             n_threads: threads that share the queries.
+            rows: which local rows may be returned: bool[count] or a bitmap (`queries.pack_filter`); None: all.
 
         Returns:
             labels int64[n_queries, k] (-1 where there are fewer), distances float32[n_queries, k] (inf there), and one
             `cotra_rdma.engine.STATS_DTYPE` record for each query.
         """
-        rows = check_queries(queries, self.dim)
-        threads = max(1, min(n_threads, len(rows)))
+        vectors = check_queries(queries, self.dim)
+        bitmap = pack_filter(rows, self._info.count)
+        threads = max(1, min(n_threads, len(vectors)))
         if threads == 1:
-            return self._search_part(rows, k, ef, beam)
+            return self._search_part(vectors, k, ef, beam, bitmap)
         with ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(lambda part: self._search_part(part, k, ef, beam), np.array_split(rows, threads)))
+            search = functools.partial(self._search_part, k=k, ef=ef, beam=beam, bitmap=bitmap)
+            parts = list(pool.map(search, np.array_split(vectors, threads)))
         labels, distances, stats = (np.concatenate(column) for column in zip(*parts, strict=True))
         return labels, distances, stats
 
     def _search_part(
-        self, rows: npt.NDArray[np.float32], k: int, ef: int, beam: int
+        self, rows: npt.NDArray[np.float32], k: int, ef: int, beam: int, bitmap: bytes | None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         with self._lock:
             lane = self._lanes.pop() if self._lanes else None
         lane = lane or _LocalLane(self._arena, self._info.record_bytes)
-        labels, distances, stats = lane.engine.search(rows, k, ef, beam)
+        labels, distances, stats = lane.engine.search(rows, k, ef, beam, filters=None if bitmap is None else [bitmap])
         with self._lock:  # a lane whose search failed is not used again
             self._lanes.append(lane)
         return labels[0], distances[0], stats
