@@ -25,8 +25,9 @@ HEADER_FIELDS = (
     {"magic": (0, "<Q"), "version": (8, "<I"), "header_checksum": (12, "<I")}
     | {name: (16 + 8 * i, "<Q") for i, name in enumerate(_U64)}
     | {name: (96 + 4 * i, "<I") for i, name in enumerate(_U32)}
+    | {"ivf_offset": (144, "<Q"), "ivf_bytes": (152, "<Q"), "ivf_checksum": (160, "<I"), "reserved": (164, "<I")}
 )
-USED_HEADER_BYTES = 144
+USED_HEADER_BYTES = 168
 RECORD_FIELDS = {
     "checksum": (0, "<I"),
     "node": (4, "<I"),

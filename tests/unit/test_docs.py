@@ -237,16 +237,16 @@ def test_the_header_of_the_format_page(image: tuple[Image, Shard]) -> None:
     page, shard = image
     info, head = shard.info, page.header
     assert struct.pack("<Q", head.pop("magic")) == b"COTRAHG1"
-    assert page.end == 144
-    assert not any(page.raw[144:4096])
-    assert head["header_checksum"] == checksum(page.raw[:12] + bytes(4) + page.raw[16:144], 0)
+    assert page.end == 168
+    assert not any(page.raw[168:4096])
+    assert head["header_checksum"] == checksum(page.raw[:12] + bytes(4) + page.raw[16:168], 0)
     metrics, types = ("l2", "ip", "cosine"), ("float32", "float16", "uint8")
-    for name in head.keys() - {"header_checksum", "nav_checksum", "metric", "vector_type"}:
+    for name in head.keys() - {"header_checksum", "nav_checksum", "ivf_checksum", "reserved", "metric", "vector_type"}:
         assert head[name] == getattr(info, name), name
     assert (metrics[head["metric"]], types[head["vector_type"]]) == (info.metric, info.vector_type)
     assert (head["records_offset"], head["code_dim"]) == (4096, round_up(info.dim, 64))
     assert head["nav_offset"] == 4096 + head["count"] * head["record_bytes"]
-    assert head["image_bytes"] == head["nav_offset"] + head["nav_bytes"] == len(page.raw)
+    assert head["image_bytes"] == head["nav_offset"] + head["nav_bytes"] + head["ivf_bytes"] == len(page.raw)
     assert head["record_bytes"] == round_up(page.codes + page.slots // 32 * page.bits * 4, 64)
     if (info.vector_type, info.dim, info.M) == ("float32", 100, 16):
         example = (page.numbers, page.f0, page.f1, page.codes, head["record_bytes"])
@@ -300,7 +300,7 @@ def test_the_navigation_section_of_the_format_page(image: tuple[Image, Shard]) -
     assert (np.diff(nodes.astype(int)) > 0).all()
     assert np.diff(first.astype(int)).max() == head["max_level"]
     assert head["nav_bytes"] == round_up(vectors_at + n * stride, 64)
-    assert head["nav_checksum"] == checksum(raw[start:], 1)
+    assert head["nav_checksum"] == checksum(raw[start : start + head["nav_bytes"]], 1)
     for u, node in enumerate(nodes):
         own = np.frombuffer(raw, page.element, page.dim, start + vectors_at + u * stride)
         np.testing.assert_array_equal(own, page.vector(int(node)))

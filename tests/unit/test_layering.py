@@ -25,13 +25,14 @@ LAYERS = (
     ("verbs", "handover"),
     ("channel",),
     ("engine",),
+    ("ivf",),
     ("shard", "peer", "benchmark"),
     ("collection", "server", "cluster", "diagnosis"),
     ("benchmark_systems", "verbs_diagnosis"),
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}
-NATIVE_USERS = {"arena", "channel", "engine", "shard", "verbs"}
+NATIVE_USERS = {"arena", "channel", "engine", "ivf", "shard", "verbs"}
 
 
 def includes(path: Path) -> list[str]:
