@@ -22,7 +22,7 @@ LAYERS = (
     ("errors",),
     ("_native", "region", "wire", "queries", "datasets"),
     ("arena", "messages", "rpc", "owner_process", "kmeans"),
-    ("verbs", "handover"),
+    ("verbs", "handover", "coarse"),
     ("channel",),
     ("engine",),
     ("shard", "peer", "benchmark"),
