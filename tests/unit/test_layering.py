@@ -23,7 +23,7 @@ LAYERS = (
     ("_native", "region", "wire", "queries", "datasets"),
     ("arena", "messages", "rpc", "owner_process", "kmeans"),
     ("verbs", "handover", "coarse"),
-    ("channel",),
+    ("channel", "compass"),
     ("engine",),
     ("shard", "peer", "benchmark"),
     ("collection", "server", "cluster", "diagnosis"),
