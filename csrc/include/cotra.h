@@ -106,7 +106,7 @@ typedef struct cotra_image_info {
     uint64_t records_offset; /* the level-0 records */
     uint64_t nav_offset;     /* the navigation section: mean vector and upper layers */
     uint64_t nav_bytes;
-    uint64_t image_checksum; /* over the whole image */
+    uint64_t image_checksum; /* over records and navigation section */
     uint32_t record_bytes;
     uint32_t dim;
     uint32_t code_dim; /* dim rounded up to a multiple of 64: bits of a neighbour's code */
@@ -119,6 +119,10 @@ typedef struct cotra_image_info {
     uint32_t entry_node;
     uint32_t format_version;
     uint32_t nav_checksum;
+    uint64_t ivf_offset; /* the section of inverted lists; all three are 0 where there is none */
+    uint64_t ivf_bytes;
+    uint32_t ivf_checksum;
+    uint32_t reserved;
 } cotra_image_info;
 
 /* Checks a graph image in memory: the header and the navigation section always, every record when full is not 0. */
@@ -148,6 +152,42 @@ int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotr
 /* Writes the checksums of the whole and hands the arena over. The packer can only be destroyed after it. */
 int cotra_packer_finish(cotra_packer *packer, cotra_arena **out, cotra_error *err);
 void cotra_packer_destroy(cotra_packer *packer);
+
+/* ---- inverted lists beside the graph (csrc/layout/ivf.c, ivf_pack.c) ---- */
+
+typedef struct cotra_ivf_info {
+    uint64_t entries;     /* rows in all lists: nodes that are not deleted */
+    uint64_t table_bytes; /* what a reader takes once, from the section's first byte: header and table */
+    uint64_t list_bytes;  /* all lists */
+    uint32_t n_lists;
+    uint32_t bits;          /* a dimension */
+    uint32_t code_dim;      /* as the image's */
+    uint32_t block_bytes;   /* of 32 entries */
+    uint32_t centroid_type; /* COTRA_VECTOR_F16, or COTRA_VECTOR_F32 where float16 is too coarse */
+    uint32_t longest;       /* entries of the longest list */
+} cotra_ivf_info;
+
+/* What a valid image's section says of itself; all zero where there is none. */
+int cotra_ivf_get_info(const void *data, uint64_t length_bytes, cotra_ivf_info *out, cotra_error *err);
+
+typedef struct cotra_ivf_packer cotra_ivf_packer;
+
+typedef struct cotra_ivf_params {
+    const float *centroids;     /* [n_lists, dim] */
+    const uint32_t *assignment; /* [count]: the list of each row; those of deleted rows are not looked at */
+    uint32_t n_lists;
+    uint32_t bits; /* 1 to 8 */
+} cotra_ivf_params;
+
+/* Begins to append a section to a valid image without one, in a writable arena of its own memfd that is not locked,
+ * sealed or read by anybody yet: it grows, so its address may change. */
+int cotra_ivf_packer_create(cotra_arena *arena, const cotra_ivf_params *params, cotra_ivf_packer **out,
+                            cotra_error *err);
+/* Encodes lists [begin, end): ranges may be encoded by several threads at once. */
+int cotra_ivf_packer_encode(cotra_ivf_packer *packer, uint32_t begin, uint32_t end, cotra_error *err);
+/* Writes table and header. Until then the arena holds the image as it was, without a section. */
+int cotra_ivf_packer_finish(cotra_ivf_packer *packer, cotra_error *err);
+void cotra_ivf_packer_destroy(cotra_ivf_packer *packer);
 
 /* ---- kernels (csrc/distance/) ---- */
 
@@ -356,6 +396,59 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
                         const cotra_search_params *params, const cotra_search_scope *scope, int64_t *labels,
                         float *distances, cotra_query_stats *stats, cotra_error *err);
 void cotra_engine_destroy(cotra_engine *engine);
+
+/* A reader's private, validated copy of a section's header and table. Read-only: engines may share it. */
+typedef struct cotra_ivf_table cotra_ivf_table;
+
+/* Reads header and table over the channel, by the header that the view was opened with. */
+int cotra_ivf_table_open(cotra_channel *channel, const cotra_view *view, uint64_t timeout_ns, cotra_ivf_table **out,
+                         cotra_error *err);
+/* The same from bytes that came another way: the first table_bytes of the section. They are copied. */
+int cotra_ivf_table_load(const void *data, uint64_t length_bytes, const cotra_view *view, cotra_ivf_table **out,
+                         cotra_error *err);
+void cotra_ivf_table_get_info(const cotra_ivf_table *table, cotra_ivf_info *out);
+uint32_t cotra_ivf_table_get_dim(const cotra_ivf_table *table);
+/* The bytes themselves: table_bytes of them, valid as long as the table. */
+const void *cotra_ivf_table_data(const cotra_ivf_table *table);
+/* Copies out, for each list: centroid float32[n_lists, dim], entries, root mean square distance of its rows to the
+ * centroid, standard deviation of an estimate of <x - c, u> for a unit vector u, offset in the region. NULL: not
+ * wanted. */
+void cotra_ivf_table_get_lists(const cotra_ivf_table *table, float *centroids, uint32_t *sizes, float *radii,
+                               float *errors, uint64_t *offsets);
+void cotra_ivf_table_close(cotra_ivf_table *table);
+
+typedef struct cotra_spire cotra_spire;
+
+typedef struct cotra_spire_params {
+    uint32_t k;
+    uint32_t n_probe;    /* lists of a query, over all shards; more than there are: all */
+    uint32_t n_rerank;   /* vectors that are read in round 2, k at least; 0: as many as the estimates' error asks for */
+    uint32_t inflight;   /* queries at once; 0: chosen from the channels */
+    uint64_t timeout_ns; /* the longest wait for any one READ; 0: 5 s */
+} cotra_spire_params;
+
+typedef struct cotra_spire_stats {
+    uint32_t reads;
+    uint32_t rounds; /* 2; fewer where there was nothing to read */
+    uint32_t lists;  /* probed */
+    uint32_t reranked;
+    uint64_t estimated;  /* entries of the lists */
+    uint64_t list_bytes; /* read in round 1 */
+    uint64_t read_bytes; /* in both */
+    uint64_t latency_ns;
+} cotra_spire_stats;
+
+/* One thread's engine over n shards with inverted lists: tables[i] and views[i] belong to the region of channels[i].
+ * All must outlive it. */
+int cotra_spire_create(cotra_view *const *views, cotra_ivf_table *const *tables, cotra_channel *const *channels,
+                       uint32_t n_shards, int simd, cotra_spire **out, cotra_error *err);
+/* queries float32[n_queries, dim] -> labels int64[n_queries, k], distances float32[n_queries, k] (exact), the shard of
+ * each int32[n_queries, k], by distance, then shard, then label; a label that came from several shards is kept once;
+ * empty places hold -1, infinity, -1. scope may be NULL. */
+int cotra_spire_search(cotra_spire *engine, const float *queries, uint64_t n_queries, const cotra_spire_params *params,
+                       const cotra_search_scope *scope, int64_t *labels, float *distances, int32_t *shards,
+                       cotra_spire_stats *stats, cotra_error *err);
+void cotra_spire_destroy(cotra_spire *engine);
 
 /* Merges sorted answers of n_shards (laid out as above) by distance, then shard, then label; a label that came from
  * several shards is kept once. labels int64[n_queries, k], distances float32[n_queries, k], shards int32 likewise. */

@@ -3,6 +3,7 @@
 
 #include "base/checksum.h"
 #include "base/status.h"
+#include "layout/ivf.h"
 #include "layout/vectors.h"
 
 #include <math.h>
@@ -99,7 +100,15 @@ int cotra_header_validate(const cotra_image_header *header, uint64_t region_byte
     cotra_nav_layout_make(info, info->upper_count, &least);
     cotra_nav_layout_make(info, info->upper_count * (uint64_t)info->max_level, &most);
     REQUIRE(info->nav_bytes >= least.total && info->nav_bytes <= most.total, "navigation section's size");
-    REQUIRE(info->image_bytes == info->nav_offset + info->nav_bytes, "image size");
+    if (info->ivf_bytes) {
+        REQUIRE(info->ivf_offset == info->nav_offset + info->nav_bytes, "inverted lists' offset");
+        REQUIRE(info->ivf_bytes % 64 == 0 && info->ivf_bytes >= COTRA_IVF_HEADER_BYTES &&
+                    info->ivf_bytes <= (uint64_t)1 << 56,
+                "inverted lists");
+    } else {
+        REQUIRE(info->ivf_offset == 0 && info->ivf_checksum == 0, "inverted lists' offset");
+    }
+    REQUIRE(info->image_bytes == info->nav_offset + info->nav_bytes + info->ivf_bytes, "image size");
 #undef REQUIRE
     if (info->image_bytes > region_bytes)
         return cotra_fail(err, COTRA_ERR_FORMAT, "graph image of %llu bytes is truncated to %llu",
@@ -217,11 +226,12 @@ int cotra_image_validate(const void *data, uint64_t length_bytes, int full, cotr
     status = cotra_nav_validate(image + info.nav_offset, &info, err);
     if (status)
         return status;
-    if (full) {
+    if (full)
         status = validate_records(image, &info, err);
-        if (status)
-            return status;
-    }
+    if (!status && info.ivf_bytes)
+        status = cotra_ivf_validate(image, &info, full, err);
+    if (status)
+        return status;
     *out = info;
     return COTRA_OK;
 }

@@ -2,8 +2,9 @@
  *
  *   [0, 4096)            header, zero-padded
  *   [records_offset, ..) one record of record_bytes for each node; a hop is one READ of one record
- *   [nav_offset, ...)    navigation section: mean vector, upper layers; a reader takes it whole, once. It comes last,
- * for the packer learns its size last
+ *   [nav_offset, ...)    navigation section: mean vector, upper layers; a reader takes it whole, once. It comes
+ *                        after the records, for the packer learns its size last
+ *   [ivf_offset, ...)    optional: inverted lists, layout/ivf.h
  *
  * A record holds everything that expanding its node needs: the node's own vector (exact distance), and for each
  * neighbour its number, its code and two factors (estimated distance). All integers are little-endian.
@@ -28,8 +29,9 @@
 #define COTRA_IMAGE_MAGIC 0x3147484152544F43u /* "COTRAHG1" read as a little-endian word */
 
 enum {
-    COTRA_FORMAT_VERSION = 1,
+    COTRA_FORMAT_VERSION = 2,
     COTRA_HEADER_BYTES = 4096,
+    COTRA_IVF_HEADER_BYTES = 64,
     COTRA_BLOCK = 32, /* neighbours whose codes are scanned together */
     COTRA_MIN_DIM = 1,
     COTRA_MAX_DIM = 4096,
@@ -49,11 +51,13 @@ typedef struct cotra_image_header {
     cotra_image_info info;
 } cotra_image_header;
 
-static_assert(sizeof(cotra_image_info) == 128, "image info is part of the format");
+static_assert(sizeof(cotra_image_info) == 152, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, image_checksum) == 72, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, record_bytes) == 80, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, entry_node) == 116, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, nav_checksum) == 124, "image info is part of the format");
+static_assert(offsetof(cotra_image_info, ivf_offset) == 128, "image info is part of the format");
+static_assert(offsetof(cotra_image_info, ivf_checksum) == 144, "image info is part of the format");
 static_assert(offsetof(cotra_image_header, info) == 16, "the header is part of the format");
 
 typedef struct cotra_record_head {

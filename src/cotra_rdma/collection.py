@@ -1,47 +1,72 @@
-"""Collections: one data set split over several shard files, with a manifest beside them."""
+"""Collections: one data set split over several shard files, with a manifest and coarse tables beside them."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
+from cotra_rdma.coarse import N_LISTS, CoarseTable
+from cotra_rdma.compass import CALIBRATION_K, N_HELD_OUT, Calibration, HeldOut, Router, calibrate, exact_neighbours
 from cotra_rdma.datasets import VectorFile
 from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.kmeans import balanced_partition, normalised
 from cotra_rdma.shard import Shard
 
 MANIFEST = "collection.json"
 FORMAT = "cotra-collection"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no partition, coarse tables or calibration, and is read still
 
+PARTITIONS = ("range", "kmeans")
 PACK_SHARE = 0.1  # of the time that a shard takes, about
 
+_READ_ROWS = 65_536
+_SCATTER_ROWS = 8192  # of a shard, that tell in which directions lists are wide
+
 Progress = Callable[[int, str, int], None]
-"""Called with (shard, its phase: "build" or "pack", rows done of the whole data set)."""
+"""Called with (shard, its phase: "build" or "pack", rows done of the whole data set); before and after the shards also with
+shard -1, the phase "partition" or "calibrate", and the rows done of that phase."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """One shard of a collection: rows [first_id, first_id + count) of the data set, under their row numbers as ids."""
+    """One shard of a collection: `count` rows of the data set, under their row numbers as ids.
+
+    Attributes:
+        name: of the file.
+        first_id: the smallest id; in a range partition the others follow one by one.
+        count: vectors.
+        image_bytes: the file's length.
+        coarse_name: of the file of its coarse table; None in a collection of version 1.
+    """
 
     name: str
     first_id: int
     count: int
     image_bytes: int
+    coarse_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """What the manifest says. `generation` counts up when a collection is built again in the same place."""
+    """What the manifest says.
+
+    Attributes:
+        dim, metric, count, M, ef_construction, seed: what it was built from and with.
+        generation: counts up when a collection is built again in the same place.
+        shards: in the order in which they are served.
+        partition: how the rows were split: "range" or "kmeans".
+        calibration: of Compass; None where there is one shard, or too few vectors to learn from.
+    """
 
     dim: int
     metric: str
@@ -51,6 +76,8 @@ class Collection:
     seed: int
     generation: int
     shards: tuple[ShardFile, ...]
+    partition: str = "range"
+    calibration: Calibration | None = field(default=None, repr=False)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Self:
@@ -60,24 +87,59 @@ class Collection:
             raw = json.loads(path.read_bytes())
             form = raw.pop("format"), raw.pop("format_version")
             shards = tuple(ShardFile(**shard) for shard in raw.pop("shards"))
+            calibration = raw.pop("calibration", None)
             loaded = cls(**raw, shards=shards)
         except FileNotFoundError:
             raise FormatError(f"{directory}: holds no {MANIFEST}: not a directory that `cotra build` made") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise FormatError(f"{path}: malformed manifest: {error}") from error
-        if form != (FORMAT, FORMAT_VERSION):
+        if form not in ((FORMAT, 1), (FORMAT, FORMAT_VERSION)):
             raise FormatError(
                 f"{path}: is {form[0]} version {form[1]}, and this release reads {FORMAT} {FORMAT_VERSION}"
             )
-        for shard in shards:
-            if Path(shard.name).name != shard.name or not (path.parent / shard.name).is_file():
-                raise FormatError(f"{path}: names {shard.name!r}, which is not a file beside it")
+        for name in (name for shard in shards for name in (shard.name, shard.coarse_name) if name is not None):
+            if not isinstance(name, str) or Path(name).name != name or not (path.parent / name).is_file():
+                raise FormatError(f"{path}: names {name!r}, which is not a file beside it")
+        if loaded.partition not in PARTITIONS:
+            raise FormatError(f"{path}: its partition {loaded.partition!r} is not one of {', '.join(PARTITIONS)}")
+        if calibration is not None:
+            try:
+                loaded = replace(loaded, calibration=Calibration.from_json(calibration))
+            except FormatError as error:
+                raise FormatError(f"{path}: {error}") from None
         return loaded
 
     def save(self, directory: Path) -> None:
         """Writes the manifest."""
-        raw = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        (directory / MANIFEST).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        raw = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.summary(), "calibration": None}
+        text = json.dumps(raw, indent=2)
+        if self.calibration is not None:  # on one line: nobody reads these numbers
+            text = text.removesuffix("null\n}") + json.dumps(self.calibration.to_json()) + "\n}"
+        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    def summary(self) -> dict[str, Any]:
+        """All but the calibration, as values that JSON knows."""
+        return {name: value for name, value in asdict(self).items() if name != "calibration"}
+
+    def coarse_table(self, directory: str | os.PathLike[str], shard: int) -> CoarseTable | None:
+        """The coarse table of a shard; None in a collection of version 1. Raises `FormatError`, also for another shard's."""
+        entry = self.shards[shard]
+        if entry.coarse_name is None:
+            return None
+        path = Path(directory) / entry.coarse_name
+        try:
+            table = CoarseTable.decode(path.read_bytes())
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
+        if (table.count, table.dim) != (entry.count, self.dim):
+            raise FormatError(f"{path}: is of {table.count} vectors of dimension {table.dim}, and the shard is not")
+        return table
+
+    def router(self, directory: str | os.PathLike[str]) -> Router | None:
+        """Compass over the shards of `directory`; None in a collection of version 1. Raises `FormatError`."""
+        tables = [self.coarse_table(directory, number) for number in range(len(self.shards))]
+        known = [table for table in tables if table is not None]
+        return Router(known, self.calibration, self.metric) if len(known) == len(tables) else None
 
 
 def build_collection(
@@ -90,19 +152,22 @@ def build_collection(
     ef_construction: int = 200,
     seed: int = 100,
     n_threads: int = 0,
+    partition: str = "range",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Collection:
-    """Splits a file's rows into `n_shards` equal ranges, builds each and writes them to `directory`.
+    """Splits a file's rows into `n_shards` parts, builds each and writes them to `directory`, with their coarse tables.
 
-    One shard is in memory at a time. Files are written aside and renamed when all are whole: a failed run leaves the
-    directory as it was.
+    One shard is in memory at a time, and 8 bytes for each row. Files are written aside and renamed when all are whole: a
+    failed run leaves the directory as it was.
 
     Args:
         vectors: the data set; row numbers become ids.
         directory: made when it is missing.
         n_shards: at most one a row.
         metric, M, ef_construction, seed, n_threads: as `Shard.build`.
+        partition: "range": equal ranges of rows; "kmeans": neighbours together, and no shard larger than 1.1 times the
+            mean, so that Compass can leave shards out.
         force: replace a collection that is there already.
         progress: told how far each shard is.
 
@@ -110,11 +175,13 @@ def build_collection(
         InvalidInputError: there is a collection already, or a value is out of its range.
     """
     out = Path(directory)
+    if partition not in PARTITIONS:
+        raise InvalidInputError(f"partition must be one of {', '.join(PARTITIONS)}, not {partition!r}")
     if not 1 <= n_shards <= vectors.count:
         raise InvalidInputError(f"{vectors.count} rows cannot be split into {n_shards} shards")
     if out.exists() and not out.is_dir():
         raise InvalidInputError(f"{out}: exists and is not a directory")
-    old = sorted([*out.glob("shard-*.cotra"), *out.glob(MANIFEST)])
+    old = sorted([*out.glob("shard-*.cotra"), *out.glob("shard-*.coarse"), *out.glob(MANIFEST)])
     if old and not force:
         raise InvalidInputError(
             f"{out}: holds a collection already ({old[0].name}); it is replaced only with force (--force)"
@@ -124,28 +191,53 @@ def build_collection(
     out.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".building-", dir=out))
     try:
-        bounds = np.linspace(0, vectors.count, n_shards + 1).astype(int).tolist()
-        shards = []
-        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            name = f"shard-{number:03d}.cotra"
+        part = _partition(vectors, n_shards, partition, metric, seed, n_threads, progress)
+        shards: list[ShardFile] = []
+        tables: list[CoarseTable] = []
+        done = 0
+        lists = np.empty(vectors.count, np.int32)  # of each row, counted over all shards
+        scatter = np.zeros((vectors.dim, vectors.dim))
+        for number in range(n_shards):
+            ids = np.flatnonzero(part == number)
+            rows = _gather(vectors, ids)
+            name = f"shard-{number:03d}"
             with Shard.build(
-                vectors.read(start, stop),
-                ids=np.arange(start, stop, dtype=np.int64),
+                rows,
+                ids=ids,
                 metric=metric,
                 M=M,
                 ef_construction=ef_construction,
                 seed=seed,
                 n_threads=n_threads,
-                progress=progress and _rows_done(progress, number, start, stop - start),
+                progress=progress and _rows_done(progress, number, done, len(ids)),
                 generation=generation,
             ) as shard:
-                shard.save(aside / name)
-                shards.append(ShardFile(name, start, stop - start, shard.info.image_bytes))
-        collection = Collection(vectors.dim, metric, vectors.count, M, ef_construction, seed, generation, tuple(shards))
+                shard.save(aside / f"{name}.cotra")
+                size = shard.info.image_bytes
+            table, clusters = CoarseTable.build(rows, N_LISTS, metric=metric, seed=seed, n_threads=n_threads)
+            (aside / f"{name}.coarse").write_bytes(table.encode())
+            lists[ids] = clusters.assignment + sum(map(len, tables))
+            scatter += _scatter(rows, clusters.centroids, clusters.assignment, metric)
+            tables.append(CoarseTable.decode(table.encode()))
+            shards.append(ShardFile(f"{name}.cotra", int(ids[0]), len(ids), size, f"{name}.coarse"))
+            done += len(ids)
+        collection = Collection(
+            vectors.dim,
+            metric,
+            vectors.count,
+            M,
+            ef_construction,
+            seed,
+            generation,
+            tuple(shards),
+            partition,
+            _calibration(vectors, tables, lists, scatter, metric, seed, progress),
+        )
         collection.save(aside)
-        for path in [*(aside / shard.name for shard in shards), aside / MANIFEST]:
-            path.replace(out / path.name)
-        for path in set(old) - {out / name for name in [MANIFEST, *(shard.name for shard in shards)]}:
+        made_names = [name for shard in shards for name in (shard.name, shard.coarse_name) if name is not None]
+        for name in [*made_names, MANIFEST]:
+            (aside / name).replace(out / name)
+        for path in set(old) - {out / name for name in [MANIFEST, *made_names]}:
             path.unlink()
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -168,6 +260,88 @@ def _generation(directory: Path) -> int:
         return Collection.load(directory).generation
     except FormatError:
         return 0
+
+
+def _partition(
+    vectors: VectorFile,
+    n_shards: int,
+    partition: str,
+    metric: str,
+    seed: int,
+    n_threads: int,
+    progress: Progress | None,
+) -> npt.NDArray[np.int32]:
+    """The shard of each row. None is empty."""
+    if partition == "range" or n_shards == 1:
+        bounds = np.linspace(0, vectors.count, n_shards + 1).astype(int)
+        return np.repeat(np.arange(n_shards, dtype=np.int32), np.diff(bounds))
+    report = None
+    if progress is not None:
+
+        def report(phase: str, done: int, total: int) -> None:
+            progress(-1, "partition", done if phase == "assign" else 0)
+
+    part, _ = balanced_partition(vectors, n_shards, seed=seed, n_threads=n_threads, metric=metric, progress=report)
+    counts = np.bincount(part, minlength=n_shards)
+    for empty in np.flatnonzero(counts == 0):  # of equal vectors, or very few
+        giver = int(counts.argmax())
+        taken = np.flatnonzero(part == giver)[: max(1, counts[giver] // 2)]
+        part[taken] = empty
+        counts[giver] -= len(taken)
+        counts[empty] += len(taken)
+    return part
+
+
+def _gather(vectors: VectorFile, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Some rows, ascending, in the file's own type."""
+    first, last = int(ids[0]), int(ids[-1])
+    if last - first + 1 == len(ids):
+        return vectors.read(first, last + 1)
+    rows = np.empty((len(ids), vectors.dim), vectors.dtype)
+    for start in range(first, last + 1, _READ_ROWS):
+        begin, end = np.searchsorted(ids, (start, start + _READ_ROWS))
+        rows[begin:end] = vectors.read(start, min(start + _READ_ROWS, vectors.count))[ids[begin:end] - start]
+    return rows
+
+
+def _scatter(
+    rows: npt.NDArray[Any], centroids: npt.NDArray[np.float32], lists: npt.NDArray[np.int32], metric: str
+) -> npt.NDArray[np.float64]:
+    """The covariance of a shard's members about their centroids, times their number: float64[dim, dim], from a sample."""
+    chosen = np.linspace(0, len(rows) - 1, min(_SCATTER_ROWS, len(rows))).astype(np.int64)
+    some = normalised(rows[chosen]) if metric == "cosine" else rows[chosen].astype(np.float64)
+    gaps = some.astype(np.float64) - centroids[lists[chosen]]
+    return np.asarray(gaps.T @ gaps * (len(rows) / len(chosen)))
+
+
+def _calibration(
+    vectors: VectorFile,
+    tables: list[CoarseTable],
+    lists: npt.NDArray[np.int32],
+    scatter: npt.NDArray[np.float64],
+    metric: str,
+    seed: int,
+    progress: Progress | None,
+) -> Calibration | None:
+    k = CALIBRATION_K
+    if len(tables) < 2 or vectors.count <= k:
+        return None
+    generator = np.random.default_rng(seed)
+    rows = np.sort(generator.choice(vectors.count, min(N_HELD_OUT, vectors.count), replace=False, shuffle=False))
+    report = None
+    if progress is not None:
+
+        def report(done: int, total: int) -> None:
+            progress(-1, "calibrate", done)
+
+    near = exact_neighbours(vectors, rows, k, metric, report)
+    order = generator.permutation(len(rows))  # the first model is fitted to the first of them
+    held_out = HeldOut(
+        _gather(vectors, rows)[order].astype(np.float32),
+        lists[rows[order]].astype(np.int64),
+        lists[near[order]].astype(np.int64),
+    )
+    return calibrate(tables, held_out, scatter, metric)
 
 
 def _rows_done(progress: Progress, number: int, start: int, count: int) -> Callable[[str, int, int], None]:

@@ -31,7 +31,8 @@ STATS_DTYPE = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """A graph image's header. `code_dim`: bits of a neighbour's code; `degree`: links of a node on level 0."""
+    """A graph image's header. `code_dim`: bits of a neighbour's code; `degree`: links of a node on level 0; `ivf_bytes`: of the
+    section of inverted lists, 0 where there is none."""
 
     image_bytes: int
     count: int
@@ -43,6 +44,8 @@ class ImageInfo:
     nav_bytes: int
     records_offset: int
     image_checksum: int
+    ivf_offset: int
+    ivf_bytes: int
     record_bytes: int
     dim: int
     code_dim: int
@@ -69,6 +72,8 @@ class ImageInfo:
             nav_bytes=raw.nav_bytes,
             records_offset=raw.records_offset,
             image_checksum=raw.image_checksum,
+            ivf_offset=raw.ivf_offset,
+            ivf_bytes=raw.ivf_bytes,
             record_bytes=raw.record_bytes,
             dim=raw.dim,
             code_dim=raw.code_dim,
@@ -172,7 +177,7 @@ class Engine(Handle):
         queries = np.ascontiguousarray(queries, np.float32)
         check_search(k, ef, beam, inflight, timeout_s)
         params = ffi.new("cotra_search_params *", (k, ef, beam, inflight, round(timeout_s * 1e9)))
-        scope, _held = self._scope(filters, mask, n)
+        scope, _held = search_scope(filters, mask, n, self._n_shards)
         labels = np.empty((self._n_shards, n, k), np.int64)
         distances = np.empty((self._n_shards, n, k), np.float32)
         stats = np.zeros(n, STATS_DTYPE)
@@ -191,28 +196,32 @@ class Engine(Handle):
         check(status, err)
         return labels, distances, stats
 
-    def _scope(
-        self, filters: Sequence[bytes | None] | None, mask: npt.NDArray[np.bool_] | None, n: int
-    ) -> tuple[Any, list[Any]]:
-        """A `cotra_search_scope *`, and what it points into."""
-        if filters is None and mask is None:
-            return ffi.NULL, []
-        scope, held = ffi.new("cotra_search_scope *"), []
-        if filters is not None:
-            if len(filters) != self._n_shards:
-                raise InvalidInputError(f"{len(filters)} filters for {self._n_shards} shards")
-            buffers = [ffi.NULL if bitmap is None else ffi.from_buffer("uint8_t[]", bitmap) for bitmap in filters]
-            pointers = ffi.new("uint8_t *[]", buffers)
-            lengths = ffi.new("uint64_t[]", [0 if bitmap is None else len(bitmap) for bitmap in filters])
-            scope.filters, scope.filter_bytes = pointers, lengths
-            held += [buffers, pointers, lengths]
-        if mask is not None:
-            bits = np.ascontiguousarray(mask, np.uint8)
-            if bits.shape != (n, self._n_shards):
-                raise InvalidInputError(f"a mask must be bool[{n}, {self._n_shards}], not {list(bits.shape)}")
-            scope.mask = ffi.from_buffer("uint8_t[]", bits)
-            held.append(bits)
-        return scope, held
+
+def search_scope(
+    filters: Sequence[bytes | None] | None, mask: npt.NDArray[np.bool_] | None, n_queries: int, n_shards: int
+) -> tuple[Any, list[Any]]:
+    """A `cotra_search_scope *` of filters and mask (as `Engine.search` takes them), and what it points into.
+
+    Raises `InvalidInputError` where they are for another number of shards or queries.
+    """
+    if filters is None and mask is None:
+        return ffi.NULL, []
+    scope, held = ffi.new("cotra_search_scope *"), []
+    if filters is not None:
+        if len(filters) != n_shards:
+            raise InvalidInputError(f"{len(filters)} filters for {n_shards} shards")
+        buffers = [ffi.NULL if bitmap is None else ffi.from_buffer("uint8_t[]", bitmap) for bitmap in filters]
+        pointers = ffi.new("uint8_t *[]", buffers)
+        lengths = ffi.new("uint64_t[]", [0 if bitmap is None else len(bitmap) for bitmap in filters])
+        scope.filters, scope.filter_bytes = pointers, lengths
+        held += [buffers, pointers, lengths]
+    if mask is not None:
+        bits = np.ascontiguousarray(mask, np.uint8)
+        if bits.shape != (n_queries, n_shards):
+            raise InvalidInputError(f"a mask must be bool[{n_queries}, {n_shards}], not {list(bits.shape)}")
+        scope.mask = ffi.from_buffer("uint8_t[]", bits)
+        held.append(bits)
+    return scope, held
 
 
 def merge(

@@ -22,6 +22,7 @@ from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
 from cotra_rdma.errors import FormatError, InvalidInputError, LossyVectorError
+from cotra_rdma.ivf import MAX_BITS, IvfInfo, make_lists
 from cotra_rdma.queries import as_array, check_finite, check_queries, check_search, pack_filter
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "Shard"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress("build" | "pack", nodes done, nodes in all)."""
+"""Called as progress("build" | "pack", nodes done, nodes in all), and with inverted lists as progress("cluster" | "encode",
+steps or lists done, in all)."""
 
 MIN_DIM, MAX_DIM, MAX_M = 1, 4096, 512
 _STATE_TIMEOUT_S = 60.0
@@ -66,6 +68,8 @@ class Shard:
         progress: Progress | None = None,
         *,
         generation: int = 1,
+        n_lists: int = 0,
+        ivf_bits: int = 4,
     ) -> Self:
         """Builds a graph with hnswlib and packs it.
 
@@ -80,6 +84,8 @@ class Shard:
             n_threads: 0 for all cores. With more than one, hnswlib's graph differs a little from run to run.
             progress: see `Progress`.
             generation: stored in the image; count it up when the same shard is rebuilt.
+            n_lists: inverted lists to put beside the graph (`cotra_rdma.ivf`), at most n; 0 for none.
+            ivf_bits: bits of each dimension in the lists' codes, 1 to 8.
 
         Raises:
             InvalidInputError: no vectors, NaN or infinity among them, a wrong shape, duplicate or negative ids.
@@ -96,6 +102,7 @@ class Shard:
         if ef_construction < 1:
             raise InvalidInputError(f"ef_construction must be at least 1, not {ef_construction}")
         count, dim = rows.shape
+        _check_lists(n_lists, ivf_bits, count)
         labels = _check_ids(ids, count)
         index = hnswlib.Index(space=metric, dim=dim)
         index.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=seed % 2**64)
@@ -111,7 +118,14 @@ class Shard:
         if metric == "cosine":
             stored = "float32"
         return cls.from_hnswlib(
-            index, seed=seed, n_threads=threads, vector_type=stored, progress=progress, generation=generation
+            index,
+            seed=seed,
+            n_threads=threads,
+            vector_type=stored,
+            progress=progress,
+            generation=generation,
+            n_lists=n_lists,
+            ivf_bits=ivf_bits,
         )
 
     @classmethod
@@ -124,6 +138,8 @@ class Shard:
         vector_type: str = "auto",
         progress: Progress | None = None,
         generation: int = 1,
+        n_lists: int = 0,
+        ivf_bits: int = 4,
     ) -> Self:
         """Packs an hnswlib index. It is read through hnswlib's own `save_index` (a temporary file in TMPDIR or
         /var/tmp, as large as the index) and not changed.
@@ -131,9 +147,10 @@ class Shard:
         Args:
             vector_type: how own vectors are held: "float32", "float16", "uint8", or "auto": the smallest type that holds
                 all of them exactly.
+            n_lists, ivf_bits: as for `build`; deleted vectors are in no list.
 
         Raises:
-            InvalidInputError: an empty index, a vector that is not finite.
+            InvalidInputError: an empty index, a vector that is not finite, more lists than vectors.
             LossyVectorError: `vector_type` cannot hold a vector exactly.
         """
         import hnswlib
@@ -142,6 +159,7 @@ class Shard:
             raise InvalidInputError(f"from_hnswlib packs an hnswlib.Index, not a {type(index).__name__}")
         if index.element_count == 0:  # get_current_count() of an index without init_index ends the process
             raise InvalidInputError("an empty index makes no shard: add vectors first")
+        _check_lists(n_lists, ivf_bits, index.get_current_count())
         if vector_type not in ("auto", *VECTOR_TYPES):
             raise InvalidInputError(f"vector_type must be auto, {', '.join(VECTOR_TYPES)}, not {vector_type!r}")
         candidates = [vector_type]
@@ -155,6 +173,9 @@ class Shard:
                 if name == candidates[-1]:
                     raise
                 continue
+            if n_lists:
+                info = _validate(arena, full=False)
+                make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=_threads(n_threads), progress=progress)
             return cls(arena, _validate(arena, full=False))
         raise AssertionError("float32 holds every vector")
 
@@ -207,6 +228,11 @@ class Shard:
     def info(self) -> ImageInfo:
         """The image's header."""
         return self._info
+
+    @property
+    def ivf_info(self) -> IvfInfo | None:
+        """The inverted lists beside the graph; None where the shard was built without."""
+        return IvfInfo.of_arena(self._arena) if self._info.ivf_bytes else None
 
     @property
     def dim(self) -> int:
@@ -347,6 +373,13 @@ def _threads(n_threads: int) -> int:
     if n_threads < 0:
         raise InvalidInputError(f"n_threads must be >= 0, not {n_threads}")
     return n_threads or len(os.sched_getaffinity(0))
+
+
+def _check_lists(n_lists: int, bits: int, count: int) -> None:
+    if not 0 <= n_lists <= count:
+        raise InvalidInputError(f"{count} vectors cannot make {n_lists} lists")
+    if not 1 <= bits <= MAX_BITS:
+        raise InvalidInputError(f"ivf_bits must be in [1, {MAX_BITS}], not {bits}")
 
 
 def _check_ids(ids: npt.ArrayLike | None, count: int) -> npt.NDArray[np.int64]:

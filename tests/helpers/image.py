@@ -7,6 +7,7 @@ import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,23 @@ HEADER_FIELDS = (
     {"magic": (0, "<Q"), "version": (8, "<I"), "header_checksum": (12, "<I")}
     | {name: (16 + 8 * i, "<Q") for i, name in enumerate(_U64)}
     | {name: (96 + 4 * i, "<I") for i, name in enumerate(_U32)}
+    | {"ivf_offset": (144, "<Q"), "ivf_bytes": (152, "<Q"), "ivf_checksum": (160, "<I"), "reserved": (164, "<I")}
 )
-USED_HEADER_BYTES = 144
+USED_HEADER_BYTES = 168
+IVF_HEADER_BYTES = 64
+IVF_FIELDS = {
+    "magic": (0, "<Q"),
+    "version": (8, "<I"),
+    "n_lists": (12, "<I"),
+    "bits": (16, "<I"),
+    "code_dim": (20, "<I"),
+    "centroid_type": (24, "<I"),
+    "table_checksum": (28, "<I"),
+    "entries": (32, "<Q"),
+    "table_bytes": (40, "<Q"),
+    "list_bytes": (48, "<Q"),
+    "reserved": (56, "<Q"),
+}
 RECORD_FIELDS = {
     "checksum": (0, "<I"),
     "node": (4, "<I"),
@@ -89,6 +105,7 @@ class Image:
         self.nav_nodes = self.nav + -(-4 * dim // 8) * 8
         self.nav_first_row = self.nav_nodes + -(-4 * upper // 8) * 8
         self.nav_rows = self.nav_first_row + -(-4 * (upper + 1) // 8) * 8
+        self.ivf = self._read_ivf() if self.header["ivf_bytes"] else {}  # as it was made, too
 
     def get(self, field: str) -> int:
         offset, code = HEADER_FIELDS[field]
@@ -133,6 +150,47 @@ class Image:
             chain = checksum(struct.pack("<Q", chain << 32 | self.get_word(self.record(node))), 2)
         self.set("image_checksum", self.get("nav_checksum") << 32 | chain)
         return self.seal_header()
+
+    def seal_lists(self) -> Image:
+        """Makes the checksums of the inverted lists, their table and header, and the image's header right, as far as the
+        section's numbers (as they were made) allow."""
+        at, head = self.header["ivf_offset"], self.ivf
+        data, checksums = at + head["table_bytes"], at + head["checksums"]
+        for number, size in enumerate(head["sizes"]):
+            total = 0
+            for block in range(-(-size // BLOCK)):
+                total += checksum(bytes(self.data[data : data + head["block_bytes"]]), block)
+                data += head["block_bytes"]
+            self.set_word(checksums + 4 * number, total % 2**32)
+        return self.seal_table()
+
+    def seal_table(self) -> Image:
+        """The same without the lists."""
+        at, head = self.header["ivf_offset"], self.ivf
+        self.set_word(at + 28, checksum(bytes(self.data[at + IVF_HEADER_BYTES : at + head["table_bytes"]]), 4))
+        return self.seal_ivf_header()
+
+    def seal_ivf_header(self) -> Image:
+        """The same without the table."""
+        at = self.header["ivf_offset"]
+        self.set("ivf_checksum", checksum(bytes(self.data[at : at + IVF_HEADER_BYTES]), 3))
+        return self.seal_header()
+
+    def _read_ivf(self) -> dict[str, Any]:
+        """The inverted lists' header and where the parts of table and blocks are, from the section's first byte."""
+        at, head = self.header["ivf_offset"], {}
+        for name, (offset, code) in IVF_FIELDS.items():
+            head[name] = int(struct.unpack_from(code, self.data, at + offset)[0])
+        n = head["n_lists"]
+        stride = -(-self.header["dim"] * (4, 2)[head["centroid_type"]] // 32) * 32
+        column = -(-4 * n // 64) * 64
+        head["sizes_at"] = IVF_HEADER_BYTES + -(-n * stride // 64) * 64
+        head["radii"], head["errors"] = head["sizes_at"] + column, head["sizes_at"] + 2 * column
+        head["checksums"] = head["sizes_at"] + 3 * column
+        head["f0"] = head["bits"] * 4 * head["code_dim"]
+        head["block_bytes"] = head["f0"] + 512
+        head["sizes"] = list(struct.unpack_from(f"<{n}I", self.data, at + head["sizes_at"]))
+        return head
 
     def seal_header(self) -> Image:
         """Makes the header's checksum right, and no other."""

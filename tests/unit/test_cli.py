@@ -61,6 +61,7 @@ def test_version_and_no_arguments() -> None:
         (("build", "nowhere.npy", "out"), "nowhere.npy"),
         (("build", __file__, "out", "--shards", "0"), "--shards"),
         (("build", __file__, "out", "--metric", "manhattan"), "manhattan"),
+        (("build", __file__, "out", "--partition", "random"), "random"),
         (("serve", __file__, "--listen", "7700"), "not HOST:PORT"),
         (("serve", __file__, "--listen", "localhost:70000"), "not HOST:PORT"),
         (("serve", __file__, "--transport", "verbs,tcp"), "'tcp' is not one of verbs, shm, rpc"),
@@ -105,6 +106,20 @@ def test_build(vectors: Path, tmp_path: Path) -> None:
     shown = cotra("build", vectors, out, "--force")
     assert shown.exit_code == 0
     assert "200 x 8 vectors, l2" in shown.stdout
+
+
+def test_build_by_kmeans(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    centres = 20 * generator.normal(size=(4, 8))
+    rows = centres[generator.integers(0, 4, 1000)] + generator.normal(size=(1000, 8))
+    np.save(tmp_path / "base.npy", rows.astype(np.float32))
+    options = ("build", tmp_path / "base.npy", tmp_path / "index", "--shards", 4)
+    report = json.loads(cotra(*options, "--partition", "kmeans", "--json").stdout)
+    assert report["partition"] == "kmeans"
+    assert report["compass_shards"] < 2
+    assert max(entry["count"] for entry in report["shards"]) <= 275
+    assert "Compass: 1." in cotra(*options, "--partition", "kmeans", "--force").stdout
+    assert "every query asks all shards" in cotra(*options, "--force").stdout
 
 
 def test_serve_tells_bad_shards(shard: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from cotra_rdma.collection import MANIFEST, Collection, build_collection, shard_paths
@@ -27,6 +28,11 @@ def build(source: Path, out: Path, n_shards: int, **options: object) -> Collecti
         return build_collection(vectors, out, n_shards, n_threads=1, **options)
 
 
+def files(n_shards: int) -> set[str]:
+    """The names in a collection's directory."""
+    return {MANIFEST, *(f"shard-{i:03d}.{kind}" for i in range(n_shards) for kind in ("cotra", "coarse"))}
+
+
 def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
@@ -35,7 +41,7 @@ def test_shards_hold_every_row_under_its_number(source: Path, tmp_path: Path) ->
     built = build(source, tmp_path / "out", 4, metric="cosine", M=8)
     assert (built.count, built.dim, built.metric, built.M, built.generation) == (N, DIM, "cosine", 8, 1)
     assert Collection.load(tmp_path / "out") == built
-    assert names(tmp_path / "out") == {MANIFEST, *(f"shard-00{i}.cotra" for i in range(4))}
+    assert names(tmp_path / "out") == files(4)
     rows = np.load(source)
     found = []
     for path, entry in zip(shard_paths([tmp_path / "out"]), built.shards, strict=True):
@@ -49,9 +55,15 @@ def test_shards_hold_every_row_under_its_number(source: Path, tmp_path: Path) ->
 def test_progress_counts_the_rows_of_the_whole_set(source: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, str, int]] = []
     build(source, tmp_path / "out", 3, progress=lambda shard, phase, done: seen.append((shard, phase, done)))
-    assert [done for _, _, done in seen] == sorted(done for _, _, done in seen)
-    assert {(shard, phase) for shard, phase, _ in seen} == {(i, phase) for i in range(3) for phase in ("build", "pack")}
-    assert seen[-1] == (2, "pack", N)
+    building = [step for step in seen if step[0] >= 0]
+    assert [done for _, _, done in building] == sorted(done for _, _, done in building)
+    assert {step[:2] for step in building} == {(i, phase) for i in range(3) for phase in ("build", "pack")}
+    assert building[-1] == (2, "pack", N)
+    assert seen == [*building, (-1, "calibrate", N)]
+    seen.clear()
+    build(source, tmp_path / "other", 3, partition="kmeans", progress=lambda *step: seen.append(step))
+    assert seen[0] == (-1, "partition", 0)
+    assert (-1, "partition", N) in seen
 
 
 def test_nothing_is_replaced_without_force(source: Path, tmp_path: Path) -> None:
@@ -61,7 +73,7 @@ def test_nothing_is_replaced_without_force(source: Path, tmp_path: Path) -> None
         build(source, out, 2)
     assert len(Collection.load(out).shards) == 3
     assert build(source, out, 2, force=True).generation == 2
-    assert names(out) == {MANIFEST, "shard-000.cotra", "shard-001.cotra"}
+    assert names(out) == files(2)
     with Shard.open(out / "shard-000.cotra") as shard:
         assert shard.info.generation == 2
 
@@ -77,7 +89,7 @@ def test_a_failed_run_leaves_everything_as_it_was(source: Path, tmp_path: Path) 
     with pytest.raises(InvalidInputError, match="NaN"):
         build(tmp_path / "bad.npy", tmp_path / "old", 3, force=True)
     assert Collection.load(tmp_path / "old") == before
-    assert len(names(tmp_path / "old")) == 3
+    assert names(tmp_path / "old") == files(2)
 
 
 @pytest.mark.parametrize("n_shards", [0, N + 1])
@@ -106,13 +118,103 @@ def test_manifests_of_other_versions_and_with_paths(source: Path, tmp_path: Path
     build(source, out, 1)
     good = json.loads((out / MANIFEST).read_text())
     for change, reason in (
-        ({"format_version": 2}, "version 2"),
+        ({"format_version": 3}, "version 3"),
+        ({"format": "other"}, "other version 2"),
+        ({"partition": "round-robin"}, "round-robin"),
+        ({"calibration": {}}, "calibration"),
+        ({"calibration": 7}, "calibration"),
+        ({"shards": [{**good["shards"][0], "coarse_name": "gone.coarse"}]}, "not a file beside it"),
+        ({"shards": [{**good["shards"][0], "coarse_name": 7}]}, "not a file beside it"),
         ({"shards": [{**good["shards"][0], "name": "../base.npy"}]}, "not a file beside it"),
         ({"shards": [{**good["shards"][0], "name": "gone.cotra"}]}, "not a file beside it"),
     ):
         (out / MANIFEST).write_text(json.dumps(good | change))
         with pytest.raises(FormatError, match=reason):
             Collection.load(out)
+
+
+def test_collections_of_the_first_version_are_read(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(source, out, 2)
+    raw = json.loads((out / MANIFEST).read_text()) | {"format_version": 1}
+    del raw["partition"], raw["calibration"]
+    for shard in raw["shards"]:
+        (out / shard.pop("coarse_name")).unlink()
+    (out / MANIFEST).write_text(json.dumps(raw))
+    old = Collection.load(out)
+    assert (old.partition, old.calibration, old.coarse_table(out, 0), old.router(out)) == ("range", None, None, None)
+    assert build(source, out, 3, force=True).generation == 2
+    assert names(out) == files(3)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("suffix", ["npy", "fvecs"])
+def test_kmeans_keeps_neighbours_together_and_row_numbers_as_ids(
+    words: npt.NDArray[np.float32], tmp_path: Path, metric: str, suffix: str
+) -> None:
+    rows = np.ascontiguousarray(words[:1200, :20])
+    if suffix == "npy":
+        np.save(tmp_path / "base.npy", rows)
+    else:
+        np.hstack([np.full((1200, 1), 20, "<i4").view("<f4"), rows]).tofile(tmp_path / "base.fvecs")
+    out = tmp_path / "out"
+    built = build(tmp_path / f"base.{suffix}", out, 4, metric=metric, partition="kmeans")
+    assert built == Collection.load(out)
+    assert built.partition == "kmeans"
+    assert sum(entry.count for entry in built.shards) == 1200
+    assert max(entry.count for entry in built.shards) <= 1.1 * 300
+    router = built.router(out)
+    assert router is not None
+    best = router.shares(rows).argmax(axis=1)
+    found = []
+    for number, (path, entry) in enumerate(zip(shard_paths([out]), built.shards, strict=True)):
+        table = built.coarse_table(out, number)
+        assert table is not None
+        assert table.count == entry.count
+        with Shard.open(path) as shard:
+            ids, _, _ = shard.search(rows, k=entry.count, ef=entry.count)
+            held = np.unique(ids)
+            assert (len(held), held[0]) == (entry.count, entry.first_id)
+            found += held.tolist()
+            assert (best[held] == number).mean() > 0.7
+            near, distances, _ = shard.search(rows[held], k=1)
+            assert np.array_equal(near[:, 0], held)
+            assert np.abs(distances).max() < 1e-5
+    assert sorted(found) == list(range(1200))
+
+
+def test_types_survive_the_partition(tmp_path: Path) -> None:
+    rows = np.random.default_rng(1).integers(0, 255, (300, 8)).astype(np.uint8)
+    np.save(tmp_path / "base.npy", rows)
+    build(tmp_path / "base.npy", tmp_path / "out", 3, partition="kmeans")
+    for path in shard_paths([tmp_path / "out"]):
+        with Shard.open(path) as shard:
+            assert shard.info.vector_type == "uint8"
+
+
+def test_equal_vectors_make_no_empty_shard(tmp_path: Path) -> None:
+    np.save(tmp_path / "base.npy", np.ones((40, 4), np.float32))
+    for n_shards in (3, 40):
+        built = build(tmp_path / "base.npy", tmp_path / f"out{n_shards}", n_shards, partition="kmeans")
+        assert min(entry.count for entry in built.shards) >= 1
+        assert sum(entry.count for entry in built.shards) == 40
+
+
+def test_coarse_tables_of_other_shards_or_none_are_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    built = build(source, out, 3)
+    good = (out / "shard-000.coarse").read_bytes()
+    (out / "shard-000.coarse").write_bytes((out / "shard-002.coarse").read_bytes())
+    with pytest.raises(FormatError, match=r"shard-000\.coarse: is of 84 vectors"):
+        built.coarse_table(out, 0)
+    (out / "shard-000.coarse").write_bytes(good[:-1])
+    with pytest.raises(FormatError, match=r"shard-000\.coarse: coarse table"):
+        built.router(out)
+
+
+def test_an_unknown_partition(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="partition must be"):
+        build(source, tmp_path / "out", 2, partition="random")
 
 
 def test_shard_paths_takes_files_and_directories(source: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from cotra_rdma.messages import (
     encode_region,
 )
 from cotra_rdma.wire import VShardEnvelope, VShardMessageType
+from helpers.rotation import rotate, signs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -153,36 +154,6 @@ def checksum(raw: bytes, seed: int) -> int:
     return crc(crc(a, b << 32 | c), len(raw) << 32 | d)
 
 
-def signs(seed: int, dim: int) -> npt.NDArray[np.float64]:
-    bits: list[float] = []
-    mask = 2**64 - 1
-    while len(bits) < 4 * dim:
-        seed = seed + 0x9E3779B97F4A7C15 & mask
-        z = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9 & mask
-        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
-        z ^= z >> 31
-        bits += [1.0 if z >> j & 1 else -1.0 for j in range(64)]
-    return np.array(bits).reshape(4, dim)
-
-
-def rotate(vector: npt.NDArray[Any], flips: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    n = flips.shape[1]
-    window = 1 << n.bit_length() - 1
-    hadamard = np.ones((1, 1))
-    while len(hadamard) < window:
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    out = np.zeros(n)
-    out[: len(vector)] = vector
-    for number, flip in enumerate(flips):
-        out *= flip
-        part = slice(n - window, n) if number % 2 else slice(0, window)
-        out[part] = hadamard @ out[part] / np.sqrt(window)
-        if window < n:
-            low, high = np.split(out, 2)
-            out = np.concatenate([low + high, low - high]) / np.sqrt(2)
-    return out
-
-
 class Image:
     """An image read by docs/reference/format.md."""
 
@@ -247,16 +218,16 @@ def test_the_header_of_the_format_page(image: tuple[Image, Shard]) -> None:
     page, shard = image
     info, head = shard.info, page.header
     assert struct.pack("<Q", head.pop("magic")) == b"COTRAHG1"
-    assert page.end == 144
-    assert not any(page.raw[144:4096])
-    assert head["header_checksum"] == checksum(page.raw[:12] + bytes(4) + page.raw[16:144], 0)
+    assert page.end == 168
+    assert not any(page.raw[168:4096])
+    assert head["header_checksum"] == checksum(page.raw[:12] + bytes(4) + page.raw[16:168], 0)
     metrics, types = ("l2", "ip", "cosine"), ("float32", "float16", "uint8")
-    for name in head.keys() - {"header_checksum", "nav_checksum", "metric", "vector_type"}:
+    for name in head.keys() - {"header_checksum", "nav_checksum", "ivf_checksum", "reserved", "metric", "vector_type"}:
         assert head[name] == getattr(info, name), name
     assert (metrics[head["metric"]], types[head["vector_type"]]) == (info.metric, info.vector_type)
     assert (head["records_offset"], head["code_dim"]) == (4096, round_up(info.dim, 64))
     assert head["nav_offset"] == 4096 + head["count"] * head["record_bytes"]
-    assert head["image_bytes"] == head["nav_offset"] + head["nav_bytes"] == len(page.raw)
+    assert head["image_bytes"] == head["nav_offset"] + head["nav_bytes"] + head["ivf_bytes"] == len(page.raw)
     assert head["record_bytes"] == round_up(page.codes + page.slots // 32 * page.bits * 4, 64)
     if (info.vector_type, info.dim, info.M) == ("float32", 100, 16):
         example = (page.numbers, page.f0, page.f1, page.codes, head["record_bytes"])
@@ -310,7 +281,7 @@ def test_the_navigation_section_of_the_format_page(image: tuple[Image, Shard]) -
     assert (np.diff(nodes.astype(int)) > 0).all()
     assert np.diff(first.astype(int)).max() == head["max_level"]
     assert head["nav_bytes"] == round_up(vectors_at + n * stride, 64)
-    assert head["nav_checksum"] == checksum(raw[start:], 1)
+    assert head["nav_checksum"] == checksum(raw[start : start + head["nav_bytes"]], 1)
     for u, node in enumerate(nodes):
         own = np.frombuffer(raw, page.element, page.dim, start + vectors_at + u * stride)
         np.testing.assert_array_equal(own, page.vector(int(node)))
@@ -321,6 +292,88 @@ def test_the_navigation_section_of_the_format_page(image: tuple[Image, Shard]) -
     for node in range(head["count"]):
         chain = checksum(struct.pack("<Q", chain << 32 | page.head(node)["checksum"]), 2)
     assert head["image_checksum"] == head["nav_checksum"] << 32 | chain
+
+
+@pytest.fixture(
+    params=[("l2", np.uint8, 70, 1), ("ip", np.float32, 24, 4), ("cosine", np.float32, 64, 2), ("l2", np.float16, 9, 8)]
+)
+def listed(request: pytest.FixtureRequest) -> tuple[Image, int]:
+    """An image with inverted lists, and its bits."""
+    metric, dtype, dim, bits = request.param
+    vectors = (60 * np.random.default_rng(4).random((150, dim))).astype(dtype)
+    built = Shard.build(vectors, metric=metric, M=4, ef_construction=20, n_threads=1, n_lists=5, ivf_bits=bits)
+    with built as shard, shard.arena.view() as view:
+        return Image(bytes(view)), bits
+
+
+def test_the_inverted_lists_of_the_format_page(listed: tuple[Image, int]) -> None:
+    page, bits = listed
+    raw = page.raw[page.header["ivf_offset"] :]
+    head, end = {}, 0
+    for offset, size, kind, name, _ in table(DOCS / "reference" / "format.md", "The section's header:"):
+        assert (int(offset), int(size)) == (end, int(kind[1:]) // 8)
+        end += int(size)
+        head[name.strip("`")] = int.from_bytes(raw[int(offset) : end], "little")
+    assert end == 64
+    assert struct.pack("<Q", head["magic"]) == b"COTRAIV1"
+    expected = {"version": 1, "n_lists": 5, "bits": bits, "code_dim": page.bits, "entries": 150, "reserved": 0}
+    assert {name: head[name] for name in expected} == expected
+    assert page.header["ivf_checksum"] == checksum(raw[:64], 3)
+    assert page.header["ivf_bytes"] == len(raw) == head["table_bytes"] + head["list_bytes"]
+    assert head["table_checksum"] == checksum(raw[64 : head["table_bytes"]], 4)
+
+    element = np.dtype(("<f4", "<f2")[head["centroid_type"]])
+    stride, column = round_up(page.dim * element.itemsize, 32), round_up(4 * 5, 64)
+    at = 64 + round_up(5 * stride, 64)
+    assert head["table_bytes"] == at + 4 * column
+    sizes, radii, errors, sums = (
+        np.frombuffer(raw, kind, 5, at + i * column) for i, kind in enumerate(("<u4", "<f4", "<f4", "<u4"))
+    )
+    mean = np.frombuffer(page.raw, "<f4", page.dim, page.header["nav_offset"]).astype(np.float64)
+    flips = signs(page.header["seed"], page.bits)
+    at, block_bytes, seen = head["table_bytes"], 4 * bits * page.bits + 512, []
+    l2, prefix = page.header["metric"] == 0, 32 + round_up(page.dim * page.element.itemsize, 32)
+    for number in range(5):
+        centroid = np.frombuffer(raw, element, page.dim, 64 + number * stride).astype(np.float64)
+        n_blocks = round_up(int(sizes[number]), 32) // 32
+        blocks = [raw[at + b * block_bytes : at + (b + 1) * block_bytes] for b in range(n_blocks)]
+        at += n_blocks * block_bytes
+        assert sums[number] == sum(checksum(block, b) for b, block in enumerate(blocks)) % 2**32
+        squares, wrong = [], []
+        for entry in range(32 * n_blocks):
+            block, slot = blocks[entry // 32], entry % 32
+            columns = np.frombuffer(block, "<u4", 128, block_bytes - 512).reshape(4, 32)[:, slot]
+            f0, f1 = columns[:2].copy().view("<f4")
+            if entry >= sizes[number]:
+                assert columns[2] == 0xFFFFFFFF
+                continue
+            row = int(columns[2])
+            seen.append(row)
+            assert columns[3] == checksum(page.record(row)[8:prefix], row)
+            planes = np.frombuffer(block, "u1", block_bytes - 512).reshape(bits, -1, 16)[:, :, slot % 16]
+            planes = planes >> 4 if slot >= 16 else planes & 15
+            levels = (planes[:, :, np.newaxis] >> np.arange(4) & 1).reshape(bits, -1)
+            v = 2.0 * (levels << np.arange(bits)[:, np.newaxis]).sum(axis=0) - (2**bits - 1)
+            difference = page.vector(row) - centroid
+            r = rotate(difference, flips)
+            clear = np.abs(r) > 1e-4
+            np.testing.assert_array_equal(np.sign(v)[clear], np.sign(r)[clear])
+            cosine = r @ v / np.linalg.norm(r) / np.linalg.norm(v)
+            steps = np.abs(r).max() * np.linspace(1.02, 0.383, 27) / 2 ** (bits - 1)
+            tried = [2 * np.minimum(np.abs(r) // step, 2 ** (bits - 1) - 1) + 1 for step in steps]
+            assert cosine == pytest.approx(
+                max(np.abs(r) @ t / np.linalg.norm(r) / np.linalg.norm(t) for t in tried), rel=1e-4
+            )
+            scale = (2 if l2 else 1) * (r @ r) / (r @ v)
+            rest = r @ r if l2 else -centroid @ difference
+            np.testing.assert_allclose(f1, scale, rtol=1e-3)
+            np.testing.assert_allclose(f0, rest + scale * (v @ rotate(centroid - mean, flips)), rtol=2e-3, atol=2e-2)
+            squares.append(r @ r)
+            wrong.append(r @ r * (cosine**-2 - 1) / (page.bits - 1))
+        np.testing.assert_allclose(radii[number], np.sqrt(np.mean(squares)), rtol=1e-4)
+        np.testing.assert_allclose(errors[number], np.sqrt(np.mean(wrong)), rtol=2e-2)
+    assert sorted(seen) == list(range(150))
+    assert at == len(raw)
 
 
 # ---- all pages ----

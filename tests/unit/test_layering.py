@@ -21,10 +21,11 @@ VERBS_USERS = {"transport/verbs.c"}
 LAYERS = (
     ("errors",),
     ("_native", "region", "wire", "queries", "datasets", "job", "blocking"),
-    ("arena", "messages", "rpc", "seam", "owner_process"),
-    ("verbs", "handover", "dispatch"),
-    ("channel",),
+    ("arena", "messages", "rpc", "seam", "owner_process", "kmeans"),
+    ("verbs", "handover", "dispatch", "coarse"),
+    ("channel", "compass"),
     ("engine",),
+    ("ivf",),
     ("shard", "peer", "scatter_gather", "benchmark"),
     ("lanes",),
     ("collection", "server", "cluster", "diagnosis"),
@@ -32,7 +33,7 @@ LAYERS = (
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}
-NATIVE_USERS = {"arena", "channel", "engine", "shard", "verbs"}
+NATIVE_USERS = {"arena", "channel", "engine", "ivf", "shard", "verbs"}
 
 
 def includes(path: Path) -> list[str]:

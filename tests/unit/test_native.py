@@ -19,12 +19,15 @@ from cotra_rdma import Arena, ClosedError, CompletionError, CotraError, FabricMo
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import STATS_DTYPE, Engine, View
+from cotra_rdma.ivf import SPIRE_STATS_DTYPE
 from helpers.properties import fixed
 
 HEADER = Path(__file__).parents[2] / "csrc" / "include" / "cotra.h"
 STRUCTS = re.findall(r"^typedef struct (cotra_\w+) \{", HEADER.read_text(), re.M)
 OPAQUE = re.findall(r"^typedef struct (cotra_\w+) \1;", HEADER.read_text(), re.M)
-FUNCTIONS = re.findall(r"^(?:int|void|uint64_t|const char \*)\s?\*?(cotra_\w+)\(", HEADER.read_text(), re.M)
+FUNCTIONS = re.findall(
+    r"^(?:int|void|uint32_t|uint64_t|const char \*|const void \*)\s?\*?(cotra_\w+)\(", HEADER.read_text(), re.M
+)
 
 
 # ---- the declarations ----
@@ -61,10 +64,13 @@ def test_functions_are_there(name: str) -> None:
     assert callable(getattr(lib, name))
 
 
-def test_stats_are_the_c_struct() -> None:
-    fields = {name: field.offset for name, field in ffi.typeof("cotra_query_stats").fields}
-    assert {name: STATS_DTYPE.fields[name][1] for name in STATS_DTYPE.names} == fields
-    assert STATS_DTYPE.itemsize == ffi.sizeof("cotra_query_stats")
+@pytest.mark.parametrize(
+    ("dtype", "struct"), [(STATS_DTYPE, "cotra_query_stats"), (SPIRE_STATS_DTYPE, "cotra_spire_stats")]
+)
+def test_stats_are_the_c_struct(dtype: np.dtype, struct: str) -> None:
+    fields = {name: field.offset for name, field in ffi.typeof(struct).fields}
+    assert {name: dtype.fields[name][1] for name in dtype.names} == fields
+    assert dtype.itemsize == ffi.sizeof(struct)
 
 
 # ---- a status and its exception ----

@@ -334,7 +334,7 @@ def test_size(word_shard: Shard) -> None:
 def test_info(small: Shard, words: Floats) -> None:
     info = small.info
     assert (info.count, info.dim, info.code_dim, info.metric, info.M, info.degree) == (500, 16, 64, "l2", 8, 16)
-    assert (info.ef_construction, info.seed, info.generation, info.format_version) == (50, 100, 1, 1)
+    assert (info.ef_construction, info.seed, info.generation, info.format_version) == (50, 100, 1, 2)
     assert info.records_offset == 4096
     assert info.record_bytes % 64 == info.nav_bytes % 64 == info.nav_offset % 64 == 0
     assert info.image_bytes == info.nav_offset + info.nav_bytes == 4096 + 500 * info.record_bytes + info.nav_bytes

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import ConstructionEf, GraphM, Json, MetricName
+from cotra_rdma.cli.options import ConstructionEf, GraphM, Json, MetricName, PartitionName
 from cotra_rdma.collection import build_collection
+from cotra_rdma.compass import DEFAULT_TARGET
 from cotra_rdma.datasets import open_vectors
 
 EPILOG = """**Examples**
 
 cotra build base.fvecs index --shards 4
+
+cotra build base.fvecs index --shards 16 --partition kmeans
 
 cotra build glove-100-angular.hdf5 index --shards 2 --metric cosine --M 24 --ef-construction 400
 """
@@ -38,6 +40,13 @@ def build(
     shards: Annotated[
         int, typer.Option("--shards", min=1, metavar="N", help="Shard files to split the rows over.")
     ] = 1,
+    partition: Annotated[
+        PartitionName,
+        typer.Option(
+            help="How rows are split: equal ranges, or neighbours together (no shard over 1.1 times the mean), so that "
+            "a query need not ask every shard."
+        ),
+    ] = PartitionName.RANGE,
     metric: Annotated[
         MetricName | None, typer.Option(help="Distance. Default: what an HDF5 file says, else l2.")
     ] = None,
@@ -53,14 +62,14 @@ def build(
 ) -> None:
     """Build graph shards from a file of vectors.
 
-    Rows are split into N equal ranges; ids are row numbers. A failed run leaves OUT_DIR as it was.
+    Ids are row numbers. A failed run leaves OUT_DIR as it was.
     """
     begin = time.perf_counter()
     with open_vectors(source, dataset) as vectors, output.progress_bar("vectors", disable=as_json) as bar:
         task = bar.add_task("", total=vectors.count)
 
         def progress(shard: int, phase: str, done: int) -> None:
-            bar.update(task, completed=done, description=f"shard {shard + 1}/{shards} {phase}")
+            bar.update(task, completed=done, description=phase if shard < 0 else f"shard {shard + 1}/{shards} {phase}")
 
         collection = build_collection(
             vectors,
@@ -71,12 +80,17 @@ def build(
             ef_construction=ef_construction,
             seed=seed,
             n_threads=threads,
+            partition=partition.value,
             force=force,
             progress=progress,
         )
     seconds = time.perf_counter() - begin
     if as_json:
-        output.print_json({"out_dir": str(out_dir), "seconds": seconds, **asdict(collection)})
+        compass = collection.calibration
+        expected = compass.expected(DEFAULT_TARGET) if compass else float(shards)
+        output.print_json(
+            {"out_dir": str(out_dir), "seconds": seconds, **collection.summary(), "compass_shards": expected}
+        )
         return
     output.print_table(
         ("shard", ">vectors", ">first id", ">size"),
@@ -94,3 +108,10 @@ def build(
         f"{collection.count:,} x {collection.dim} vectors, {collection.metric}, M={M}, "
         f"ef_construction={ef_construction}: {seconds:.1f} s, {collection.count / seconds:,.0f} vectors/s",
     )
+    if collection.calibration is not None:
+        expected = collection.calibration.expected(DEFAULT_TARGET)
+        output.out.print(
+            f"Compass: {expected:.1f} of {shards} shards hold {DEFAULT_TARGET:.0%} of a query's neighbours"
+            if expected < shards
+            else "Compass: every query asks all shards; --partition kmeans lets it leave some out",
+        )

@@ -20,6 +20,13 @@ class MetricName(StrEnum):
     COSINE = "cosine"
 
 
+class PartitionName(StrEnum):
+    """How `build` splits rows."""
+
+    RANGE = "range"
+    KMEANS = "kmeans"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs, in place of tables.")]
 GraphM = Annotated[
     int, typer.Option("--M", "-M", min=2, help="Links of a node on an upper layer; twice as many on level 0.")
