@@ -17,11 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
+from cotra_rdma.compass import DEFAULT_TARGET, Router
+from cotra_rdma.cost import Needs, Prediction
 from cotra_rdma.engine import STATS_DTYPE, merge
-from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, PartialResultError, TransportError
+from cotra_rdma.errors import (
+    ClosedError,
+    CotraError,
+    FormatError,
+    InvalidInputError,
+    PartialResultError,
+    TransportError,
+)
 from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.lanes import LanePool
 from cotra_rdma.peer import ONE_SIDED, Peer, check_alike
+from cotra_rdma.plan import Plan, Planner
 from cotra_rdma.queries import MAX_TIMEOUT_S, check_queries, check_search, pack_filter
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys, parse_address
@@ -50,6 +60,8 @@ class SearchResult:
         coverage: the share of the shards that answered: 1.0 unless a partial answer was asked for.
         failures: the shards that did not answer, and why.
         asked: int32[n_queries]: how many shards each query was for.
+        algorithm: what was done: "cotra", "compass+spire"...
+        predictions: what the cost model expected of each way, the one taken first; empty where it was not asked.
     """
 
     ids: npt.NDArray[np.int64]
@@ -61,6 +73,8 @@ class SearchResult:
     coverage: float
     failures: dict[int, CotraError]
     asked: npt.NDArray[np.int32]
+    algorithm: str
+    predictions: tuple[Prediction, ...]
 
 
 def connect(
@@ -147,7 +161,7 @@ class Cluster:
         self.transports: tuple[str, ...] = tuple(peer.transport for peer in self._peers)
         self.passed_over: tuple[dict[str, str], ...] = tuple(peer.passed_over for peer in self._peers)
         self._one_sided = [peer for peer in self._peers if peer.transport in ONE_SIDED]
-        self._by_rpc = [peer for peer in self._peers if peer.transport == "rpc"]
+        self._planner = Planner(self._peers, self.dim, _router(self._peers))
         if "verbs" in self.transports:
             # The thread must not keep a cluster that nobody else holds: that one's leases run out.
             weakref.finalize(self, self._stop_leases.set)
@@ -229,17 +243,22 @@ class Cluster:
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
         shards: npt.ArrayLike | None = None,
         allow_partial: bool = False,
+        algorithm: str = "auto",
+        target_recall: float = DEFAULT_TARGET,
+        owner_cpu: bool = False,
+        explain: bool = False,
     ) -> SearchResult:
         """The k nearest vectors of each query, over all shards.
 
-        Each shard's graph is walked by itself, and the answers are merged by distance, then shard, then id; an id that
-        several shards hold is returned once.
+        Each shard is searched by itself, and the answers are merged by distance, then shard, then id; an id that several
+        shards hold is returned once.
 
         Args:
             queries: float32[n_queries, dim] or float32[dim].
             k: answers for each query, k <= ef. With fewer vectors than k, places stay empty (-1, inf).
-            ef: the pool of candidates in each shard: a larger one finds more, with more READs.
-            beam: nodes expanded a round: a wider one needs fewer rounds, and more READs.
+            ef: the pool of candidates in each shard: a larger one finds more, with more READs. For "spire" the lists that
+                are read, over all shards.
+            beam: nodes expanded a round: a wider one needs fewer rounds, and more READs. Not for "spire".
             n_threads: threads that share the queries, each with its own queue pairs.
             inflight: queries in progress at once in each thread; 0: chosen for the transport.
             timeout_s: the longest wait for one READ, or for an owner's answer over RPC.
@@ -248,6 +267,14 @@ class Cluster:
                 rows that it lets through are read.
             shards: bool[n_queries, n_shards]: which shards each query is for; None: all.
             allow_partial: leave out a shard that fails, and say so in the result, in place of raising.
+            algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others;
+                "scatter-gather" asks all owners; "spire" reads inverted lists, in two rounds (`Shard.build(n_lists=)`).
+                "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
+                the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
+                says is quickest, and Compass where leaving shards out pays; which it was is in the result.
+            target_recall: of Compass: the recall to keep, of that which asking every shard has.
+            owner_cpu: whether "auto" may let owners search whose memory could be read.
+            explain: have the cost model's predictions in the result, for any algorithm.
 
         Raises:
             InvalidInputError: a wrong dim, NaN or infinity, k > ef, a filter of another length. TransportError and those
@@ -257,7 +284,12 @@ class Cluster:
         begin = time.perf_counter()
         job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards)
         self._check_open(n_threads)
-        answers, failures = self._gather(job, n_threads, allow_partial)
+        plan = self._planner.plan(
+            algorithm, job, n_threads, target_recall=target_recall, owner_cpu=owner_cpu, explain=explain
+        )
+        job = replace(job, mask=plan.mask)
+        answers, failures = self._gather(job, plan, n_threads, allow_partial)
+        self._note(plan, job, answers, n_threads, time.perf_counter() - begin)
         ids, distances, owners, stats = self._merge(answers, job)
         n_shards = len(self._peers)
         asked = np.full(len(job.queries), n_shards) if job.mask is None else job.mask.sum(axis=1)
@@ -266,11 +298,13 @@ class Cluster:
             distances,
             owners,
             stats,
-            self.transports,
+            tuple("rpc" if peer.index in plan.asked else peer.transport for peer in self._peers),
             time.perf_counter() - begin,
             (n_shards - len(failures)) / n_shards,
             failures,
             asked.astype(np.int32),
+            plan.algorithm,
+            plan.predictions,
         )
         if failures and not allow_partial:
             first = failures[min(failures)]
@@ -342,20 +376,21 @@ class Cluster:
         return SearchJob(rows, k, ef, beam, inflight, timeout_s, packed, mask)
 
     def _gather(
-        self, job: SearchJob, n_threads: int, allow_partial: bool
+        self, job: SearchJob, plan: Plan, n_threads: int, allow_partial: bool
     ) -> tuple[list[tuple[list[int], Answer]], dict[int, CotraError]]:
         """Asks every shard: the answers with the shards that they are of, and the failures."""
         answers: list[tuple[list[int], Answer]] = []
         failures: dict[int, CotraError] = {}
         calls = [
-            (peer.index, self._executor().submit(peer.search, job.of_shards([peer.index]))) for peer in self._by_rpc
+            (at, self._executor().submit(self._peers[at].search, job.of_shards([at]))) for at in sorted(plan.asked)
         ]
         try:
-            near = self._one_sided
+            near = [peer for peer in self._peers if peer.index not in plan.asked]
             while near:
                 numbers = [peer.index for peer in near]
                 try:
-                    answers.append((numbers, self._lanes.search(near, job.of_shards(numbers), n_threads)))
+                    part = job.of_shards(numbers)
+                    answers.append((numbers, self._lanes.search(near, part, n_threads, lists=plan.lists)))
                     break
                 except CotraError as error:
                     if not allow_partial or error.shard not in numbers:
@@ -370,6 +405,25 @@ class Cluster:
                 except CotraError as error:
                     failures[shard] = error
         return answers, failures
+
+    def _note(
+        self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
+    ) -> None:
+        """Tells the cost model what a shard needed; one-sided searches of everything only, for others say less."""
+        if plan.asked or job.filters is not None or len(answers) != 1 or not len(job.queries):
+            return
+        stats = answers[0][1][2]
+        searches = len(job.queries) * len(self._peers) if job.mask is None else int(job.mask.sum())
+        if not searches:
+            return
+        needs = Needs(
+            float(stats["reads"].sum()) / searches,
+            float(stats["rounds"].mean()),
+            float(stats["read_bytes"].sum()) / searches,
+            seconds * min(n_threads, len(job.queries)) / searches,
+        )
+        method, beam = ("lists", 0) if plan.lists else ("walk", job.beam)
+        self._planner.experience.note(method, job.k, job.ef, beam, needs)
 
     def _merge(
         self, answers: list[tuple[list[int], Answer]], job: SearchJob
@@ -454,6 +508,19 @@ def _keep_leases(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
         if alive is not None:
             alive.renew_leases()
         del alive
+
+
+def _router(peers: list[Peer]) -> Router | None:
+    """Compass over these shards; None where one of them has no coarse table, or they are of no one collection."""
+    tables = [peer.coarse for peer in peers if peer.coarse is not None]
+    if len(tables) != len(peers) or len(peers) < 2:
+        return None
+    told = {peer.calibration for peer in peers}
+    try:
+        return Router(tables, told.pop() if len(told) == 1 else None, peers[0].shard.metric)
+    except FormatError as error:  # some shards of a collection, say, or in another order
+        log.info("Compass is off: %s", error)
+        return None
 
 
 def _ip_of(address: str) -> str | None:

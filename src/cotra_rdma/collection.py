@@ -247,6 +247,21 @@ def build_collection(
     return collection
 
 
+def coarse_of(path: str | os.PathLike[str]) -> tuple[CoarseTable | None, Calibration | None]:
+    """The coarse table of a shard's file, and the calibration of the collection that it lies in; None where it is in none.
+
+    Raises `FormatError` for a collection that is broken.
+    """
+    file = Path(path)
+    if not (file.parent / MANIFEST).is_file():
+        return None, None
+    collection = Collection.load(file.parent)
+    numbers = [number for number, shard in enumerate(collection.shards) if shard.name == file.name]
+    if not numbers:
+        return None, None
+    return collection.coarse_table(file.parent, numbers[0]), collection.calibration
+
+
 def shard_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The shard files that `paths` name: files as they are, directories by their manifest. Raises `FormatError`."""
     found: list[Path] = []

@@ -10,20 +10,68 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cotra_rdma.engine import Engine
+from cotra_rdma.channel import Channel
+from cotra_rdma.engine import STATS_DTYPE, Engine, View
 from cotra_rdma.errors import CotraError, InvalidInputError
+from cotra_rdma.ivf import SpireEngine
 from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.peer import Peer
 
 
 @dataclass(slots=True)
 class _Lane:
-    """A channel to each of some shards, and an engine over them: one thread's at a time."""
+    """A channel to each of some shards, and engines over them: one thread's at a time."""
 
+    peers: Sequence[Peer]
+    channels: Sequence[Channel]
+    views: Sequence[View]
     engine: Engine
     stack: ExitStack = field(default_factory=ExitStack)
+    spire: SpireEngine | None = None
+
+    def walk(self, job: SearchJob) -> Answer:
+        """Walks the graphs."""
+        return self.engine.search(
+            job.queries,
+            job.k,
+            job.ef,
+            job.beam,
+            inflight=job.inflight,
+            timeout_s=job.timeout_s,
+            filters=job.filters,
+            mask=job.mask,
+        )
+
+    def probe(self, job: SearchJob) -> Answer:
+        """Searches the inverted lists. What each shard found is told apart, as a walk's answer is."""
+        if self.spire is None:
+            tables = [peer.lists for peer in self.peers]
+            assert all(table is not None for table in tables)
+            self.spire = SpireEngine.create(self.views, [t for t in tables if t is not None], self.channels)
+        labels, distances, shards, told = self.spire.search(
+            job.queries,
+            job.k,
+            job.ef,
+            inflight=job.inflight,
+            timeout_s=job.timeout_s,
+            filters=job.filters,
+            mask=job.mask,
+        )
+        apart = np.arange(len(self.peers))[:, np.newaxis, np.newaxis] == shards
+        stats = np.zeros(len(labels), STATS_DTYPE)
+        for name in ("reads", "rounds", "read_bytes", "latency_ns"):
+            stats[name] = told[name]
+        stats["expansions"] = told["reranked"]
+        order = np.argsort(~apart, axis=2, kind="stable")  # a shard's answers first, in their order; then empty places
+        return (
+            np.take_along_axis(np.where(apart, labels, -1), order, 2),
+            np.take_along_axis(np.where(apart, distances, np.float32(np.inf)), order, 2),
+            stats,
+        )
 
     def close(self) -> None:
+        if self.spire is not None:
+            self.spire.close()
         self.engine.close()
         self.stack.close()
 
@@ -37,38 +85,29 @@ class LanePool:
         self._closed = False
         self._idle: dict[tuple[int, ...], list[_Lane]] = {}
 
-    def search(self, peers: Sequence[Peer], job: SearchJob, n_threads: int) -> Answer:
-        """Walks the shards of `peers`, to which the job's filters and mask belong.
+    def search(self, peers: Sequence[Peer], job: SearchJob, n_threads: int, *, lists: bool = False) -> Answer:
+        """Walks the shards of `peers`, to which the job's filters and mask belong; or probes their inverted lists.
 
         Raises an error whose `shard` is the position in the cluster.
         """
         parts = job.split(min(n_threads, len(job.queries)))
         if len(parts) == 1:
-            return self._search_part(peers, job)
-        running = [self._executor().submit(self._search_part, peers, part) for part in parts]
+            return self._search_part(peers, job, lists)
+        running = [self._executor().submit(self._search_part, peers, part, lists) for part in parts]
         for error in [part.exception() for part in running]:
             if error is not None:
                 raise error
         labels, distances, stats = zip(*(part.result() for part in running), strict=True)
         return np.concatenate(labels, axis=1), np.concatenate(distances, axis=1), np.concatenate(stats)
 
-    def _search_part(self, peers: Sequence[Peer], job: SearchJob) -> Answer:
+    def _search_part(self, peers: Sequence[Peer], job: SearchJob, lists: bool) -> Answer:
         key = tuple(peer.index for peer in peers)
         with self._lock:
             idle = self._idle.get(key)
             lane = idle.pop() if idle else None
         lane = lane or _open(peers)
         try:
-            answer = lane.engine.search(
-                job.queries,
-                job.k,
-                job.ef,
-                job.beam,
-                inflight=job.inflight,
-                timeout_s=job.timeout_s,
-                filters=job.filters,
-                mask=job.mask,
-            )
+            answer = lane.probe(job) if lists else lane.walk(job)
         except InvalidInputError:
             self._give_back(key, lane)
             raise
@@ -111,4 +150,4 @@ def _open(peers: Sequence[Peer]) -> _Lane:
             channels.append(channel)
             assert peer.view is not None
             views.append(peer.view)
-        return _Lane(Engine.create(views, channels), stack.pop_all())
+        return _Lane(peers, channels, views, Engine.create(views, channels), stack.pop_all())

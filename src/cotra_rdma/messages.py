@@ -116,6 +116,10 @@ class _Reader:
             raise FormatError(f"{self._what}: a field of {len(field)} bytes where {n} numbers take {wanted}")
         return np.frombuffer(field, kind)
 
+    def rest(self) -> bytes:
+        """All that is left."""
+        return bytes(self.take(sum(map(len, self._buffers))))
+
     def end(self) -> None:
         """Raises when anything is left."""
         if not self.at_end():
@@ -381,16 +385,19 @@ class CoarseRouteRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CoarseRouteResponse:
-    """Type 53: [code u32, message str, dim u32, n_lists u32, centroid_type str, centroids bin, sizes bin, radii bin].
+    """Type 53: [code u32, message str, dim u32, n_lists u32, centroid_type str, centroids bin, sizes bin, radii bin], and
+    after the array, where there is one, the collection's calibration as a MessagePack map.
 
     Attributes:
         code, message: as in `SearchResponse`; with an error the table is empty.
         table: the shard's coarse description.
+        calibration: what `compass.Calibration.to_json` gives, or None.
     """
 
     code: int
     message: str
     table: CentroidTable
+    calibration: dict[str, Any] | None = None
 
     @classmethod
     def failed(cls, code: int, message: str) -> CoarseRouteResponse:
@@ -400,7 +407,8 @@ class CoarseRouteResponse:
     def encode(self) -> bytes:
         """The payload."""
         head = [_array_prefix(_COARSE_FIELDS), encode_array(self.code), encode_array(self.message)]
-        return b"".join([*head, *self.table.fields()])
+        tail = [] if self.calibration is None else [encode_array(self.calibration)]
+        return b"".join([*head, *self.table.fields(), *tail])
 
     @classmethod
     def decode(cls, payload: Payload) -> CoarseRouteResponse:
@@ -409,9 +417,9 @@ class CoarseRouteResponse:
         reader = _Reader(payload, what)
         if reader.array() != _COARSE_FIELDS:
             raise FormatError(f"{what}: an array of {_COARSE_FIELDS} was expected")
-        response = cls(reader.unsigned(), reader.text(), CentroidTable.read(reader, what))
-        reader.end()
-        return response
+        code, message, table = reader.unsigned(), reader.text(), CentroidTable.read(reader, what)
+        rest = reader.rest()
+        return cls(code, message, table, decode_array(rest, dict[str, Any], what) if rest else None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

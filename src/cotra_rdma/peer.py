@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,9 @@ import numpy.typing as npt
 from cotra_rdma import handover, messages
 from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel, FabricModel
+from cotra_rdma.coarse import CoarseTable
+from cotra_rdma.compass import Calibration
+from cotra_rdma.cost import Link
 from cotra_rdma.engine import STATS_DTYPE, ImageInfo, View
 from cotra_rdma.errors import (
     CotraError,
@@ -26,6 +31,7 @@ from cotra_rdma.errors import (
     TransportError,
     VerbsUnavailableError,
 )
+from cotra_rdma.ivf import IvfTable
 from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys, RpcClient, parse_address
@@ -36,6 +42,9 @@ log = logging.getLogger(__name__)
 
 ONE_SIDED = ("verbs", "shm")
 _RELEASE_TIMEOUT_MS = 300
+_SLOT_BYTES = 4096
+_LIST_SLOT_BYTES = 16384  # as many of a list's blocks as fit are one READ
+_PROBES = 32
 
 
 class Peer:
@@ -56,6 +65,10 @@ class Peer:
         self.transport = ""
         self.passed_over: dict[str, str] = {}
         self.view: View | None = None
+        self.lists: IvfTable | None = None
+        self.coarse: CoarseTable | None = None
+        self.calibration: Calibration | None = None
+        self.link = Link(math.inf, 0.0, 0.0, math.inf)
         self._keys = keys
         self._timeout_ms = timeout_ms
         self._options = options
@@ -67,12 +80,16 @@ class Peer:
         self._arena: Arena | None = None
         self._first: tuple[Channel, ExitStack] | None = None
         self._gone = False
+        self._slot_bytes = _SLOT_BYTES
         self._reach()
         self.capabilities = self._ask(messages.WANT_CAPABILITIES)
         shard = self.capabilities.shard
         if shard is None:
             raise FormatError(f"{self}: the answer does not describe the shard")
         self.shard = shard
+        begin = time.perf_counter()
+        self._ask_coarse()
+        self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
 
     def __str__(self) -> str:
         return f"shard {self.index} ({self.address})"
@@ -124,6 +141,19 @@ class Peer:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
         return answer
 
+    def _ask_coarse(self) -> None:
+        """The shard from afar, where its owner tells: what Compass chooses by."""
+        request = messages.CoarseRouteRequest().encode()
+        reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._timeout_ms)
+        answer = messages.CoarseRouteResponse.decode(reply.payload)
+        if answer.code == 0:
+            table = answer.table
+            self.coarse = CoarseTable(
+                table.centroids.astype(np.float32), table.sizes.astype(np.int64), table.radii.astype(np.float32)
+            )
+            if answer.calibration is not None:
+                self.calibration = Calibration.from_json(answer.calibration)
+
     # ---- choosing the path ----
 
     def choose(self, wanted: str, device: Device | None, no_device: str) -> None:
@@ -170,10 +200,18 @@ class Peer:
             info, told = self.view.info, self.shard
             if (info.dim, info.metric, info.generation) != (told.dim, told.metric, told.generation):
                 raise FormatError(f"{self}: its region holds another shard than it announced", shard=self.index)
+            self.link = replace(self.link, **_measure(channel))
+            if info.ivf_bytes:
+                self.lists = IvfTable.open(channel, self.view, timeout_s=self._timeout_ms / 1000)
+                self._slot_bytes = max(_LIST_SLOT_BYTES, self.lists.info.block_bytes)
         except BaseException:
             stack.close()
             raise
-        self._first = (channel, stack)
+        if self.lists is None:
+            self._first = (channel, stack)
+        else:  # made now, for a search must not need the owner
+            stack.close()
+            self._first = self.open_channel()
 
     @property
     def info(self) -> ImageInfo | None:
@@ -188,7 +226,7 @@ class Peer:
             first, self._first = self._first, None
             return first
         with ExitStack() as stack:
-            slot_bytes = max(4096, self.shard.record_bytes)
+            slot_bytes = max(self._slot_bytes, self.shard.record_bytes)
             if self.transport == "shm":
                 assert self._arena is not None
                 channel = stack.enter_context(Channel.shm(self._arena, slot_bytes=slot_bytes))
@@ -263,13 +301,29 @@ class Peer:
         """Closes everything; lanes that were opened on it must be closed before."""
         if self._first is not None:
             self._first[1].close()
-        for part in (self.view, self._arena):
+        for part in (self.lists, self.view, self._arena):
             if part is not None:
                 part.close()
         with self._lock:
             clients, self._clients = self._clients, []
         for client in clients:
             client.close()
+
+
+def _measure(channel: Channel) -> dict[str, float]:
+    """What a channel can do: fields of `Link`."""
+    short = min(1024, channel.info.region_bytes)
+    long = min(channel.info.slot_bytes, channel.info.region_bytes)
+    depth = min(16, channel.info.slots)
+    here = np.zeros(_PROBES, np.uint64)
+    _, latencies = channel.read_loop(here, short)
+    many_s, _ = channel.read_loop(here, short, depth=depth)
+    long_s, _ = channel.read_loop(here, long, depth=depth)
+    return {
+        "rtt_s": float(np.median(latencies)) / 1e9,
+        "reads_per_s": _PROBES / max(many_s, 1e-9),
+        "bytes_per_s": _PROBES * long / max(long_s, 1e-9),
+    }
 
 
 def check_alike(peers: list[Peer]) -> None:

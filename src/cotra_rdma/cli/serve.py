@@ -15,8 +15,9 @@ import typer
 
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, Device, GidIndex, Json, transports
-from cotra_rdma.collection import shard_paths
+from cotra_rdma.collection import coarse_of, shard_paths
 from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
 from cotra_rdma.server import Server
 from cotra_rdma.server import serve as serve_shard
 from cotra_rdma.shard import Shard
@@ -63,9 +64,10 @@ def serve(
             raise typer.BadParameter(f"{len(paths)} shards from port {port} on pass port 65535", param_hint="--listen")
         for position, path in enumerate(paths):
             shard = stack.enter_context(Shard.open(path))
+            coarse = _coarse(path)
             address = f"{host}:{port + position if port else 0}"
             server = stack.enter_context(
-                serve_shard(shard, address, transports=offered, device=device, gid_index=gid_index)
+                serve_shard(shard, address, transports=offered, device=device, gid_index=gid_index, coarse=coarse)
             )
             served.append(_describe(path, shard, server))
         _print_ready(served, as_json=as_json)
@@ -109,6 +111,15 @@ def _host_port(listen: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise typer.BadParameter(f"{listen!r} is not HOST:PORT", param_hint="--listen")
     return host, int(port)
+
+
+def _coarse(path: Path) -> bytes | None:
+    """What peers are told of a shard of a collection, so that they can leave it out of queries that it has nothing for."""
+    table, calibration = coarse_of(path)
+    if table is None:
+        return None
+    told = None if calibration is None else calibration.to_json()
+    return CoarseRouteResponse(0, "", CentroidTable.of(table, "float16"), told).encode()
 
 
 def _describe(path: Path, shard: Shard, server: Server) -> dict[str, Any]:

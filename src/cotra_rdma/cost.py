@@ -1,0 +1,145 @@
+"""The cost model behind `algorithm="auto"`: what each way to search would take, from what the links can do and what it needs.
+
+A link is measured when it is connected. What an algorithm needs of a shard (READs, rounds, bytes, CPU) is what searches with
+the same parameters needed before; until there was one, it is a guess from ef and beam that the first search replaces.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+EXPANSION_S = 1e-6  # CPU of one expansion, until it was measured
+ESTIMATE_S = 1e-8  # of one entry of an inverted list
+READS_OF_EF = 0.8  # READs of a walk for each of ef, until they were counted
+ENTRY_ROUNDS = 2.0
+RERANKED_OF_K = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What the path to a shard can do.
+
+    Attributes:
+        rtt_s: one READ of 1 KiB, from post to completion, in seconds; infinite where memory cannot be read.
+        reads_per_s: READs of 1 KiB, many in progress.
+        bytes_per_s: of long READs.
+        rpc_s: a call that the owner answers at once.
+    """
+
+    rtt_s: float
+    reads_per_s: float
+    bytes_per_s: float
+    rpc_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a query needs of one shard, on average.
+
+    Attributes:
+        reads, rounds, bytes: over the wire; over RPC no reads and one round.
+        cpu_s: CPU time of whoever searches, in seconds.
+    """
+
+    reads: float
+    rounds: float
+    bytes: float
+    cpu_s: float
+
+
+def guess_walk(k: int, ef: int, beam: int, record_bytes: float) -> Needs:
+    """What a walk of a shard's graph needs, before any was done."""
+    reads = max(float(k), READS_OF_EF * ef)
+    return Needs(reads, ENTRY_ROUNDS + reads / beam, reads * record_bytes, reads * EXPANSION_S)
+
+
+def guess_lists(k: int, n_probe: int, n_lists: int, list_bytes: float, entries: float, vector_bytes: float) -> Needs:
+    """What a shard's part of a search in inverted lists needs; n_lists, list_bytes and entries are of all shards."""
+    lists = min(n_probe, n_lists) / n_lists
+    reranked = RERANKED_OF_K * k
+    read = lists * list_bytes + reranked * vector_bytes
+    return Needs(min(n_probe, n_lists) + reranked, 2.0, read, lists * entries * ESTIMATE_S + reranked * EXPANSION_S)
+
+
+def over_rpc(walk: Needs, dim: int, k: int) -> Needs:
+    """The same walk done by the owner: one message there and one back."""
+    return Needs(0.0, 1.0, 5.0 * dim + 12.0 * k + 100.0, walk.cpu_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one way to search would take for a batch.
+
+    Attributes:
+        algorithm: its name.
+        seconds: from call to answer.
+        reads, rounds, bytes, owner_cpu_s, shards: of a query, over all the shards that it asks.
+        allowed: whether `auto` may take it; `why` says why not.
+    """
+
+    algorithm: str
+    seconds: float
+    reads: float
+    rounds: float
+    bytes: float
+    owner_cpu_s: float
+    shards: float
+    allowed: bool = True
+    why: str = ""
+
+
+def predict_read(
+    algorithm: str, needs: Needs, links: Sequence[Link], shares: Sequence[float], n_queries: int, n_threads: int
+) -> Prediction:
+    """One-sided: rounds that follow each other, and the busiest of links and CPU for the rest of the batch.
+
+    shares: for each link, the share of the queries that ask its shard.
+    """
+    wire = max(
+        n_queries * share * max(needs.reads / link.reads_per_s, needs.bytes / link.bytes_per_s)
+        for link, share in zip(links, shares, strict=True)
+    )
+    asked = sum(shares)
+    cpu = n_queries * asked * needs.cpu_s / max(1, min(n_threads, n_queries))
+    seconds = needs.rounds * max(link.rtt_s for link in links) + max(wire, cpu)
+    return Prediction(algorithm, seconds, needs.reads * asked, needs.rounds, needs.bytes * asked, 0.0, asked)
+
+
+def predict_asked(
+    algorithm: str, needs: Needs, links: Sequence[Link], shares: Sequence[float], n_queries: int
+) -> Prediction:
+    """Over RPC: one call to each owner, all at once; each searches its shard with one thread."""
+    slowest = max(link.rpc_s + n_queries * share * needs.cpu_s for link, share in zip(links, shares, strict=True))
+    asked = sum(shares)
+    return Prediction(algorithm, slowest, 0.0, 1.0, needs.bytes * asked, needs.cpu_s * asked, asked)
+
+
+def forbidden(prediction: Prediction, why: str) -> Prediction:
+    """The same, not to be taken."""
+    return replace(prediction, allowed=False, why=why)
+
+
+def cheapest(predictions: Sequence[Prediction]) -> Prediction:
+    """The quickest that is allowed; among equals the first."""
+    return min((prediction for prediction in predictions if prediction.allowed), key=lambda p: p.seconds)
+
+
+@dataclass(slots=True)
+class Experience:
+    """What searches needed so far, by method ("walk", "lists") and parameters. Threads may share it."""
+
+    _seen: dict[tuple[str, int, int, int], Needs] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, method: str, k: int, ef: int, beam: int, needs: Needs) -> None:
+        """Takes what a search needed; it counts as much as all before it."""
+        key = (method, k, ef, beam)
+        with self._lock:
+            old = self._seen.get(key, needs)
+            self._seen[key] = Needs(*((getattr(old, n) + getattr(needs, n)) / 2 for n in Needs.__slots__))
+
+    def of(self, method: str, k: int, ef: int, beam: int) -> Needs | None:
+        """What searches with these parameters needed; None before the first."""
+        return self._seen.get((method, k, ef, beam))

@@ -1,0 +1,182 @@
+"""How a batch is to be searched: which shards each query asks, and by what path; the choice of `algorithm="auto"` too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma.compass import Router
+from cotra_rdma.cost import (
+    Experience,
+    Needs,
+    Prediction,
+    cheapest,
+    forbidden,
+    guess_lists,
+    guess_walk,
+    over_rpc,
+    predict_asked,
+    predict_read,
+)
+from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.job import SearchJob
+from cotra_rdma.peer import ONE_SIDED, Peer
+
+ALGORITHMS = ("auto", "cotra", "scatter-gather", "spire", "compass", "compass+scatter-gather", "compass+spire")
+_FULL = 0.9  # of the shards: a selection of more is not worth having
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is done.
+
+    Attributes:
+        algorithm: the name of it.
+        mask: bool[n_queries, n_shards]: which shards each query asks; None: all.
+        lists: whether inverted lists are read and not graphs.
+        asked: positions of the shards that are asked over RPC; the others are read.
+        predictions: of every way that was considered, the one taken first; empty unless "auto" or an explanation wanted them.
+    """
+
+    algorithm: str
+    mask: npt.NDArray[np.bool_] | None
+    lists: bool
+    asked: frozenset[int]
+    predictions: tuple[Prediction, ...] = ()
+
+
+class Planner:
+    """Makes plans for one cluster's shards."""
+
+    def __init__(self, peers: Sequence[Peer], dim: int, router: Router | None) -> None:
+        self._peers = peers
+        self._dim = dim
+        self.router = router
+        self.experience = Experience()
+
+    def plan(
+        self, algorithm: str, job: SearchJob, n_threads: int, *, target_recall: float, owner_cpu: bool, explain: bool
+    ) -> Plan:
+        """Plans a search. Raises `InvalidInputError` for an algorithm that is unknown, or that these shards cannot have."""
+        if algorithm not in ALGORITHMS:
+            raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
+        mask = job.mask
+        if algorithm.startswith("compass") or (algorithm == "auto" and self.router is not None):
+            mask = self._selection(job, target_recall, required=algorithm != "auto")
+        predictions: tuple[Prediction, ...] = ()
+        base = algorithm.removeprefix("compass").removeprefix("+") or "cotra"
+        if algorithm == "auto" or explain:
+            considered = self._predictions(job, mask, n_threads, owner_cpu)
+            chosen = cheapest(considered) if algorithm == "auto" else next(p for p in considered if p.algorithm == base)
+            predictions = (chosen, *(p for p in considered if p is not chosen))
+            base = chosen.algorithm
+        if base == "spire" and (why := self._no_lists()):
+            raise InvalidInputError(f"spire: {why}")
+        asked = self._asked(base, job, mask, owner_cpu and algorithm == "auto")
+        routed = mask is not job.mask
+        name = ("compass" if base == "cotra" else f"compass+{base}") if routed else base
+        return Plan(name, mask, base == "spire", asked, predictions)
+
+    def _selection(self, job: SearchJob, target_recall: float, *, required: bool) -> npt.NDArray[np.bool_] | None:
+        """The shards that Compass takes, of those that the job is for; the job's own mask where it would take almost all."""
+        if self.router is None:
+            raise InvalidInputError(
+                "compass: a shard has no coarse table (cotra build makes them; serve the whole collection)"
+            )
+        mask = self.router.select(job.queries, target_recall)
+        if job.mask is not None:
+            mask &= job.mask
+        return mask if required or mask.mean() < _FULL else job.mask
+
+    def _no_lists(self) -> str:
+        """Why inverted lists cannot be searched; "" when they can."""
+        for peer in self._peers:
+            if peer.transport not in ONE_SIDED:
+                return f"{peer} cannot be read"
+            if peer.lists is None:
+                return f"{peer} has no inverted lists (cotra build --ivf)"
+        return ""
+
+    def _walk(self, job: SearchJob) -> Needs:
+        record = float(np.mean([peer.shard.record_bytes for peer in self._peers]))
+        known = self.experience.of("walk", job.k, job.ef, job.beam)
+        return known or guess_walk(job.k, job.ef, job.beam, record)
+
+    def _lists(self, job: SearchJob) -> Needs:
+        known = self.experience.of("lists", job.k, job.ef, 0)
+        if known is not None:
+            return known
+        infos = [peer.lists.info for peer in self._peers if peer.lists is not None]
+        whole = guess_lists(
+            job.k,
+            job.ef,
+            sum(info.n_lists for info in infos),
+            sum(info.list_bytes for info in infos),
+            sum(info.entries for info in infos),
+            float(np.mean([peer.shard.record_bytes for peer in self._peers])),
+        )
+        n = len(self._peers)
+        return Needs(whole.reads / n, whole.rounds, whole.bytes / n, whole.cpu_s / n)
+
+    def _shares(self, mask: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float64]:
+        return np.ones(len(self._peers)) if mask is None or not len(mask) else mask.mean(axis=0)
+
+    def _predictions(
+        self, job: SearchJob, mask: npt.NDArray[np.bool_] | None, n_threads: int, owner_cpu: bool
+    ) -> list[Prediction]:
+        n, shares, walk = len(job.queries), self._shares(mask), self._walk(job)
+        links = [peer.link for peer in self._peers]
+        read = [at for at, peer in enumerate(self._peers) if peer.transport in ONE_SIDED]
+        others = [at for at in range(len(links)) if at not in read]
+        rpc = over_rpc(walk, self._dim, job.k)
+        found = []
+        parts = []
+        if read:
+            parts.append(predict_read("cotra", walk, [links[at] for at in read], shares[read].tolist(), n, n_threads))
+        if others:
+            parts.append(predict_asked("cotra", rpc, [links[at] for at in others], shares[others].tolist(), n))
+        found.append(_together(parts))
+        gathered = predict_asked("scatter-gather", rpc, links, shares.tolist(), n)
+        refusing = [str(peer) for peer in self._peers if peer.capabilities.transports.get("rpc")]
+        if refusing:
+            gathered = forbidden(gathered, f"{refusing[0]} does not offer rpc")
+        elif not owner_cpu and read:
+            gathered = forbidden(gathered, "the owners' CPU is not to be used")
+        found.append(gathered)
+        if not (why := self._no_lists()):
+            found.append(predict_read("spire", self._lists(job), links, shares.tolist(), n, n_threads))
+        elif any(peer.lists is not None for peer in self._peers):
+            found.append(Prediction("spire", float("inf"), 0, 2, 0, 0, 0, allowed=False, why=why))
+        return found
+
+    def _asked(self, base: str, job: SearchJob, mask: npt.NDArray[np.bool_] | None, mixed: bool) -> frozenset[int]:
+        """The shards that are asked over RPC. `mixed`: also those of which reading takes longer than asking would."""
+        if base == "scatter-gather":
+            return frozenset(range(len(self._peers)))
+        slow = {at for at, peer in enumerate(self._peers) if peer.transport not in ONE_SIDED}
+        if mixed and base == "cotra":
+            walk, shares = self._walk(job), self._shares(mask)
+            rpc = over_rpc(walk, self._dim, job.k)
+            for at, peer in enumerate(self._peers):
+                if at in slow or peer.capabilities.transports.get("rpc"):
+                    continue
+                share, link, n = [float(shares[at])], [peer.link], len(job.queries)
+                if predict_asked("", rpc, link, share, n).seconds < predict_read("", walk, link, share, n, 1).seconds:
+                    slow.add(at)
+        return frozenset(slow)
+
+
+def _together(parts: Sequence[Prediction]) -> Prediction:
+    """Parts that run side by side."""
+    return Prediction(
+        parts[0].algorithm,
+        max(part.seconds for part in parts),
+        sum(part.reads for part in parts),
+        max(part.rounds for part in parts),
+        sum(part.bytes for part in parts),
+        sum(part.owner_cpu_s for part in parts),
+        sum(part.shards for part in parts),
+    )
