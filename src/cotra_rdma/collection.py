@@ -30,7 +30,7 @@ PARTITIONS = ("range", "kmeans")
 PACK_SHARE = 0.1  # of the time that a shard takes, about
 
 _READ_ROWS = 65_536
-_SCATTER_ROWS = 8192  # of a shard, that tell in which directions lists are wide
+_SCATTER_ROWS = 2048  # of a shard, that tell in which directions lists are wide
 
 Progress = Callable[[int, str, int], None]
 """Called with (shard, its phase: "build" or "pack", rows done of the whole data set); before and after the shards also with
@@ -309,9 +309,9 @@ def _scatter(
 ) -> npt.NDArray[np.float64]:
     """The covariance of a shard's members about their centroids, times their number: float64[dim, dim], from a sample."""
     chosen = np.linspace(0, len(rows) - 1, min(_SCATTER_ROWS, len(rows))).astype(np.int64)
-    some = normalised(rows[chosen]) if metric == "cosine" else rows[chosen].astype(np.float64)
-    gaps = some.astype(np.float64) - centroids[lists[chosen]]
-    return np.asarray(gaps.T @ gaps * (len(rows) / len(chosen)))
+    some = normalised(rows[chosen]) if metric == "cosine" else rows[chosen].astype(np.float32)
+    gaps = some - centroids[lists[chosen]]
+    return np.asarray((gaps.T @ gaps).astype(np.float64) * (len(rows) / len(chosen)))
 
 
 def _calibration(

@@ -337,15 +337,26 @@ def exact_neighbours(
             gaps += np.square(chunk).sum(axis=1)
         inside = np.flatnonzero((rows >= start) & (rows < start + len(chunk)))
         gaps[inside, rows[inside] - start] = np.inf
-        near = np.argpartition(gaps, k - 1, axis=1)[:, :k] if len(chunk) > k else np.arange(len(chunk))[np.newaxis]
-        near = np.broadcast_to(near, (len(rows), near.shape[1]))
-        gaps_both = np.concatenate([best, np.take_along_axis(gaps, near, axis=1)], axis=1)
-        ids_both = np.concatenate([found, near + start], axis=1)
-        order = np.argsort(gaps_both, axis=1, kind="stable")[:, :k]
-        best, found = np.take_along_axis(gaps_both, order, axis=1), np.take_along_axis(ids_both, order, axis=1)
+        if not start:
+            near = np.argpartition(gaps, min(k, len(chunk)) - 1, axis=1)[:, :k]
+            query, column = np.repeat(np.arange(len(rows)), near.shape[1]), near.ravel()
+        else:  # few are closer than the k-th so far, and ever fewer
+            query, column = np.nonzero(gaps < best[:, -1:])
+        _merge(best, found, query, gaps[query, column], column + start)
         if progress:
             progress(start + len(chunk), count)
     return found
+
+
+def _merge(best: Floats, found: Ids, query: Ids, gaps: Floats, ids: Ids) -> None:
+    """Takes candidates into the k nearest of each query, in place."""
+    n, k = best.shape
+    query = np.concatenate([np.repeat(np.arange(n), k), query])
+    gaps, ids = np.concatenate([best.ravel(), gaps]), np.concatenate([found.ravel(), ids])
+    order = np.lexsort((ids, gaps, query))
+    first = np.searchsorted(query[order], np.arange(n))
+    order = order[(first[:, np.newaxis] + np.arange(k)).ravel()]  # each query has k at least: those it had
+    best[:], found[:] = gaps[order].reshape(n, k), ids[order].reshape(n, k)
 
 
 @dataclass(slots=True)
