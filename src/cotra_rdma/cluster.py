@@ -511,14 +511,16 @@ def _keep_leases(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
 
 
 def _router(peers: list[Peer]) -> Router | None:
-    """Compass over these shards; None where one of them has no coarse table, or they are of no one collection."""
-    tables = [peer.coarse for peer in peers if peer.coarse is not None]
-    if len(tables) != len(peers) or len(peers) < 2:
-        return None
+    """Compass over these shards, numbered as in their collection; None where they are not the whole of one."""
+    by_number = {peer.number: peer for peer in peers}
+    tables = [by_number[at].coarse for at in range(len(peers)) if at in by_number]
+    known = [table for table in tables if table is not None]
     told = {peer.calibration for peer in peers}
+    if len(known) != len(peers) or len(peers) < 2 or len(told) != 1:
+        return None
     try:
-        return Router(tables, told.pop() if len(told) == 1 else None, peers[0].shard.metric)
-    except FormatError as error:  # some shards of a collection, say, or in another order
+        return Router(known, told.pop(), peers[0].shard.metric)
+    except FormatError as error:
         log.info("Compass is off: %s", error)
         return None
 

@@ -30,7 +30,7 @@ PARTITIONS = ("range", "kmeans")
 PACK_SHARE = 0.1  # of the time that a shard takes, about
 
 _READ_ROWS = 65_536
-_SCATTER_ROWS = 8192  # of a shard, that tell in which directions lists are wide
+_SCATTER_ROWS = 2048  # of a shard, that tell in which directions lists are wide
 
 Progress = Callable[[int, str, int], None]
 """Called with (shard, its phase: "build" or "pack", rows done of the whole data set); before and after the shards also with
@@ -247,19 +247,22 @@ def build_collection(
     return collection
 
 
-def coarse_of(path: str | os.PathLike[str]) -> tuple[CoarseTable | None, Calibration | None]:
-    """The coarse table of a shard's file, and the calibration of the collection that it lies in; None where it is in none.
+def coarse_of(path: str | os.PathLike[str]) -> tuple[CoarseTable, dict[str, Any]] | None:
+    """The coarse table of a shard's file, and what goes with it on the wire (type 53): its number in the collection that it
+    lies in, and that one's calibration. None where it is in none.
 
     Raises `FormatError` for a collection that is broken.
     """
     file = Path(path)
     if not (file.parent / MANIFEST).is_file():
-        return None, None
+        return None
     collection = Collection.load(file.parent)
     numbers = [number for number, shard in enumerate(collection.shards) if shard.name == file.name]
-    if not numbers:
-        return None, None
-    return collection.coarse_table(file.parent, numbers[0]), collection.calibration
+    table = collection.coarse_table(file.parent, numbers[0]) if numbers else None
+    if table is None:
+        return None
+    calibration = collection.calibration
+    return table, {"shard": numbers[0], "calibration": None if calibration is None else calibration.to_json()}
 
 
 def shard_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -324,9 +327,9 @@ def _scatter(
 ) -> npt.NDArray[np.float64]:
     """The covariance of a shard's members about their centroids, times their number: float64[dim, dim], from a sample."""
     chosen = np.linspace(0, len(rows) - 1, min(_SCATTER_ROWS, len(rows))).astype(np.int64)
-    some = normalised(rows[chosen]) if metric == "cosine" else rows[chosen].astype(np.float64)
-    gaps = some.astype(np.float64) - centroids[lists[chosen]]
-    return np.asarray(gaps.T @ gaps * (len(rows) / len(chosen)))
+    some = normalised(rows[chosen]) if metric == "cosine" else rows[chosen].astype(np.float32)
+    gaps = some - centroids[lists[chosen]]
+    return np.asarray((gaps.T @ gaps).astype(np.float64) * (len(rows) / len(chosen)))
 
 
 def _calibration(

@@ -7,7 +7,8 @@ Two conditional logit models (McFadden 1974, "Conditional logit analysis of qual
    The model's features are log n; z, how many such spreads the query's k-th neighbour is likely below that mean; d^2 less that
    of the nearest list; and the part of d^2 in the few directions in which the lists are widest.
 2. Over the shards: the logarithm of the sum of 1., how far the query is from the shard's mean and from its closest list, and
-   how uncertain 1. is.
+   how uncertain 1. is. Each shard also has an offset and a slope of its own on that logarithm, held near 0 by a ridge: data
+   has shards that are neighbours of everything, and shards that nothing is near to.
 
 Shards whose expected share of the neighbours is below a threshold are left out. Which threshold loses how much recall was
 measured, at build, on held-out vectors with their exact neighbours; queries that are distributed otherwise lose otherwise.
@@ -50,7 +51,8 @@ _THRESHOLDS = np.geomspace(1e-5, 0.3, 64)
 _ALL_SHARE = 0.8  # of the shards: where more than that would be asked on average, all are
 _CHUNK_FLOATS = 1 << 20
 _NEWTON_STEPS = 25
-_RIDGE = 1e-5
+_RIDGE = 1e-5  # times the number of neighbours
+_OWN_RIDGE = 5.0
 
 Progress = Callable[[int, int], None]
 """Called as progress(rows done, rows in all)."""
@@ -67,6 +69,7 @@ class Calibration:
         directions: base64 of float16[n, dim], in which the lists are widest.
         list_caps: the largest z and d^2 that the model has seen; larger ones count as these.
         list_weights, shard_weights: of the models' features.
+        shard_offsets, shard_slopes: of each shard.
         thresholds, recalls, shards: on the held-out vectors, thresholds on a shard's share, ascending, with the recall
             (against asking all, less one standard error) and the mean number of shards asked.
     """
@@ -81,6 +84,8 @@ class Calibration:
     list_caps: tuple[float, ...]
     list_weights: tuple[float, ...]
     shard_weights: tuple[float, ...]
+    shard_offsets: tuple[float, ...]
+    shard_slopes: tuple[float, ...]
     thresholds: tuple[float, ...]
     recalls: tuple[float, ...]
     shards: tuple[float, ...]
@@ -90,6 +95,7 @@ class Calibration:
         if self.metric not in METRICS or not all(type(n) is int and n > 0 for n in numbers):
             raise FormatError("calibration: its metric or a number is out of range")
         lengths = {"list_caps": 2, "list_weights": _N_LIST_FEATURES, "shard_weights": _N_SHARD_FEATURES}
+        lengths |= {"shard_offsets": self.n_shards, "shard_slopes": self.n_shards}
         lengths |= dict.fromkeys(("thresholds", "recalls", "shards"), len(self.thresholds))
         for name, length in lengths.items():
             values = getattr(self, name)
@@ -269,14 +275,17 @@ def calibrate(
             chosen = np.take_along_axis(chosen, close, axis=1)
         features.append(every)
         counts.append(chosen)
-    list_weights = _fit(np.concatenate(features), np.concatenate(counts))
+    list_weights = _fit(np.concatenate(features), np.concatenate(counts))[0]
     del features, counts
     held = (model.shard_of[found][:, :, np.newaxis] == np.arange(len(tables))).sum(axis=1).astype(np.float32)
     shard_features = np.concatenate(
         [model.shard_features(model.raw(vectors[here], own[here]), list_weights, caps) for here in chunks]
     )
-    shard_weights = _fit(shard_features, held)
-    shares = _softmax(shard_features @ shard_weights)
+    weights = _fit(shard_features, held, own=True)
+    shares = np.empty(held.shape)  # for the measurement, of halves by what was fitted to the other half
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        other = slice(1 - (half.start or 0), None, 2)
+        shares[half] = _shard_shares(shard_features[half], *_fit(shard_features[other], held[other], own=True))
     masks = [_at_least(shares, threshold) for threshold in _THRESHOLDS]
     each = np.stack([(held * mask).sum(axis=1) / held.sum(axis=1) for mask in masks])
     errors = each.std(axis=1) / math.sqrt(len(vectors))
@@ -291,7 +300,9 @@ def calibrate(
         base64.b64encode(axes.astype("<f2").tobytes()).decode(),
         _numbers(caps),
         _numbers(list_weights),
-        _numbers(shard_weights),
+        _numbers(weights[0]),
+        _numbers(weights[1]),
+        _numbers(weights[2]),
         _numbers(_THRESHOLDS),
         _numbers(recalls),
         _numbers(np.array([mask.sum(axis=1).mean() for mask in masks])),
@@ -326,15 +337,26 @@ def exact_neighbours(
             gaps += np.square(chunk).sum(axis=1)
         inside = np.flatnonzero((rows >= start) & (rows < start + len(chunk)))
         gaps[inside, rows[inside] - start] = np.inf
-        near = np.argpartition(gaps, k - 1, axis=1)[:, :k] if len(chunk) > k else np.arange(len(chunk))[np.newaxis]
-        near = np.broadcast_to(near, (len(rows), near.shape[1]))
-        gaps_both = np.concatenate([best, np.take_along_axis(gaps, near, axis=1)], axis=1)
-        ids_both = np.concatenate([found, near + start], axis=1)
-        order = np.argsort(gaps_both, axis=1, kind="stable")[:, :k]
-        best, found = np.take_along_axis(gaps_both, order, axis=1), np.take_along_axis(ids_both, order, axis=1)
+        if not start:
+            near = np.argpartition(gaps, min(k, len(chunk)) - 1, axis=1)[:, :k]
+            query, column = np.repeat(np.arange(len(rows)), near.shape[1]), near.ravel()
+        else:  # few are closer than the k-th so far, and ever fewer
+            query, column = np.nonzero(gaps < best[:, -1:])
+        _merge(best, found, query, gaps[query, column], column + start)
         if progress:
             progress(start + len(chunk), count)
     return found
+
+
+def _merge(best: Floats, found: Ids, query: Ids, gaps: Floats, ids: Ids) -> None:
+    """Takes candidates into the k nearest of each query, in place."""
+    n, k = best.shape
+    query = np.concatenate([np.repeat(np.arange(n), k), query])
+    gaps, ids = np.concatenate([best.ravel(), gaps]), np.concatenate([found.ravel(), ids])
+    order = np.lexsort((ids, gaps, query))
+    first = np.searchsorted(query[order], np.arange(n))
+    order = order[(first[:, np.newaxis] + np.arange(k)).ravel()]  # each query has k at least: those it had
+    best[:], found[:] = gaps[order].reshape(n, k), ids[order].reshape(n, k)
 
 
 @dataclass(slots=True)
@@ -450,13 +472,17 @@ class _Model:
 
     def shares(self, queries: Floats, calibration: Calibration) -> Wide:
         """float64[n, shards]."""
-        list_weights, shard_weights = np.array(calibration.list_weights), np.array(calibration.shard_weights)
+        list_weights = np.array(calibration.list_weights)
+        weights = [
+            np.array(values)
+            for values in (calibration.shard_weights, calibration.shard_offsets, calibration.shard_slopes)
+        ]
         caps = np.array(calibration.list_caps, np.float32)
         found = np.empty((len(queries), len(self.starts)))
         for start in range(0, len(queries), self.chunk_rows):
             raw = self.raw(queries[start : start + self.chunk_rows])
             features = self.shard_features(raw, list_weights, caps)
-            found[start : start + self.chunk_rows] = _softmax(features @ shard_weights)
+            found[start : start + self.chunk_rows] = _shard_shares(features, *weights)
         return found
 
     def _prepared(self, queries: Floats) -> Floats:
@@ -507,40 +533,78 @@ def _numbers(values: npt.NDArray[Any]) -> tuple[float, ...]:
     return tuple(float(f"{value:.6g}") for value in values)
 
 
-def _fit(features: Floats, counts: Floats) -> Wide:
-    """The weights float64[f] of a conditional logit model, by damped Newton steps (its likelihood is concave).
+def _shard_shares(features: Floats, weights: Wide, offsets: Wide, slopes: Wide) -> npt.NDArray[Any]:
+    """The second model's answer: float64[n, shards]."""
+    return _softmax(features @ weights + offsets + features[:, :, 0] * slopes)
+
+
+def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, Wide, Wide]:
+    """Fits a conditional logit model by damped Newton steps (its likelihood is concave).
 
     Args:
         features: float32[n, alternatives, f]. counts: float32[n, alternatives], how often each was chosen.
+        own: whether each alternative gets an offset, and a slope on the first feature, of its own.
+
+    Returns:
+        The features' weights float64[f], and offsets and slopes float64[alternatives] (empty without `own`).
     """
     n, alternatives, f = features.shape
     flat = features.reshape(-1, f)
     scale = np.maximum(flat.std(axis=0, dtype=np.float64), 1e-6)
     centre = flat.mean(axis=0, dtype=np.float64)
     flat = ((flat - centre) / scale).astype(np.float32)
+    cube = flat.reshape(n, alternatives, f)
+    first, groups = cube[:, :, 0], alternatives if own else 0
     chosen = counts.sum(axis=1, dtype=np.float64)
-    wanted = flat.T.astype(np.float64) @ counts.reshape(-1).astype(np.float64)
-    total = chosen.sum()
+    total = float(chosen.sum())
+    ridge = np.concatenate([np.full(f, _RIDGE * total), np.full(2 * groups, _OWN_RIDGE)])
+    offsets, slopes = slice(f, f + groups), slice(f + groups, f + 2 * groups)
 
-    def likelihood(weights: Wide) -> tuple[float, npt.NDArray[Any]]:
-        utility = (flat @ weights.astype(np.float32)).reshape(n, alternatives)
+    def sums(mass: Floats) -> Wide:
+        """Of all features, own ones too, times `mass`."""
+        parts: list[npt.NDArray[Any]] = [flat.T.astype(np.float64) @ mass.reshape(-1).astype(np.float64)]
+        if own:
+            parts += [mass.sum(axis=0, dtype=np.float64), (mass * first).sum(axis=0, dtype=np.float64)]
+        return np.concatenate(parts)
+
+    wanted = sums(counts)
+
+    def likelihood(weights: Wide) -> tuple[float, Floats]:
+        utility = (flat @ weights[:f].astype(np.float32)).reshape(n, alternatives)
+        if own:
+            utility += (weights[offsets] + first * weights[slopes]).astype(np.float32)
         top = utility.max(axis=1, keepdims=True)
         chances = np.exp(utility - top)
-        sums = chances.sum(axis=1, keepdims=True)
-        chances /= sums
-        logs = (top + np.log(sums))[:, 0].astype(np.float64)
-        value = wanted @ weights - chosen @ logs - 0.5 * _RIDGE * total * weights @ weights
-        return float(value) / total, chances
+        norms = chances.sum(axis=1, keepdims=True)
+        chances /= norms
+        logs = (top + np.log(norms))[:, 0].astype(np.float64)
+        return float(wanted @ weights - chosen @ logs - 0.5 * ridge @ np.square(weights)) / total, chances
 
-    weights = np.zeros(f)
+    def hessian(chances: Floats, mass: Floats) -> Wide:
+        means = [np.einsum("qaf,qa->qf", cube, chances, optimize=True).astype(np.float64)]
+        square = np.diag(ridge + 1e-6 * total)
+        square[:f, :f] += (flat * mass.reshape(-1, 1)).T @ flat
+        if own:
+            means += [chances.astype(np.float64), (chances * first).astype(np.float64)]
+            for block, part in ((offsets, mass), (slopes, mass * first)):
+                cross = np.einsum("qaf,qa->fa", cube, part, optimize=True)
+                square[:f, block] += cross
+                square[block, :f] += cross.T
+            for row, column, part in (
+                (offsets, offsets, mass),
+                (offsets, slopes, mass * first),
+                (slopes, offsets, mass * first),
+            ):
+                square[row, column] += np.diag(part.sum(axis=0, dtype=np.float64))
+            square[slopes, slopes] += np.diag((mass * first**2).sum(axis=0, dtype=np.float64))
+        joined = np.concatenate(means, axis=1)
+        return np.asarray(square - (joined * chosen[:, np.newaxis]).T @ joined)
+
+    weights = np.zeros(f + 2 * groups)
     value, chances = likelihood(weights)
     for _ in range(_NEWTON_STEPS):
         mass = chances * chosen[:, np.newaxis].astype(np.float32)
-        weighted = flat * mass.reshape(-1, 1)
-        means = np.einsum("qaf,qa->qf", flat.reshape(n, alternatives, f), chances, optimize=True).astype(np.float64)
-        gradient = wanted - weighted.sum(axis=0, dtype=np.float64) - _RIDGE * total * weights
-        hessian = (weighted.T @ flat).astype(np.float64) - (means * chosen[:, np.newaxis]).T @ means
-        step = np.linalg.solve(hessian + (_RIDGE + 1e-6) * total * np.eye(f), gradient)
+        step = np.linalg.solve(hessian(chances, mass), wanted - sums(mass) - ridge * weights)
         size = 1.0
         while size > 1e-3:
             new_value, new_chances = likelihood(weights + size * step)
@@ -552,4 +616,5 @@ def _fit(features: Floats, counts: Floats) -> Wide:
         gain, value, chances, weights = new_value - value, new_value, new_chances, weights + size * step
         if gain < 1e-6:
             break
-    return np.asarray(weights / scale)
+    slope = weights[slopes] / scale[0]
+    return weights[:f] / scale, weights[offsets] - slope * centre[0], slope

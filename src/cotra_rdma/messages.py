@@ -386,18 +386,19 @@ class CoarseRouteRequest:
 @dataclass(frozen=True, slots=True, eq=False)
 class CoarseRouteResponse:
     """Type 53: [code u32, message str, dim u32, n_lists u32, centroid_type str, centroids bin, sizes bin, radii bin], and
-    after the array, where there is one, the collection's calibration as a MessagePack map.
+    after the array, where the shard is one of a collection, a MessagePack map: "shard", its number in it, and "calibration",
+    what `compass.Calibration.to_json` gives, or nil.
 
     Attributes:
         code, message: as in `SearchResponse`; with an error the table is empty.
         table: the shard's coarse description.
-        calibration: what `compass.Calibration.to_json` gives, or None.
+        collection: that map, or None.
     """
 
     code: int
     message: str
     table: CentroidTable
-    calibration: dict[str, Any] | None = None
+    collection: dict[str, Any] | None = None
 
     @classmethod
     def failed(cls, code: int, message: str) -> CoarseRouteResponse:
@@ -407,7 +408,7 @@ class CoarseRouteResponse:
     def encode(self) -> bytes:
         """The payload."""
         head = [_array_prefix(_COARSE_FIELDS), encode_array(self.code), encode_array(self.message)]
-        tail = [] if self.calibration is None else [encode_array(self.calibration)]
+        tail = [] if self.collection is None else [encode_array(self.collection)]
         return b"".join([*head, *self.table.fields(), *tail])
 
     @classmethod

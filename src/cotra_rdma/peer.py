@@ -68,6 +68,7 @@ class Peer:
         self.lists: IvfTable | None = None
         self.coarse: CoarseTable | None = None
         self.calibration: Calibration | None = None
+        self.number: int | None = None  # in its collection
         self.link = Link(math.inf, 0.0, 0.0, math.inf)
         self._keys = keys
         self._timeout_ms = timeout_ms
@@ -151,8 +152,11 @@ class Peer:
             self.coarse = CoarseTable(
                 table.centroids.astype(np.float32), table.sizes.astype(np.int64), table.radii.astype(np.float32)
             )
-            if answer.calibration is not None:
-                self.calibration = Calibration.from_json(answer.calibration)
+            told = answer.collection or {}
+            if isinstance(told.get("shard"), int):
+                self.number = told["shard"]
+            if told.get("calibration") is not None:
+                self.calibration = Calibration.from_json(told["calibration"])
 
     # ---- choosing the path ----
 

@@ -84,9 +84,9 @@ class Planner:
         """The shards that Compass takes, of those that the job is for; the job's own mask where it would take almost all."""
         if self.router is None:
             raise InvalidInputError(
-                "compass: a shard has no coarse table (cotra build makes them; serve the whole collection)"
+                "compass: these shards are not the whole of a collection with coarse tables: cotra build makes them"
             )
-        mask = self.router.select(job.queries, target_recall)
+        mask = self.router.select(job.queries, target_recall)[:, [peer.number or 0 for peer in self._peers]]
         if job.mask is not None:
             mask &= job.mask
         return mask if required or mask.mean() < _FULL else job.mask

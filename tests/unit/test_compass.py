@@ -243,6 +243,8 @@ def test_tables_and_calibration_must_fit() -> None:
         {"list_weights": 7},
         {"shard_weights": [float("nan")] * 7},
         {"shard_weights": ["1"] * 7},
+        {"shard_offsets": [0.0] * 7},
+        {"shard_slopes": [float("inf")] * 8},
         {"thresholds": []},
         {"thresholds": [0.0] * 64},
         {"recalls": [0.5] * 63},

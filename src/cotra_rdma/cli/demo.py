@@ -95,7 +95,8 @@ def _build(directory: Path, *, quiet: bool) -> float:
         task = bar.add_task("", total=vectors.count)
 
         def progress(shard: int, phase: str, done: int) -> None:
-            bar.update(task, completed=done, description=f"shard {shard + 1}/{N_OWNERS} {phase}")
+            description = phase if shard < 0 else f"shard {shard + 1}/{N_OWNERS} {phase}"
+            bar.update(task, completed=done, description=description)
 
         build_collection(vectors, directory, N_OWNERS, metric="cosine", progress=progress)
     return time.perf_counter() - begin

@@ -115,11 +115,11 @@ def _host_port(listen: str) -> tuple[str, int]:
 
 def _coarse(path: Path) -> bytes | None:
     """What peers are told of a shard of a collection, so that they can leave it out of queries that it has nothing for."""
-    table, calibration = coarse_of(path)
-    if table is None:
+    found = coarse_of(path)
+    if found is None:
         return None
-    told = None if calibration is None else calibration.to_json()
-    return CoarseRouteResponse(0, "", CentroidTable.of(table, "float16"), told).encode()
+    table, collection = found
+    return CoarseRouteResponse(0, "", CentroidTable.of(table, "float16"), collection).encode()
 
 
 def _describe(path: Path, shard: Shard, server: Server) -> dict[str, Any]:
