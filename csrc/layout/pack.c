@@ -17,6 +17,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define MAX_COMPONENT 1e15f /* squared distances of larger ones do not fit a float */
+
 struct cotra_packer {
     cotra_packer_params params;
     cotra_image_info info; /* complete but for checksums once read() is done; count 0 before */
@@ -133,8 +135,9 @@ static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint
     float vector[COTRA_MAX_DIM];
     memcpy(vector, data, 4 * (size_t)info->dim);
     for (uint32_t i = 0; i < info->dim; i++) {
-        if (!isfinite(vector[i]))
-            return cotra_fail(err, COTRA_ERR_ARGUMENT, "node %llu: component %u of its vector is not finite",
+        if (!(fabsf(vector[i]) <= MAX_COMPONENT))
+            return cotra_fail(err, COTRA_ERR_ARGUMENT,
+                              "node %llu: component %u of its vector is not finite, or beyond 1e15",
                               (unsigned long long)node, i);
         sums[i] += vector[i];
     }

@@ -150,6 +150,14 @@ static int make_walks(cotra_engine *engine, uint32_t n_walks, uint32_t k, uint32
     return COTRA_OK;
 }
 
+/* A failure belongs to the shard at hand: a completion of one may start a query on another. */
+static int at_shard(cotra_error *err, uint32_t shard, int status)
+{
+    if (status < 0 && err)
+        err->shard = (int32_t)shard;
+    return status;
+}
+
 static int post_queue(lane *to, cotra_error *err)
 {
     uint32_t posted = 0;
@@ -207,7 +215,7 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
         int status = cotra_walk_begin(walk, engine->lanes[run->shard].view, &engine->lanes[run->shard].plan,
                                       engine->kernels, engine->queries + run->query * engine->max_dim, err);
         if (status)
-            return status;
+            return at_shard(err, run->shard, status);
         n = cotra_walk_choose(walk);
     }
     lane *to = &engine->lanes[run->shard];
@@ -220,14 +228,15 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
     run->missing = n;
     walk->stats.reads += n;
     walk->stats.read_bytes += (uint64_t)n * info->record_bytes;
-    return to->queued >= to->channel->post_batch ? post_queue(to, err) : COTRA_OK;
+    return to->queued >= to->channel->post_batch ? at_shard(err, run->shard, post_queue(to, err)) : COTRA_OK;
 }
 
 static int take_completion(cotra_engine *engine, const cotra_completion *completion, lane *from, cotra_error *err)
 {
     from->outstanding--;
     if (completion->status != COTRA_OK)
-        return cotra_channel_report(from->channel, completion->status, err);
+        return at_shard(err, (uint32_t)(from - engine->lanes),
+                        cotra_channel_report(from->channel, completion->status, err));
     uint32_t w = completion->slot / engine->width;
     running *run = &engine->walks[w];
     run->records[completion->slot % engine->width] = completion->data;
@@ -236,7 +245,7 @@ static int take_completion(cotra_engine *engine, const cotra_completion *complet
     for (uint32_t i = 0; i < run->walk.frontier_count; i++) {
         int status = cotra_walk_expand(&run->walk, i, run->records[i], err);
         if (status)
-            return status;
+            return at_shard(err, run->shard, status);
     }
     return advance(engine, w, err);
 }
@@ -244,13 +253,14 @@ static int take_completion(cotra_engine *engine, const cotra_completion *complet
 /* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */
 static int turn(cotra_engine *engine, lane *lane_, uint64_t timeout_ns, cotra_error *err)
 {
+    const uint32_t shard = (uint32_t)(lane_ - engine->lanes);
     cotra_completion completions[POLL_BATCH];
     uint32_t n = 0;
     int status = COTRA_OK;
     if (lane_->outstanding) {
         status = cotra_channel_poll(lane_->channel, completions, POLL_BATCH, &n, err);
         if (status < 0)
-            return status;
+            return at_shard(err, shard, status);
     }
     for (uint32_t c = 0; c < n; c++) {
         status = take_completion(engine, &completions[c], lane_, err);
@@ -261,7 +271,7 @@ static int turn(cotra_engine *engine, lane *lane_, uint64_t timeout_ns, cotra_er
     if (queued) {
         status = post_queue(lane_, err);
         if (status)
-            return status;
+            return at_shard(err, shard, status);
     }
     if (n || queued != lane_->queued) {
         lane_->last_progress_ns = 0;
@@ -272,8 +282,9 @@ static int turn(cotra_engine *engine, lane *lane_, uint64_t timeout_ns, cotra_er
         if (lane_->last_progress_ns == 0)
             lane_->last_progress_ns = now;
         else if (now - lane_->last_progress_ns > timeout_ns)
-            return cotra_fail(err, COTRA_ERR_DEADLINE, "a READ did not complete within %llu ms",
-                              (unsigned long long)(timeout_ns / 1000000u));
+            return at_shard(err, shard,
+                            cotra_fail(err, COTRA_ERR_DEADLINE, "a READ did not complete within %llu ms",
+                                       (unsigned long long)(timeout_ns / 1000000u)));
     }
     return 0;
 }
@@ -282,21 +293,15 @@ static int run_all(cotra_engine *engine, uint64_t timeout_ns, cotra_error *err)
 {
     for (uint32_t w = 0; w < engine->n_walks; w++) {
         int status = advance(engine, w, err);
-        if (status) {
-            if (err)
-                err->shard = (int32_t)engine->walks[w].shard;
+        if (status)
             return status;
-        }
     }
     while (engine->active) {
         int busy = 0;
         for (uint32_t s = 0; s < engine->n_shards; s++) {
             int status = turn(engine, &engine->lanes[s], timeout_ns, err);
-            if (status < 0) {
-                if (err)
-                    err->shard = (int32_t)s;
+            if (status < 0)
                 return status;
-            }
             busy |= status;
         }
         if (!busy) {

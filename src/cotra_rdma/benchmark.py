@@ -23,9 +23,12 @@ from cotra_rdma.errors import InvalidInputError
 
 Ids = npt.NDArray[np.int64]
 Queries = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.bool_]
+"""bool[n]: the vectors of a data set that a filter lets through."""
 
 LATENCY_QUERIES = 200
 WARM_UP_QUERIES = 64
+FILTER_SEED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ class Cost:
     reads: float
     rounds: float
     bytes: float
+    shards: float = 1.0
 
 
 class System(Protocol):
@@ -133,11 +137,19 @@ class System(Protocol):
         """The path to the vectors, where it has one."""
 
     @property
+    def algorithm(self) -> str | None:
+        """How several shards are searched; None where there is one, and no such choice."""
+
+    @property
+    def n_shards(self) -> int:
+        """Over how many shards its vectors are split."""
+
+    @property
     def beams(self) -> bool:
         """Whether the number of expansions a round is its parameter."""
 
-    def search(self, queries: Queries, k: int, ef: int, beam: int) -> tuple[Ids, Cost | None]:
-        """Ids int64[n, k] of each query's answers, and the cost of a query."""
+    def search(self, queries: Queries, k: int, ef: int, beam: int, rows: Rows | None = None) -> tuple[Ids, Cost | None]:
+        """Ids int64[n, k] of each query's answers (among `rows`, when given), and the cost of a query."""
 
     def owner_cpu_s(self) -> float | None:
         """CPU seconds that the process which owns the vectors has used so far, where that is another one."""
@@ -156,10 +168,13 @@ class Point:
 
     system: str
     transport: str | None
+    algorithm: str | None
     dataset: str
     n: int
     dim: int
     metric: str
+    shards: int
+    filter: float | None
     k: int
     ef: int
     beam: int | None
@@ -173,6 +188,7 @@ class Point:
     reads_per_query: float | None
     rounds_per_query: float | None
     bytes_per_query: float | None
+    shards_per_query: float | None
     owner_cpu_us_per_query: float | None
     M: int
     ef_construction: int
@@ -206,40 +222,50 @@ def run(
     systems: Sequence[System],
     plan: Plan,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    share: float | None = None,
 ) -> list[Point]:
-    """Measures every configuration of the plan; `progress` is called with (measurements done, all)."""
+    """Measures every configuration of the plan; `progress` is called with (measurements done, all).
+
+    share: searches under a filter that lets this share of the vectors through, the same for all; the ground truth among
+    those is computed.
+    """
+    rows, truth = (None, data.ground_truth) if share is None else _filtered(data, share, plan.k)
     configurations = plan.configurations(systems)
     samples: list[list[float]] = [[] for _ in configurations]
     owner_cpu: list[float | None] = [0.0 for _ in configurations]
     total = len(configurations) * (plan.repeats + 1)
     for repeat in range(plan.repeats):
         for i, (system, ef, beam) in enumerate(configurations):
-            system.search(data.queries[:WARM_UP_QUERIES], plan.k, ef, beam)
+            system.search(data.queries[:WARM_UP_QUERIES], plan.k, ef, beam, rows)
             before = system.owner_cpu_s()
             begin = time.perf_counter()
-            system.search(data.queries, plan.k, ef, beam)
+            system.search(data.queries, plan.k, ef, beam, rows)
             samples[i].append(len(data.queries) / (time.perf_counter() - begin))
             after, so_far = system.owner_cpu_s(), owner_cpu[i]
             owner_cpu[i] = None if before is None or after is None or so_far is None else so_far + after - before
             progress(repeat * len(configurations) + i + 1, total)
     points = []
     for i, (system, ef, beam) in enumerate(configurations):
-        found, cost = system.search(data.queries, plan.k, ef, beam)
-        p50, p99 = _latency_us(system, data.queries[:LATENCY_QUERIES], plan.k, ef, beam)
+        found, cost = system.search(data.queries, plan.k, ef, beam, rows)
+        p50, p99 = _latency_us(system, data.queries[:LATENCY_QUERIES], plan.k, ef, beam, rows)
         cpu = owner_cpu[i]
         points.append(
             Point(
                 system=system.name,
                 transport=system.transport,
+                algorithm=system.algorithm,
                 dataset=data.name,
                 n=data.vectors.count,
                 dim=data.vectors.dim,
                 metric=data.metric,
+                shards=system.n_shards,
+                filter=share,
                 k=plan.k,
                 ef=ef,
                 beam=beam if system.beams else None,
                 n_threads=plan.n_threads,
-                recall=recall(found, data.ground_truth),
+                recall=recall(found, truth),
                 qps=float(np.median(samples[i])),
                 qps_min=min(samples[i]),
                 qps_max=max(samples[i]),
@@ -248,6 +274,7 @@ def run(
                 reads_per_query=None if cost is None else cost.reads,
                 rounds_per_query=None if cost is None else cost.rounds,
                 bytes_per_query=None if cost is None else cost.bytes,
+                shards_per_query=None if cost is None else cost.shards,
                 owner_cpu_us_per_query=None if cpu is None else cpu * 1e6 / (plan.repeats * len(data.queries)),
                 M=plan.M,
                 ef_construction=plan.ef_construction,
@@ -258,11 +285,31 @@ def run(
     return points
 
 
-def _latency_us(system: System, queries: Queries, k: int, ef: int, beam: int) -> tuple[float, float]:
+def _filtered(data: DataSet, share: float, k: int) -> tuple[Rows, Ids]:
+    """A random filter, and each query's k nearest among what it lets through."""
+    rows = np.random.default_rng(FILTER_SEED).random(data.vectors.count) < share
+    (numbers,) = rows.nonzero()
+    if len(numbers) < k:
+        raise InvalidInputError(f"a filter of {share} lets {len(numbers)} vectors through, and {k} are wanted")
+    vectors = np.concatenate(
+        [np.asarray(chunk, np.float32)[rows[start : start + len(chunk)]] for start, chunk in _chunks(data)]
+    )
+    nearest = [numbers[np.argsort(distances(data.metric, query, vectors), kind="stable")[:k]] for query in data.queries]
+    return rows, np.stack(nearest).astype(np.int64)
+
+
+def _chunks(data: DataSet) -> Iterable[tuple[int, npt.NDArray[Any]]]:
+    start = 0
+    for chunk in data.vectors.chunks(rows=16384):
+        yield start, chunk
+        start += len(chunk)
+
+
+def _latency_us(system: System, queries: Queries, k: int, ef: int, beam: int, rows: Rows | None) -> tuple[float, float]:
     latencies = []
     for i in range(len(queries)):
         begin = time.perf_counter_ns()
-        system.search(queries[i : i + 1], k, ef, beam)
+        system.search(queries[i : i + 1], k, ef, beam, rows)
         latencies.append((time.perf_counter_ns() - begin) / 1e3)
     p50, p99 = np.percentile(latencies, (50, 99))
     return float(p50), float(p99)
@@ -277,6 +324,8 @@ class Comparison:
 
     system: str
     transport: str | None
+    algorithm: str | None
+    filter: float | None
     beam: int | None
     recall: float
     qps: float | None
@@ -289,19 +338,22 @@ class Comparison:
 def compare(
     points: Sequence[Point], targets: Sequence[float] = (0.95, 0.99), reference: str = "hnswlib"
 ) -> list[Comparison]:
-    """Every curve (a system, its transport and beam) at each recall of `targets`."""
-    curves: dict[tuple[str, str | None, int | None], list[Point]] = {}
+    """Every curve (a system, its transport, algorithm, filter and beam) at each recall of `targets`."""
+    curves: dict[tuple[str, str | None, str | None, float | None, int | None], list[Point]] = {}
     for point in points:
-        curves.setdefault((point.system, point.transport, point.beam), []).append(point)
+        key = (point.system, point.transport, point.algorithm, point.filter, point.beam)
+        curves.setdefault(key, []).append(point)
     found = []
     for target in targets:
-        base = _at(curves.get((reference, None, None), []), target, "qps")
-        for (system, transport, beam), curve in curves.items():
+        base = _at(curves.get((reference, None, None, None, None), []), target, "qps")
+        for (system, transport, algorithm, share, beam), curve in curves.items():
             qps = _at(curve, target, "qps")
             found.append(
                 Comparison(
                     system=system,
                     transport=transport,
+                    algorithm=algorithm,
+                    filter=share,
                     beam=beam,
                     recall=target,
                     qps=qps,
@@ -323,3 +375,13 @@ def _at(curve: Sequence[Point], target: float, field: str) -> float | None:
             share = (target - low.recall) / (high.recall - low.recall) if high.recall > low.recall else 0.0
             return float(a + share * (b - a))
     return None
+
+
+def label(row: Point | Comparison) -> str:
+    """A curve's name."""
+    parts = [row.system if row.transport is None else f"{row.system} {row.transport}", row.algorithm]
+    parts += [
+        None if row.beam is None else f"beam {row.beam}",
+        None if row.filter is None else f"filter {row.filter:g}",
+    ]
+    return ", ".join(part for part in parts if part)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma.benchmark import Cost, DataSet, Ids, Plan, Queries, System
+from cotra_rdma.benchmark import Cost, DataSet, Ids, Plan, Queries, Rows, System
 from cotra_rdma.channel import Channel, FabricModel
 from cotra_rdma.cluster import connect
 from cotra_rdma.engine import Engine, View
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.owner_process import OwnerProcess
+from cotra_rdma.queries import pack_filter
 from cotra_rdma.shard import Shard
 
 if TYPE_CHECKING:
@@ -36,16 +37,19 @@ class Hnswlib:
 
     name = "hnswlib"
     transport = None
+    algorithm = None
+    n_shards = 1
     beams = False
 
     def __init__(self, index: hnswlib.Index, n_threads: int) -> None:
         self._index = index
         index.set_num_threads(n_threads)
 
-    def search(self, queries: Queries, k: int, ef: int, beam: int) -> tuple[Ids, Cost | None]:
+    def search(self, queries: Queries, k: int, ef: int, beam: int, rows: Rows | None = None) -> tuple[Ids, Cost | None]:
         """As `benchmark.System`; hnswlib has no beam and counts nothing."""
         self._index.set_ef(ef)
-        return self._index.knn_query(queries, k)[0].astype(np.int64), None
+        through = None if rows is None else rows.__getitem__
+        return self._index.knn_query(queries, k, filter=through)[0].astype(np.int64), None
 
     def owner_cpu_s(self) -> float | None:
         """None: there is no owner."""
@@ -59,6 +63,8 @@ class Remote:
     """A shard in an owner process of its own, reached over one transport."""
 
     name = "cotra"
+    algorithm = None
+    n_shards = 1
     beams = True
 
     def __init__(self, path: Path, transport: str, n_threads: int) -> None:
@@ -69,9 +75,10 @@ class Remote:
             self._cluster = stack.enter_context(connect(self._owner.addresses, transport=transport))
             self._stack = stack.pop_all()
 
-    def search(self, queries: Queries, k: int, ef: int, beam: int) -> tuple[Ids, Cost | None]:
+    def search(self, queries: Queries, k: int, ef: int, beam: int, rows: Rows | None = None) -> tuple[Ids, Cost | None]:
         """As `benchmark.System`."""
-        result = self._cluster.search(queries, k=k, ef=ef, beam=beam, n_threads=self._n_threads)
+        filters = None if rows is None else [rows]
+        result = self._cluster.search(queries, k=k, ef=ef, beam=beam, n_threads=self._n_threads, filters=filters)
         return result.ids, _cost(result.stats)
 
     def owner_cpu_s(self) -> float | None:
@@ -87,6 +94,8 @@ class Local:
     """A shard mapped in this process, with or without a modelled fabric in between."""
 
     name = "cotra"
+    algorithm = None
+    n_shards = 1
     beams = True
 
     def __init__(self, path: Path, transport: str, fabric: FabricModel | None, n_threads: int) -> None:
@@ -103,13 +112,16 @@ class Local:
                 self._engines.append(stack.enter_context(Engine.create([view], [channel])))
             self._stack = stack.pop_all()
 
-    def search(self, queries: Queries, k: int, ef: int, beam: int) -> tuple[Ids, Cost | None]:
+    def search(self, queries: Queries, k: int, ef: int, beam: int, rows: Rows | None = None) -> tuple[Ids, Cost | None]:
         """As `benchmark.System`."""
+        filters = None if rows is None else [pack_filter(rows, len(rows))]
+
+        def search(engine: Engine, part: Queries) -> tuple[Ids, npt.NDArray[np.float32], npt.NDArray[np.void]]:
+            return engine.search(part, k, ef, beam, filters=filters)
+
         parts = np.array_split(queries, min(len(self._engines), len(queries)))
-        if len(parts) == 1:
-            answers = [self._engines[0].search(queries, k, ef, beam)]
-        else:
-            answers = list(self._pool.map(lambda engine, part: engine.search(part, k, ef, beam), self._engines, parts))
+        run = map if len(parts) == 1 else self._pool.map  # no hand-over where there is one thread
+        answers = list(run(search, self._engines, parts))
         return np.concatenate([ids[0] for ids, _, _ in answers]), _cost(
             np.concatenate([stats for _, _, stats in answers])
         )

@@ -8,9 +8,8 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
-from cotra_rdma.engine import Engine, merge
-from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, TransportError
+from cotra_rdma.engine import STATS_DTYPE, merge
+from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, PartialResultError, TransportError
+from cotra_rdma.job import Answer, SearchJob
+from cotra_rdma.lanes import LanePool
 from cotra_rdma.peer import ONE_SIDED, Peer, check_alike
-from cotra_rdma.queries import check_queries
+from cotra_rdma.queries import MAX_TIMEOUT_S, check_queries, check_search, pack_filter
 from cotra_rdma.rpc import ClientKeys, parse_address
 from cotra_rdma.verbs import Device, QueuePairOptions
 
@@ -30,8 +31,6 @@ log = logging.getLogger(__name__)
 TRANSPORTS = ("auto", "verbs", "shm", "rpc")
 _LEASE_RENEWAL_S = 15.0
 _MAX_THREADS = 256
-
-_Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,9 @@ class SearchResult:
             (upper-layer nodes looked at without a READ), read_bytes, latency_ns; all else summed over the shards.
         transports: for each shard the transport that was really used: "verbs", "shm" or "rpc".
         elapsed_s: of the whole call, in seconds.
-        coverage: the share of the shards that answered: 1.0, for a shard that does not is an error.
+        coverage: the share of the shards that answered: 1.0 unless a partial answer was asked for.
+        failures: the shards that did not answer, and why.
+        asked: int32[n_queries]: how many shards each query was for.
     """
 
     ids: npt.NDArray[np.int64]
@@ -55,19 +56,9 @@ class SearchResult:
     stats: npt.NDArray[np.void]
     transports: tuple[str, ...]
     elapsed_s: float
-    coverage: float = 1.0
-
-
-@dataclass(slots=True)
-class _Lane:
-    """What one thread searches the one-sided shards with: a channel for each, and an engine over them."""
-
-    engine: Engine
-    stack: ExitStack = field(default_factory=ExitStack)
-
-    def close(self) -> None:
-        self.engine.close()
-        self.stack.close()
+    coverage: float
+    failures: dict[int, CotraError]
+    asked: npt.NDArray[np.int32]
 
 
 def connect(
@@ -100,6 +91,8 @@ def connect(
     given = [addresses] if isinstance(addresses, str) else list(addresses)
     if not given:
         raise InvalidInputError("connect needs at least one address")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidInputError(f"timeout_s must be in (0, {MAX_TIMEOUT_S:g}], not {timeout_s!r}")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
     return Cluster(given, transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions())
@@ -121,7 +114,7 @@ class Cluster:
     ) -> None:
         self._lock = threading.Lock()
         self._closed = False
-        self._idle: list[_Lane] = []
+        self._lanes = LanePool(self._executor)
         self._ef: int | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._stop_leases = threading.Event()
@@ -225,6 +218,9 @@ class Cluster:
         *,
         inflight: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
+        shards: npt.ArrayLike | None = None,
+        allow_partial: bool = False,
     ) -> SearchResult:
         """The k nearest vectors of each query, over all shards.
 
@@ -239,131 +235,122 @@ class Cluster:
             n_threads: threads that share the queries, each with its own queue pairs.
             inflight: queries in progress at once in each thread; 0: chosen for the transport.
             timeout_s: the longest wait for one READ, or for an owner's answer over RPC.
+            filters: for each shard which of its rows may be returned: None (all), bool[count], or a bitmap (bit i of byte
+                i // 8, lowest first, is local row i). Under a selective filter more of the graph is walked, or just the
+                rows that it lets through are read.
+            shards: bool[n_queries, n_shards]: which shards each query is for; None: all.
+            allow_partial: leave out a shard that fails, and say so in the result, in place of raising.
 
         Raises:
-            InvalidInputError: a wrong dim, NaN or infinity, k > ef. TransportError and those below it: a shard failed; the
-            error's `shard` tells which.
+            InvalidInputError: a wrong dim, NaN or infinity, k > ef, a filter of another length. TransportError and those
+            below it: a shard failed; the error's `shard` tells which. It is a `PartialResultError`, with what the others
+            answered in its `result`, where that is to be had: when the shard was asked over RPC.
         """
         begin = time.perf_counter()
-        rows = check_queries(queries, self.dim)
-        if not 1 <= k <= ef:
-            raise InvalidInputError(f"k must be in [1, ef], and k is {k} where ef is {ef}")
+        job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards)
         if not 1 <= n_threads <= _MAX_THREADS:
             raise InvalidInputError(f"n_threads must be in [1, {_MAX_THREADS}], not {n_threads}")
         if self._closed:
             raise ClosedError("the cluster is closed")
+        answers, failures = self._gather(job, n_threads, allow_partial)
+        ids, distances, owners, stats = self._merge(answers, job)
+        n_shards = len(self._peers)
+        asked = np.full(len(job.queries), n_shards) if job.mask is None else job.mask.sum(axis=1)
+        result = SearchResult(
+            ids,
+            distances,
+            owners,
+            stats,
+            self.transports,
+            time.perf_counter() - begin,
+            (n_shards - len(failures)) / n_shards,
+            failures,
+            asked.astype(np.int32),
+        )
+        if failures and not allow_partial:
+            first = failures[min(failures)]
+            if len(failures) == n_shards:
+                raise first
+            why = "; ".join(str(failures[shard]) for shard in sorted(failures))
+            raise PartialResultError(
+                f"{len(failures)} of {n_shards} shards failed: {why}", shard=first.shard, result=result
+            ) from first
+        return result
+
+    def _job(
+        self,
+        queries: npt.ArrayLike,
+        k: int,
+        ef: int,
+        beam: int,
+        inflight: int,
+        timeout_s: float,
+        filters: Sequence[npt.ArrayLike | bytes | None] | None,
+        shards: npt.ArrayLike | None,
+    ) -> SearchJob:
+        rows, n_shards = check_queries(queries, self.dim), len(self._peers)
+        check_search(k, ef, beam, inflight, timeout_s)
+        packed = None
+        if filters is not None:
+            if len(filters) != n_shards:
+                raise InvalidInputError(f"{len(filters)} filters for {n_shards} shards")
+            packed = tuple(pack_filter(bits, peer.shard.count) for bits, peer in zip(filters, self._peers, strict=True))
+        mask = None
+        if shards is not None:
+            mask = np.asarray(shards)
+            if mask.dtype != np.bool_ or mask.shape != (len(rows), n_shards):
+                raise InvalidInputError(
+                    f"shards must be bool[{len(rows)}, {n_shards}], not {mask.dtype}{list(mask.shape)}"
+                )
+        return SearchJob(rows, k, ef, beam, inflight, timeout_s, packed, mask)
+
+    def _gather(
+        self, job: SearchJob, n_threads: int, allow_partial: bool
+    ) -> tuple[list[tuple[list[int], Answer]], dict[int, CotraError]]:
+        """Asks every shard: the answers with the shards that they are of, and the failures."""
+        answers: list[tuple[list[int], Answer]] = []
+        failures: dict[int, CotraError] = {}
         calls = [
-            self._executor().submit(peer.search, rows, k, ef, beam, round(timeout_s * 1000)) for peer in self._by_rpc
+            (peer.index, self._executor().submit(peer.search, job.of_shards([peer.index]))) for peer in self._by_rpc
         ]
         try:
-            answers = self._search_one_sided(rows, k, ef, beam, n_threads, inflight, timeout_s)
+            near = self._one_sided
+            while near:
+                numbers = [peer.index for peer in near]
+                try:
+                    answers.append((numbers, self._lanes.search(near, job.of_shards(numbers), n_threads)))
+                    break
+                except CotraError as error:
+                    if not allow_partial or error.shard not in numbers:
+                        raise
+                    failures[error.shard] = error
+                    near = [peer for peer in near if peer.index != error.shard]
         finally:
-            failures = [error for error in (call.exception() for call in calls) if error is not None]
-        if failures:
-            raise failures[0]
-        ids, distances, shards, stats = self._merge(answers, calls, k, len(rows))
-        return SearchResult(ids, distances, shards, stats, self.transports, time.perf_counter() - begin)
+            for shard, call in calls:
+                try:
+                    labels, distances, stats = call.result()
+                    answers.append(([shard], (labels[np.newaxis], distances[np.newaxis], stats)))
+                except CotraError as error:
+                    failures[shard] = error
+        return answers, failures
 
     def _merge(
-        self, one_sided: _Answer | None, calls: list[Future[_Answer]], k: int, n: int
+        self, answers: list[tuple[list[int], Answer]], job: SearchJob
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]:
-        if not calls:
-            assert one_sided is not None
-            return *merge(one_sided[0], one_sided[1]), one_sided[2]
-        labels = np.empty((len(self._peers), n, k), np.int64)
-        distances = np.empty((len(self._peers), n, k), np.float32)
-        all_stats = []
-        if one_sided is not None:
-            where = [peer.index for peer in self._one_sided]
-            labels[where], distances[where] = one_sided[0], one_sided[1]
-            all_stats.append(one_sided[2])
-        for peer, call in zip(self._by_rpc, calls, strict=True):
-            labels[peer.index], distances[peer.index], stats = call.result()
-            all_stats.append(stats)
-        total = all_stats[0].copy()
-        for stats in all_stats[1:]:
+        if len(answers) == 1 and len(answers[0][0]) == len(self._peers):
+            labels, distances, stats = answers[0][1]
+            return *merge(labels, distances), stats
+        shape = (len(self._peers), len(job.queries), job.k)
+        labels = np.full(shape, -1, np.int64)
+        distances = np.full(shape, np.inf, np.float32)
+        total = np.zeros(len(job.queries), STATS_DTYPE)
+        for shards, answer in answers:
+            labels[shards], distances[shards], stats = answer
             for name in ("reads", "expansions", "cache_hits", "read_bytes"):
                 total[name] += stats[name]
             for name in ("rounds", "latency_ns"):
                 total[name] = np.maximum(total[name], stats[name])
         return *merge(labels, distances), total
-
-    def _search_one_sided(
-        self,
-        rows: npt.NDArray[np.float32],
-        k: int,
-        ef: int,
-        beam: int,
-        n_threads: int,
-        inflight: int,
-        timeout_s: float,
-    ) -> _Answer | None:
-        if not self._one_sided:
-            return None
-        threads = min(n_threads, len(rows))
-        if threads <= 1:
-            return self._search_in_lane(rows, k, ef, beam, inflight, timeout_s)
-        parts = [
-            self._executor().submit(self._search_in_lane, part, k, ef, beam, inflight, timeout_s)
-            for part in np.array_split(rows, threads)
-        ]
-        done = [part.exception() for part in parts]
-        for error in done:
-            if error is not None:
-                raise error
-        answers = [part.result() for part in parts]
-        return (
-            np.concatenate([answer[0] for answer in answers], axis=1),
-            np.concatenate([answer[1] for answer in answers], axis=1),
-            np.concatenate([answer[2] for answer in answers]),
-        )
-
-    def _search_in_lane(
-        self, rows: npt.NDArray[np.float32], k: int, ef: int, beam: int, inflight: int, timeout_s: float
-    ) -> _Answer:
-        with self._lock:
-            lane = self._idle.pop() if self._idle else None
-        lane = lane or self._open_lane()
-        try:
-            answer = lane.engine.search(rows, k, ef, beam, inflight=inflight, timeout_s=timeout_s)
-        except InvalidInputError:
-            self._give_back(lane)
-            raise
-        except CotraError as error:
-            lane.close()  # READs of the failed search may still be on their way into its buffers
-            raise self._name_shard(error) from None
-        except BaseException:
-            lane.close()
-            raise
-        self._give_back(lane)
-        return answer
-
-    def _name_shard(self, error: CotraError) -> CotraError:
-        """The engine counts the one-sided shards only; people count all, and know them by address."""
-        if error.shard is not None:
-            peer = self._one_sided[error.shard]
-            error.shard = peer.index
-            error.args = (f"{peer}: {error}",)
-        return error
-
-    def _open_lane(self) -> _Lane:
-        with ExitStack() as stack:
-            channels, views = [], []
-            for peer in self._one_sided:
-                channel, parts = peer.open_channel()
-                stack.push(parts)
-                channels.append(channel)
-                assert peer.view is not None
-                views.append(peer.view)
-            engine = Engine.create(views, channels)
-            return _Lane(engine, stack.pop_all())
-
-    def _give_back(self, lane: _Lane) -> None:
-        with self._lock:
-            if not self._closed:
-                self._idle.append(lane)
-                return
-        lane.close()
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -402,14 +389,12 @@ class Cluster:
             if self._closed:
                 return
             self._closed = True
-            idle, self._idle = self._idle, []
         self._stop_leases.set()
         if self._leases is not None:
             self._leases.join()
         if self._pool is not None:
             self._pool.shutdown()
-        for lane in idle:
-            lane.close()
+        self._lanes.close()
         for peer in self._peers:
             peer.close()
         if self._device is not None:

@@ -149,8 +149,9 @@ def _open(path: Path, dataset: str) -> VectorFile:
 def _open_npy(path: Path) -> VectorFile:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise FormatError(f"{path}: not a whole .npy file: {error}") from error
+    except (ValueError, EOFError) as error:  # numpy's own words on other files advise to unpickle them
+        why = "it is no .npy file" if "pickle" in str(error).lower() else str(error)
+        raise FormatError(f"{path}: not a whole .npy file: {why}") from error
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.dtype.names:
         what = f"shape {list(rows.shape)}, {rows.dtype}" if isinstance(rows, np.ndarray) else "an archive of arrays"
         raise FormatError(f"{path}: must hold one array [rows, dim], and holds {what}")

@@ -26,7 +26,7 @@ INSTALL_LIBIBVERBS = (
 )
 REBUILD = (
     "sudo apt install libibverbs-dev   (or: sudo dnf install rdma-core-devel), then "
-    "pip install --force-reinstall --no-cache-dir --no-binary cotra-rdma cotra-rdma"
+    "install cotra-rdma from its source again: pip install --force-reinstall --no-deps --no-cache-dir ."
 )
 
 

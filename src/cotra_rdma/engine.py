@@ -12,6 +12,7 @@ import numpy.typing as npt
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
 from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.queries import check_search
 
 METRICS = ("l2", "ip", "cosine")
 VECTOR_TYPES = ("float32", "float16", "uint8")
@@ -174,9 +175,8 @@ class Engine(Handle):
                 f"queries must be float32[n, {self._dim}], not {queries.dtype}{list(queries.shape)}"
             )
         queries = np.ascontiguousarray(queries, np.float32)
+        check_search(k, ef, beam, inflight, timeout_s)
         params = ffi.new("cotra_search_params *", (k, ef, beam, inflight, round(timeout_s * 1e9)))
-        if not 1 <= k <= ef:
-            raise InvalidInputError(f"k must be in [1, ef], and k is {k} where ef is {ef}")
         scope, _held = search_scope(filters, mask, n, self._n_shards)
         labels = np.empty((self._n_shards, n, k), np.int64)
         distances = np.empty((self._n_shards, n, k), np.float32)

@@ -75,6 +75,18 @@ class DeadlineError(TransportError, TimeoutError):
     """Time ran out before a peer answered."""
 
 
+class PartialResultError(TransportError):
+    """Some shards did not answer, and a partial result was not asked for.
+
+    Attributes:
+        result: the `SearchResult` of those that did; its `failures` tell about the others.
+    """
+
+    def __init__(self, message: str, *, shard: int | None = None, result: object = None) -> None:
+        super().__init__(message, shard=shard)
+        self.result = result
+
+
 class BoundsError(CotraError, IndexError):
     """An offset and length outside the memory region."""
 

@@ -6,6 +6,7 @@ import logging
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -25,6 +26,7 @@ from cotra_rdma.errors import (
     TransportError,
     VerbsUnavailableError,
 )
+from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys, RpcClient, parse_address
 from cotra_rdma.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 ONE_SIDED = ("verbs", "shm")
 _MAX_BATCH_BYTES = 16 << 20
+_MAX_BATCH_EF = 1 << 18  # ef of all queries of a message: as many READs, about, and as many microseconds
 _RELEASE_TIMEOUT_MS = 300
 
 
@@ -224,34 +227,40 @@ class Peer:
 
     # ---- RPC ----
 
-    def search(
-        self, queries: npt.NDArray[np.float32], k: int, ef: int, beam: int, timeout_ms: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
-        """The owner searches; one message for the batch (several where one would be too large)."""
-        rows = max(1, _MAX_BATCH_BYTES // (max(5 * queries.shape[1], 12 * k + STATS_DTYPE.itemsize)))
-        parts = [
-            self._search_part(queries[begin : begin + rows], k, ef, beam, timeout_ms)
-            for begin in range(0, max(1, len(queries)), rows)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        labels, distances, stats = (np.concatenate(column) for column in zip(*parts, strict=True))
+    def search(self, job: SearchJob) -> Answer:
+        """The owner searches; one message for the batch (several where one would be too large).
+
+        Args:
+            job: its filters and mask are those of this shard alone.
+        """
+        asked = np.arange(len(job.queries)) if job.mask is None else np.flatnonzero(job.mask[:, 0])
+        labels = np.full((len(job.queries), job.k), -1, np.int64)
+        distances = np.full(labels.shape, np.inf, np.float32)
+        stats = np.zeros(len(job.queries), STATS_DTYPE)
+        # A message must be answered in time: it holds work for a fraction of a second.
+        work = job.ef if job.filters is None or job.filters[0] is None else 16 * job.ef
+        fits = _MAX_BATCH_BYTES // (max(5 * job.queries.shape[1], 12 * job.k + STATS_DTYPE.itemsize))
+        rows = max(1, min(fits, _MAX_BATCH_EF // work))
+        for begin in range(0, len(asked), rows):
+            part = asked[begin : begin + rows]
+            labels[part], distances[part], stats[part] = self._search_part(job, job.queries[part])
         return labels, distances, stats
 
-    def _search_part(
-        self, queries: npt.NDArray[np.float32], k: int, ef: int, beam: int, timeout_ms: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
-        request = messages.SearchRequest("", queries, k, ef, beam=beam).encode()
-        reply = self._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, timeout_ms)
+    def _search_part(self, job: SearchJob, queries: npt.NDArray[np.float32]) -> Answer:
+        bitmap = None if job.filters is None else job.filters[0]
+        request = messages.SearchRequest("", queries, job.k, job.ef, bitmap, job.beam).encode()
+        begin = time.perf_counter_ns()
+        reply = self._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(job.timeout_s * 1000)))
         answer = messages.SearchResponse.decode(reply.payload)
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
-        if answer.labels.shape != (len(queries), k) or len(answer.stats) != len(queries) * STATS_DTYPE.itemsize:
+        if answer.labels.shape != (len(queries), job.k) or len(answer.stats) != len(queries) * STATS_DTYPE.itemsize:
             raise FormatError(f"{self}: an answer of {answer.labels.shape} to {len(queries)} queries", shard=self.index)
         stats = np.frombuffer(answer.stats, STATS_DTYPE).copy()
         # What the owner read in its own memory crossed no wire: this side made one round of one message.
         stats["reads"], stats["rounds"] = 0, 1
-        stats["read_bytes"] = (len(request) + reply.payload_len) // max(1, len(queries))
+        stats["read_bytes"] = (len(request) + reply.payload_len) // len(queries)
+        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's: nobody has an answer before that
         return answer.labels, answer.distances, stats
 
     def close(self) -> None:

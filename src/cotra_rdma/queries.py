@@ -2,35 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.errors import InvalidInputError
 
+MAX_COMPONENT = 1e15
+"""Of a vector, either way: squared distances of larger ones do not fit float32."""
+MAX_EF, MAX_BEAM, MAX_INFLIGHT = 1 << 20, 256, 1024
+MAX_TIMEOUT_S = 1e6
+
+
+def as_array(values: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
+    """An array of real numbers. Raises `InvalidInputError` for anything else, rows of different lengths for one."""
+    try:
+        rows = np.asarray(values)
+    except ValueError as error:
+        raise InvalidInputError(f"{what} must be an array of numbers: {error}") from None
+    if not (np.issubdtype(rows.dtype, np.floating) or np.issubdtype(rows.dtype, np.integer)):
+        raise InvalidInputError(f"{what} must be real numbers, not {rows.dtype}")
+    return rows
+
+
+def check_finite(rows: npt.NDArray[np.float32], what: str, first: int = 0) -> None:
+    """Raises `InvalidInputError` naming the first of rows [n, dim] that holds NaN, infinity or a component past 1e15."""
+    if rows.size and not (rows.max() <= MAX_COMPONENT and rows.min() >= -MAX_COMPONENT):  # NaN is in no range
+        bad = np.flatnonzero(~(np.abs(rows) <= MAX_COMPONENT).all(axis=1))[0]
+        why = "a component beyond 1e15" if np.isfinite(rows[bad]).all() else "NaN or infinity"
+        raise InvalidInputError(f"{what} {first + int(bad)} holds {why}")
+
 
 def check_queries(queries: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
     """Makes float32[n, dim] (C-contiguous) of queries, one of which may be given as [dim].
 
-    Raises `InvalidInputError` for another dimension, and for NaN or infinity.
+    Raises `InvalidInputError` for another dimension, and for NaN, infinity or components beyond 1e15.
     """
-    rows = np.asarray(queries)
+    rows = as_array(queries, "queries")
     if rows.dtype != np.float32:
-        if not (np.issubdtype(rows.dtype, np.floating) or np.issubdtype(rows.dtype, np.integer)):
-            raise InvalidInputError(f"queries must be real numbers, not {rows.dtype}")
         with np.errstate(over="ignore"):
             rows = rows.astype(np.float32)
     if rows.ndim == 1:
         rows = rows[np.newaxis]
     if rows.ndim != 2 or rows.shape[1] != dim:
         raise InvalidInputError(f"queries must be float32[n, {dim}], not {rows.dtype}{list(np.shape(queries))}")
-    # A sum is finite unless a component is not, or the sum overflows: only then look at each one.
-    with np.errstate(over="ignore", invalid="ignore"):
-        suspicious = not np.isfinite(rows.sum(dtype=np.float32))
-    if suspicious:
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(bad):
-            raise InvalidInputError(f"query {int(bad[0])} holds NaN or infinity")
+    check_finite(rows, "query")
     return np.ascontiguousarray(rows)
+
+
+def check_search(k: int, ef: int, beam: int, inflight: int = 0, timeout_s: float = 1.0) -> None:
+    """Raises `InvalidInputError` for a parameter of a search that is out of its range."""
+    for name, value, low, high in (
+        ("ef", ef, 1, MAX_EF),
+        ("k", k, 1, ef),
+        ("beam", beam, 1, MAX_BEAM),
+        ("inflight", inflight, 0, MAX_INFLIGHT),
+    ):
+        if not isinstance(value, int | np.integer) or not low <= value <= high:
+            limit = f"{high}, which is ef" if name == "k" else high
+            raise InvalidInputError(f"{name} must be a whole number in [{low}, {limit}], not {value!r}")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidInputError(f"timeout_s must be in (0, {MAX_TIMEOUT_S:g}], not {timeout_s!r}")
 
 
 def pack_filter(rows: npt.ArrayLike | bytes | None, count: int) -> bytes | None:

@@ -105,6 +105,8 @@ class Server:
                 self._open_verbs(device)
             if "shm" in transports:
                 self._handover = HandOver(self._pinned())
+            if not self.transports:
+                raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
             self._rpc = RpcServer(address, self._handle, keys=keys, n_workers=n_workers)
             self._reaper.start()
         except BaseException:

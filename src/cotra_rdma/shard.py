@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import tempfile
@@ -22,7 +23,7 @@ from cotra_rdma.channel import Channel
 from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
 from cotra_rdma.errors import FormatError, InvalidInputError, LossyVectorError
 from cotra_rdma.ivf import MAX_BITS, IvfInfo, make_lists
-from cotra_rdma.queries import check_queries, pack_filter
+from cotra_rdma.queries import as_array, check_finite, check_queries, check_search, pack_filter
 
 if TYPE_CHECKING:
     import hnswlib
@@ -91,11 +92,9 @@ class Shard:
         """
         import hnswlib  # only who builds needs it: it is compiled for one CPU, and a reader's may be older
 
-        rows = np.asarray(vectors)
+        rows = as_array(vectors, "vectors")
         if rows.ndim != 2 or rows.shape[0] == 0 or not MIN_DIM <= rows.shape[1] <= MAX_DIM:
             raise InvalidInputError(f"vectors must be [n >= 1, {MIN_DIM} <= dim <= {MAX_DIM}], not {list(rows.shape)}")
-        if not (np.issubdtype(rows.dtype, np.floating) or np.issubdtype(rows.dtype, np.integer)):
-            raise InvalidInputError(f"vectors must be real numbers, not {rows.dtype}")
         if metric not in METRICS:
             raise InvalidInputError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
         if not 2 <= M <= MAX_M:
@@ -111,7 +110,7 @@ class Shard:
         for begin in range(0, count, _ADD_ROWS):
             with np.errstate(over="ignore"):  # what overflows float32 is then infinite, and refused
                 part = np.asarray(rows[begin : begin + _ADD_ROWS], np.float32)
-            _check_finite(part, begin)
+            check_finite(part, "vector", begin)
             index.add_items(part, labels[begin : begin + _ADD_ROWS], num_threads=threads)
             if progress:
                 progress("build", min(begin + _ADD_ROWS, count), count)
@@ -154,7 +153,11 @@ class Shard:
             InvalidInputError: an empty index, a vector that is not finite, more lists than vectors.
             LossyVectorError: `vector_type` cannot hold a vector exactly.
         """
-        if index.get_current_count() == 0:
+        import hnswlib
+
+        if not isinstance(index, hnswlib.Index):
+            raise InvalidInputError(f"from_hnswlib packs an hnswlib.Index, not a {type(index).__name__}")
+        if index.element_count == 0:  # get_current_count() of an index without init_index ends the process
             raise InvalidInputError("an empty index makes no shard: add vectors first")
         _check_lists(n_lists, ivf_bits, index.get_current_count())
         if vector_type not in ("auto", *VECTOR_TYPES):
@@ -202,6 +205,8 @@ class Shard:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the image to a file, whole or not at all (a temporary file beside it, then a rename)."""
         target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(target.parent))
         fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with os.fdopen(fd, "wb") as file:
@@ -238,6 +243,13 @@ class Shard:
     def metric(self) -> str:
         """`l2`, `ip` or `cosine`."""
         return self._info.metric
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The id of each local row, int64[count]: what a filter's bits stand for."""
+        info = self._info
+        with self._arena.view() as view:
+            records = np.frombuffer(view, np.uint8, info.count * info.record_bytes, info.records_offset)
+            return records.reshape(info.count, info.record_bytes)[:, 8:16].copy().view(np.int64)[:, 0]
 
     @property
     def arena(self) -> Arena:
@@ -298,6 +310,7 @@ class Shard:
             `cotra_rdma.engine.STATS_DTYPE` record for each query.
         """
         vectors = check_queries(queries, self.dim)
+        check_search(k, ef, beam)
         bitmap = pack_filter(rows, self._info.count)
         threads = max(1, min(n_threads, len(vectors)))
         if threads == 1:
@@ -382,12 +395,6 @@ def _check_ids(ids: npt.ArrayLike | None, count: int) -> npt.NDArray[np.int64]:
     if len(unique) != count:
         raise InvalidInputError(f"duplicate ids: {unique[counts > 1][:5].tolist()} and {count - len(unique)} in all")
     return labels
-
-
-def _check_finite(part: npt.NDArray[np.float32], begin: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
-    if len(bad):
-        raise InvalidInputError(f"vector {begin + int(bad[0])} holds NaN or infinity")
 
 
 def _some_vectors(index: hnswlib.Index) -> npt.NDArray[np.float32]:

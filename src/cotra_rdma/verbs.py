@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.arena import Arena
-from cotra_rdma.errors import ClosedError, InvalidInputError, VerbsUnavailableError
+from cotra_rdma.errors import InvalidInputError, VerbsUnavailableError
 from cotra_rdma.region import MemoryRegion
 
 _MAX_DEVICES, _MAX_GIDS = 64, 256
@@ -249,27 +249,25 @@ class QueuePair(Handle):
         check(lib.cotra_qp_connect(self.ptr, raw, err), err)
 
 
-class Registration:
-    """A buffer registered through a pyverbs PD. Close it (or leave its `with` block) before the PD."""
+class Registration(MemoryRegion):
+    """A `MemoryRegion` registered through a pyverbs PD. Close it (or leave its `with` block) before the PD."""
+
+    __slots__ = ("_kept", "_mr")
+    _mr: Any
+    _kept: object
 
     def __init__(self, mr: Any, region: MemoryRegion, keep_alive: object) -> None:
-        self._mr = mr
-        self._region = region
-        self._keep_alive = keep_alive
-
-    @property
-    def region(self) -> MemoryRegion:
-        """What a peer needs to READ it."""
-        if self._mr is None:
-            raise ClosedError("the registration is closed")
-        return self._region
+        super().__init__(region.addr, region.rkey, region.len)
+        object.__setattr__(self, "_mr", mr)  # a MemoryRegion is frozen
+        object.__setattr__(self, "_kept", keep_alive)
 
     def close(self) -> None:
-        """Deregisters the memory, then lets go of the buffer."""
-        mr, self._mr = self._mr, None
+        """Deregisters the memory, then lets go of the buffer: from then on a READ of it fails. Idempotent."""
+        mr = self._mr
+        object.__setattr__(self, "_mr", None)
         if mr is not None:
             mr.close()
-        self._keep_alive = None
+        object.__setattr__(self, "_kept", None)
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel
 from cotra_rdma.cluster import connect
 from cotra_rdma.diagnosis import INSTALL_LIBIBVERBS, REBUILD, ROCE_MTU, Check, Host, Status
-from cotra_rdma.errors import CotraError, VerbsUnavailableError
+from cotra_rdma.errors import CotraError, InvalidInputError, VerbsUnavailableError
 from cotra_rdma.verbs import (
     Device,
     GidInfo,
@@ -84,6 +84,8 @@ def soft_roce(host: Host) -> str:
     if any(host.text(f"/sys/bus/pci/devices/{device}/vendor").strip() == "0x15b3" for device in pci):
         return f"{where}sudo modprobe mlx5_ib   (there is an NVIDIA/Mellanox adapter)"
     netdev = host.network_interface
+    if host.infiniband_config is False:
+        return f"{where}a kernel with InfiniBand first: see kernel modules"
     return (
         f"{where}load your adapter's driver (mlx5_ib, irdma, bnxt_re...); without an adapter, Soft-RoCE: "
         f"sudo modprobe rdma_rxe && sudo rdma link add rxe0 type rxe netdev {netdev}"
@@ -196,13 +198,24 @@ def peer_check(address: str, device: str | None, gid_index: int | None, timeout_
         with connect(address, "verbs", device=device, gid_index=gid_index, timeout_s=timeout_s) as cluster:
             (latencies,) = cluster.ping(READS, READ_BYTES)
         return Check(name, Status.OK, f"{READ_BYTES} bytes, {np.median(latencies) / 1e3:.1f} us typical")
+    except InvalidInputError as error:
+        return Check(name, Status.FAILED, str(error), "--peer HOST:PORT")
     except CotraError as error:
         why = str(error)
     try:
         with connect(address, timeout_s=timeout_s) as cluster:
-            return Check(
-                name, Status.FAILED, f"{why}; {cluster.transports[0]} works", "cotra doctor on the owner's machine"
-            )
-    except CotraError as error:
+            here = "no verbs on this side" in why or isinstance(_own_fault(device), CotraError)
+            remedy = "the lines above are about this side" if here else "cotra doctor, on the owner's machine"
+            return Check(name, Status.FAILED, f"{why}; {cluster.transports[0]} works", remedy)
+    except CotraError:
         remedy = "cotra serve must run there, and its port be open; with CURVE keys, the doctor cannot ask"
-        return Check(name, Status.FAILED, f"{why}; nor does another path work: {error}", remedy)
+        return Check(name, Status.FAILED, why, remedy)
+
+
+def _own_fault(device: str | None) -> CotraError | None:
+    """What keeps this side from verbs."""
+    try:
+        Device(device).close()
+    except CotraError as error:
+        return error
+    return None

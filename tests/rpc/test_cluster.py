@@ -23,6 +23,7 @@ from cotra_rdma import (
     DeadlineError,
     FabricModel,
     InvalidInputError,
+    PartialResultError,
     PeerError,
     Server,
     ServerKeys,
@@ -31,6 +32,7 @@ from cotra_rdma import (
     VerbsUnavailableError,
     peer,
 )
+from cotra_rdma import server as server_module
 from cotra_rdma.engine import merge
 from cotra_rdma.owner_process import OwnerProcess
 
@@ -218,10 +220,13 @@ class TestSearch:
             ({"queries": np.full((2, 100), np.nan, np.float32)}, "query 0 holds NaN"),
             ({"queries": np.full((2, 100), np.inf, np.float32)}, "query 0 holds NaN or infinity"),
             ({"queries": np.array([["a"] * 100])}, "real numbers"),
-            ({"k": 0}, "k must be in"),
-            ({"k": 65}, "k must be in"),
+            ({"k": 0}, "k must be a whole number"),
+            ({"k": 65}, "k must be a whole number"),
             ({"beam": 0}, "beam"),
             ({"n_threads": 0}, "n_threads"),
+            ({"timeout_s": -1}, "timeout_s"),
+            ({"inflight": -1}, "inflight"),
+            ({"beam": 10**10}, "beam"),
         ],
     )
     def test_bad_input_is_said_and_nothing_is_lost(
@@ -237,6 +242,84 @@ class TestSearch:
         for transport in HERE:
             with cotra_rdma.connect(addresses, transport=transport) as cluster:
                 assert cluster.search(np.empty((0, 100), np.float32), k=3).ids.shape == (0, 3)
+
+
+class TestScope:
+    """Filters, subsets of the shards, and shards that fail."""
+
+    @pytest.mark.parametrize("share", [0.5, 0.02])
+    def test_filters_give_the_same_on_every_path(
+        self, opened: list[Shard], addresses: list[str], queries: Floats, share: float
+    ) -> None:
+        allowed = [np.random.default_rng(8).random(2000) < share, None]
+        answers = [shard.search(queries, 10, 50, rows=rows) for shard, rows in zip(opened, allowed, strict=True)]
+        ids, distances, _ = merge(np.stack([a[0] for a in answers]), np.stack([a[1] for a in answers]))
+        for transport in HERE:
+            with cotra_rdma.connect(addresses, transport=transport) as cluster:
+                result = cluster.search(queries, k=10, ef=50, filters=allowed)
+            np.testing.assert_array_equal(result.ids, ids)
+            np.testing.assert_array_equal(result.distances, distances)
+
+    @pytest.mark.parametrize("transport", HERE)
+    @pytest.mark.parametrize("n_threads", [1, 3])
+    def test_each_query_asks_its_own_shards(
+        self, opened: list[Shard], addresses: list[str], queries: Floats, transport: str, n_threads: int
+    ) -> None:
+        mask = np.random.default_rng(9).random((len(queries), 2)) < 0.5
+        alone = [shard.search(queries, 10, 50) for shard in opened]
+        labels = np.stack([a[0] for a in alone])
+        labels[~mask.T] = -1
+        ids = merge(labels, np.stack([a[1] for a in alone]))[0]
+        with cotra_rdma.connect(addresses, transport=transport) as cluster:
+            result = cluster.search(queries, k=10, ef=50, shards=mask, n_threads=n_threads)
+        np.testing.assert_array_equal(result.ids, ids)
+        np.testing.assert_array_equal(result.asked, mask.sum(axis=1))
+        if transport == "shm":
+            assert (result.stats["reads"][result.asked == 0] == 0).all()
+
+    def test_bad_scopes(self, addresses: list[str], queries: Floats) -> None:
+        with cotra_rdma.connect(addresses) as cluster:
+            with pytest.raises(InvalidInputError, match="1 filters for 2 shards"):
+                cluster.search(queries, filters=[None])
+            with pytest.raises(InvalidInputError, match="a filter is bool"):
+                cluster.search(queries, filters=[np.ones(7, bool), None])
+            with pytest.raises(InvalidInputError, match="shards must be bool"):
+                cluster.search(queries, shards=np.ones((1, 2), bool))
+
+    def test_a_partial_answer_is_asked_for_or_is_an_error_that_holds_it(
+        self, opened: list[Shard], shards: list[Path], queries: Floats
+    ) -> None:
+        with (
+            OwnerProcess([shards[0]], transports=HERE) as stays,
+            OwnerProcess([shards[1]], transports=HERE) as dies,
+            cotra_rdma.connect([*stays.addresses, *dies.addresses], transport="rpc") as cluster,
+        ):
+            os.kill(dies.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, dies.pid, os.WEXITED | os.WNOWAIT)
+            with pytest.raises(PartialResultError, match=r"1 of 2 shards failed: shard 1") as caught:
+                cluster.search(queries, k=10, ef=50, timeout_s=0.3)
+            partial = cluster.search(queries, k=10, ef=50, timeout_s=0.3, allow_partial=True)
+        for result in (partial, caught.value.result):
+            assert isinstance(result, cotra_rdma.SearchResult)
+            assert result.coverage == 0.5
+            assert list(result.failures) == [1]
+            assert isinstance(result.failures[1], DeadlineError)
+            np.testing.assert_array_equal(result.ids, opened[0].search(queries, 10, 50)[0])
+
+    def test_a_one_sided_shard_that_fails_is_left_out(
+        self, opened: list[Shard], addresses: list[str], queries: Floats
+    ) -> None:
+        with cotra_rdma.connect(addresses, transport="shm") as cluster:
+            second = cluster._peers[1]
+            second._fabric = FabricModel(fail_after_reads=20, fail_status=-10, fail_wc_status=12)
+            second._first = None  # the channel that connect made, without the fabric
+            with pytest.raises(TransportError) as caught:
+                cluster.search(queries, k=10, ef=50)
+            assert caught.value.shard == 1
+            result = cluster.search(queries, k=10, ef=50, allow_partial=True)
+        assert result.coverage == 0.5
+        assert result.failures[1].shard == 1
+        np.testing.assert_array_equal(result.ids, opened[0].search(queries, 10, 50)[0])
 
 
 class TestConnecting:
@@ -266,6 +349,16 @@ class TestConnecting:
         ):
             cotra_rdma.connect([one.address, two.address])
         assert caught.value.shard == 1
+
+    def test_a_server_that_can_offer_nothing_does_not_start(
+        self, opened: list[Shard], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_device(_name: str | None) -> None:
+            raise VerbsUnavailableError("none here")
+
+        monkeypatch.setattr(server_module, "Device", no_device)
+        with pytest.raises(VerbsUnavailableError, match=r"nothing can be offered.*none here"):
+            cotra_rdma.serve(opened[0], transports=("verbs",))
 
     def test_what_is_no_owner_is_a_deadline_with_a_hint(self) -> None:
         with zmq.Context() as context, context.socket(zmq.ROUTER) as mute:

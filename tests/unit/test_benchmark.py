@@ -8,7 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cotra_rdma.benchmark import Comparison, Cost, DataSet, Ids, Plan, Point, Queries, compare, distances, recall, run
+from cotra_rdma.benchmark import (
+    Comparison,
+    Cost,
+    DataSet,
+    Ids,
+    Plan,
+    Point,
+    Queries,
+    Rows,
+    compare,
+    distances,
+    recall,
+    run,
+)
+from cotra_rdma.benchmark_plot import check_plot, draw
 from cotra_rdma.errors import InvalidInputError
 
 
@@ -20,9 +34,12 @@ class Oracle:
         self.name = name
         self.transport = transport
         self.beams = transport is not None
+        self.algorithm: str | None = None
+        self.n_shards = 1
         self._asked = 0
 
-    def search(self, queries: Queries, k: int, ef: int, beam: int) -> tuple[Ids, Cost | None]:
+    def search(self, queries: Queries, k: int, ef: int, beam: int, rows: Rows | None = None) -> tuple[Ids, Cost | None]:
+        self.rows = rows
         self._asked += len(queries)
         found = self._truth[: len(queries), :k].copy()
         found[:, max(ef - 8, 0) :] = -1
@@ -92,11 +109,39 @@ def test_a_run_has_a_row_for_every_configuration(tmp_path: Path) -> None:
     assert all(p.qps_min <= p.qps <= p.qps_max and 0 < p.p50_us <= p.p99_us for p in points)
 
 
+def test_a_filtered_run_has_the_ground_truth_of_what_is_let_through(tmp_path: Path) -> None:
+    stem = write_set(tmp_path, "cosine")
+    data = DataSet.open(stem)
+    system = Oracle(data.ground_truth, "cotra", "shm")
+    (point,) = run(data, [system], Plan(efs=(18,), repeats=1), share=0.2)
+    assert system.rows is not None
+    assert 30 < system.rows.sum() < 90
+    assert point.filter == 0.2
+    base, queries = np.load(f"{stem}_base.npy"), np.load(f"{stem}_queries.npy")
+    (through,) = system.rows.nonzero()
+    truth = [through[np.argsort(distances("cosine", query, base[through]))[:10]] for query in queries]
+    assert point.recall == pytest.approx(recall(data.ground_truth[:, :10], np.stack(truth)))
+    with pytest.raises(InvalidInputError, match="lets"):
+        run(data, [system], Plan(efs=(18,), repeats=1), share=0.0001)
+
+
+def test_a_plot_is_written(tmp_path: Path) -> None:
+    data = DataSet.open(write_set(tmp_path, "l2"))
+    systems = [Oracle(data.ground_truth, "hnswlib", None), Oracle(data.ground_truth, "cotra", "shm")]
+    points = run(data, systems, Plan(efs=(16, 32), repeats=2))
+    check_plot(tmp_path / "curves.svg")
+    draw(points, tmp_path / "curves.svg")
+    text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert text.startswith("<?xml")
+    with pytest.raises(InvalidInputError, match=r"ends in .png"):
+        check_plot(tmp_path / "curves.gif")
+
+
 def test_curves_are_compared_at_equal_recall() -> None:
     def point(system: str, transport: str | None, ef: int, recall: float, qps: float, reads: float | None) -> Point:
         fields = {field.name: 0 for field in dataclasses.fields(Point)}
         fields |= {"system": system, "transport": transport, "ef": ef, "recall": recall, "qps": qps}
-        fields |= {"beam": 4 if transport else None, "reads_per_query": reads}
+        fields |= {"beam": 4 if transport else None, "reads_per_query": reads, "algorithm": None, "filter": None}
         return Point(**fields)
 
     points = [

@@ -573,7 +573,7 @@ def test_what_a_reader_refuses(listed: Shard, rows: Floats, queries: Floats) -> 
             with pytest.raises(InvalidInputError, match="same channel"):
                 SpireEngine.create([view, view], [table, table], [channel, channel])
             with SpireEngine.create([view], [table], [channel]) as engine:
-                for wrong in ((0, 1, 0), (1, 0, 0), (5, 1, 4), (2**21, 1, 0)):
+                for wrong in ((0, 1, 0), (1, 0, 0), (5, 1, 4), (2**21, 1, 0), (1, 2**32, 0), (1, 1.5, 0), (1, 1, -1)):
                     with pytest.raises(InvalidInputError):
                         engine.search(queries, *wrong)
                 with pytest.raises(InvalidInputError, match="queries must be"):

@@ -20,15 +20,16 @@ VERBS_USERS = {"transport/verbs.c"}
 # Modules of the package, lowest first; those of one row do not import each other.
 LAYERS = (
     ("errors",),
-    ("_native", "region", "wire", "queries", "datasets"),
+    ("_native", "region", "wire", "queries", "datasets", "job"),
     ("arena", "messages", "rpc", "owner_process", "kmeans"),
     ("verbs", "handover", "coarse"),
     ("channel", "compass"),
     ("engine",),
     ("ivf",),
     ("shard", "peer", "benchmark"),
+    ("lanes",),
     ("collection", "server", "cluster", "diagnosis"),
-    ("benchmark_systems", "verbs_diagnosis"),
+    ("benchmark_systems", "benchmark_plot", "verbs_diagnosis"),
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}

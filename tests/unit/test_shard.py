@@ -234,13 +234,13 @@ def test_zero_vectors_and_cosine() -> None:
 
 
 def test_very_long_and_very_short_vectors() -> None:
-    for scale in (1e-30, 1e-20, 1e15, 1e18, 3e38):
+    for scale in (1e-30, 1e-20, 1e10, 1e15):
         rows = (np.random.default_rng(0).normal(size=(100, 20)) / 6 * scale).astype(np.float32)
         for metric in METRICS:
             with Shard.build(rows, metric=metric, n_threads=1) as shard:
                 labels, distances, _ = shard.search(rows[:10], k=5)
                 assert not np.isnan(distances).any()
-                if 1e-20 < scale < 1e18 and metric == "l2":
+                if scale > 1e-20 and metric == "l2":
                     assert (labels[:, 0] == np.arange(10)).all()
 
 
@@ -396,7 +396,7 @@ def test_answers_depend_on_the_query_alone(word_shard: Shard, queries: Floats) -
         View.open(channel) as view,
         Engine.create([view], [channel]) as engine,
     ):
-        for inflight in (1, 2, 17, 64, 10_000):
+        for inflight in (1, 2, 17, 64, 1024):
             found = engine.search(queries, 10, 50, 4, inflight=inflight)
             same((found[0][0], found[1][0], found[2]))
 
@@ -497,10 +497,41 @@ def test_bad_queries(small: Shard, query: Any, reason: str) -> None:
         small.search(query)
 
 
-def test_queries_whose_sum_overflows_are_no_nan(small: Shard) -> None:
-    labels, distances, _ = small.search(np.full((1, 16), 3e38, np.float32))
-    assert labels.shape == (1, 10)
-    assert not np.isnan(distances).any()
+def test_components_whose_squares_do_not_fit_are_refused(small: Shard) -> None:
+    far = np.full((1, 16), 1e15, np.float32)
+    assert np.isfinite(small.search(far)[1]).all()
+    for beyond in (2e15, -3e38):
+        with pytest.raises(InvalidInputError, match=r"query 0 holds a component beyond 1e15"):
+            small.search(np.full((1, 16), beyond, np.float32))
+        with pytest.raises(InvalidInputError, match=r"vector 1 holds a component beyond 1e15"):
+            Shard.build(np.stack([far[0], np.full(16, beyond, np.float32)]))
+    index = hnswlib.Index(space="l2", dim=4)
+    index.init_index(4)
+    index.add_items(np.full((4, 4), 1e20, np.float32))
+    with pytest.raises(InvalidInputError, match="beyond 1e15"):
+        Shard.from_hnswlib(index)
+
+
+def test_what_is_no_index() -> None:
+    for index in (hnswlib.Index("l2", 4), hnswlib.BFIndex("l2", 4), None):
+        with pytest.raises(InvalidInputError):
+            Shard.from_hnswlib(index)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"k": 10**10}, {"ef": 10**10}, {"beam": 10**10}, {"k": 2.5}, {"k": 65}, {"beam": 0}, {"ef": 0}],
+)
+def test_parameters_out_of_range(small: Shard, change: dict[str, object]) -> None:
+    with pytest.raises(InvalidInputError, match="must be a whole number in"):
+        small.search(np.zeros((1, 16), np.float32), **{"k": 10, "ef": 64, "beam": 4, **change})
+
+
+def test_rows_of_different_lengths(small: Shard) -> None:
+    with pytest.raises(InvalidInputError, match="must be an array of numbers"):
+        Shard.build([[1, 2], [3]])
+    with pytest.raises(InvalidInputError, match="must be an array of numbers"):
+        small.search([[1, 2], [3]])
 
 
 def test_bad_files(small: Shard, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from cotra_rdma.benchmark import Comparison, DataSet, Plan, Point, compare, run
+from cotra_rdma.benchmark import Comparison, DataSet, Plan, Point, compare, label, run
+from cotra_rdma.benchmark_plot import check_plot, draw
 from cotra_rdma.benchmark_systems import open_systems
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import (
@@ -83,6 +85,23 @@ def bench(
             help="Where built graphs are kept for the next run.",
         ),
     ] = None,
+    filter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHARE[,SHARE...]",
+            show_default=False,
+            help="Also search under random filters that let these shares of the vectors through: 0.5,0.1,0.01.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            show_default=False,
+            help="Draw recall against QPS, and against bytes a query: .png, .svg or .pdf (needs matplotlib).",
+        ),
+    ] = None,
     hnswlib: Annotated[bool, typer.Option("--hnswlib/--no-hnswlib", help="Measure hnswlib beside it.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -101,6 +120,9 @@ def bench(
     )
     if plan.efs[0] < k:
         raise typer.BadParameter(f"{plan.efs[0]} is less than k = {k}", param_hint="--ef")
+    shares = _shares(filter or [])
+    if plot is not None:
+        check_plot(plot)
     if dataset is None and None in (base, queries, ground_truth):
         raise typer.BadParameter("give --dataset, or --base, --queries and --ground-truth", param_hint="--dataset")
     data = DataSet.open(
@@ -115,8 +137,14 @@ def bench(
         with open_systems(
             data, comma_list(transport or ["shm"]), plan, cache or _cache(), with_hnswlib=hnswlib, progress=progress
         ) as systems:
-            points = run(data, systems, plan, lambda done, total: progress("measuring", done, total))
+            points = []
+            for share in [None, *shares]:
+                what = "measuring" if share is None else f"measuring, filter {share:g}"
+                report = functools.partial(progress, what)
+                points += run(data, systems, plan, report, share=share)
     summary = compare(points, TARGETS)
+    if plot is not None:
+        draw(points, plot)
     if as_json:
         for point in points:
             output.print_json(asdict(point))
@@ -125,16 +153,22 @@ def bench(
         _show(data, plan, points, summary)
 
 
+def _shares(values: list[str]) -> list[float]:
+    try:
+        shares = [float(item) for item in comma_list(values)]
+    except ValueError:
+        shares = [0.0]
+    if not all(0 < share < 1 for share in shares):
+        raise typer.BadParameter(f"{','.join(values)} is not a list of shares between 0 and 1", param_hint="--filter")
+    return shares
+
+
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cotra-rdma"
 
 
 def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def _label(row: Point | Comparison) -> str:
-    return row.system if row.transport is None else f"{row.system} {row.transport}, beam {row.beam}"
 
 
 def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparison]) -> None:
@@ -158,7 +192,7 @@ def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparis
         ),
         (
             (
-                _label(point),
+                label(point),
                 str(point.ef),
                 f"{point.recall:.4f}",
                 _number(point.qps, 0),
@@ -170,13 +204,13 @@ def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparis
                 _number(None if point.bytes_per_query is None else point.bytes_per_query / 1024),
                 _number(point.owner_cpu_us_per_query),
             )
-            for point in sorted(points, key=lambda point: (_label(point), point.ef))
+            for point in sorted(points, key=lambda point: (label(point), point.ef))
         ),
         title=title,
     )
     for line in summary:
         if line.qps is None:
-            output.out.print(f"recall {line.recall}: {_label(line)}: not reached in this sweep")
+            output.out.print(f"recall {line.recall}: {label(line)}: not reached in this sweep")
             continue
         ratio = "" if line.qps_ratio is None or line.system == "hnswlib" else f", {line.qps_ratio:.2f} x hnswlib"
         cost = (
@@ -187,4 +221,4 @@ def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparis
                 f"{_number((line.bytes_per_query or 0) / 1024)} KiB a query"
             )
         )
-        output.out.print(f"recall {line.recall}: {_label(line)}: {line.qps:,.0f} QPS{ratio}{cost}", soft_wrap=True)
+        output.out.print(f"recall {line.recall}: {label(line)}: {line.qps:,.0f} QPS{ratio}{cost}", soft_wrap=True)

@@ -88,7 +88,7 @@ def progress_bar(unit: str, *, disable: bool) -> Progress:
         TextColumn("ETA"),
         TimeRemainingColumn(),
         console=err,
-        disable=disable,
+        disable=disable or not err.is_terminal,
         transient=True,
     )
 

@@ -23,7 +23,7 @@ cotra search 10.0.0.1:7700 10.0.0.1:7701 --queries queries.fvecs --k 10 --ef 128
 cotra search 127.0.0.1:7700 --queries sift.hdf5 --ground-truth sift.hdf5 --transport shm --json
 """
 
-SHOWN_QUERIES = 3
+SHOWN_QUERIES, SHOWN_ANSWERS = 3, 10
 
 
 @output.verb
@@ -60,6 +60,8 @@ def search(
     """
     if out is not None and out.suffix not in (".npy", ".npz"):
         raise typer.BadParameter(f"{out} must end in .npy or .npz", param_hint="--out")
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"{out.parent} is no directory", param_hint="--out")
     transports([transport], ("auto", *TRANSPORTS))
     vectors = read_queries(queries)
     truth = None if ground_truth is None else read_ground_truth(ground_truth)
@@ -120,5 +122,6 @@ def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int)
         ],
     )
     for number, (ids, distances) in enumerate(zip(result.ids[:SHOWN_QUERIES], result.distances, strict=False)):
-        answers = "  ".join(f"{i} ({distance:.4g})" for i, distance in zip(ids, distances, strict=True))
-        output.out.print(f"query {number}: {answers}", soft_wrap=True)
+        there = [f"{i} ({distance:.4g})" for i, distance in zip(ids, distances, strict=True) if i >= 0]
+        more = f"  and {len(there) - SHOWN_ANSWERS} more" if len(there) > SHOWN_ANSWERS else ""
+        output.out.print(f"query {number}: {'  '.join(there[:SHOWN_ANSWERS]) or 'no answer'}{more}", soft_wrap=True)

@@ -58,7 +58,10 @@ def serve(
     host, port = _host_port(listen)
     with _StopSignals() as stop, contextlib.ExitStack() as stack:
         served = []
-        for position, path in enumerate(shard_paths(shards)):
+        paths = shard_paths(shards)
+        if port and port + len(paths) - 1 > 65535:
+            raise typer.BadParameter(f"{len(paths)} shards from port {port} on pass port 65535", param_hint="--listen")
+        for position, path in enumerate(paths):
             shard = stack.enter_context(Shard.open(path))
             address = f"{host}:{port + position if port else 0}"
             server = stack.enter_context(

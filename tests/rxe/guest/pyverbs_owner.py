@@ -29,7 +29,15 @@ def main(image: str, device: str, gid_index: str) -> None:
             queue_pair.connect(QueuePairAttributes(gid=bytes.fromhex(request.pop("gid")), **request))
             local = dataclasses.asdict(queue_pair.local)
             local["gid"] = local["gid"].hex()
-            print(json.dumps({"queue_pair": local, "region": dataclasses.asdict(registration.region)}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "queue_pair": local,
+                        "region": {"addr": registration.addr, "rkey": registration.rkey, "len": registration.len},
+                    }
+                ),
+                flush=True,
+            )
         for queue_pair in queue_pairs:
             queue_pair.close()
         registration.close()

@@ -1,0 +1,49 @@
+"""`SearchJob`: a batch of queries and all that says how to answer it, as it goes from a cluster to lanes and peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]
+"""labels int64[n_shards, n_queries, k] (or without the first dimension: of one shard), distances float32, and one
+`engine.STATS_DTYPE` record for each query."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchJob:
+    """A batch of queries.
+
+    Attributes:
+        queries: float32[n_queries, dim], checked.
+        k, ef, beam: answers, pool and expansions a round.
+        inflight: queries in progress at once in each thread; 0: chosen for the transport.
+        timeout_s: the longest wait for one READ, or for an owner's answer, in seconds.
+        filters: for each shard None or a bitmap; None: no filter anywhere.
+        mask: bool[n_queries, n_shards]: which shards each query is for; None: all.
+    """
+
+    queries: npt.NDArray[np.float32]
+    k: int
+    ef: int
+    beam: int
+    inflight: int
+    timeout_s: float
+    filters: tuple[bytes | None, ...] | None = None
+    mask: npt.NDArray[np.bool_] | None = None
+
+    def of_shards(self, shards: Sequence[int]) -> SearchJob:
+        """The part that concerns these shards, which are numbered in this order in it."""
+        filters = None if self.filters is None else tuple(self.filters[shard] for shard in shards)
+        return replace(self, filters=filters, mask=None if self.mask is None else self.mask[:, list(shards)])
+
+    def split(self, n_parts: int) -> list[SearchJob]:
+        """Parts with about as many queries each."""
+        if n_parts <= 1:
+            return [self]
+        masks = [None] * n_parts if self.mask is None else np.array_split(self.mask, n_parts)
+        queries = np.array_split(self.queries, n_parts)
+        return [replace(self, queries=part, mask=mask) for part, mask in zip(queries, masks, strict=True)]
