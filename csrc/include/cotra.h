@@ -10,8 +10,8 @@
  *  - Objects are opaque and come in create/destroy (or open/close) pairs; destroying NULL is allowed. Children first.
  *  - Lengths are bytes and times nanoseconds unless a name says otherwise. Nothing here prints, exits or starts a
  * thread.
- *  - Handles are not locked. A channel and an engine belong to one thread at a time; an arena, a view, a device and a
- *    packer (its encode step, on disjoint ranges) may be shared.
+ *  - Handles are not locked. A channel and an engine belong to one thread at a time; an arena, a view, a table, a
+ * device and a packer (its encode step, on disjoint ranges) may be shared.
  */
 #ifndef COTRA_H
 #define COTRA_H

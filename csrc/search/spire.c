@@ -14,6 +14,10 @@
 #include <string.h>
 
 enum { MAX_K = 1 << 20, MAX_INFLIGHT = 64, AUTO_RERANK = 256, AUTO_RERANK_OF_K = 32, BATCH = 64 };
+/* A query takes the CPU tens of microseconds: as many of them as hide two round trips on a wire, or the memory's
+ * latency.
+ */
+enum { INFLIGHT_FAR = 8, INFLIGHT_NEAR = 2 };
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 typedef struct pending {
@@ -398,15 +402,15 @@ static int check_params(const cotra_spire *engine, const cotra_spire_params *par
     return COTRA_OK;
 }
 
-/* Lists there are, READs in progress that are worth having: limits, and queries at once. */
+/* The limits of a call, and how many queries are worth having in flight. */
 static uint32_t plan(const cotra_spire *engine, const cotra_spire_params *params, cotra_probe_limits *limits)
 {
-    uint64_t n_lists = 0, rows = 0, in_flight = 0;
+    uint64_t n_lists = 0, rows = 0;
+    int far = 0;
     for (uint32_t s = 0; s < engine->n_shards; s++) {
-        const cotra_channel *channel = engine->lanes[s].channel;
         n_lists += engine->shards[s].table->info.n_lists;
         rows += engine->shards[s].table->info.entries;
-        in_flight += channel->in_flight ? channel->in_flight : channel->slots;
+        far |= engine->lanes[s].channel->in_flight == 0;
     }
     uint64_t capacity = params->n_rerank ? params->n_rerank : AUTO_RERANK + AUTO_RERANK_OF_K * (uint64_t)params->k;
     capacity = capacity < rows ? capacity : rows;
@@ -414,9 +418,8 @@ static uint32_t plan(const cotra_spire *engine, const cotra_spire_params *params
                                    .n_probe = params->n_probe < n_lists ? params->n_probe : (uint32_t)n_lists,
                                    .capacity = (uint32_t)capacity,
                                    .automatic = params->n_rerank == 0};
-    /* Two queries hide each other's gaps between rounds; more, where a round leaves READs to spare. */
-    const uint64_t wanted = params->inflight ? params->inflight : 2 + 2 * in_flight / limits->n_probe;
-    return wanted < MAX_INFLIGHT ? (uint32_t)wanted : MAX_INFLIGHT;
+    const uint32_t wanted = params->inflight ? params->inflight : far ? INFLIGHT_FAR : INFLIGHT_NEAR;
+    return wanted < MAX_INFLIGHT ? wanted : MAX_INFLIGHT;
 }
 
 int cotra_spire_search(cotra_spire *engine, const float *queries, uint64_t n_queries, const cotra_spire_params *params,

@@ -20,6 +20,7 @@ from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
 from cotra_rdma.engine import VECTOR_TYPES, ImageInfo, View, search_scope
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.kmeans import kmeans
+from cotra_rdma.queries import MAX_EF, MAX_INFLIGHT, MAX_TIMEOUT_S
 
 if TYPE_CHECKING:
     from cotra_rdma.arena import Arena
@@ -247,14 +248,9 @@ class SpireEngine(Handle):
             raise InvalidInputError(
                 f"queries must be float32[n, {self._dim}], not {queries.dtype}{list(queries.shape)}"
             )
-        if k < 1 or n_probe < 1 or (n_rerank and n_rerank < k):
-            raise InvalidInputError(
-                f"k and n_probe must be at least 1, n_rerank 0 or at least k: {k}, {n_probe}, {n_rerank}"
-            )
+        _check_search(k, n_probe, n_rerank, inflight, timeout_s)
         queries = np.ascontiguousarray(queries, np.float32)
-        params = ffi.new(
-            "cotra_spire_params *", (k, min(n_probe, 2**32 - 1), n_rerank, inflight, round(timeout_s * 1e9))
-        )
+        params = ffi.new("cotra_spire_params *", (k, n_probe, n_rerank, inflight, round(timeout_s * 1e9)))
         scope, _held = search_scope(filters, mask, n, self._n_shards)
         labels, shards = np.empty((n, k), np.int64), np.empty((n, k), np.int32)
         distances = np.empty((n, k), np.float32)
@@ -274,6 +270,19 @@ class SpireEngine(Handle):
         )
         check(status, err)
         return labels, distances, shards, stats
+
+
+def _check_search(k: int, n_probe: int, n_rerank: int, inflight: int, timeout_s: float) -> None:
+    for name, value, low, high in (
+        ("k", k, 1, MAX_EF),
+        ("n_probe", n_probe, 1, 2**32 - 1),
+        ("n_rerank", n_rerank, k if n_rerank else 0, MAX_EF),
+        ("inflight", inflight, 0, MAX_INFLIGHT),
+    ):
+        if not isinstance(value, int | np.integer) or not low <= value <= high:
+            raise InvalidInputError(f"{name} must be a whole number in [{low}, {high}], not {value!r}")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidInputError(f"timeout_s must be in (0, {MAX_TIMEOUT_S:g}], not {timeout_s!r}")
 
 
 class _IvfPacker(Handle):

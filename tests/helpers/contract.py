@@ -16,6 +16,7 @@ import pytest
 from cotra_rdma import Arena, BoundsError, ClosedError, InvalidInputError, Shard
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import Engine, View
+from helpers.lists import spire_of
 
 OpenChannel = Callable[[Arena], Channel]
 PATTERN_BYTES = 300_000
@@ -96,4 +97,22 @@ class ChannelContract:
                     np.testing.assert_array_equal(distances[0].view(np.uint32), expected[1].view(np.uint32))
                     for name in ("reads", "rounds", "expansions", "cache_hits", "read_bytes"):
                         np.testing.assert_array_equal(stats[name], expected[2][name])
+            channel.close()
+
+    def test_two_rounds_are_bit_identical_to_those_in_process(
+        self, open_channel: OpenChannel, queries: npt.NDArray[np.float32], words: npt.NDArray[np.float32]
+    ) -> None:
+        built = Shard.build(words[:1000], M=4, ef_construction=20, n_threads=1, n_lists=10, ivf_bits=2)
+        with built as shard, spire_of(shard.arena) as engine:
+            expected = engine.search(queries, 10, 4)
+            channel = open_channel(shard.pinned(lock=False))
+            with spire_of(shard.arena, open_channel=lambda _: channel) as engine:
+                for inflight in (1, 3, 0):
+                    labels, distances, shards, stats = engine.search(queries, 10, 4, inflight=inflight)
+                    np.testing.assert_array_equal(labels, expected[0])
+                    np.testing.assert_array_equal(distances.view(np.uint32), expected[1].view(np.uint32))
+                    np.testing.assert_array_equal(shards, expected[2])
+                    assert (stats["rounds"] == 2).all()
+                    for name in ("lists", "reranked", "estimated", "list_bytes", "read_bytes"):
+                        np.testing.assert_array_equal(stats[name], expected[3][name])
             channel.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -445,6 +447,25 @@ def test_every_way_gives_the_same_bits(parts: list[Shard], queries: Floats, n_re
             assert (found[3]["reads"] > expected[3]["reads"]).any() == more_reads
 
 
+def test_threads_share_tables(parts: list[Shard], queries: Floats) -> None:
+    with ExitStack() as stack:
+        channels = [stack.enter_context(Channel.shm(shard.arena)) for shard in parts]
+        views = [stack.enter_context(View.open(channel)) for channel in channels]
+        tables = [
+            stack.enter_context(IvfTable.open(channel, view)) for channel, view in zip(channels, views, strict=True)
+        ]
+
+        def search(rows: Floats) -> npt.NDArray[np.int64]:
+            with ExitStack() as own:
+                lanes = [own.enter_context(Channel.shm(shard.arena)) for shard in parts]
+                engine = own.enter_context(SpireEngine.create(views, tables, lanes))
+                return engine.search(rows, 10, 12)[0]
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(search, np.array_split(queries, 9)))
+        np.testing.assert_array_equal(np.concatenate(found), search(queries))
+
+
 def test_simd_levels_find_the_same(listed: Shard, queries: Floats) -> None:
     with spire_of(listed.arena, simd=lib.COTRA_SIMD_PORTABLE) as one, spire_of(listed.arena) as best:
         ours, theirs = one.search(queries, 10, 8, 3000), best.search(queries, 10, 8, 3000)
@@ -554,6 +575,16 @@ def test_what_appending_refuses(rows: Floats, tmp_path: Path) -> None:
             append_lists(shard.arena, rows[:2], assignment)
 
 
+def test_an_image_of_another_version(listed: Shard, tmp_path: Path) -> None:
+    path = tmp_path / "old.cotra"
+    for version in (1, 3):
+        data = bytearray(image_bytes(listed))
+        data[8] = version
+        path.write_bytes(data)
+        with pytest.raises(FormatError, match=f"format version {version}: this build reads version 2"):
+            Shard.open(path)
+
+
 def test_what_a_reader_refuses(listed: Shard, rows: Floats, queries: Floats) -> None:
     with (
         Shard.build(rows[:50], M=4, ef_construction=20, n_threads=1) as plain,
@@ -573,7 +604,7 @@ def test_what_a_reader_refuses(listed: Shard, rows: Floats, queries: Floats) -> 
             with pytest.raises(InvalidInputError, match="same channel"):
                 SpireEngine.create([view, view], [table, table], [channel, channel])
             with SpireEngine.create([view], [table], [channel]) as engine:
-                for wrong in ((0, 1, 0), (1, 0, 0), (5, 1, 4), (2**21, 1, 0)):
+                for wrong in ((0, 1, 0), (1, 0, 0), (5, 1, 4), (2**21, 1, 0), (1, 2**32, 0), (1, 1.5, 0), (1, 1, -1)):
                     with pytest.raises(InvalidInputError):
                         engine.search(queries, *wrong)
                 with pytest.raises(InvalidInputError, match="queries must be"):
