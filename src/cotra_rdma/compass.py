@@ -38,7 +38,7 @@ Mask = npt.NDArray[np.bool_]
 
 DEFAULT_TARGET = 0.99
 CALIBRATION_K = 10
-N_HELD_OUT = 4000
+N_HELD_OUT = 6000
 MIN_HELD_OUT = 100
 """With fewer vectors than that, nothing can be calibrated."""
 
@@ -52,7 +52,7 @@ _ALL_SHARE = 0.8  # of the shards: where more than that would be asked on averag
 _CHUNK_FLOATS = 1 << 20
 _NEWTON_STEPS = 25
 _RIDGE = 1e-5  # times the number of neighbours
-_OWN_RIDGE = 5.0
+_OWN_RIDGE = 3.0
 
 Progress = Callable[[int, int], None]
 """Called as progress(rows done, rows in all)."""
