@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_K = 1 << 20, MAX_INFLIGHT = 64, AUTO_RERANK = 256, AUTO_RERANK_OF_K = 32, BATCH = 64 };
+enum { MAX_K = 1 << 20, MAX_INFLIGHT = 64, AUTO_RERANK = 1024, AUTO_RERANK_OF_K = 32, BATCH = 64 };
 /* A query takes the CPU tens of microseconds: as many of them as hide two round trips on a wire, or the memory's
  * latency.
  */
