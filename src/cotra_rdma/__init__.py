@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from cotra_rdma.algorithms import Compass, Spire
 from cotra_rdma.arena import Arena
 from cotra_rdma.channel import FabricModel
 from cotra_rdma.cluster import Cluster, SearchResult, connect
@@ -45,6 +46,7 @@ __all__ = [
     "ClosedError",
     "Cluster",
     "CoTraRdma",
+    "Compass",
     "CompletionError",
     "CotraError",
     "DeadlineError",
@@ -66,6 +68,7 @@ __all__ = [
     "Shard",
     "ShardOutcome",
     "ShardStatus",
+    "Spire",
     "StaleShardError",
     "TransportError",
     "VectorShardSeam",

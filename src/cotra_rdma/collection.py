@@ -153,6 +153,8 @@ def build_collection(
     seed: int = 100,
     n_threads: int = 0,
     partition: str = "range",
+    n_lists: int = 0,
+    ivf_bits: int = 4,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Collection:
@@ -168,6 +170,8 @@ def build_collection(
         metric, M, ef_construction, seed, n_threads: as `Shard.build`.
         partition: "range": equal ranges of rows; "kmeans": neighbours together, and no shard larger than 1.1 times the
             mean, so that Compass can leave shards out.
+        n_lists, ivf_bits: inverted lists beside the graphs, of all shards together, and bits a dimension of their codes; 0
+            lists for none (`Shard.build`).
         force: replace a collection that is there already.
         progress: told how far each shard is.
 
@@ -175,6 +179,8 @@ def build_collection(
         InvalidInputError: there is a collection already, or a value is out of its range.
     """
     out = Path(directory)
+    if n_lists and not n_shards <= n_lists <= vectors.count:
+        raise InvalidInputError(f"n_lists must be 0 or in [{n_shards}, {vectors.count}], not {n_lists}")
     if partition not in PARTITIONS:
         raise InvalidInputError(f"partition must be one of {', '.join(PARTITIONS)}, not {partition!r}")
     if not 1 <= n_shards <= vectors.count:
@@ -211,6 +217,8 @@ def build_collection(
                 n_threads=n_threads,
                 progress=progress and _rows_done(progress, number, done, len(ids)),
                 generation=generation,
+                n_lists=min(len(ids), max(1, round(n_lists * len(ids) / vectors.count))) if n_lists else 0,
+                ivf_bits=ivf_bits,
             ) as shard:
                 shard.save(aside / f"{name}.cotra")
                 size = shard.info.image_bytes

@@ -30,7 +30,7 @@ LAYERS = (
     ("shard", "peer", "scatter_gather", "benchmark"),
     ("lanes", "plan"),
     ("collection", "server", "cluster", "diagnosis"),
-    ("benchmark_systems", "benchmark_plot", "verbs_diagnosis", "cotra"),
+    ("benchmark_systems", "benchmark_plot", "verbs_diagnosis", "cotra", "algorithms"),
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}

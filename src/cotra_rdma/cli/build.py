@@ -13,6 +13,7 @@ from cotra_rdma.cli.options import ConstructionEf, GraphM, Json, MetricName, Par
 from cotra_rdma.collection import build_collection
 from cotra_rdma.compass import DEFAULT_TARGET
 from cotra_rdma.datasets import open_vectors
+from cotra_rdma.ivf import MAX_BITS
 
 EPILOG = """**Examples**
 
@@ -47,6 +48,19 @@ def build(
             "a query need not ask every shard."
         ),
     ] = PartitionName.RANGE,
+    ivf: Annotated[
+        int,
+        typer.Option(
+            "--ivf",
+            min=0,
+            metavar="N",
+            help="Inverted lists beside the graphs, over all shards, for searches in two rounds (SPIRE); 0: none. About "
+            "one for 100 vectors is usual.",
+        ),
+    ] = 0,
+    ivf_bits: Annotated[
+        int, typer.Option("--ivf-bits", min=1, max=MAX_BITS, help="Bits a dimension of the codes in those lists.")
+    ] = 4,
     metric: Annotated[
         MetricName | None, typer.Option(help="Distance. Default: what an HDF5 file says, else l2.")
     ] = None,
@@ -81,6 +95,8 @@ def build(
             seed=seed,
             n_threads=threads,
             partition=partition.value,
+            n_lists=ivf,
+            ivf_bits=ivf_bits,
             force=force,
             progress=progress,
         )

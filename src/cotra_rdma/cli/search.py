@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from cotra_rdma.benchmark import recall
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, Timeout, input_file, transports
 from cotra_rdma.cluster import SearchResult, connect
+from cotra_rdma.compass import DEFAULT_TARGET
+from cotra_rdma.cost import Prediction
 from cotra_rdma.datasets import read_ground_truth, read_queries
 from cotra_rdma.errors import InvalidInputError
 
@@ -52,6 +55,29 @@ def search(
         ),
     ] = None,
     timeout: Timeout = 5.0,
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="auto: what the cost model says is quickest. cotra: read the graphs. scatter-gather: the owners search. "
+            "spire: read inverted lists, --ef of them (`cotra build --ivf`). compass, compass+scatter-gather, "
+            "compass+spire: ask only shards that hold a query's neighbours (`cotra build --partition kmeans`).",
+        ),
+    ] = "auto",
+    target_recall: Annotated[
+        float,
+        typer.Option(min=0.01, max=1.0, help="Of Compass: the recall to keep, of that which asking every shard has."),
+    ] = DEFAULT_TARGET,
+    owner_cpu: Annotated[
+        bool, typer.Option("--owner-cpu", help="Let auto have owners search whose memory could be read.")
+    ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Also tell what the cost model expected of each way, beside what was measured."),
+    ] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Answer without the shards that fail, and name them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Search shards that are served, and say what it took.
@@ -71,7 +97,19 @@ def search(
         )
     with connect(addresses, transport=transport, timeout_s=timeout) as cluster:
         begin = time.perf_counter()
-        result = cluster.search(vectors, k=k, ef=ef, beam=beam, n_threads=threads)
+        result = cluster.search(
+            vectors,
+            k=k,
+            ef=ef,
+            beam=beam,
+            n_threads=threads,
+            timeout_s=timeout,
+            allow_partial=allow_partial,
+            algorithm=algorithm,
+            target_recall=target_recall,
+            owner_cpu=owner_cpu,
+            explain=explain,
+        )
         seconds = time.perf_counter() - begin
     if out is not None:
         _write(out, result)
@@ -103,7 +141,44 @@ def _summary(result: SearchResult, seconds: float, addresses: list[str]) -> dict
         "bytes_per_query": float(result.stats["read_bytes"].mean()),
         "transports": dict(zip(addresses, result.transports, strict=True)),
         "coverage": result.coverage,
+        "failures": {addresses[shard]: str(error) for shard, error in sorted(result.failures.items())},
+        "algorithm": result.algorithm,
+        "shards_per_query": float(result.asked.mean()),
+        "predictions": [
+            {**asdict(expected), "seconds": expected.seconds if expected.allowed else None}
+            for expected in result.predictions
+        ],
     }
+
+
+def _explain(summary: dict[str, Any], result: SearchResult, n_queries: int) -> None:
+    columns = ("way", ">batch, ms", ">READs", ">rounds", ">KiB", ">owners' CPU, us", ">shards", "")
+
+    def row(name: str, ms: float, p: Prediction, remark: str) -> tuple[str, ...]:
+        counts = (f"{p.reads:.1f}", f"{p.rounds:.1f}", f"{p.bytes / 1024:.1f}", f"{p.owner_cpu_s * 1e6:.1f}")
+        return (name, f"{ms:,.2f}", *counts, f"{p.shards:.2f}", remark)
+
+    rows = []
+    for at, expected in enumerate(result.predictions):
+        remark = "taken" if at == 0 else expected.why
+        rows.append(row(f"{expected.algorithm}, expected", expected.seconds * 1e3, expected, remark))
+    measured = Prediction(
+        result.algorithm,
+        n_queries / summary["qps"],
+        summary["reads_per_query"],
+        summary["rounds_per_query"],
+        summary["bytes_per_query"],
+        0.0,
+        summary["shards_per_query"],
+    )
+    rows.append(
+        (
+            *row(f"{result.algorithm}, measured", measured.seconds * 1e3, measured, "")[:5],
+            "-",
+            *row("", 0, measured, "")[6:],
+        )
+    )
+    output.print_table(columns, rows)
 
 
 def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int) -> None:
@@ -119,8 +194,13 @@ def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int)
             ("read per query", output.human_bytes(summary["bytes_per_query"])),
             *((f"path to {address}", path) for address, path in summary["transports"].items()),
             ("coverage", f"{summary['coverage']:.0%} of the shards"),
+            *((f"no answer from {address}", why) for address, why in summary["failures"].items()),
+            ("algorithm", summary["algorithm"]),
+            ("shards per query", f"{summary['shards_per_query']:.2f}"),
         ],
     )
+    if result.predictions:
+        _explain(summary, result, n_queries)
     for number, (ids, distances) in enumerate(zip(result.ids[:SHOWN_QUERIES], result.distances, strict=False)):
         there = [f"{i} ({distance:.4g})" for i, distance in zip(ids, distances, strict=True) if i >= 0]
         more = f"  and {len(there) - SHOWN_ANSWERS} more" if len(there) > SHOWN_ANSWERS else ""
