@@ -154,7 +154,7 @@ def build_collection(
     n_threads: int = 0,
     partition: str = "range",
     n_lists: int = 0,
-    ivf_bits: int = 4,
+    ivf_bits: int = 2,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Collection:

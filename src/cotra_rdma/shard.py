@@ -69,7 +69,7 @@ class Shard:
         *,
         generation: int = 1,
         n_lists: int = 0,
-        ivf_bits: int = 4,
+        ivf_bits: int = 2,
     ) -> Self:
         """Builds a graph with hnswlib and packs it.
 
@@ -139,7 +139,7 @@ class Shard:
         progress: Progress | None = None,
         generation: int = 1,
         n_lists: int = 0,
-        ivf_bits: int = 4,
+        ivf_bits: int = 2,
     ) -> Self:
         """Packs an hnswlib index. It is read through hnswlib's own `save_index` (a temporary file in TMPDIR or
         /var/tmp, as large as the index) and not changed.

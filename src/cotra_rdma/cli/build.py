@@ -60,7 +60,7 @@ def build(
     ] = 0,
     ivf_bits: Annotated[
         int, typer.Option("--ivf-bits", min=1, max=MAX_BITS, help="Bits a dimension of the codes in those lists.")
-    ] = 4,
+    ] = 2,
     metric: Annotated[
         MetricName | None, typer.Option(help="Distance. Default: what an HDF5 file says, else l2.")
     ] = None,
