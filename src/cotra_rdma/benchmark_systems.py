@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from cotra_rdma.benchmark import Cost, DataSet, Ids, Plan, Queries, Rows, System
 from cotra_rdma.channel import Channel, FabricModel
 from cotra_rdma.cluster import connect
+from cotra_rdma.collection import build_collection, shard_paths
 from cotra_rdma.engine import Engine, View
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.owner_process import OwnerProcess
@@ -135,8 +137,82 @@ class Local:
         self._stack.close()
 
 
-def _cost(stats: npt.NDArray[np.void]) -> Cost:
-    return Cost(*(float(stats[name].mean()) for name in ("reads", "rounds", "read_bytes")))
+class Collective:
+    """A collection in an owner process of its own, reached over one transport, searched by any algorithm."""
+
+    def __init__(self, directory: Path, transport: str, n_threads: int) -> None:
+        kind, fabric = parse_transport(transport)
+        if kind == "local":
+            raise InvalidInputError(
+                "algorithms over several shards are measured over shm, verbs, rpc or a model of a fabric"
+            )
+        path = "shm" if kind == "model" else kind
+        self.transport = transport
+        self.n_threads = n_threads
+        paths = shard_paths([directory])
+        self.labels = []
+        for file in paths:
+            with Shard.open(file, verify=False) as shard:
+                self.labels.append(shard.labels())
+        with contextlib.ExitStack() as stack:
+            self.owner = stack.enter_context(OwnerProcess(paths, transports=tuple(dict.fromkeys((path, "rpc")))))
+            self.cluster = stack.enter_context(connect(self.owner.addresses, transport=path, fabric=fabric))
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Disconnects and ends the owner."""
+        self._stack.close()
+
+
+class Algorithm:
+    """One algorithm over a collection."""
+
+    name = "cotra"
+
+    def __init__(self, collective: Collective, algorithm: str) -> None:
+        self._collective = collective
+        self.algorithm = algorithm
+        self.transport = collective.transport
+        self.n_shards = len(collective.labels)
+        self.beams = not algorithm.endswith("spire")
+
+    def search(self, queries: Queries, k: int, ef: int, beam: int, rows: Rows | None = None) -> tuple[Ids, Cost | None]:
+        """As `benchmark.System`."""
+        both = self._collective
+        filters = None if rows is None else [rows[labels] for labels in both.labels]
+        result = both.cluster.search(
+            queries,
+            k=k,
+            ef=ef,
+            beam=beam,
+            n_threads=both.n_threads,
+            filters=filters,
+            algorithm=self.algorithm,
+            timeout_s=60.0,
+        )
+        return result.ids, _cost(result.stats, float(result.asked.mean()) if len(result.asked) else 0.0)
+
+    def owner_cpu_s(self) -> float | None:
+        """CPU of the owner process."""
+        return self._collective.owner.cpu_s()
+
+    def close(self) -> None:
+        """The collective is closed by who made it."""
+
+
+def _cost(stats: npt.NDArray[np.void], shards: float = 1.0) -> Cost:
+    reads, rounds, read = (float(stats[name].mean()) for name in ("reads", "rounds", "read_bytes"))
+    return Cost(reads, rounds, read, shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How a data set is split for algorithms over several shards, and which of those are measured."""
+
+    algorithms: Sequence[str]
+    n_shards: int = 16
+    partition: str = "kmeans"
+    n_lists: int = 0
 
 
 def parse_transport(text: str) -> tuple[str, FabricModel | None]:
@@ -168,9 +244,12 @@ def open_systems(
     cache: Path,
     *,
     with_hnswlib: bool = True,
+    split: Split | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[list[System]]:
     """hnswlib and this package over each of `transports`, ready to be measured; closed on the way out.
+
+    With a `split` this package searches a collection by each of its algorithms, without one a single shard.
 
     Both graphs are built with the plan's M and ef_construction, and kept in the directory `cache`, under names
     that tell data set, shape and parameters, for the next run.
@@ -182,6 +261,14 @@ def open_systems(
         systems: list[System] = []
         if with_hnswlib:
             systems.append(Hnswlib(_hnswlib_index(data, plan, cache / f"{stem}.hnswlib", progress), plan.n_threads))
+        if split is not None:
+            directory = _collection(data, plan, split, cache, stem, progress)
+            for transport in transports:
+                collective = Collective(directory, transport, plan.n_threads)
+                stack.callback(collective.close)
+                systems += [Algorithm(collective, algorithm) for algorithm in split.algorithms]
+            yield systems
+            return
         shard = _shard(data, plan, cache / f"{stem}.cotra", progress)
         for transport, (kind, fabric) in zip(transports, fabrics, strict=True):
             threads = plan.n_threads
@@ -206,6 +293,28 @@ def _hnswlib_index(data: DataSet, plan: Plan, path: Path, progress: Progress) ->
     index.save_index(str(path.with_suffix(".part")))
     path.with_suffix(".part").replace(path)
     return index
+
+
+def _collection(data: DataSet, plan: Plan, split: Split, cache: Path, stem: str, progress: Progress) -> Path:
+    path = cache / f"{stem}-{split.n_shards}x{split.partition}-ivf{split.n_lists}"
+    if not path.is_dir():
+
+        def report(shard: int, phase: str, done: int) -> None:
+            progress(phase if shard < 0 else f"shard {shard + 1}/{split.n_shards} {phase}", done, data.vectors.count)
+
+        build_collection(
+            data.vectors,
+            path,
+            split.n_shards,
+            metric=data.metric,
+            M=plan.M,
+            ef_construction=plan.ef_construction,
+            seed=SEED,
+            partition=split.partition,
+            n_lists=split.n_lists,
+            progress=report,
+        )
+    return path
 
 
 def _shard(data: DataSet, plan: Plan, path: Path, progress: Progress) -> Path:

@@ -12,7 +12,7 @@ import typer
 
 from cotra_rdma.benchmark import Comparison, DataSet, Plan, Point, compare, label, run
 from cotra_rdma.benchmark_plot import check_plot, draw
-from cotra_rdma.benchmark_systems import open_systems
+from cotra_rdma.benchmark_systems import Split, open_systems
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import (
     ConstructionEf,
@@ -20,11 +20,13 @@ from cotra_rdma.cli.options import (
     GroundTruth,
     Json,
     MetricName,
+    PartitionName,
     Threads,
     comma_list,
     input_file,
     numbers,
 )
+from cotra_rdma.plan import ALGORITHMS
 
 EPILOG = """**Examples**
 
@@ -37,6 +39,7 @@ configuration is measured once a repeat, in turn. With --json: one row a line, a
 """
 
 TARGETS = (0.95, 0.99)
+FOUR = ("scatter-gather", "compass", "spire", "cotra")
 
 
 @output.verb
@@ -102,6 +105,27 @@ def bench(
             help="Draw recall against QPS, and against bytes a query: .png, .svg or .pdf (needs matplotlib).",
         ),
     ] = None,
+    algorithm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,NAME...]",
+            show_default=False,
+            help="Search a collection of several shards by these algorithms: scatter-gather, compass, spire, cotra, "
+            "compass+spire, compass+scatter-gather, auto; all: the first four.",
+        ),
+    ] = None,
+    shards: Annotated[int, typer.Option(min=1, help="With --algorithm: shards to split the vectors over.")] = 16,
+    partition: Annotated[
+        PartitionName, typer.Option(help="With --algorithm: how they are split, as for `cotra build`.")
+    ] = PartitionName.KMEANS,
+    ivf: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            show_default="one for 100 vectors",
+            help="With --algorithm: inverted lists over all shards, for spire.",
+        ),
+    ] = None,
     hnswlib: Annotated[bool, typer.Option("--hnswlib/--no-hnswlib", help="Measure hnswlib beside it.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -128,6 +152,10 @@ def bench(
     data = DataSet.open(
         dataset, base=base, queries=queries, ground_truth=ground_truth, metric=metric.value if metric else None
     )
+    split = None
+    if algorithm:
+        lists = max(shards, data.vectors.count // 100) if ivf is None else ivf
+        split = Split(_algorithms(algorithm), shards, partition.value, lists)
     with output.progress_bar("", disable=as_json) as bar:
         task = bar.add_task("", total=1)
 
@@ -135,7 +163,13 @@ def bench(
             bar.update(task, description=what, completed=done, total=total)
 
         with open_systems(
-            data, comma_list(transport or ["shm"]), plan, cache or _cache(), with_hnswlib=hnswlib, progress=progress
+            data,
+            comma_list(transport or ["shm"]),
+            plan,
+            cache or _cache(),
+            with_hnswlib=hnswlib,
+            split=split,
+            progress=progress,
         ) as systems:
             points = []
             for share in [None, *shares]:
@@ -151,6 +185,14 @@ def bench(
         output.print_json({"summary": [asdict(line) for line in summary]})
     else:
         _show(data, plan, points, summary)
+
+
+def _algorithms(values: list[str]) -> list[str]:
+    names = list(dict.fromkeys(n for v in comma_list(values) for n in (FOUR if v == "all" else (v,))))
+    for name in names:
+        if name not in ALGORITHMS:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(ALGORITHMS)}, all", param_hint="--algorithm")
+    return names
 
 
 def _shares(values: list[str]) -> list[float]:
@@ -188,6 +230,7 @@ def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparis
             ">READs",
             ">rounds",
             ">KiB",
+            ">shards",
             ">owner CPU us",
         ),
         (
@@ -202,6 +245,7 @@ def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparis
                 _number(point.reads_per_query),
                 _number(point.rounds_per_query),
                 _number(None if point.bytes_per_query is None else point.bytes_per_query / 1024),
+                _number(point.shards_per_query, 2),
                 _number(point.owner_cpu_us_per_query),
             )
             for point in sorted(points, key=lambda point: (label(point), point.ef))
