@@ -200,16 +200,17 @@ class Router:
             return np.full((len(rows), self._n_shards), 1 / self._n_shards)
         return self._model.shares(rows, self._calibration)
 
-    def select(self, queries: npt.ArrayLike, target_recall: float = DEFAULT_TARGET) -> Mask:
+    def select(self, queries: npt.ArrayLike, target_recall: float = DEFAULT_TARGET, among: Mask | None = None) -> Mask:
         """The shards to ask for each query.
 
         Args:
             queries: float32[n_queries, dim] or float32[dim].
             target_recall: the mean recall to keep, of that which asking all shards has; in (0, 1].
+            among: bool[n_queries, n_shards]: which shards each query may ask; None: all. Shares are then of what these hold.
 
         Returns:
-            bool[n_queries, n_shards], with at least one shard each; all are True where nothing is calibrated, or where
-            the calibration found that leaving shards out loses too much.
+            bool[n_queries, n_shards], with at least one shard each that may ask any; all of `among` are True where nothing
+            is calibrated, or where the calibration found that leaving shards out loses too much.
 
         Raises:
             InvalidInputError: a wrong dim, NaN or infinity, a target out of range.
@@ -218,8 +219,14 @@ class Router:
             raise InvalidInputError(f"target_recall must be in (0, 1], not {target_recall}")
         threshold = None if self._calibration is None else self._calibration.threshold(target_recall)
         if threshold is None:
-            return np.ones((len(check_queries(queries, self.dim)), self._n_shards), np.bool_)
-        return _at_least(self.shares(queries), threshold)
+            every = np.ones((len(check_queries(queries, self.dim)), self._n_shards), np.bool_)
+            return every if among is None else every & among
+        shares = self.shares(queries)
+        if among is None:
+            return _at_least(shares, threshold)
+        shares = np.where(among, shares + np.finfo(np.float64).tiny, 0)
+        shares /= np.maximum(shares.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        return _at_least(shares, threshold) & among
 
 
 @dataclass(frozen=True, slots=True)

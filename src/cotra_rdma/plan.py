@@ -68,14 +68,14 @@ class Planner:
             mask = self._selection(job, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()
         base = algorithm.removeprefix("compass").removeprefix("+") or "cotra"
+        if base == "spire" and (why := self._no_lists()):
+            raise InvalidInputError(f"spire: {why}")
         if algorithm == "auto" or explain:
-            considered = self._predictions(job, mask, n_threads, owner_cpu)
+            considered = self._predictions(job, mask, n_threads, owner_cpu, mixed=owner_cpu and algorithm == "auto")
             chosen = cheapest(considered) if algorithm == "auto" else next(p for p in considered if p.algorithm == base)
             predictions = (chosen, *(p for p in considered if p is not chosen))
             base = chosen.algorithm
-        if base == "spire" and (why := self._no_lists()):
-            raise InvalidInputError(f"spire: {why}")
-        asked = self._asked(base, job, mask, owner_cpu and algorithm == "auto")
+        asked = self._asked(base, job, mask, n_threads, owner_cpu and algorithm == "auto")
         routed = mask is not job.mask
         name = ("compass" if base == "cotra" else f"compass+{base}") if routed else base
         return Plan(name, mask, base == "spire", asked, predictions)
@@ -86,10 +86,14 @@ class Planner:
             raise InvalidInputError(
                 "compass: these shards are not the whole of a collection with coarse tables: cotra build makes them"
             )
-        mask = self.router.select(job.queries, target_recall)[:, [peer.number or 0 for peer in self._peers]]
+        numbers = [peer.number or 0 for peer in self._peers]
+        among = None
         if job.mask is not None:
-            mask &= job.mask
-        return mask if required or mask.mean() < _FULL else job.mask
+            among = np.empty_like(job.mask)
+            among[:, numbers] = job.mask
+        mask = self.router.select(job.queries, target_recall, among)[:, numbers]
+        most = mask.size if job.mask is None else job.mask.sum()
+        return mask if required or mask.sum() < _FULL * most else job.mask
 
     def _no_lists(self) -> str:
         """Why inverted lists cannot be searched; "" when they can."""
@@ -125,12 +129,13 @@ class Planner:
         return np.ones(len(self._peers)) if mask is None or not len(mask) else mask.mean(axis=0)
 
     def _predictions(
-        self, job: SearchJob, mask: npt.NDArray[np.bool_] | None, n_threads: int, owner_cpu: bool
+        self, job: SearchJob, mask: npt.NDArray[np.bool_] | None, n_threads: int, owner_cpu: bool, *, mixed: bool
     ) -> list[Prediction]:
         n, shares, walk = len(job.queries), self._shares(mask), self._walk(job)
         links = [peer.link for peer in self._peers]
-        read = [at for at, peer in enumerate(self._peers) if peer.transport in ONE_SIDED]
-        others = [at for at in range(len(links)) if at not in read]
+        readable = any(peer.transport in ONE_SIDED for peer in self._peers)
+        others = sorted(self._asked("cotra", job, mask, n_threads, mixed))
+        read = [at for at in range(len(links)) if at not in others]
         rpc = over_rpc(walk, self._dim, job.k)
         found = []
         parts = []
@@ -143,7 +148,7 @@ class Planner:
         refusing = [str(peer) for peer in self._peers if peer.capabilities.transports.get("rpc")]
         if refusing:
             gathered = forbidden(gathered, f"{refusing[0]} does not offer rpc")
-        elif not owner_cpu and read:
+        elif not owner_cpu and readable:
             gathered = forbidden(gathered, "the owners' CPU is not to be used")
         found.append(gathered)
         if not (why := self._no_lists()):
@@ -152,21 +157,26 @@ class Planner:
             found.append(Prediction("spire", float("inf"), 0, 2, 0, 0, 0, allowed=False, why=why))
         return found
 
-    def _asked(self, base: str, job: SearchJob, mask: npt.NDArray[np.bool_] | None, mixed: bool) -> frozenset[int]:
+    def _asked(
+        self, base: str, job: SearchJob, mask: npt.NDArray[np.bool_] | None, n_threads: int, mixed: bool
+    ) -> frozenset[int]:
         """The shards that are asked over RPC. `mixed`: also those of which reading takes longer than asking would."""
+        every = frozenset(range(len(self._peers)))
         if base == "scatter-gather":
-            return frozenset(range(len(self._peers)))
-        slow = {at for at, peer in enumerate(self._peers) if peer.transport not in ONE_SIDED}
-        if mixed and base == "cotra":
-            walk, shares = self._walk(job), self._shares(mask)
-            rpc = over_rpc(walk, self._dim, job.k)
-            for at, peer in enumerate(self._peers):
-                if at in slow or peer.capabilities.transports.get("rpc"):
-                    continue
-                share, link, n = [float(shares[at])], [peer.link], len(job.queries)
-                if predict_asked("", rpc, link, share, n).seconds < predict_read("", walk, link, share, n, 1).seconds:
-                    slow.add(at)
-        return frozenset(slow)
+            return every
+        closed = frozenset(at for at in every if self._peers[at].transport not in ONE_SIDED)
+        if not mixed or base != "cotra":
+            return closed
+        walk, shares, n = self._walk(job), self._shares(mask), len(job.queries)
+        rpc = over_rpc(walk, self._dim, job.k)
+        slow = set(closed)
+        for at in every - closed:
+            share, link = [float(shares[at])], [self._peers[at].link]
+            offered = not self._peers[at].capabilities.transports.get("rpc")
+            read = predict_read("", walk, link, share, n, n_threads)
+            if offered and predict_asked("", rpc, link, share, n).seconds < read.seconds:
+                slow.add(at)
+        return closed if slow == every else frozenset(slow)  # to ask all of them is "scatter-gather"
 
 
 def _together(parts: Sequence[Prediction]) -> Prediction:
