@@ -271,8 +271,10 @@ class Cluster:
                 "scatter-gather" asks all owners; "spire" reads inverted lists, in two rounds (`Shard.build(n_lists=)`).
                 "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
                 the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
-                says is quickest, and Compass where leaving shards out pays; which it was is in the result.
-            target_recall: of Compass: the recall to keep, of that which asking every shard has.
+                says is quickest, and Compass where leaving shards out pays and was measured: without filters, and for k
+                no larger than at the build (10). Which it was is in the result.
+            target_recall: of Compass: the recall to keep, of that which asking every shard has. Filters, and k above 10,
+                lose more.
             owner_cpu: whether "auto" may let owners search whose memory could be read.
             explain: have the cost model's predictions in the result, for any algorithm.
 

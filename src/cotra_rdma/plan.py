@@ -64,7 +64,7 @@ class Planner:
         if algorithm not in ALGORITHMS:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
         mask = job.mask
-        if algorithm.startswith("compass") or (algorithm == "auto" and self.router is not None):
+        if algorithm.startswith("compass") or (algorithm == "auto" and self._calibrated_for(job)):
             mask = self._selection(job, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()
         base = algorithm.removeprefix("compass").removeprefix("+") or "cotra"
@@ -88,12 +88,18 @@ class Planner:
             )
         numbers = [peer.number or 0 for peer in self._peers]
         among = None
-        if job.mask is not None:
-            among = np.empty_like(job.mask)
-            among[:, numbers] = job.mask
+        open_to = _may_answer(job)
+        if open_to is not None:
+            among = np.empty_like(open_to)
+            among[:, numbers] = open_to
         mask = self.router.select(job.queries, target_recall, among)[:, numbers]
         most = mask.size if job.mask is None else job.mask.sum()
         return mask if required or mask.sum() < _FULL * most else job.mask
+
+    def _calibrated_for(self, job: SearchJob) -> bool:
+        """Whether Compass keeps its promise: it was measured without filters, and for so many neighbours."""
+        calibration = None if self.router is None else self.router.calibration
+        return calibration is not None and job.k <= calibration.k and job.filters is None
 
     def _no_lists(self) -> str:
         """Why inverted lists cannot be searched; "" when they can."""
@@ -177,6 +183,14 @@ class Planner:
             if offered and predict_asked("", rpc, link, share, n).seconds < read.seconds:
                 slow.add(at)
         return closed if slow == every else frozenset(slow)  # to ask all of them is "scatter-gather"
+
+
+def _may_answer(job: SearchJob) -> npt.NDArray[np.bool_] | None:
+    """bool[n_queries, n_shards]: the shards that a query is for, without those that its filter closes; None: all."""
+    if job.filters is None:
+        return job.mask
+    some = np.array([bitmap is None or any(bitmap) for bitmap in job.filters])
+    return np.tile(some, (len(job.queries), 1)) if job.mask is None else job.mask & some
 
 
 def _together(parts: Sequence[Prediction]) -> Prediction:
