@@ -64,3 +64,12 @@ def shards(words: Floats, tmp_path_factory: pytest.TempPathFactory) -> list[Path
             shard.save(path)
         paths.append(path)
     return paths
+
+
+@pytest.fixture(scope="session")
+def shard_with_lists(words: Floats, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard file of 1,000 words with ten inverted lists."""
+    path = tmp_path_factory.mktemp("lists") / "shard.cotra"
+    with Shard.build(words[:1000], M=4, ef_construction=20, n_threads=1, n_lists=10, ivf_bits=2) as shard:
+        shard.save(path)
+    return path

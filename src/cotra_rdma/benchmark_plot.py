@@ -33,15 +33,16 @@ def draw(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
     curves: dict[str, list[Point]] = {}
     for point in points:
         curves.setdefault(label(point), []).append(point)
-    for name, unsorted in curves.items():
+    for number, (name, unsorted) in enumerate(curves.items()):
+        colour = f"C{number % 10}"
         curve = sorted(unsorted, key=lambda point: point.ef)
         recalls = [point.recall for point in curve]
         spread = ([p.qps - p.qps_min for p in curve], [p.qps_max - p.qps for p in curve])
-        speed.errorbar(recalls, [p.qps for p in curve], yerr=spread, marker="o", capsize=2, label=name)
+        speed.errorbar(recalls, [p.qps for p in curve], yerr=spread, marker="o", capsize=2, label=name, color=colour)
         counted = [point for point in curve if point.bytes_per_query is not None]
         if counted:
             kib = [(point.bytes_per_query or 0) / 1024 for point in counted]
-            cost.plot([point.recall for point in counted], kib, marker="o", label=name)
+            cost.plot([point.recall for point in counted], kib, marker="o", label=name, color=colour)
     first = points[0]
     figure.suptitle(
         f"{first.dataset}: {first.n:,} x {first.dim}, {first.metric}; M={first.M}, "

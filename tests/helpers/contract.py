@@ -100,10 +100,9 @@ class ChannelContract:
             channel.close()
 
     def test_two_rounds_are_bit_identical_to_those_in_process(
-        self, open_channel: OpenChannel, queries: npt.NDArray[np.float32], words: npt.NDArray[np.float32]
+        self, open_channel: OpenChannel, queries: npt.NDArray[np.float32], shard_with_lists: Path
     ) -> None:
-        built = Shard.build(words[:1000], M=4, ef_construction=20, n_threads=1, n_lists=10, ivf_bits=2)
-        with built as shard, spire_of(shard.arena) as engine:
+        with Shard.open(shard_with_lists) as shard, spire_of(shard.arena) as engine:
             expected = engine.search(queries, 10, 4)
             channel = open_channel(shard.pinned(lock=False))
             with spire_of(shard.arena, open_channel=lambda _: channel) as engine:

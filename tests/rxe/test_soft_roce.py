@@ -22,6 +22,8 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Shard
+from cotra_rdma.collection import build_collection
+from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import VerbsUnavailableError
 from cotra_rdma.verbs import Device, devices
 from helpers.tiers import FIGURES, cannot_run
@@ -79,7 +81,10 @@ def load_vm() -> ModuleType:
 
 
 def prepare(out: Path, words: npt.NDArray[np.float32], queries: npt.NDArray[np.float32]) -> None:
-    """Two shards of all 20,000 words, and the queries."""
+    """Two shards of all 20,000 words, the queries, and a collection of 4,000 words with inverted lists."""
+    np.save(out / "small.npy", words[:4000])
+    with open_vectors(out / "small.npy") as vectors:
+        build_collection(vectors, out / "collection", 4, metric="cosine", partition="kmeans", n_lists=40)
     (out / "shards").mkdir()
     for part in range(2):
         rows = np.arange(10_000 * part, 10_000 * (part + 1))

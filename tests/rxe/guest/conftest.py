@@ -21,6 +21,11 @@ def shards() -> list[Path]:
 
 
 @pytest.fixture(scope="session")
+def shard_with_lists() -> Path:
+    return OUT / "collection" / "shard-000.cotra"
+
+
+@pytest.fixture(scope="session")
 def queries() -> npt.NDArray[np.float32]:
     return np.load(OUT / "queries.npy")
 
