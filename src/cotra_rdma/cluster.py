@@ -416,6 +416,8 @@ class Cluster:
             return
         stats = answers[0][1][2]
         searches = len(job.queries) * len(self._peers) if job.mask is None else int(job.mask.sum())
+        if plan.lists:  # a query reads as many lists however many shards it is for
+            searches = len(job.queries)
         if not searches:
             return
         needs = Needs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ class _Lane:
         labels, distances, shards, told = self.spire.search(
             job.queries,
             job.k,
-            job.ef,
+            math.ceil(job.ef / self._let_through(job)),
             inflight=job.inflight,
             timeout_s=job.timeout_s,
             filters=job.filters,
@@ -68,6 +69,17 @@ class _Lane:
             np.take_along_axis(np.where(apart, distances, np.float32(np.inf)), order, 2),
             stats,
         )
+
+    def _let_through(self, job: SearchJob) -> float:
+        """The share of the rows that the job's filters let through: so many more lists hold as many of them."""
+        if job.filters is None:
+            return 1.0
+        counts = [peer.shard.count for peer in self.peers]
+        through = 0
+        for bitmap, count in zip(job.filters, counts, strict=True):
+            bits = None if bitmap is None else np.frombuffer(bitmap, np.uint8)
+            through += count if bits is None else int(np.unpackbits(bits, count=count, bitorder="little").sum())
+        return max(through, 1) / max(sum(counts), 1)
 
     def close(self) -> None:
         if self.spire is not None:

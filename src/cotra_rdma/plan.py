@@ -71,10 +71,14 @@ class Planner:
         if base == "spire" and (why := self._no_lists()):
             raise InvalidInputError(f"spire: {why}")
         if algorithm == "auto" or explain:
-            considered = self._predictions(job, mask, n_threads, owner_cpu, mixed=owner_cpu and algorithm == "auto")
+            auto = algorithm == "auto"
+            lists_mask = job.mask if auto else mask
+            considered = self._predictions(job, mask, lists_mask, n_threads, owner_cpu, mixed=owner_cpu and auto)
             chosen = cheapest(considered) if algorithm == "auto" else next(p for p in considered if p.algorithm == base)
             predictions = (chosen, *(p for p in considered if p is not chosen))
             base = chosen.algorithm
+            if algorithm == "auto" and base == "spire":
+                mask = job.mask  # its lists are chosen over all shards: Compass in front would only cost recall
         asked = self._asked(base, job, mask, n_threads, owner_cpu and algorithm == "auto")
         routed = mask is not job.mask
         name = ("compass" if base == "cotra" else f"compass+{base}") if routed else base
@@ -116,11 +120,12 @@ class Planner:
         return known or guess_walk(job.k, job.ef, job.beam, record)
 
     def _lists(self, job: SearchJob) -> Needs:
+        """Of a query, over all shards: however many it is for, it reads as many lists."""
         known = self.experience.of("lists", job.k, job.ef, 0)
         if known is not None:
             return known
         infos = [peer.lists.info for peer in self._peers if peer.lists is not None]
-        whole = guess_lists(
+        return guess_lists(
             job.k,
             job.ef,
             sum(info.n_lists for info in infos),
@@ -128,14 +133,19 @@ class Planner:
             sum(info.entries for info in infos),
             float(np.mean([peer.shard.record_bytes for peer in self._peers])),
         )
-        n = len(self._peers)
-        return Needs(whole.reads / n, whole.rounds, whole.bytes / n, whole.cpu_s / n)
 
     def _shares(self, mask: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float64]:
         return np.ones(len(self._peers)) if mask is None or not len(mask) else mask.mean(axis=0)
 
     def _predictions(
-        self, job: SearchJob, mask: npt.NDArray[np.bool_] | None, n_threads: int, owner_cpu: bool, *, mixed: bool
+        self,
+        job: SearchJob,
+        mask: npt.NDArray[np.bool_] | None,
+        lists_mask: npt.NDArray[np.bool_] | None,
+        n_threads: int,
+        owner_cpu: bool,
+        *,
+        mixed: bool,
     ) -> list[Prediction]:
         n, shares, walk = len(job.queries), self._shares(mask), self._walk(job)
         links = [peer.link for peer in self._peers]
@@ -158,7 +168,10 @@ class Planner:
             gathered = forbidden(gathered, "the owners' CPU is not to be used")
         found.append(gathered)
         if not (why := self._no_lists()):
-            found.append(predict_read("spire", self._lists(job), links, shares.tolist(), n, n_threads))
+            whole, parts_of = self._lists(job), self._shares(lists_mask)
+            asked = max(float(parts_of.sum()), 1e-9)
+            each = Needs(whole.reads / asked, whole.rounds, whole.bytes / asked, whole.cpu_s / asked)
+            found.append(predict_read("spire", each, links, parts_of.tolist(), n, n_threads))
         elif any(peer.lists is not None for peer in self._peers):
             found.append(Prediction("spire", float("inf"), 0, 2, 0, 0, 0, allowed=False, why=why))
         return found
