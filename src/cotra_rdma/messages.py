@@ -284,7 +284,7 @@ class CentroidTable:
     Attributes:
         centroids: float16[n_lists, dim] or float32[n_lists, dim], finite.
         sizes: uint32[n_lists]: vectors in each list.
-        radii: float32[n_lists]: the largest distance of a list's vectors from its centroid; finite, at least 0.
+        radii: float32[n_lists]: the root mean square distance (l2) of a list's vectors from its centroid; finite, at least 0.
     """
 
     centroids: npt.NDArray[Any]

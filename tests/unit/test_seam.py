@@ -341,6 +341,15 @@ GOLDEN: list[tuple[str, int, str, Any, Callable[[bytes], Any]]] = [
         lambda data: CoarseRouteResponse.decode(data).encode(),
     ),
     (
+        "coarse route response of a shard in a collection",
+        53,
+        "98 00 a0 02 02 a7 66 6c 6f 61 74 33 32  c4 10 00 00 80 3f 00 00 00 bf 00 00 00 40 00 00 80 3e"
+        "  c4 08 03 00 00 00 2c 01 00 00  c4 08 00 00 00 3f 00 00 c0 3f"
+        "  82 a5 73 68 61 72 64 02  ab 63 61 6c 69 62 72 61 74 69 6f 6e c0",
+        CoarseRouteResponse(0, "", TABLE, {"shard": 2, "calibration": None}).encode(),
+        lambda data: CoarseRouteResponse.decode(data).encode(),
+    ),
+    (
         "coarse route response that failed",
         53,
         "98 01 a2 6e 6f 00 00 a7 66 6c 6f 61 74 33 32 c4 00 c4 00 c4 00",
@@ -450,6 +459,26 @@ def test_tables_round_trip(
     assert CoarseRouteRequest.decode(CoarseRouteRequest(message).encode()).collection == message
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | U64 | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@fixed(100)
+@given(table=tables(), told=st.none() | st.dictionaries(st.text(max_size=12), JSON, max_size=4))
+def test_the_map_of_a_collection_round_trips(table: CentroidTable, told: dict[str, Any] | None) -> None:
+    data = CoarseRouteResponse(0, "", table, told).encode()
+    for payload in (data, memoryview(data), (data[:-1], data[-1:])):
+        found = CoarseRouteResponse.decode(payload)
+        assert found.collection == told
+        assert_same(found.table, table)
+    bare = CoarseRouteResponse(0, "", table).encode()
+    assert data[: len(bare)] == bare
+    assert (data == bare) == (told is None)
+
+
 def test_a_table_of_any_object() -> None:
     given_table = SimpleNamespace(
         centroids=np.asfortranarray(TABLE.centroids.astype(np.float64)),
@@ -502,6 +531,7 @@ def test_what_does_not_fit_its_place() -> None:
 
 
 COARSE = CoarseRouteResponse(0, "", TABLE).encode()
+COLLECTION = CoarseRouteResponse(0, "", TABLE, {"shard": 300, "calibration": {"k": 10}}).encode()[len(COARSE) :]
 EXCHANGE = BuildExchangeRequest(
     7, TABLE, np.array([0, 64], np.uint64), np.array([64, 640], np.uint32), 4096, 1
 ).encode()
@@ -514,7 +544,16 @@ EXCHANGE = BuildExchangeRequest(
         (CoarseRouteRequest.decode, b"\x91\xa0\x00", "left over"),
         (CoarseRouteRequest.decode, b"\x91\x00", "a string was expected"),
         (CoarseRouteResponse.decode, b"\x97" + COARSE[1:], "array of 8"),
-        (CoarseRouteResponse.decode, COARSE + b"\0", "left over"),
+        (CoarseRouteResponse.decode, COARSE + b"\0", "Expected `object`"),
+        (CoarseRouteResponse.decode, COARSE + b"\xc0", "Expected `object`"),
+        (CoarseRouteResponse.decode, COARSE + b"\x90", "Expected `object`"),
+        (CoarseRouteResponse.decode, COARSE + b"\x81\x01\x02", "Expected `str`"),
+        (CoarseRouteResponse.decode, COARSE + b"\x81\xa1\xff\x02", "coarse route response: "),
+        (CoarseRouteResponse.decode, COARSE + b"\x80\x80", "trailing characters"),
+        pytest.param(
+            *(CoarseRouteResponse.decode, COARSE + b"\x81\xa1a" + b"\x91" * 100_000, "coarse route response: "),
+            id="deep",
+        ),
         (CoarseRouteResponse.decode, COARSE.replace(b"float32", b"float64"), "type 'float64' are unknown"),
         (CoarseRouteResponse.decode, COARSE.replace(b"float32", b"float16"), "16 bytes where 4 numbers take 8"),
         (CoarseRouteResponse.decode, COARSE[:3] + b"\x03" + COARSE[4:], "numbers take"),
@@ -541,6 +580,7 @@ EXCHANGE = BuildExchangeRequest(
         (BuildExchangeResponse.decode, b"\x92\x00\xa0\x00", "left over"),
         (BuildExchangeResponse.decode, b"\x92\xcf" + bytes(8) + b"\xa0", "a u32 was expected"),
         *((CoarseRouteResponse.decode, COARSE[:n], "too early") for n in range(len(COARSE))),
+        *((CoarseRouteResponse.decode, COARSE + COLLECTION[:n], "truncated") for n in range(1, len(COLLECTION))),
         *((BuildExchangeRequest.decode, EXCHANGE[:n], "too early") for n in range(len(EXCHANGE))),
     ],
 )
