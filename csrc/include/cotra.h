@@ -390,8 +390,8 @@ typedef struct cotra_search_scope {
 
 /* queries float32[n_queries, dim] -> labels int64[n_shards, n_queries, k], distances float32[n_shards, n_queries, k],
  * each row by distance, then label; empty places hold -1 and infinity. stats[n_queries] are summed over the shards.
- * Under a filter that lets few rows through, ef grows by as much as it leaves out; where that would READ more than the
- * rows that it lets through, those are read instead, and the answer is exact. scope may be NULL. */
+ * Under a filter that lets few rows through, the pool grows by as much as it leaves out; where that would READ more
+ * than the rows that it lets through, those are read instead, and the answer is exact. scope may be NULL. */
 int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_queries,
                         const cotra_search_params *params, const cotra_search_scope *scope, int64_t *labels,
                         float *distances, cotra_query_stats *stats, cotra_error *err);

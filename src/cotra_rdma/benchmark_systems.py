@@ -172,7 +172,7 @@ class Algorithm:
     def __init__(self, collective: Collective, algorithm: str) -> None:
         self._collective = collective
         self.algorithm = algorithm
-        self.transport = collective.transport
+        self.transport = "rpc" if algorithm.endswith("scatter-gather") else collective.transport
         self.n_shards = len(collective.labels)
         self.beams = not algorithm.endswith("spire")
 

@@ -205,6 +205,11 @@ class Cluster:
         return sum(peer.shard.count for peer in self._peers)
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """The local rows of each shard, deleted ones included: the bits of a filter."""
+        return tuple(peer.shard.count for peer in self._peers)
+
+    @property
     def regions(self) -> tuple[MemoryRegion | None, ...]:
         """The region that each shard's owner exposes to RDMA READs, or None where it has no verbs device."""
         told = [peer.capabilities.region for peer in self._peers]
@@ -243,7 +248,7 @@ class Cluster:
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
         shards: npt.ArrayLike | None = None,
         allow_partial: bool = False,
-        algorithm: str = "auto",
+        algorithm: str = "cotra",
         target_recall: float = DEFAULT_TARGET,
         owner_cpu: bool = False,
         explain: bool = False,
@@ -272,7 +277,8 @@ class Cluster:
                 "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
                 the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
                 says is quickest, and Compass where leaving shards out pays and was measured: without filters, and for k
-                no larger than at the build (10). Which it was is in the result.
+                no larger than at the build (10). Which it was is in the result. It compares times, not recall, and
+                learns, so its answers may differ from call to call; those of all others never do.
             target_recall: of Compass: the recall to keep, of that which asking every shard has. Filters, and k above 10,
                 lose more.
             owner_cpu: whether "auto" may let owners search whose memory could be read.
@@ -328,6 +334,7 @@ class Cluster:
         *,
         inflight: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
     ) -> Answer:
         """The one-sided part of `search`, by shard and not merged, for algorithms that merge it with other answers.
 
@@ -337,12 +344,12 @@ class Cluster:
             labels int64[n_read, n_queries, k] (-1 where there are fewer) and distances float32 likewise (inf there) of the
             shards that are read over verbs or shm, in their order; and one `STATS_DTYPE` record for each query.
         """
-        job = self._job(queries, k, ef, beam, inflight, timeout_s, None, None)
+        job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, None)
         self._check_open(n_threads)
         if not self._one_sided:
             shape = (0, len(job.queries), k)
             return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(job.queries), STATS_DTYPE)
-        return self._lanes.search(self._one_sided, job, n_threads)
+        return self._lanes.search(self._one_sided, job.of_shards([peer.index for peer in self._one_sided]), n_threads)
 
     def _check_open(self, n_threads: int) -> None:
         if not 1 <= n_threads <= _MAX_THREADS:

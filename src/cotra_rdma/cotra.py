@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +17,7 @@ from cotra_rdma.engine import merge
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.messages import DEFAULT_BEAM
 from cotra_rdma.peer import ONE_SIDED
+from cotra_rdma.queries import pack_filter
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys
 from cotra_rdma.scatter_gather import (
@@ -95,12 +97,14 @@ class CoTraRdma(VectorShardSeam):
         inflight: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         allow_partial: bool = False,
+        filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
     ) -> SeamResult:
         """The k nearest vectors of each query over all shards, merged by distance, then shard, then id.
 
         Args:
             queries, k, ef, beam, n_threads, inflight: as `Cluster.search`.
             timeout_s: the longest wait for one READ, and for all answers over RPC.
+            filters: as `Cluster.search`.
             allow_partial: return what there is when shards that are asked over RPC fail. A READ that fails raises anyway.
 
         Raises:
@@ -111,9 +115,16 @@ class CoTraRdma(VectorShardSeam):
         begin = time.perf_counter()
         asking = None
         if self._fallback is not None and self._asked:
-            asking = self._fallback.start_gather(queries, k, ef, beam, timeout_s=timeout_s)
+            bitmaps = {}
+            for place, at in enumerate(self._asked):
+                bitmap = None if filters is None else pack_filter(filters[at], self._cluster.counts[at])
+                if bitmap is not None:
+                    bitmaps[self._fallback.shards[place].vshard_id] = bitmap
+            asking = self._fallback.start_gather(queries, k, ef, beam, timeout_s=timeout_s, filters=bitmaps)
         try:
-            walked = self._cluster.walk(queries, k, ef, beam, n_threads, inflight=inflight, timeout_s=timeout_s)
+            walked = self._cluster.walk(
+                queries, k, ef, beam, n_threads, inflight=inflight, timeout_s=timeout_s, filters=filters
+            )
         except BaseException:
             if asking is not None:
                 asking.cancel()

@@ -309,7 +309,7 @@ def append_lists(
     centroids: npt.NDArray[np.float32],
     assignment: npt.ArrayLike,
     *,
-    bits: int = 4,
+    bits: int = 2,
     n_threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:

@@ -301,21 +301,35 @@ class ScatterGather(VectorShardSeam):
         )
 
     async def gather(
-        self, queries: npt.ArrayLike, k: int, ef: int, beam: int = DEFAULT_BEAM, *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        queries: npt.ArrayLike,
+        k: int,
+        ef: int,
+        beam: int = DEFAULT_BEAM,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        filters: Mapping[int, bytes] | None = None,
     ) -> Gathered:
         """The shards' answers as they are, one round and not merged, for algorithms that merge them with others.
 
         It raises for bad input only: failures are in `outcomes`.
         """
         rows = _check(queries, k, ef)
-        knobs = _Knobs(k, ef, beam, time.perf_counter() + timeout_s, {}, self._collection)
+        knobs = _Knobs(k, ef, beam, time.perf_counter() + timeout_s, filters or {}, self._collection)
         return await self._gather(rows, self._select(rows), knobs)
 
     def start_gather(
-        self, queries: npt.ArrayLike, k: int, ef: int, beam: int = DEFAULT_BEAM, *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        queries: npt.ArrayLike,
+        k: int,
+        ef: int,
+        beam: int = DEFAULT_BEAM,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        filters: Mapping[int, bytes] | None = None,
     ) -> Future[Gathered]:
         """`gather` on this object's own loop, for callers without an event loop that do other work meanwhile."""
-        return self._loop.submit(self.gather(queries, k, ef, beam, timeout_s=timeout_s))
+        return self._loop.submit(self.gather(queries, k, ef, beam, timeout_s=timeout_s, filters=filters))
 
     def _select(self, rows: _Distances) -> npt.NDArray[np.bool_]:
         """bool[n_shards, n_queries]: which query goes to which shard."""

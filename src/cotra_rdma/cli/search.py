@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -63,7 +64,7 @@ def search(
             "spire: read inverted lists, --ef of them (`cotra build --ivf`). compass, compass+scatter-gather, "
             "compass+spire: ask only shards that hold a query's neighbours (`cotra build --partition kmeans`).",
         ),
-    ] = "auto",
+    ] = "cotra",
     target_recall: Annotated[
         float,
         typer.Option(min=0.01, max=1.0, help="Of Compass: the recall to keep, of that which asking every shard has."),
@@ -73,7 +74,10 @@ def search(
     ] = False,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Also tell what the cost model expected of each way, beside what was measured."),
+        typer.Option(
+            "--explain",
+            help="Tell what the cost model expected of each way, beside what was measured; auto always does.",
+        ),
     ] = False,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Answer without the shards that fail, and name them.")
@@ -145,7 +149,7 @@ def _summary(result: SearchResult, seconds: float, addresses: list[str]) -> dict
         "algorithm": result.algorithm,
         "shards_per_query": float(result.asked.mean()),
         "predictions": [
-            {**asdict(expected), "seconds": expected.seconds if expected.allowed else None}
+            {**asdict(expected), "seconds": expected.seconds if math.isfinite(expected.seconds) else None}
             for expected in result.predictions
         ],
     }
