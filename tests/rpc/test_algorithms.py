@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -298,7 +299,7 @@ def base_of(algorithm: str) -> str:
 
 def test_auto_explains_itself(cluster: Cluster, asked: Floats) -> None:
     for owner_cpu in (False, True):
-        result = cluster.search(asked, K, EF, owner_cpu=owner_cpu)
+        result = cluster.search(asked, K, EF, algorithm="auto", owner_cpu=owner_cpu)
         first, *others = result.predictions
         assert sorted(way.algorithm for way in result.predictions) == ["cotra", "scatter-gather", "spire"]
         assert result.algorithm in NAMED
@@ -310,50 +311,69 @@ def test_auto_explains_itself(cluster: Cluster, asked: Floats) -> None:
         assert all(bool(way.why) != way.allowed for way in result.predictions)
 
 
+@contextmanager
+def with_links(addresses: list[str], *links: Link) -> Iterator[Cluster]:
+    """A cluster that believes its links to be like these."""
+    with cotra_rdma.connect(addresses) as cluster:
+        for peer, link in zip(cluster._peers, links, strict=True):
+            peer.link = link
+        yield cluster
+
+
+SLOW_TO_READ = Link(rtt_s=10.0, reads_per_s=1.0, bytes_per_s=1.0, rpc_s=1e-9)
+QUICK_TO_READ = Link(rtt_s=1e-7, reads_per_s=1e9, bytes_per_s=1e12, rpc_s=1e-3)
+
+
 def test_auto_leaves_shards_out_only_where_that_was_measured(
-    cluster: Cluster, asked: Floats, members: list[npt.NDArray[np.int64]]
+    addresses: list[str], asked: Floats, members: list[npt.NDArray[np.int64]]
 ) -> None:
-    assert cluster.search(asked, K, EF).algorithm.startswith("compass")
     some = [np.arange(len(ids)) % 10 == 0 for ids in members]
-    for result in (
-        cluster.search(asked, K, EF, filters=some),
-        cluster.search(asked, K + 1, EF),
-        cluster.search(asked, K, EF, target_recall=1.0),
-    ):
-        assert "compass" not in result.algorithm
-        assert (result.asked == N_SHARDS).all()
+    with with_links(addresses, *[SLOW_TO_READ] * N_SHARDS) as cluster:
+        left_out = cluster.search(asked, K, EF, algorithm="auto", owner_cpu=True)
+        assert left_out.algorithm == "compass+scatter-gather"
+        assert left_out.asked.mean() < 3.5
+        for result in (
+            cluster.search(asked, K, EF, algorithm="auto", owner_cpu=True, filters=some),
+            cluster.search(asked, K + 1, EF, algorithm="auto", owner_cpu=True),
+            cluster.search(asked, K, EF, algorithm="auto", owner_cpu=True, target_recall=1.0),
+        ):
+            assert result.algorithm == "scatter-gather"
+            assert (result.asked == N_SHARDS).all()
 
 
 def test_auto_spares_owners_that_can_be_read(addresses: list[str], servers: list[Server], asked: Floats) -> None:
     """However cheap the cost model has it."""
-    with cotra_rdma.connect(addresses) as cluster:
-        for peer in cluster._peers:
-            peer.link = Link(10.0, 1.0, 1.0, 1e-9)
+    with with_links(addresses, *[SLOW_TO_READ] * N_SHARDS) as cluster:
         before = searches_of(servers)
-        result = cluster.search(asked, K, EF)
+        result = cluster.search(asked, K, EF, algorithm="auto")
         assert result.transports == ("shm",) * N_SHARDS
         assert searches_of(servers) == before
         (gathered,) = (way for way in result.predictions if way.algorithm == "scatter-gather")
         assert (gathered.allowed, gathered.why) == (False, "the owners' CPU is not to be used")
         assert gathered.seconds < result.predictions[0].seconds
-        allowed = cluster.search(asked, K, EF, owner_cpu=True)
-        assert allowed.algorithm == "compass+scatter-gather"
+        allowed = cluster.search(asked, K, EF, algorithm="auto", owner_cpu=True)
         assert allowed.transports == ("rpc",) * N_SHARDS
         assert searches_of(servers) == [count + 1 for count in before]
 
 
 def test_auto_asks_the_owner_of_the_one_slow_link(addresses: list[str], servers: list[Server], asked: Floats) -> None:
-    with cotra_rdma.connect(addresses) as cluster:
-        for number, peer in enumerate(cluster._peers):
-            rtt_s = 10.0 if number == 2 else 1e-7
-            peer.link = Link(rtt_s, 1e9, 1e12, 1e-3)
+    quick = QUICK_TO_READ
+    with with_links(addresses, quick, quick, replace(SLOW_TO_READ, rpc_s=1e-3), quick) as cluster:
         before = searches_of(servers)
-        result = cluster.search(asked, K, EF, owner_cpu=True, target_recall=1.0, n_threads=4)
+        result = cluster.search(
+            asked, K, EF, algorithm="auto", owner_cpu=True, target_recall=1.0, n_threads=len(addresses)
+        )
         read = cluster.search(asked, K, EF, algorithm="cotra")
     assert (result.algorithm, result.transports) == ("cotra", ("shm", "shm", "rpc", "shm"))
     assert searches_of(servers) == [count + (number == 2) for number, count in enumerate(before)]
     np.testing.assert_array_equal(result.ids, read.ids)
     assert result.predictions[0].owner_cpu_s > 0
+
+
+def test_without_a_word_the_graphs_are_read(cluster: Cluster, asked: Floats) -> None:
+    plain, named = cluster.search(asked, K, EF), cluster.search(asked, K, EF, algorithm="cotra")
+    assert (plain.algorithm, plain.predictions) == ("cotra", ())
+    np.testing.assert_array_equal(plain.ids, named.ids)
 
 
 @pytest.mark.parametrize("algorithm", NAMED)
@@ -404,7 +424,7 @@ def test_shards_of_no_collection_and_without_lists(shards: list[Path], asked: Fl
         for algorithm in ("compass", "compass+spire", "compass+scatter-gather"):
             with pytest.raises(InvalidInputError, match=r"compass: .* not the whole of a collection .*cotra build"):
                 cluster.search(asked, algorithm=algorithm, explain=explain)
-        result = cluster.search(asked, explain=explain)
+        result = cluster.search(asked, algorithm="auto", explain=explain)
         assert result.algorithm == "cotra"
         assert [way.algorithm for way in result.predictions] == ["cotra", "scatter-gather"]
 
@@ -421,7 +441,7 @@ def test_lists_cannot_be_asked_for_over_rpc(addresses: list[str], cluster: Clust
             far.search(asked, algorithm="spire")
         over_rpc, read = (where.search(asked, K, EF, algorithm="compass") for where in (far, cluster))
         np.testing.assert_array_equal(over_rpc.ids, read.ids)
-        chosen = far.search(asked, K, EF)
+        chosen = far.search(asked, K, EF, algorithm="auto")
         assert chosen.transports == ("rpc",) * N_SHARDS
         assert {way.algorithm: way.allowed for way in chosen.predictions} == {"cotra": True, "scatter-gather": True}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -73,6 +74,97 @@ def test_build_serve_search(data: Path, tmp_path: Path, transport: str) -> None:
         np.testing.assert_array_equal(fields["id"], ids)
         np.testing.assert_array_equal(fields["distance"], near)
         assert "recall@10" in cotra("search", *asked).stdout
+
+
+@pytest.fixture(scope="module")
+def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of vectors in groups, in an index of three shards with neighbours together, and inverted lists."""
+    path = tmp_path_factory.mktemp("clustered")
+    rng = np.random.default_rng(6)
+    centres = rng.normal(size=(24, DIM))
+    base, queries = (
+        (centres[rng.integers(0, 24, n)] + 0.3 * rng.normal(size=(n, DIM))).astype(np.float32)
+        for n in (1800, N_QUERIES)
+    )
+    truth = np.stack([np.argsort(distances("l2", query, base))[:10] for query in queries])
+    for name, array in (("base", base), ("queries", queries), ("gt", truth)):
+        np.save(path / f"{name}.npy", array)
+    knobs = ("--shards", 3, "--partition", "kmeans", "--ivf", 30, "--ivf-bits", 4, "--threads", 1)
+    built = answer("build", path / "base.npy", path / "index", *knobs)
+    assert (built["partition"], sum(shard["count"] for shard in built["shards"])) == ("kmeans", 1800)
+    assert 1 <= built["compass_shards"] < 2
+    return path
+
+
+def test_algorithms(clustered: Path) -> None:
+    with OwnerProcess([clustered / "index"], transports=("shm", "rpc")) as owner:
+        asked = ("search", *owner.addresses, "--queries", clustered / "queries.npy")
+        asked += ("--ground-truth", clustered / "gt.npy")
+        for algorithm, path, rounds, options in (
+            ("spire", "shm", 2, ("--ef", 15)),
+            ("compass+scatter-gather", "rpc", 1, ()),
+            ("compass", "shm", None, ("--explain", "--target-recall", 0.95)),
+        ):
+            found = answer(*asked, "--algorithm", algorithm, *options)
+            assert found["algorithm"] == algorithm
+            assert found["recall"] > 0.9
+            assert (found["coverage"], found["failures"]) == (1.0, {})
+            assert found["transports"] == dict.fromkeys(owner.addresses, path)
+            assert found["rounds_per_query"] == rounds if rounds else found["rounds_per_query"] > 2
+            assert found["shards_per_query"] < 2 if algorithm.startswith("compass") else found["shards_per_query"] == 3
+            ways = [way["algorithm"] for way in found["predictions"]]
+            assert sorted(ways) == (["cotra", "scatter-gather", "spire"] if "--explain" in options else [])
+        expected = found["predictions"]
+        assert expected[0]["algorithm"] == "cotra"
+        assert set(expected[0]) == {
+            *("algorithm", "seconds", "reads", "rounds", "bytes", "owner_cpu_s", "shards", "allowed", "why"),
+        }
+        (gathered,) = (way for way in expected if way["algorithm"] == "scatter-gather")
+        assert (gathered["allowed"], gathered["why"]) == (False, "the owners' CPU is not to be used")
+        assert expected[0]["shards"] == pytest.approx(found["shards_per_query"])
+        failed = cotra(*asked, "--algorithm", "hnsw", "--json", status=1)
+        assert "algorithm must be one of auto, cotra" in json.loads(failed.stderr)["error"]["message"]
+
+
+def test_explain(clustered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no cell is broken
+    with OwnerProcess([clustered / "index"], transports=("shm", "rpc")) as owner:
+        asked = ("search", *owner.addresses, "--queries", clustered / "queries.npy", "--explain")
+        shown = cotra(*asked, "--algorithm", "auto").stdout
+    lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in shown.splitlines()]
+    columns = ["way", "batch, ms", "READs", "rounds", "KiB", "owners' CPU, us", "shards", ""]
+    rows = [line for line in lines[lines.index(columns) + 1 :] if len(line) == len(columns)]
+    expected = [row[0].removesuffix(", expected") for row in rows[:3]]
+    assert sorted(expected) == ["cotra", "scatter-gather", "spire"]
+    assert rows[0][-1] == "taken"
+    assert rows[expected.index("scatter-gather")][-1] == "the owners' CPU is not to be used"
+    assert all(float(row[1].replace(",", "")) >= 0 for row in rows)
+    (measured,) = rows[3:]
+    done = measured[0].removesuffix(", measured")
+    assert done in (expected[0], "compass" if expected[0] == "cotra" else f"compass+{expected[0]}")
+    assert ["algorithm", done] in lines
+    assert measured[5] == "-"  # nobody measures the owners' CPU from here
+
+
+def test_allow_partial(clustered: Path) -> None:
+    """An owner that refuses to search is a shard that fails."""
+    files = [clustered / "index" / f"shard-{number:03d}.cotra" for number in range(3)]
+    with (
+        OwnerProcess(files[:2], transports=("shm", "rpc")) as willing,
+        OwnerProcess(files[2:], transports=("shm",)) as refusing,
+    ):
+        addresses = [*willing.addresses, *refusing.addresses]
+        asked = ("search", *addresses, "--queries", clustered / "queries.npy", "--algorithm", "scatter-gather")
+        failed = json.loads(cotra(*asked, "--json", status=1).stderr)["error"]
+        assert (failed["type"], failed["shard"]) == ("PartialResultError", 2)
+        assert failed["message"].startswith("1 of 3 shards failed: shard 2 ")
+        partial = answer(*asked, "--allow-partial")
+        assert partial["coverage"] == pytest.approx(2 / 3)
+        assert list(partial["failures"]) == refusing.addresses
+        assert "does not offer rpc" in partial["failures"][addresses[2]]
+        shown = cotra(*asked, "--allow-partial").stdout
+        assert f"no answer from {addresses[2]}" in shown
+        assert "67% of the shards" in shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
