@@ -18,7 +18,7 @@ from cotra_rdma.channel import Channel, FabricModel
 from cotra_rdma.cluster import connect
 from cotra_rdma.collection import build_collection, shard_paths
 from cotra_rdma.engine import Engine, View
-from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.owner_process import OwnerProcess
 from cotra_rdma.queries import pack_filter
 from cotra_rdma.shard import Shard
@@ -297,7 +297,7 @@ def _hnswlib_index(data: DataSet, plan: Plan, path: Path, progress: Progress) ->
 
 def _collection(data: DataSet, plan: Plan, split: Split, cache: Path, stem: str, progress: Progress) -> Path:
     path = cache / f"{stem}-{split.n_shards}x{split.partition}-ivf{split.n_lists}"
-    if not path.is_dir():
+    if not path.is_dir() or not all(map(_is_current, shard_paths([path]))):
 
         def report(shard: int, phase: str, done: int) -> None:
             progress(phase if shard < 0 else f"shard {shard + 1}/{split.n_shards} {phase}", done, data.vectors.count)
@@ -312,13 +312,23 @@ def _collection(data: DataSet, plan: Plan, split: Split, cache: Path, stem: str,
             seed=SEED,
             partition=split.partition,
             n_lists=split.n_lists,
+            force=True,
             progress=report,
         )
     return path
 
 
+def _is_current(path: Path) -> bool:
+    """Whether a shard's file is there, and of this version's format."""
+    try:
+        Shard.open(path, verify=False).close()
+    except (FileNotFoundError, FormatError):
+        return False
+    return True
+
+
 def _shard(data: DataSet, plan: Plan, path: Path, progress: Progress) -> Path:
-    if not path.exists():
+    if not _is_current(path):
 
         def report(phase: str, done: int, total: int) -> None:
             progress(f"cotra {phase}", done, total)
