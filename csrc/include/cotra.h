@@ -140,6 +140,9 @@ typedef struct cotra_packer_params {
     uint32_t arena_flags;
     uint64_t seed;
     uint64_t generation;
+    const int64_t
+        *ids; /* NULL, or [n_ids], used until the state is read: the index's labels are then row numbers, nodes are */
+    uint64_t n_ids; /* numbered by them, and a row's label becomes its id */
 } cotra_packer_params;
 
 int cotra_packer_create(const cotra_packer_params *params, cotra_packer **out, cotra_error *err);

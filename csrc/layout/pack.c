@@ -26,6 +26,7 @@ struct cotra_packer {
     cotra_rotation rotation;
     cotra_arena *arena;
     float *mean;           /* [dim] */
+    uint32_t *number;      /* with ids: [count], the node that hnswlib's internal number stands for; NULL: the same */
     uint32_t *upper_nodes; /* [upper_count] */
     uint32_t *first_row;   /* [upper_count + 1] */
     uint32_t *rows;        /* [n_rows][1 + M] */
@@ -67,6 +68,7 @@ void cotra_packer_destroy(cotra_packer *packer)
     cotra_rotation_destroy(&packer->rotation);
     cotra_arena_destroy(packer->arena);
     free(packer->mean);
+    free(packer->number);
     free(packer->upper_nodes);
     free(packer->first_row);
     free(packer->rows);
@@ -105,13 +107,46 @@ static void info_make(cotra_packer *packer, const cotra_hnswlib_stream *stream)
     info->nav_offset = info->records_offset + info->count * info->record_bytes;
 }
 
+static uint32_t node_of(const cotra_packer *packer, uint64_t internal)
+{
+    return packer->number ? packer->number[internal] : (uint32_t)internal;
+}
+
+/* The node that an element becomes: hnswlib numbers elements in the order in which its threads came by, rows have their
+ * own.
+ */
+static int place_element(cotra_packer *packer, uint64_t internal, int64_t *label, uint64_t *node, cotra_error *err)
+{
+    *node = internal;
+    if (!packer->number)
+        return COTRA_OK;
+    cotra_record_head *head = NULL;
+    if (*label >= 0 && (uint64_t)*label < packer->info.count)
+        head = (cotra_record_head *)record_of(packer, (uint64_t)*label);
+    if (!head || head->checksum)
+        return cotra_fail(err, COTRA_ERR_FORMAT, "hnswlib state: label %lld is no row of %llu, or there twice",
+                          (long long)*label, (unsigned long long)packer->info.count);
+    *node = (uint64_t)*label;
+    packer->number[internal] = (uint32_t)*node;
+    head->checksum = 1; /* taken; encode() writes the real one */
+    *label = packer->params.ids[*node];
+    return COTRA_OK;
+}
+
 /* One element of level 0: u16 count, u8 flags, u8 | u32 links[degree] | float32 vector[dim] | u64 label */
-static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint64_t node, double *sums,
+static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint64_t internal, double *sums,
                         cotra_error *err)
 {
     const cotra_image_info *info = &packer->info;
     const uint8_t *element;
     int status = cotra_hnswlib_take(stream, stream->element_bytes, &element, err);
+    if (status)
+        return status;
+    const uint8_t *data = element + 4 + 4 * (size_t)info->degree;
+    int64_t label;
+    uint64_t node;
+    memcpy(&label, data + 4 * (size_t)info->dim, sizeof label);
+    status = place_element(packer, internal, &label, &node, err);
     if (status)
         return status;
     uint8_t *record = record_of(packer, node);
@@ -131,7 +166,6 @@ static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint
         if (numbers[j] >= info->count)
             return cotra_fail(err, COTRA_ERR_FORMAT, "hnswlib state: node %llu links to node %u of %llu",
                               (unsigned long long)node, numbers[j], (unsigned long long)info->count);
-    const uint8_t *data = element + 4 + 4 * (size_t)info->degree;
     float vector[COTRA_MAX_DIM];
     memcpy(vector, data, 4 * (size_t)info->dim);
     for (uint32_t i = 0; i < info->dim; i++) {
@@ -141,7 +175,7 @@ static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint
                               (unsigned long long)node, i);
         sums[i] += vector[i];
     }
-    memcpy(&head->label, data + 4 * (size_t)info->dim, sizeof head->label);
+    head->label = label;
     if (head->label < 0)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "node %llu: labels must be below 2^63", (unsigned long long)node);
     if (!cotra_vector_store(info->vector_type, vector, info->dim, record + COTRA_RECORD_HEAD_BYTES))
@@ -231,6 +265,67 @@ static int renumber_upper(cotra_packer *packer, cotra_error *err)
     return status;
 }
 
+static int by_word(const void *a, const void *b)
+{
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* The upper nodes in the order of their node numbers, as a reader wants them. */
+static int sort_upper(cotra_packer *packer, cotra_error *err)
+{
+    const size_t n = packer->info.upper_count, width = 1 + packer->info.M;
+    uint64_t *order = malloc((n + 1) * sizeof *order); /* node, then old position */
+    uint32_t *place = malloc((n + 1) * sizeof *place); /* of an old position */
+    uint32_t *first = malloc((n + 1) * sizeof *first), *rows = malloc((packer->n_rows + 1) * width * sizeof *rows);
+    int status = COTRA_OK;
+    if (!order || !place || !first || !rows) {
+        status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "packer: no memory for the upper layers");
+        goto free_all;
+    }
+    for (size_t u = 0; u < n; u++)
+        order[u] = (uint64_t)node_of(packer, packer->upper_nodes[u]) << 32 | u;
+    qsort(order, n, sizeof *order, by_word);
+    for (size_t p = 0; p < n; p++)
+        place[(uint32_t)order[p]] = (uint32_t)p;
+    uint64_t n_rows = 0;
+    for (size_t p = 0; p < n; p++) {
+        const uint32_t u = (uint32_t)order[p];
+        const uint64_t end = u + 1 < n ? packer->first_row[u + 1] : packer->n_rows;
+        first[p] = (uint32_t)n_rows;
+        for (uint64_t from = packer->first_row[u]; from < end; from++, n_rows++) {
+            uint32_t *row = rows + n_rows * width;
+            memcpy(row, packer->rows + from * width, width * sizeof *row);
+            for (uint32_t j = 1; j <= row[0]; j++)
+                row[j] = place[row[j]];
+        }
+    }
+    memcpy(packer->rows, rows, packer->n_rows * width * sizeof *rows);
+    for (size_t p = 0; p < n; p++) {
+        packer->first_row[p] = first[p];
+        packer->upper_nodes[p] = (uint32_t)(order[p] >> 32);
+    }
+free_all:
+    free(order);
+    free(place);
+    free(first);
+    free(rows);
+    return status;
+}
+
+/* From hnswlib's numbers to those of rows, everywhere. */
+static int renumber(cotra_packer *packer, cotra_error *err)
+{
+    for (uint64_t node = 0; node < packer->info.count; node++) {
+        uint8_t *record = record_of(packer, node);
+        uint32_t *numbers = (uint32_t *)(record + packer->layout.numbers);
+        for (uint32_t j = 0; j < ((const cotra_record_head *)record)->count; j++)
+            numbers[j] = packer->number[numbers[j]];
+    }
+    packer->info.entry_node = packer->number[packer->info.entry_node];
+    return packer->info.upper_count ? sort_upper(packer, err) : COTRA_OK;
+}
+
 int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_error *err)
 {
     if (packer->info.count)
@@ -242,6 +337,13 @@ int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_e
     info_make(packer, &stream);
     double *sums = calloc(packer->info.dim, sizeof *sums);
     status = sums ? COTRA_OK : cotra_fail(err, COTRA_ERR_NO_MEMORY, "packer: no memory");
+    if (!status && packer->params.ids) {
+        if (packer->params.n_ids != stream.count)
+            status = cotra_fail(err, COTRA_ERR_ARGUMENT, "packer: %llu ids for %llu vectors",
+                                (unsigned long long)packer->params.n_ids, (unsigned long long)stream.count);
+        else if (!(packer->number = malloc(stream.count * sizeof *packer->number)))
+            status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "packer: no memory");
+    }
     if (!status)
         status = cotra_arena_create(packer->info.nav_offset, packer->params.arena_flags & COTRA_ARENA_HUGE,
                                     &packer->arena, err);
@@ -251,6 +353,8 @@ int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_e
         status = read_upper(packer, &stream, node, err);
     if (!status)
         status = renumber_upper(packer, err);
+    if (!status && packer->number)
+        status = renumber(packer, err);
     if (!status && packer->info.upper_count == 0)
         packer->info.max_level = 0;
     for (uint32_t i = 0; i < packer->info.dim && !status; i++)

@@ -111,22 +111,14 @@ class Shard:
             with np.errstate(over="ignore"):  # what overflows float32 is then infinite, and refused
                 part = np.asarray(rows[begin : begin + _ADD_ROWS], np.float32)
             check_finite(part, "vector", begin)
-            index.add_items(part, labels[begin : begin + _ADD_ROWS], num_threads=threads)
+            # hnswlib knows vectors by their rows: its own numbers follow the order in which its threads came by.
+            index.add_items(part, np.arange(begin, begin + len(part)), num_threads=threads)
             if progress:
                 progress("build", min(begin + _ADD_ROWS, count), count)
         stored = {np.dtype(np.uint8): "uint8", np.dtype(np.float16): "float16"}.get(rows.dtype, "float32")
         if metric == "cosine":
             stored = "float32"
-        return cls.from_hnswlib(
-            index,
-            seed=seed,
-            n_threads=threads,
-            vector_type=stored,
-            progress=progress,
-            generation=generation,
-            n_lists=n_lists,
-            ivf_bits=ivf_bits,
-        )
+        return cls._packed(index, labels, seed, threads, stored, progress, generation, n_lists, ivf_bits)
 
     @classmethod
     def from_hnswlib(
@@ -166,18 +158,31 @@ class Shard:
         if vector_type == "auto":
             some = _some_vectors(index)
             candidates = [name for name in ("uint8", "float16") if _is_exact(some, name)] + ["float32"]
-        for name in candidates:
-            try:
-                arena = _pack(index, name, seed, _threads(n_threads), progress, generation)
-            except LossyVectorError:
-                if name == candidates[-1]:
-                    raise
-                continue
-            if n_lists:
-                info = _validate(arena, full=False)
-                make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=_threads(n_threads), progress=progress)
-            return cls(arena, _validate(arena, full=False))
-        raise AssertionError("float32 holds every vector")
+        threads = _threads(n_threads)
+        for name in candidates[:-1]:
+            with suppress(LossyVectorError):
+                return cls._packed(index, None, seed, threads, name, progress, generation, n_lists, ivf_bits)
+        return cls._packed(index, None, seed, threads, candidates[-1], progress, generation, n_lists, ivf_bits)
+
+    @classmethod
+    def _packed(
+        cls,
+        index: hnswlib.Index,
+        ids: npt.NDArray[np.int64] | None,
+        seed: int,
+        threads: int,
+        vector_type: str,
+        progress: Progress | None,
+        generation: int,
+        n_lists: int,
+        ivf_bits: int,
+    ) -> Self:
+        """`ids`: the index's labels are rows, and these their ids; nodes are then numbered by rows."""
+        arena = _pack(index, ids, vector_type, seed, threads, progress, generation)
+        if n_lists:
+            info = _validate(arena, full=False)
+            make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=threads, progress=progress)
+        return cls(arena, _validate(arena, full=False))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
@@ -245,7 +250,8 @@ class Shard:
         return self._info.metric
 
     def labels(self) -> npt.NDArray[np.int64]:
-        """The id of each local row, int64[count]: what a filter's bits stand for."""
+        """The id of each local row, int64[count]: what a filter's bits stand for. Rows are in the order in which `build` was
+        given them; in an hnswlib index, in that of its own numbers."""
         info = self._info
         with self._arena.view() as view:
             records = np.frombuffer(view, np.uint8, info.count * info.record_bytes, info.records_offset)
@@ -419,7 +425,13 @@ def _validate(arena: Arena, *, full: bool) -> ImageInfo:
 
 
 def _pack(
-    index: hnswlib.Index, vector_type: str, seed: int, threads: int, progress: Progress | None, generation: int
+    index: hnswlib.Index,
+    ids: npt.NDArray[np.int64] | None,
+    vector_type: str,
+    seed: int,
+    threads: int,
+    progress: Progress | None,
+    generation: int,
 ) -> Arena:
     params = ffi.new(
         "cotra_packer_params *",
@@ -430,6 +442,8 @@ def _pack(
             "arena_flags": lib.COTRA_ARENA_HUGE,
             "seed": seed % 2**64,
             "generation": generation,
+            "ids": ffi.NULL if ids is None else ffi.from_buffer("int64_t[]", ids),
+            "n_ids": 0 if ids is None else len(ids),
         },
     )
     out, err = ffi.new("cotra_packer **"), new_error()

@@ -99,6 +99,21 @@ def test_filters_for_another_shard(shard: Shard, queries: Floats, rows: object) 
         shard.search(queries, rows=rows)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_local_rows_are_those_that_build_was_given(words: Floats, n_threads: int) -> None:
+    """hnswlib's threads number vectors as they come; a filter's bits must not depend on that."""
+    ids = np.random.default_rng(6).permutation(10**6)[:3000]
+    with Shard.build(words[:3000], ids=ids, n_threads=n_threads, ef_construction=40) as built:
+        np.testing.assert_array_equal(built.labels(), ids)
+        for row in (0, 17, 2999):
+            alone = np.zeros(3000, bool)
+            alone[row] = True
+            labels, distances, _ = built.search(words[row], k=1, rows=alone)
+            assert (labels[0, 0], distances[0, 0]) == (ids[row], 0)
+        found = built.search(words[:3000], k=1, ef=100)[0]
+        assert (found[:, 0] == ids).mean() > 0.995
+
+
 def test_packing() -> None:
     assert pack_filter(None, 5) is None
     assert pack_filter([True, False, False, True, False, False, False, False, True], 9) == b"\x09\x01"
