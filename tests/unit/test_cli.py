@@ -43,7 +43,7 @@ def test_help_of_every_verb_names_every_option_and_gives_examples(verb: str) -> 
     assert result.exit_code == 0
     assert "--json" in result.stdout
     assert f"cotra {verb}" in result.stdout.split("Examples")[1]
-    rows = [line for line in result.stdout.splitlines() if re.search(r" --[a-zA-Z]", line) and line.startswith("│")]
+    rows = [line for line in result.stdout.splitlines() if re.match(r"│ (\* )? {0,4}--[a-zA-Z]", line)]
     assert rows
     assert all(len(row.strip("│ ").split()) > 3 for row in rows), "an option without help"
 
