@@ -37,16 +37,22 @@ class Compass(VectorShardSeam):
         """
         self._router = router
         self._numbers = list(range(router.n_shards)) if numbers is None else list(numbers)
-        if len(self._numbers) != router.n_shards:
-            raise InvalidInputError(f"{len(self._numbers)} numbers for {router.n_shards} shards")
+        if len(self._numbers) != router.n_shards or len(set(self._numbers)) != router.n_shards:
+            raise InvalidInputError(f"{router.n_shards} shards need as many different numbers, not {self._numbers}")
+        if not 0 < target_recall <= 1:
+            raise InvalidInputError(f"target_recall must be in (0, 1], not {target_recall!r}")
         self._target = target_recall
 
     def select_shards(self, query_vector: npt.NDArray[np.float32], all_shards: Sequence[int]) -> ShardSubset:
-        """The shards that are expected to hold enough of the query's neighbours; All where leaving any out loses too much."""
-        chosen = self._router.select(query_vector, self._target)[0]
-        if chosen.all():
+        """Of the shards that are present, those that are expected to hold enough of the query's neighbours; All where leaving
+        any out loses too much. A shard that it knows nothing of is always asked."""
+        present = np.isin(self._numbers, all_shards)
+        if not present.any():
             return ShardSubset.All
-        return ShardSubset.Subset(number for number, take in zip(self._numbers, chosen, strict=True) if take)
+        chosen = self._router.select(query_vector, self._target, present[np.newaxis])[0]
+        wanted = [number for number, take in zip(self._numbers, chosen, strict=True) if take]
+        wanted += [number for number in all_shards if number not in self._numbers]
+        return ShardSubset.All if len(wanted) == len(all_shards) else ShardSubset.Subset(wanted)
 
 
 class Spire(VectorShardSeam):

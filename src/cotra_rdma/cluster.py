@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
 from cotra_rdma.compass import DEFAULT_TARGET, Router
-from cotra_rdma.cost import Needs, Prediction
+from cotra_rdma.cost import EXPANSION_S, Needs, Prediction
 from cotra_rdma.engine import STATS_DTYPE, merge
 from cotra_rdma.errors import (
     ClosedError,
@@ -418,8 +418,9 @@ class Cluster:
     def _note(
         self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
     ) -> None:
-        """Tells the cost model what a shard needed; one-sided searches of everything only, for others say less."""
-        if plan.asked or job.filters is not None or len(answers) != 1 or not len(job.queries):
+        """Tells the cost model what a shard needed: after searches of one kind only, for others say less."""
+        whole = len(plan.asked) in (0, len(self._peers))
+        if not whole or job.filters is not None or not answers or not len(job.queries):
             return
         stats = answers[0][1][2]
         searches = len(job.queries) * len(self._peers) if job.mask is None else int(job.mask.sum())
@@ -427,11 +428,23 @@ class Cluster:
             searches = len(job.queries)
         if not searches:
             return
+        links = [peer.link for peer in self._peers]
+        if plan.asked:  # each owner searched its part by itself, all at once
+            own = max(seconds - max(link.rpc_s for link in links), 0.0) * len(self._peers) / searches
+            self._planner.experience.note(
+                "asked", job.k, job.ef, job.beam, Needs(0.0, 1.0, float(stats["read_bytes"].mean()), own)
+            )
+            return
+        reads, read_bytes = float(stats["reads"].sum()), float(stats["read_bytes"].sum())
+        n = len(links)  # what the wire took is not CPU time
+        waited = float(stats["rounds"].mean()) * max(link.rtt_s for link in links)
+        waited += max(max(reads / n / link.reads_per_s, read_bytes / n / link.bytes_per_s) for link in links)
+        busy = max(seconds - waited, reads * EXPANSION_S / 10)
         needs = Needs(
-            float(stats["reads"].sum()) / searches,
+            reads / searches,
             float(stats["rounds"].mean()),
-            float(stats["read_bytes"].sum()) / searches,
-            seconds * min(n_threads, len(job.queries)) / searches,
+            read_bytes / searches,
+            busy * min(n_threads, len(job.queries)) / searches,
         )
         method, beam = ("lists", 0) if plan.lists else ("walk", job.beam)
         self._planner.experience.note(method, job.k, job.ef, beam, needs)

@@ -167,7 +167,9 @@ class ZmqDispatch:
         connection = self._connections.get(address)
         if connection is None or connection.broken:
             if self._context is None:
-                self._context = zmq.asyncio.Context()
+                # A shadow of the process's own: to end a context waits for its sockets, and a dispatch that was dropped
+                # without `close` would wait for ever in the garbage collector.
+                self._context = zmq.asyncio.Context.shadow(zmq.Context.instance())
             connection = self._connections[address] = _Connection(self._context, address, self._keys)
         return connection
 
@@ -178,9 +180,7 @@ class ZmqDispatch:
         for connection in connections.values():
             connection.close(ClosedError("the dispatch was closed during the call"))
             await connection.wait_closed()
-        context, self._context = self._context, None
-        if context is not None:
-            context.term()
+        self._context = None
 
     async def __aenter__(self) -> Self:
         return self

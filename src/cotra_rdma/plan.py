@@ -119,6 +119,9 @@ class Planner:
         known = self.experience.of("walk", job.k, job.ef, job.beam)
         return known or guess_walk(job.k, job.ef, job.beam, record)
 
+    def _over_rpc(self, job: SearchJob, walk: Needs) -> Needs:
+        return self.experience.of("asked", job.k, job.ef, job.beam) or over_rpc(walk, self._dim, job.k)
+
     def _lists(self, job: SearchJob) -> Needs:
         """Of a query, over all shards: however many it is for, it reads as many lists."""
         known = self.experience.of("lists", job.k, job.ef, 0)
@@ -152,7 +155,7 @@ class Planner:
         readable = any(peer.transport in ONE_SIDED for peer in self._peers)
         others = sorted(self._asked("cotra", job, mask, n_threads, mixed))
         read = [at for at in range(len(links)) if at not in others]
-        rpc = over_rpc(walk, self._dim, job.k)
+        rpc = self._over_rpc(job, walk)
         found = []
         parts = []
         if read:
@@ -187,7 +190,7 @@ class Planner:
         if not mixed or base != "cotra":
             return closed
         walk, shares, n = self._walk(job), self._shares(mask), len(job.queries)
-        rpc = over_rpc(walk, self._dim, job.k)
+        rpc = self._over_rpc(job, walk)
         slow = set(closed)
         for at in every - closed:
             share, link = [float(shares[at])], [self._peers[at].link]

@@ -70,7 +70,7 @@ def pack_filter(rows: npt.ArrayLike | bytes | None, count: int) -> bytes | None:
     """Makes a filter bitmap: bit i (of byte i // 8, lowest first) = local row i may be returned. None lets all through.
 
     Args:
-        rows: bool[count], or a bitmap already: bytes or uint8[>= ceil(count / 8)].
+        rows: bool[count], or a bitmap already: bytes or uint8[ceil(count / 8)].
         count: rows of the shard.
 
     Raises:
@@ -81,7 +81,7 @@ def pack_filter(rows: npt.ArrayLike | bytes | None, count: int) -> bytes | None:
     given = np.frombuffer(rows, np.uint8) if isinstance(rows, bytes | bytearray | memoryview) else np.asarray(rows)
     if given.dtype == np.bool_ and given.shape == (count,):
         given = np.packbits(given, bitorder="little")
-    if given.dtype != np.uint8 or given.ndim != 1 or len(given) < (count + 7) // 8:
+    if given.dtype != np.uint8 or given.ndim != 1 or len(given) != (count + 7) // 8:
         raise InvalidInputError(
             f"a filter is bool[{count}] or a bitmap of {(count + 7) // 8} bytes, not {given.dtype}{list(given.shape)}"
         )

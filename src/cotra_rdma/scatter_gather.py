@@ -23,7 +23,7 @@ from cotra_rdma.dispatch import ZmqDispatch
 from cotra_rdma.engine import STATS_DTYPE, merge
 from cotra_rdma.errors import FormatError, InvalidInputError, PartialResultError, PeerError
 from cotra_rdma.messages import DEFAULT_BEAM, SearchRequest, SearchResponse, queries_per_message
-from cotra_rdma.queries import check_queries
+from cotra_rdma.queries import as_array, check_queries, check_search
 from cotra_rdma.rpc import ClientKeys
 from cotra_rdma.seam import ShardRef, ShardRpcDispatch, VectorShardSeam
 from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType
@@ -255,7 +255,12 @@ class ScatterGather(VectorShardSeam):
         """
         begin = time.perf_counter()
         deadline = begin + timeout_s
-        rows = _check(queries, k, ef)
+        rows = _check(queries, k, ef, beam, timeout_s)
+        for number, bitmap in (filters or {}).items():
+            if not isinstance(bitmap, bytes | bytearray | memoryview):
+                raise InvalidInputError(
+                    f"the filter of shard {number} must be a bitmap as bytes (queries.pack_filter), not a {type(bitmap).__name__}"
+                )
         unknown = set(filters or ()) - set(self._numbers)
         if unknown:
             raise InvalidInputError(f"filters for shards that are not there: {sorted(unknown)}")
@@ -314,7 +319,7 @@ class ScatterGather(VectorShardSeam):
 
         It raises for bad input only: failures are in `outcomes`.
         """
-        rows = _check(queries, k, ef)
+        rows = _check(queries, k, ef, beam, timeout_s)
         knobs = _Knobs(k, ef, beam, time.perf_counter() + timeout_s, filters or {}, self._collection)
         return await self._gather(rows, self._select(rows), knobs)
 
@@ -365,12 +370,16 @@ class ScatterGather(VectorShardSeam):
                 parts = [
                     await self._ask_part(shard, rows[which[first : first + step]], knobs) for first in range(0, n, step)
                 ]
-        except Exception as error:  # whatever it was, it is in the outcome
+        except (Exception, asyncio.CancelledError) as error:  # whatever it was, it is in the outcome
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the search is given up, and not by a dispatch
             late = isinstance(error, TimeoutError)
             told = f"no answer within {max(0.0, knobs.deadline - begin):.3f} s" if late else type(error).__name__
             reason = str(error) or told
             status = ShardStatus.TIMED_OUT if late else ShardStatus.FAILED
-            return ShardOutcome(shard, status, n, reason, error, time.perf_counter() - begin)
+            cause = error if isinstance(error, Exception) else None
+            return ShardOutcome(shard, status, n, reason, cause, time.perf_counter() - begin)
         into.labels[at, which] = np.concatenate([part[0] for part in parts])
         into.distances[at, which] = np.concatenate([part[1] for part in parts])
         stats = into.stats[which]
@@ -468,10 +477,9 @@ class _Knobs:
         return _Knobs(2 * self.k, max(self.ef, 2 * self.k), self.beam, self.deadline, self.filters, self.collection)
 
 
-def _check(queries: npt.ArrayLike, k: int, ef: int) -> _Distances:
-    shape = np.shape(queries)
-    if not 1 <= k <= ef:
-        raise InvalidInputError(f"k must be in [1, ef], and k is {k} where ef is {ef}")
+def _check(queries: npt.ArrayLike, k: int, ef: int, beam: int, timeout_s: float) -> _Distances:
+    check_search(k, ef, beam, 0, timeout_s)
+    shape = as_array(queries, "queries").shape
     return check_queries(queries, shape[-1] if shape else 0)
 
 

@@ -486,8 +486,8 @@ def test_bad_input() -> None:
     gatherer, dispatch = over({0: lambda r: []})
     for queries, k, why in (
         (np.full(2, np.nan), 3, "NaN"),
-        (np.zeros(2), 0, "k must be in"),
-        (np.zeros(2), 65, "k must be in"),
+        (np.zeros(2), 0, "k must be a whole number"),
+        (np.zeros(2), 65, "k must be a whole number"),
         (np.float32(1), 1, "queries must be"),
     ):
         with pytest.raises(InvalidInputError, match=why):
@@ -618,3 +618,22 @@ def test_stats_of_owners_are_added() -> None:
     record = search(gatherer).stats[0]
     assert (record["reads"], record["rounds"], record["expansions"], record["cache_hits"]) == (0, 1, 10, 18)
     assert record["latency_ns"] == 21000
+
+
+def test_what_the_caller_got_wrong_is_not_blamed_on_owners() -> None:
+    gatherer, _ = over({0: lambda r: []})
+    for change in ({"k": 2.5}, {"beam": 0}, {"ef": 2**21}, {"timeout_s": -1.0}, {"filters": {0: np.ones(8, bool)}}):
+        with pytest.raises(InvalidInputError):
+            gatherer.search_sync(np.zeros(2), **{"k": 1, **change})
+    gatherer.close()
+
+
+def test_a_dispatch_that_cancels_itself_has_failed() -> None:
+    class Cancelling:
+        async def call(self, envelope: VShardEnvelope, timeout_ms: int) -> VShardEnvelope:
+            raise asyncio.CancelledError
+
+    with ScatterGather([ShardRef(0, 0), ShardRef(0, 1)], Cancelling()) as gatherer:
+        result = gatherer.search_sync(np.zeros(2), 1, allow_partial=True)
+    assert [outcome.reason for outcome in result.outcomes] == ["CancelledError", "CancelledError"]
+    assert result.coverage == 0.0

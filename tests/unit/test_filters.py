@@ -92,7 +92,13 @@ def test_deleted_rows_stay_deleted(words: Floats, queries: Floats) -> None:
 
 @pytest.mark.parametrize(
     "rows",
-    [np.ones(COUNT - 1, bool), np.ones(COUNT, np.int64), bytes(COUNT // 8 - 1), np.ones((2, COUNT), bool)],
+    [
+        np.ones(COUNT, np.uint8),
+        np.ones(COUNT - 1, bool),
+        np.ones(COUNT, np.int64),
+        bytes(COUNT // 8 - 1),
+        np.ones((2, COUNT), bool),
+    ],
 )
 def test_filters_for_another_shard(shard: Shard, queries: Floats, rows: object) -> None:
     with pytest.raises(InvalidInputError, match="a filter is bool"):

@@ -254,7 +254,9 @@ def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparis
     )
     for line in summary:
         if line.qps is None:
-            output.out.print(f"recall {line.recall}: {label(line)}: not reached in this sweep")
+            curve = [point.recall for point in points if label(point) == label(line)]
+            why = "above it in the whole sweep" if min(curve) > line.recall else "not reached in this sweep"
+            output.out.print(f"recall {line.recall}: {label(line)}: {why}")
             continue
         ratio = "" if line.qps_ratio is None or line.system == "hnswlib" else f", {line.qps_ratio:.2f} x hnswlib"
         cost = (
