@@ -32,7 +32,7 @@ from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.lanes import LanePool
 from cotra_rdma.peer import ONE_SIDED, Peer, check_alike
 from cotra_rdma.plan import Plan, Planner
-from cotra_rdma.queries import MAX_TIMEOUT_S, check_queries, check_search, pack_filter
+from cotra_rdma.queries import check_queries, check_search, check_timeout, pack_filter
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys, parse_address
 from cotra_rdma.verbs import Device, QueuePairOptions
@@ -107,8 +107,7 @@ def connect(
     given = [addresses] if isinstance(addresses, str) else list(addresses)
     if not given:
         raise InvalidInputError("connect needs at least one address")
-    if not 0 < timeout_s <= MAX_TIMEOUT_S:
-        raise InvalidInputError(f"timeout_s must be in (0, {MAX_TIMEOUT_S:g}], not {timeout_s!r}")
+    check_timeout(timeout_s)
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
     return Cluster(given, transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions())

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
 from cotra_rdma.errors import InvalidInputError
-from cotra_rdma.queries import check_search
+from cotra_rdma.queries import check_rows, check_search
 
 METRICS = ("l2", "ip", "cosine")
 VECTOR_TYPES = ("float32", "float16", "uint8")
@@ -170,11 +170,7 @@ class Engine(Handle):
             row by distance, then label; and one `STATS_DTYPE` record for each query, summed over the shards.
         """
         n = len(queries)
-        if queries.ndim != 2 or queries.shape[1] != self._dim:
-            raise InvalidInputError(
-                f"queries must be float32[n, {self._dim}], not {queries.dtype}{list(queries.shape)}"
-            )
-        queries = np.ascontiguousarray(queries, np.float32)
+        queries = check_rows(queries, self._dim)
         check_search(k, ef, beam, inflight, timeout_s)
         params = ffi.new("cotra_search_params *", (k, ef, beam, inflight, round(timeout_s * 1e9)))
         scope, _held = search_scope(filters, mask, n, self._n_shards)

@@ -20,7 +20,7 @@ from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
 from cotra_rdma.engine import VECTOR_TYPES, ImageInfo, View, search_scope
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.kmeans import kmeans
-from cotra_rdma.queries import MAX_EF, MAX_INFLIGHT, MAX_TIMEOUT_S
+from cotra_rdma.queries import MAX_EF, MAX_INFLIGHT, check_rows, check_timeout, check_whole
 
 if TYPE_CHECKING:
     from cotra_rdma.arena import Arena
@@ -39,7 +39,7 @@ SPIRE_STATS_DTYPE = np.dtype(
         ("latency_ns", "<u8"),
     ]
 )
-MAX_BITS, MAX_LISTS = 8, 2**20
+MAX_BITS, MAX_LISTS, MAX_PROBE = 8, 2**20, 2**32 - 1
 _LISTS_AT_ONCE = 16
 
 
@@ -244,12 +244,8 @@ class SpireEngine(Handle):
                 The error's `shard` says whose; the engine and its channels are not to be used again.
         """
         n = len(queries)
-        if queries.ndim != 2 or queries.shape[1] != self._dim:
-            raise InvalidInputError(
-                f"queries must be float32[n, {self._dim}], not {queries.dtype}{list(queries.shape)}"
-            )
+        queries = check_rows(queries, self._dim)
         _check_search(k, n_probe, n_rerank, inflight, timeout_s)
-        queries = np.ascontiguousarray(queries, np.float32)
         params = ffi.new("cotra_spire_params *", (k, n_probe, n_rerank, inflight, round(timeout_s * 1e9)))
         scope, _held = search_scope(filters, mask, n, self._n_shards)
         labels, shards = np.empty((n, k), np.int64), np.empty((n, k), np.int32)
@@ -275,14 +271,12 @@ class SpireEngine(Handle):
 def _check_search(k: int, n_probe: int, n_rerank: int, inflight: int, timeout_s: float) -> None:
     for name, value, low, high in (
         ("k", k, 1, MAX_EF),
-        ("n_probe", n_probe, 1, 2**32 - 1),
+        ("n_probe", n_probe, 1, MAX_PROBE),
         ("n_rerank", n_rerank, k if n_rerank else 0, MAX_EF),
         ("inflight", inflight, 0, MAX_INFLIGHT),
     ):
-        if not isinstance(value, int | np.integer) or not low <= value <= high:
-            raise InvalidInputError(f"{name} must be a whole number in [{low}, {high}], not {value!r}")
-    if not 0 < timeout_s <= MAX_TIMEOUT_S:
-        raise InvalidInputError(f"timeout_s must be in (0, {MAX_TIMEOUT_S:g}], not {timeout_s!r}")
+        check_whole(name, value, low, high)
+    check_timeout(timeout_s)
 
 
 class _IvfPacker(Handle):

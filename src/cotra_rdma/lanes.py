@@ -14,7 +14,7 @@ import numpy as np
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import STATS_DTYPE, Engine, View
 from cotra_rdma.errors import CotraError, InvalidInputError
-from cotra_rdma.ivf import SpireEngine
+from cotra_rdma.ivf import MAX_PROBE, SpireEngine
 from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.peer import Peer
 
@@ -52,7 +52,7 @@ class _Lane:
         labels, distances, shards, told = self.spire.search(
             job.queries,
             job.k,
-            math.ceil(job.ef / self._let_through(job)),
+            min(math.ceil(job.ef / self._let_through(job)), MAX_PROBE),
             inflight=job.inflight,
             timeout_s=job.timeout_s,
             filters=job.filters,

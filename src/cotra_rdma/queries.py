@@ -59,11 +59,27 @@ def check_search(k: int, ef: int, beam: int, inflight: int = 0, timeout_s: float
         ("beam", beam, 1, MAX_BEAM),
         ("inflight", inflight, 0, MAX_INFLIGHT),
     ):
-        if not isinstance(value, int | np.integer) or not low <= value <= high:
-            limit = f"{high}, which is ef" if name == "k" else high
-            raise InvalidInputError(f"{name} must be a whole number in [{low}, {limit}], not {value!r}")
+        check_whole(name, value, low, high, f"{high}, which is ef" if name == "k" else "")
+    check_timeout(timeout_s)
+
+
+def check_whole(name: str, value: int, low: int, high: int, limit: str = "") -> None:
+    """Raises `InvalidInputError` unless `value` is a whole number in [low, high]; `limit`: what to call `high`."""
+    if not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise InvalidInputError(f"{name} must be a whole number in [{low}, {limit or high}], not {value!r}")
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raises `InvalidInputError` for a time-out that is not positive, or absurd."""
     if not 0 < timeout_s <= MAX_TIMEOUT_S:
         raise InvalidInputError(f"timeout_s must be in (0, {MAX_TIMEOUT_S:g}], not {timeout_s!r}")
+
+
+def check_rows(queries: npt.NDArray[np.float32], dim: int) -> npt.NDArray[np.float32]:
+    """The same queries, C-contiguous float32. Raises `InvalidInputError` unless they are [n, dim]."""
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        raise InvalidInputError(f"queries must be float32[n, {dim}], not {queries.dtype}{list(queries.shape)}")
+    return np.ascontiguousarray(queries, np.float32)
 
 
 def pack_filter(rows: npt.ArrayLike | bytes | None, count: int) -> bytes | None:

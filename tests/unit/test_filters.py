@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import InvalidInputError, Shard
+from cotra_rdma.benchmark import recall
 from cotra_rdma.queries import pack_filter
 
 Floats = npt.NDArray[np.float32]
@@ -24,10 +25,6 @@ def exact(vectors: Floats, allowed: npt.NDArray[np.bool_], queries: Floats, k: i
     similar = queries @ unit.T
     similar[:, ~allowed] = -np.inf
     return np.argsort(-similar, axis=1)[:, :k]
-
-
-def recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
-    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), truth.tolist(), strict=True)]))
 
 
 @pytest.mark.parametrize(("share", "least"), [(0.9, 0.97), (0.5, 0.97), (0.1, 0.97), (0.05, 1.0), (0.01, 1.0)])
