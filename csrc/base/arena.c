@@ -17,15 +17,20 @@
 #define F_SEAL_FUTURE_WRITE 0x0010 /* Linux 5.1; memfd_create(2), fcntl(2) */
 #endif
 
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1; madvise(2) */
+#endif
+
 enum { HUGE_PAGE = 2 * 1024 * 1024 };
 
 struct cotra_arena {
     uint8_t *data;
     uint64_t length;
     uint64_t mapped; /* length rounded up to pages; 0 for wrapped memory */
-    uint64_t page;
+    uint64_t page; /* what lengths are rounded up to */
     int fd;
     int locked, sealed, writable;
+    int wants_huge, huge; /* huge pages, as far as whole ones go */
 };
 
 static uint64_t round_up(uint64_t value, uint64_t unit)
@@ -68,6 +73,38 @@ int cotra_arena_lock(cotra_arena *arena, cotra_error *err)
                             (unsigned long long)round_up(arena->length, 1024) / 1024);
 }
 
+/* Maps a memfd where huge pages could be: an address that is a multiple of theirs, as the file's offset 0 is. */
+static void *map_aligned(int fd, uint64_t length, int protection)
+{
+    uint64_t room = length + HUGE_PAGE;
+    uint8_t *reserved = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED)
+        return MAP_FAILED;
+    uint8_t *start = (uint8_t *)round_up((uintptr_t)reserved, HUGE_PAGE), *end = start + length;
+    void *data = mmap(start, length, protection, MAP_SHARED | MAP_FIXED, fd, 0);
+    if (data == MAP_FAILED) {
+        int error = errno;
+        munmap(reserved, room);
+        errno = error;
+        return MAP_FAILED;
+    }
+    if (start > reserved)
+        munmap(reserved, (size_t)(start - reserved));
+    if (end < reserved + room)
+        munmap(end, (size_t)(reserved + room - end));
+    return data;
+}
+
+/* Takes huge pages for a memfd, whatever is in it: MADV_COLLAPSE needs neither a pool of them nor a setting of the
+ * system's (madvise(2)), only a page in each. Before the rest is written they cost nothing: somebody has to zero it. */
+static void collapse(cotra_arena *arena)
+{
+    const uint64_t whole = arena->mapped / HUGE_PAGE * HUGE_PAGE;
+    for (uint64_t i = 0; i < whole && arena->wants_huge; i += HUGE_PAGE)
+        (void)*(volatile const uint8_t *)(arena->data + i);
+    arena->huge = arena->wants_huge && whole && madvise(arena->data, whole, MADV_COLLAPSE) == 0;
+}
+
 static int map_memfd(cotra_arena *arena, int huge)
 {
     unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge ? MFD_HUGETLB : 0);
@@ -81,7 +118,7 @@ static int map_memfd(cotra_arena *arena, int huge)
         error = errno;
         goto close_fd;
     }
-    void *data = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void *data = map_aligned(fd, mapped, PROT_READ | PROT_WRITE);
     if (data == MAP_FAILED) {
         error = errno;
         goto close_fd;
@@ -114,8 +151,8 @@ int cotra_arena_create(uint64_t length_bytes, uint32_t flags, cotra_arena **out,
         return cotra_fail_errno(err, error == ENOMEM ? COTRA_ERR_NO_MEMORY : COTRA_ERR_SYSTEM, error,
                                 "arena: a memfd of %llu bytes", (unsigned long long)length_bytes);
     }
-    if (arena->page != HUGE_PAGE) /* where the system allows huge pages in shared memory on request, ask */
-        (void)madvise(arena->data, arena->mapped, MADV_HUGEPAGE);
+    arena->wants_huge = (flags & COTRA_ARENA_HUGE) && arena->page != HUGE_PAGE;
+    collapse(arena);
     if (flags & COTRA_ARENA_LOCK) {
         int status = cotra_arena_lock(arena, err);
         if (status) {
@@ -148,9 +185,8 @@ int cotra_arena_wrap(void *address, uint64_t length_bytes, uint32_t flags, cotra
     return COTRA_OK;
 }
 
-static int map_read_only(cotra_arena *arena, int fd, int map_flags, const char *what, cotra_error *err)
+static int map_read_only(cotra_arena *arena, void *data, const char *what, cotra_error *err)
 {
-    void *data = mmap(NULL, arena->length, PROT_READ, map_flags, fd, 0);
     if (data == MAP_FAILED)
         return cotra_fail_errno(err, COTRA_ERR_SYSTEM, errno, "mmap of %llu bytes of %s",
                                 (unsigned long long)arena->length, what);
@@ -187,7 +223,8 @@ int cotra_arena_map_fd(int fd, uint64_t length_bytes, uint32_t flags, cotra_aren
         arena->page = HUGE_PAGE;
         arena->length = round_up(length_bytes, HUGE_PAGE); /* mmap of huge pages takes whole pages */
     }
-    status = map_read_only(arena, arena->fd, MAP_SHARED, "the peer's memfd", err);
+    void *data = map_aligned(arena->fd, round_up(arena->length, arena->page), PROT_READ);
+    status = map_read_only(arena, data, "the peer's memfd", err);
     arena->length = length_bytes;
     arena->sealed = sealed;
     if (status)
@@ -223,7 +260,8 @@ int cotra_arena_map_file(const char *path, cotra_arena **out, cotra_error *err)
         status = COTRA_ERR_NO_MEMORY;
         goto close_fd;
     }
-    status = map_read_only(arena, fd, MAP_PRIVATE, path, err);
+    void *data = mmap(NULL, arena->length, PROT_READ, MAP_PRIVATE, fd, 0);
+    status = map_read_only(arena, data, path, err);
     if (status)
         goto free_arena;
     close(fd);
@@ -256,13 +294,14 @@ int cotra_arena_grow(cotra_arena *arena, uint64_t length_bytes, cotra_error *err
         if (ftruncate(arena->fd, (off_t)mapped) != 0)
             return cotra_fail_errno(err, COTRA_ERR_SYSTEM, errno, "arena: growing to %llu bytes",
                                     (unsigned long long)mapped);
-        void *data = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, arena->fd, 0);
+        void *data = map_aligned(arena->fd, mapped, PROT_READ | PROT_WRITE);
         if (data == MAP_FAILED)
             return cotra_fail_errno(err, COTRA_ERR_NO_MEMORY, errno, "arena: mapping %llu bytes",
                                     (unsigned long long)mapped);
         munmap(arena->data, arena->mapped);
         arena->data = data;
         arena->mapped = mapped;
+        collapse(arena);
     }
     arena->length = length_bytes;
     return COTRA_OK;
@@ -278,7 +317,7 @@ void cotra_arena_get_info(const cotra_arena *arena, cotra_arena_info *out)
     memset(out, 0, sizeof *out);
     out->address = (uint64_t)(uintptr_t)arena->data;
     out->length_bytes = arena->length;
-    out->page_bytes = arena->page;
+    out->page_bytes = arena->huge ? HUGE_PAGE : arena->page;
     out->fd = arena->fd;
     out->locked = (uint8_t)arena->locked;
     out->sealed = (uint8_t)arena->sealed;
