@@ -13,6 +13,8 @@
 /* Squared distance, or inner product, of query float32[dim] and a vector of one type. */
 typedef float (*cotra_pair_kernel)(const float *query, const void *vector, uint32_t dim);
 
+enum { COTRA_LEAST_STEP = 16 };
+
 typedef struct cotra_kernels {
     cotra_pair_kernel l2[3], dot[3]; /* by vector type */
     /* sums[32] of a 4-bit look-up table over one block of codes; laid out as in layout/{codes,image}.h */
@@ -20,6 +22,9 @@ typedef struct cotra_kernels {
     /* out[32] = distance + f0 - f1 (offset + scale x sums); the bits of those below `bound` (a NaN is not) */
     uint32_t (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset,
                          float scale, float bound, float *out);
+    /* the place of the least of n keys, the first where there are several; n is a multiple of COTRA_LEAST_STEP, keys are
+     * 64-byte aligned and no NaN */
+    uint32_t (*least)(const float *keys, uint32_t n);
 } cotra_kernels;
 
 extern const cotra_kernels cotra_kernels_portable;

@@ -112,8 +112,27 @@ static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1,
     return below;
 }
 
+static uint32_t least(const float *keys, uint32_t n)
+{
+    __m256 a = _mm256_load_ps(keys), b = _mm256_load_ps(keys + 8);
+    for (uint32_t i = 16; i < n; i += 16) {
+        a = _mm256_min_ps(a, _mm256_load_ps(keys + i));
+        b = _mm256_min_ps(b, _mm256_load_ps(keys + i + 8));
+    }
+    a = _mm256_min_ps(a, b);
+    a = _mm256_min_ps(a, _mm256_permute2f128_ps(a, a, 1));
+    a = _mm256_min_ps(a, _mm256_permute_ps(a, 0x4E));
+    a = _mm256_min_ps(a, _mm256_permute_ps(a, 0xB1));
+    for (uint32_t i = 0; i < n; i += 8) {
+        int equal = _mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_load_ps(keys + i), _CMP_EQ_OQ));
+        if (equal)
+            return i + (uint32_t)__builtin_ctz((unsigned)equal);
+    }
+    return 0;
+}
+
 const cotra_kernels cotra_kernels_avx2 = {
-    .l2 = {l2_f32, l2_f16, l2_u8}, .dot = {dot_f32, dot_f16, dot_u8}, .scan = scan, .estimate = estimate};
+    .l2 = {l2_f32, l2_f16, l2_u8}, .dot = {dot_f32, dot_f16, dot_u8}, .scan = scan, .estimate = estimate, .least = least};
 
 #else
 typedef int cotra_no_avx2_here; /* ISO C has no empty translation units */

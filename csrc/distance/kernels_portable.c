@@ -52,5 +52,14 @@ static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1,
     return below;
 }
 
+static uint32_t least(const float *keys, uint32_t n)
+{
+    uint32_t place = 0;
+    for (uint32_t i = 1; i < n; i++)
+        if (keys[i] < keys[place])
+            place = i;
+    return place;
+}
+
 const cotra_kernels cotra_kernels_portable = {
-    .l2 = {l2_f32, l2_f16, l2_u8}, .dot = {dot_f32, dot_f16, dot_u8}, .scan = scan, .estimate = estimate};
+    .l2 = {l2_f32, l2_f16, l2_u8}, .dot = {dot_f32, dot_f16, dot_u8}, .scan = scan, .estimate = estimate, .least = least};

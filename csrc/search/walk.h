@@ -23,7 +23,7 @@
 #ifndef COTRA_SEARCH_WALK_H
 #define COTRA_SEARCH_WALK_H
 
-#include "distance/kernels.h"
+#include "search/candidates.h"
 #include "search/view.h"
 
 enum { COTRA_POOL_FACTOR = 2 };
@@ -33,14 +33,6 @@ typedef struct cotra_hit {
     float norm2; /* of the vector; only kept for inner products, where the limit needs it */
     int64_t label;
 } cotra_hit;
-
-/* A node that was seen in this walk. */
-typedef struct cotra_seen {
-    uint32_t epoch; /* of the walk that wrote it: a new walk needs no clearing */
-    uint32_t number;
-    float distance;     /* its pool word's: exact, or the mean of `estimates` */
-    uint32_t estimates; /* 0: exact or chosen, not to be changed any more */
-} cotra_seen;
 
 /* How a shard is walked in one search. */
 typedef struct cotra_walk_plan {
@@ -61,11 +53,8 @@ typedef struct cotra_walk {
     uint64_t next_row;   /* of a direct plan */
     float *query;        /* [dim padded to 32 floats] */
     float *scratch;      /* [2 * code_dim] */
-    uint64_t *pool;      /* [plan.pool + 1] */
-    uint32_t pool_count; /* <= plan.pool */
-    uint32_t first_open; /* no unexpanded entry is below this place */
-    cotra_seen *seen;    /* open addressing, at most half full */
-    uint32_t seen_mask, seen_count, epoch;
+    cotra_candidates candidates;
+    uint64_t *nearest;  /* [width + 1]: upper nodes, while begin() descends */
     uint32_t *frontier; /* [width]: the nodes being read */
     uint32_t frontier_count;
     cotra_hit *hits; /* [k], sorted by distance, then label */

@@ -1,0 +1,120 @@
+#include "search/candidates.h"
+
+#include "base/status.h"
+#include "search/ranked.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { ROOM = 1024 }; /* at least: sorting out costs more than memory */
+
+int cotra_candidates_create(cotra_candidates *all, uint32_t kept, cotra_error *err)
+{
+    memset(all, 0, sizeof *all);
+    const size_t open = 2 * (size_t)kept < ROOM ? ROOM : 2 * (size_t)kept;
+    const size_t blocks = 2 + (open + COTRA_BLOCK) / COTRA_KEYS_BLOCK;
+    const size_t padded = (blocks + 15) / 16 * 16;
+    all->capacity = (uint32_t)(blocks * COTRA_KEYS_BLOCK);
+    uint32_t seen = 256;
+    while (seen < 4 * kept)
+        seen *= 2;
+    all->seen_mask = seen - 1;
+    all->seen = calloc(seen, sizeof *all->seen);
+    all->keys = aligned_alloc(64, all->capacity * sizeof *all->keys);
+    all->nodes = malloc(all->capacity * sizeof *all->nodes);
+    all->floors = aligned_alloc(64, padded * sizeof *all->floors);
+    all->words = malloc(all->capacity * sizeof *all->words);
+    if (all->seen && all->keys && all->nodes && all->floors && all->words)
+        return COTRA_OK;
+    cotra_candidates_destroy(all);
+    return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk of %u candidates", kept);
+}
+
+void cotra_candidates_destroy(cotra_candidates *all)
+{
+    free(all->seen);
+    free(all->keys);
+    free(all->nodes);
+    free(all->floors);
+    free(all->words);
+    memset(all, 0, sizeof *all);
+}
+
+void cotra_candidates_clear(cotra_candidates *all)
+{
+    all->count = COTRA_KEYS_BLOCK;
+    all->seen_count = 0;
+    cotra_candidates_empty_bin(all);
+    if (++all->epoch == 0) { /* once in 2^32 walks */
+        memset(all->seen, 0, ((size_t)all->seen_mask + 1) * sizeof *all->seen);
+        all->epoch = 1;
+    }
+}
+
+/* Only a walk that sees far more nodes than it keeps gets here. */
+static int grow_seen(cotra_candidates *all, cotra_error *err)
+{
+    const size_t old = (size_t)all->seen_mask + 1;
+    if (old > (size_t)1 << 30)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: a walk saw more than 2^29 nodes");
+    cotra_seen *table = calloc(2 * old, sizeof *table);
+    if (!table)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for the nodes seen");
+    const uint32_t mask = (uint32_t)(2 * old - 1);
+    for (size_t i = 0; i < old; i++)
+        if (all->seen[i].epoch == all->epoch)
+            *cotra_candidates_find(table, mask, all->epoch, all->seen[i].number) = all->seen[i];
+    free(all->seen);
+    all->seen = table;
+    all->seen_mask = mask;
+    return COTRA_OK;
+}
+
+static int by_word(const void *a, const void *b)
+{
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+static void prepare(cotra_candidates *all, uint32_t n)
+{
+    const uint32_t end = (all->count + n + COTRA_KEYS_BLOCK - 1) / COTRA_KEYS_BLOCK;
+    for (uint32_t block = (all->count + COTRA_KEYS_BLOCK - 1) / COTRA_KEYS_BLOCK; block < end; block++) {
+        all->floors[block] = INFINITY;
+        for (uint32_t i = 0; i < COTRA_KEYS_BLOCK; i++)
+            all->keys[block * COTRA_KEYS_BLOCK + i] = INFINITY;
+    }
+}
+
+static void sort_out(cotra_candidates *all, uint32_t kept, float limit)
+{
+    uint32_t n = 0;
+    for (uint32_t slot = COTRA_KEYS_BLOCK; slot < all->count; slot++) {
+        const uint32_t node = all->nodes[slot];
+        if (all->keys[slot] < limit)
+            all->words[n++] = (uint64_t)cotra_key(all->keys[slot]) << 32 | node;
+        else
+            cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->slot = COTRA_BIN;
+    }
+    qsort(all->words, n, sizeof *all->words, by_word);
+    all->count = COTRA_KEYS_BLOCK;
+    prepare(all, kept < n ? kept : n);
+    for (uint32_t i = 0; i < n; i++) {
+        const uint32_t node = (uint32_t)all->words[i], slot = i < kept ? all->count++ : COTRA_BIN;
+        cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->slot = slot;
+        if (slot == COTRA_BIN)
+            continue;
+        float *floor = &all->floors[slot / COTRA_KEYS_BLOCK];
+        all->keys[slot] = cotra_unkey((uint32_t)(all->words[i] >> 32));
+        all->nodes[slot] = node;
+        *floor = all->keys[slot] < *floor ? all->keys[slot] : *floor;
+    }
+}
+
+int cotra_candidates_make_room(cotra_candidates *all, uint32_t kept, float limit, cotra_error *err)
+{
+    if (all->count + COTRA_BLOCK > all->capacity)
+        sort_out(all, kept, limit);
+    prepare(all, COTRA_BLOCK);
+    return (all->seen_count + COTRA_BLOCK) * 2 > all->seen_mask ? grow_seen(all, err) : COTRA_OK;
+}
