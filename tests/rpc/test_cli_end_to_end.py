@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotra_rdma.benchmark import distances
+from cotra_rdma.benchmark_data import distances
 from cotra_rdma.errors import PeerError
 from cotra_rdma.owner_process import OwnerProcess
 
