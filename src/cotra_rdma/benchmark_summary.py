@@ -124,9 +124,9 @@ def _at(curve: Sequence[Point], target: float, values: Sequence[float | None]) -
 
 
 def why_not(points: Sequence[Point], row: Comparison) -> str:
-    """Why a curve has no figure at a recall."""
+    """Where a curve lies that has no figure at a recall, and which sweep would reach it."""
     recalls = [point.recall for point in points if curve_key(point) == curve_key(row)]
-    return "all above it" if min(recalls) > row.recall else "not reached"
+    return "above: smaller --ef" if min(recalls) > row.recall else "below: larger --ef"
 
 
 def label(row: Point | Comparison) -> str:

@@ -97,7 +97,7 @@ def _in_order(points: Sequence[Point]) -> list[Point]:
 
 def summary_table(summary: Sequence[Comparison], points: Sequence[Point]) -> Table:
     """Every curve at equal recall."""
-    libraries = list(dict.fromkeys(name for line in summary for name in line.qps_ratios))
+    libraries = list(dict.fromkeys(line.system for line in summary if line.transport is None))
     columns = [">recall", "system", ">QPS", *(f">x {name}" for name in libraries)]
     columns += [">x 1 thread", ">x zero RTT", ">READs", ">rounds", ">KiB"]
     rows = [
