@@ -142,7 +142,9 @@ def check_libraries(names: Sequence[str], *, filtered: bool = False) -> None:
     for name in names:
         load(name)
         if filtered and name not in FILTERED:
-            raise InvalidInputError(f"{name} is measured without filters only: leave it out of --compare, or --filter")
+            raise InvalidInputError(
+                f"{name} is measured without filters only: leave it out of --compare, or leave out --filter"
+            )
 
 
 def load(module: str) -> Any:

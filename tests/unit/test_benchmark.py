@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,13 @@ def test_a_plot_is_written(tmp_path: Path) -> None:
         check_plot(tmp_path / "curves.gif")
     with pytest.raises(InvalidInputError, match="there is no directory"):
         check_plot(tmp_path / "nowhere" / "curves.png")
+
+
+def test_a_plot_without_matplotlib_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name, suffixes in (("curves.png", (".png",)), ("report.html", (".html",))):
+        with pytest.raises(InvalidInputError, match=f"{name} needs matplotlib: pip install matplotlib"):
+            check_plot(tmp_path / name, suffixes)
 
 
 def point(system: str, transport: str | None, ef: int, recall: float, *qps: float, n_threads: int = 1) -> Point:
