@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -72,6 +72,10 @@ class VectorFile:
                 raise FormatError(f"{self.path}: row {start + row} has dimension {dim}, and row 0 has {self.dim}")
             rows = rows["row"]
         return np.asarray(rows, self.dtype)
+
+    def first(self, n: int) -> VectorFile:
+        """The first n rows, n <= count. Of an HDF5 file they are read into memory."""
+        return replace(self, count=n, _rows=self._rows[:n])
 
     def chunks(self, rows: int) -> Iterator[npt.NDArray[Any]]:
         """All rows, `rows` at a time."""

@@ -174,12 +174,17 @@ def memlock(host: Host, limit: int | None = None) -> Check:
     return Check("memlock limit", Status.WARNING, f"{seen}: shards must be smaller than that", remedy)
 
 
-def huge_pages(host: Host) -> Check:
-    """Whether there are free huge pages: fewer TLB misses on both sides."""
+def hugetlb(host: Host) -> tuple[int, str]:
+    """How many huge pages are free, and that in words."""
     lines = (line.split() for line in host.text("/proc/meminfo").splitlines() if line.startswith("Huge"))
     values = {words[0].rstrip(":"): int(words[1]) for words in lines}
     free, total, size = (values.get(name, 0) for name in ("HugePages_Free", "HugePages_Total", "Hugepagesize"))
-    seen = f"{free:,} of {total:,} free, {size:,} KiB each"
+    return free, f"{free:,} of {total:,} free, {size:,} KiB each"
+
+
+def huge_pages(host: Host) -> Check:
+    """Whether there are free huge pages: fewer TLB misses on both sides."""
+    free, seen = hugetlb(host)
     if free:
         return Check("huge pages", Status.OK, seen)
     return Check(

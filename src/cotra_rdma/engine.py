@@ -29,6 +29,11 @@ STATS_DTYPE = np.dtype(
 )
 
 
+def simd_level() -> str:
+    """The SIMD level that searches use on this CPU: portable, avx2..."""
+    return str(ffi.string(lib.cotra_simd_name(lib.cotra_simd_best())).decode())
+
+
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """A graph image's header. `code_dim`: bits of a neighbour's code; `degree`: links of a node on level 0; `ivf_bytes`: of the

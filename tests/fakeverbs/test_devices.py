@@ -9,6 +9,7 @@ import pytest
 
 from cotra_rdma import Arena
 from cotra_rdma._native import Handle
+from cotra_rdma.benchmark_environment import Environment
 from cotra_rdma.channel import Channel
 from cotra_rdma.verbs import (
     Device,
@@ -38,6 +39,18 @@ def make_types(fake: Fake, root: Path, types: list[str]) -> None:
 def test_the_library_that_was_loaded(fake: Fake) -> None:
     assert library().endswith("/libibverbs.so.1")
     assert "cotra-fakeverbs" in library()
+
+
+def test_a_benchmark_tells_of_every_device(fake: Fake) -> None:
+    fake.set(DEVICES="fake0,fake1", PORT_STATE_fake1=1)
+    told = Environment.now(["cotra", "bench"])
+    assert told.verbs == "fake0, fake1"
+    assert [(adapter.name, adapter.firmware) for adapter in told.adapters] == [("fake0", "1.2.3"), ("fake1", "1.2.3")]
+    first, second = (adapter.ports[0] for adapter in told.adapters)
+    assert first.startswith("port 1: active, ")
+    assert second.startswith("port 1: down, ")
+    assert first.endswith(", rate unknown")
+    assert "fake0 (firmware 1.2.3), port 1: active" in told.facts()["verbs"]
 
 
 def test_device_attributes(fake: Fake) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotra_rdma.benchmark import distances
+from cotra_rdma.benchmark_data import distances
 from cotra_rdma.errors import PeerError
 from cotra_rdma.owner_process import OwnerProcess
 
@@ -220,18 +220,65 @@ def test_doctor_names_the_path_that_works(data: Path) -> None:
 
 
 def test_bench(data: Path, tmp_path: Path) -> None:
+    transports = ("shm", "rpc", "local", "model:rtt=0", "model:rtt=5us")
     done = cotra(
-        *("bench", "--dataset", data / "small", "--ef", "16,64", "--transport", "shm,rpc,local,model:rtt=5us"),
+        *("bench", "--dataset", data / "small", "--ef", "16,64", "--transport", ",".join(transports)),
         *("--repeats", 2, "--cache", tmp_path, "--json"),
     )
-    *rows, last = map(json.loads, done.stdout.splitlines())
-    assert [(row["system"], row["transport"]) for row in rows[:5]] == [
+    first, *rows, last = map(json.loads, done.stdout.splitlines())
+    assert first["environment"]["command"].startswith("cotra bench --dataset")
+    assert [(row["system"], row["transport"]) for row in rows[:6]] == [
         ("hnswlib", None),
-        *(("cotra", transport) for transport in ("shm", "rpc", "local", "model:rtt=5us")),
+        *(("cotra", transport) for transport in transports),
     ]
-    assert len(rows) == 10
-    by_path = {row["transport"]: row for row in rows[5:]}
-    assert len({by_path[path]["recall"] for path in ("shm", "rpc", "local", "model:rtt=5us")}) == 1
+    assert len(rows) == 12
+    by_path = {row["transport"]: row for row in rows[6:]}
+    assert len({by_path[path]["recall"] for path in transports}) == 1
     assert by_path["shm"]["owner_cpu_us_per_query"] < by_path["rpc"]["owner_cpu_us_per_query"]
-    assert len(last["summary"]) == 10
+    for path in set(transports) - {"rpc"}:
+        assert by_path[path]["batch_overhead"] > 0
+        assert by_path[path]["overhead_us"] > 0
+        assert by_path[path]["p50_us"] < by_path[path]["call_us"]
+    assert by_path["rpc"]["batch_overhead"] is None
+    assert by_path["model:rtt=5us"]["latency_model_ratio"] > 0.5
+    assert by_path["model:rtt=0"]["latency_model_ratio"] is None
+    assert len(last["summary"]) == 12
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_bench_beside_every_library(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    pytest.importorskip("usearch")
+    command = ["bench", "--dataset", data / "small", "--rows", 2000, "--ef", "16,128"]
+    command += ["--repeats", 2, "--threads", "1,2"]
+    command += ["--compare", "hnswlib,faiss,usearch", "--transport", "local", "--inflight", "0,4", "--cache", tmp_path]
+    command += ["--build", "--ef-construction", 40, "--report", tmp_path / "report.html"]
+    _, *rows, last = map(json.loads, cotra(*command, "--json").stdout.splitlines())
+    assert [row["build"]["n_threads"] for row in rows[-2:]] == [1, 2]
+    assert len(rows) == 2 * 2 * 5 + 2
+    assert {row["n"] for row in rows[:-2]} == {2000}
+    assert all(row["recall"] > 0.9 for row in rows[:-2] if row["ef"] == 128)
+    reached = [line for line in last["summary"] if line["qps"] and line["system"] == "cotra"]
+    for line in reached:
+        assert all(ratio["min"] <= ratio["median"] <= ratio["max"] for ratio in line["qps_ratios"].values())
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = cotra(*command).stdout
+    assert "Recall and speed" in shown
+    assert "x usearch" in shown
+    assert "of them padding" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--rows", 3001), "has 3000 vectors, and the first 3001 are wanted"),
+        (("--plot", "curves.gif"), "its name must end in .png"),
+        (("--report", "report.pdf"), "its name must end in .html"),
+        (("--transport", "model:rtt=5"), "'model:rtt=5' is not verbs"),
+    ],
+)
+def test_bench_refuses_before_it_measures(data: Path, tmp_path: Path, options: tuple[object, ...], reason: str) -> None:
+    failed = cotra("bench", "--dataset", data / "small", "--cache", tmp_path / "none", *options, "--json", status=1)
+    assert reason in json.loads(failed.stderr)["error"]["message"]
+    assert not (tmp_path / "none").exists()

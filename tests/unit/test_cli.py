@@ -71,6 +71,12 @@ def test_version_and_no_arguments() -> None:
         (("bench",), "give --dataset"),
         (("bench", "--dataset", "x", "--ef", "16,many"), "'16,many' is not a list"),
         (("bench", "--dataset", "x", "--ef", "8"), "8 is less than k = 10"),
+        (("bench", "--dataset", "x", "--threads", "0,1"), "'0,1' is not a list of positive"),
+        (("bench", "--dataset", "x", "--inflight", "some"), "'some' is not a list of whole numbers from 0 on"),
+        (
+            ("bench", "--dataset", "x", "--compare", "hnswlib,annoy"),
+            "'annoy' is not one of hnswlib, faiss, usearch, none",
+        ),
     ],
 )
 def test_usage_errors_are_status_2(arguments: tuple[str, ...], reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import struct
@@ -16,6 +17,10 @@ import typer.main
 
 from cotra_rdma import Shard, errors
 from cotra_rdma._native import check, new_error
+from cotra_rdma.benchmark import Point
+from cotra_rdma.benchmark_build import BuildPoint
+from cotra_rdma.benchmark_environment import Environment
+from cotra_rdma.benchmark_summary import Comparison
 from cotra_rdma.cli import app
 from cotra_rdma.messages import (
     BuildExchangeRequest,
@@ -401,3 +406,11 @@ def test_commands_have_the_options_that_pages_give_them(page: Path) -> None:
             if match := re.match(r"cotra ([a-z]+)(.*)", line.split("  #")[0]):
                 known = {option for item in commands[match[1]].params for option in item.opts} | {"--help"}
                 assert set(re.findall(r"(?<=\s)-{1,2}[a-zA-Z][\w-]*", match[2])) <= known, line
+
+
+def test_the_json_of_bench_is_documented() -> None:
+    """Every key, in order."""
+    kinds = (Environment, Point, BuildPoint, Comparison)
+    for (_, keys), kind in zip(table(DOCS / "cli.md", '`{"summary": [...]}`.'), kinds, strict=True):
+        told = re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", re.sub(r"\([^)]*\)", "", keys))))
+        assert told == [field.name for field in dataclasses.fields(kind)]

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import InvalidInputError, Shard
-from cotra_rdma.benchmark import recall
+from cotra_rdma.benchmark_data import recall
 from cotra_rdma.queries import pack_filter
 
 Floats = npt.NDArray[np.float32]

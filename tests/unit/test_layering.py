@@ -27,10 +27,12 @@ LAYERS = (
     ("engine",),
     ("ivf",),
     ("cost",),
-    ("shard", "peer", "scatter_gather", "benchmark"),
-    ("lanes", "plan"),
-    ("collection", "server", "cluster", "diagnosis"),
-    ("benchmark_systems", "benchmark_plot", "verbs_diagnosis", "cotra", "algorithms"),
+    ("shard", "peer", "scatter_gather", "benchmark_clock", "benchmark_data", "benchmark_transports"),
+    ("lanes", "plan", "benchmark"),
+    ("collection", "server", "cluster", "diagnosis", "benchmark_libraries", "benchmark_summary"),
+    ("benchmark_systems", "benchmark_build", "benchmark_plot", "verbs_diagnosis", "cotra", "algorithms"),
+    ("benchmark_environment", "benchmark_tables"),
+    ("benchmark_report",),
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}

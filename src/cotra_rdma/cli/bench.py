@@ -1,18 +1,27 @@
-"""`cotra bench`: recall against speed, beside hnswlib, in one interleaved run."""
+"""`cotra bench`: recall against speed, beside other libraries, in one interleaved run."""
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cotra_rdma.benchmark import Comparison, DataSet, Plan, Point, compare, label, run
+from cotra_rdma.benchmark import Plan, run
+from cotra_rdma.benchmark_build import measure_builds
+from cotra_rdma.benchmark_data import DataSet
+from cotra_rdma.benchmark_environment import Environment
+from cotra_rdma.benchmark_libraries import LIBRARIES, check_libraries
 from cotra_rdma.benchmark_plot import check_plot, draw
+from cotra_rdma.benchmark_report import write_report
+from cotra_rdma.benchmark_summary import compare
 from cotra_rdma.benchmark_systems import Split, open_systems
+from cotra_rdma.benchmark_tables import builds_table, cost_table, speed_table, summary_table, title
+from cotra_rdma.benchmark_transports import parse_transport
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import (
     ConstructionEf,
@@ -21,7 +30,6 @@ from cotra_rdma.cli.options import (
     Json,
     MetricName,
     PartitionName,
-    Threads,
     comma_list,
     input_file,
     numbers,
@@ -32,13 +40,15 @@ EPILOG = """**Examples**
 
 cotra bench --dataset data/sift128 --transport shm,model:rtt=5us --ef 32,48,64,96 --beam 1,4
 
-cotra bench --dataset glove-100-angular.hdf5 --threads 2 --json > rows.jsonl
+cotra bench --dataset data/sift128 --compare hnswlib,faiss,usearch --threads 1,2 --report report.html
+
+cotra bench --dataset glove-100-angular.hdf5 --rows 20000 --build --json > rows.jsonl
 
 QPS is the median of the repeats for the whole batch of queries; p50 and p99 are of calls with one query. Every
-configuration is measured once a repeat, in turn. With --json: one row a line, and last {"summary": ...}.
+configuration is measured once a repeat, in turn. With --json: first {"environment": ...}, then one row a line, and last
+{"summary": ...}.
 """
 
-TARGETS = (0.95, 0.99)
 FOUR = ("scatter-gather", "compass", "spire", "cotra")
 
 
@@ -75,8 +85,28 @@ def bench(
             "bandwidth and READ rate. May be repeated.",
         ),
     ] = None,
-    threads: Threads = 1,
+    compare_with: Annotated[
+        str,
+        typer.Option(
+            "--compare", metavar="NAME[,NAME...]", help="Measure these beside it: hnswlib, faiss, usearch; or none."
+        ),
+    ] = "hnswlib",
+    threads: Annotated[str, typer.Option(metavar="N[,N...]", help="Threads that search, for every system.")] = "1",
+    inflight: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="Queries in progress at once in a thread; 0: chosen by the engine.")
+    ] = "0",
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each configuration.")] = 5,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="Use only the first vectors; the ground truth among them is computed.",
+        ),
+    ] = None,
+    build: Annotated[
+        bool, typer.Option("--build", help="Measure building and packing too, beside hnswlib's building.")
+    ] = False,
     M: GraphM = 16,
     ef_construction: ConstructionEf = 200,
     cache: Annotated[
@@ -105,6 +135,15 @@ def bench(
             help="Draw recall against QPS, and against bytes a query: .png, .svg or .pdf (needs matplotlib).",
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            show_default=False,
+            help="Write everything as one page that needs nothing else: .html (needs matplotlib).",
+        ),
+    ] = None,
     algorithm: Annotated[
         list[str] | None,
         typer.Option(
@@ -126,18 +165,18 @@ def bench(
             help="With --algorithm: inverted lists over all shards, for spire.",
         ),
     ] = None,
-    hnswlib: Annotated[bool, typer.Option("--hnswlib/--no-hnswlib", help="Measure hnswlib beside it.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Measure recall, speed and cost over a sweep of ef and beam, beside hnswlib.
+    """Measure recall, speed and cost over a sweep of ef and beam, beside other libraries.
 
-    hnswlib gets the same M, ef_construction and threads, in the same run.
+    These get the same M, ef_construction and threads, in the same run.
     """
     plan = Plan(
         k=k,
         efs=numbers(ef, "--ef"),
         beams=numbers(beam, "--beam"),
-        n_threads=threads,
+        threads=numbers(threads, "--threads"),
+        inflights=numbers(inflight, "--inflight", low=0),
         repeats=repeats,
         M=M,
         ef_construction=ef_construction,
@@ -145,17 +184,29 @@ def bench(
     if plan.efs[0] < k:
         raise typer.BadParameter(f"{plan.efs[0]} is less than k = {k}", param_hint="--ef")
     shares = _shares(filter or [])
-    if plot is not None:
-        check_plot(plot)
+    libraries = _libraries(compare_with)
+    transports = comma_list(transport or ["shm"])
     if dataset is None and None in (base, queries, ground_truth):
         raise typer.BadParameter("give --dataset, or --base, --queries and --ground-truth", param_hint="--dataset")
+    for name in transports:
+        parse_transport(name)
+    check_libraries(libraries, filtered=bool(shares))
+    if plot is not None:
+        check_plot(plot)
+    if report is not None:
+        check_plot(report, (".html", ".htm"))
     data = DataSet.open(
         dataset, base=base, queries=queries, ground_truth=ground_truth, metric=metric.value if metric else None
     )
+    if rows is not None:
+        data = data.first(rows)
+    if data.ground_truth.shape[1] < k:
+        raise typer.BadParameter(f"the ground truth has {data.ground_truth.shape[1]} for each query", param_hint="--k")
     split = None
     if algorithm:
         lists = max(shards, data.vectors.count // 100) if ivf is None else ivf
         split = Split(_algorithms(algorithm), shards, partition.value, lists)
+    environment = Environment.now(sys.argv)
     with output.progress_bar("", disable=as_json) as bar:
         task = bar.add_task("", total=1)
 
@@ -163,28 +214,45 @@ def bench(
             bar.update(task, description=what, completed=done, total=total)
 
         with open_systems(
-            data,
-            comma_list(transport or ["shm"]),
-            plan,
-            cache or _cache(),
-            with_hnswlib=hnswlib,
-            split=split,
-            progress=progress,
+            data, transports, plan, cache or _cache(), libraries=libraries, split=split, progress=progress
         ) as systems:
             points = []
             for share in [None, *shares]:
                 what = "measuring" if share is None else f"measuring, filter {share:g}"
-                report = functools.partial(progress, what)
-                points += run(data, systems, plan, report, share=share)
-    summary = compare(points, TARGETS)
+                points += run(data, systems, plan, functools.partial(progress, what), share=share)
+        builds = measure_builds(data, plan, functools.partial(progress, "building")) if build else []
+    environment = environment.finished()
+    summary = compare(points)
+    heading = title(data, plan)
+    tables = [speed_table(points), cost_table(points), *([builds_table(builds)] if builds else [])]
+    shown = summary_table(summary, points)
     if plot is not None:
         draw(points, plot)
+    if report is not None:
+        write_report(report, heading, environment, shown, tables, points)
     if as_json:
+        output.print_json({"environment": asdict(environment)})
         for point in points:
             output.print_json(asdict(point))
+        for row in builds:
+            output.print_json({"build": asdict(row)})
         output.print_json({"summary": [asdict(line) for line in summary]})
-    else:
-        _show(data, plan, points, summary)
+        return
+    for name, fact in environment.facts().items():
+        output.out.print(f"{name}: {fact}", markup=False, soft_wrap=True)
+    output.out.print(heading, markup=False, soft_wrap=True)
+    for table in [*tables, shown]:
+        output.print_table(table.columns, table.rows, title=table.title)
+
+
+def _libraries(value: str) -> list[str]:
+    names = list(dict.fromkeys(comma_list([value])))
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name not in LIBRARIES:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(LIBRARIES)}, none", param_hint="--compare")
+    return names
 
 
 def _algorithms(values: list[str]) -> list[str]:
@@ -207,64 +275,3 @@ def _shares(values: list[str]) -> list[float]:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cotra-rdma"
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def _show(data: DataSet, plan: Plan, points: list[Point], summary: list[Comparison]) -> None:
-    title = (
-        f"{data.name}: {data.vectors.count:,} x {data.vectors.dim}, {data.metric}, {len(data.queries):,} queries; "
-        f"M={plan.M}, ef_construction={plan.ef_construction}, threads={plan.n_threads}, repeats={plan.repeats}"
-    )
-    output.print_table(
-        (
-            "system",
-            ">ef",
-            f">recall@{plan.k}",
-            ">QPS",
-            ">(min-max)",
-            ">p50 us",
-            ">p99 us",
-            ">READs",
-            ">rounds",
-            ">KiB",
-            ">shards",
-            ">owner CPU us",
-        ),
-        (
-            (
-                label(point),
-                str(point.ef),
-                f"{point.recall:.4f}",
-                _number(point.qps, 0),
-                f"{point.qps_min:,.0f}-{point.qps_max:,.0f}",
-                _number(point.p50_us, 0),
-                _number(point.p99_us, 0),
-                _number(point.reads_per_query),
-                _number(point.rounds_per_query),
-                _number(None if point.bytes_per_query is None else point.bytes_per_query / 1024),
-                _number(point.shards_per_query, 2),
-                _number(point.owner_cpu_us_per_query),
-            )
-            for point in sorted(points, key=lambda point: (label(point), point.ef))
-        ),
-        title=title,
-    )
-    for line in summary:
-        if line.qps is None:
-            curve = [point.recall for point in points if label(point) == label(line)]
-            why = "above it in the whole sweep" if min(curve) > line.recall else "not reached in this sweep"
-            output.out.print(f"recall {line.recall}: {label(line)}: {why}")
-            continue
-        ratio = "" if line.qps_ratio is None or line.system == "hnswlib" else f", {line.qps_ratio:.2f} x hnswlib"
-        cost = (
-            ""
-            if line.reads_per_query is None
-            else (
-                f", {line.reads_per_query:.1f} READs, {_number(line.rounds_per_query)} rounds, "
-                f"{_number((line.bytes_per_query or 0) / 1024)} KiB a query"
-            )
-        )
-        output.out.print(f"recall {line.recall}: {label(line)}: {line.qps:,.0f} QPS{ratio}{cost}", soft_wrap=True)

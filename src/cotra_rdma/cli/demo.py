@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from cotra_rdma.benchmark import recall
+from cotra_rdma.benchmark_data import recall
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, Json, transports
 from cotra_rdma.cluster import Cluster, connect

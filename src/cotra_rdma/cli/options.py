@@ -62,11 +62,12 @@ def comma_list(values: Iterable[str]) -> list[str]:
     return [item.strip() for value in values for item in value.split(",") if item.strip()]
 
 
-def numbers(text: str, option: str) -> list[int]:
-    """Positive whole numbers between commas, in order. Raises a usage error that names the option."""
+def numbers(text: str, option: str, low: int = 1) -> list[int]:
+    """Whole numbers >= `low` between commas, in order. Raises a usage error that names the option."""
     items = comma_list([text])
-    if not items or not all(item.isdecimal() and int(item) > 0 for item in items):
-        raise typer.BadParameter(f"{text!r} is not a list of positive whole numbers, as in 16,32,64", param_hint=option)
+    if not items or not all(item.isdecimal() and int(item) >= low for item in items):
+        what = "positive whole numbers" if low == 1 else f"whole numbers from {low} on"
+        raise typer.BadParameter(f"{text!r} is not a list of {what}, as in 16,32,64", param_hint=option)
     return sorted({int(item) for item in items})
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from cotra_rdma.benchmark import recall
+from cotra_rdma.benchmark_data import recall
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, Timeout, input_file, transports
 from cotra_rdma.cluster import SearchResult, connect
