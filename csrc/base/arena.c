@@ -27,7 +27,7 @@ struct cotra_arena {
     uint8_t *data;
     uint64_t length;
     uint64_t mapped; /* length rounded up to pages; 0 for wrapped memory */
-    uint64_t page; /* what lengths are rounded up to */
+    uint64_t page;   /* what lengths are rounded up to */
     int fd;
     int locked, sealed, writable;
     int wants_huge, huge; /* huge pages, as far as whole ones go */

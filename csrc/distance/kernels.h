@@ -22,8 +22,8 @@ typedef struct cotra_kernels {
     /* out[32] = distance + f0 - f1 (offset + scale x sums); the bits of those below `bound` (a NaN is not) */
     uint32_t (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset,
                          float scale, float bound, float *out);
-    /* the place of the least of n keys, the first where there are several; n is a multiple of COTRA_LEAST_STEP, keys are
-     * 64-byte aligned and no NaN */
+    /* the place of the least of n keys, the first where there are several; n is a multiple of COTRA_LEAST_STEP, keys
+     * are 64-byte aligned and no NaN */
     uint32_t (*least)(const float *keys, uint32_t n);
 } cotra_kernels;
 

@@ -131,8 +131,11 @@ static uint32_t least(const float *keys, uint32_t n)
     return 0;
 }
 
-const cotra_kernels cotra_kernels_avx2 = {
-    .l2 = {l2_f32, l2_f16, l2_u8}, .dot = {dot_f32, dot_f16, dot_u8}, .scan = scan, .estimate = estimate, .least = least};
+const cotra_kernels cotra_kernels_avx2 = {.l2 = {l2_f32, l2_f16, l2_u8},
+                                          .dot = {dot_f32, dot_f16, dot_u8},
+                                          .scan = scan,
+                                          .estimate = estimate,
+                                          .least = least};
 
 #else
 typedef int cotra_no_avx2_here; /* ISO C has no empty translation units */

@@ -61,5 +61,8 @@ static uint32_t least(const float *keys, uint32_t n)
     return place;
 }
 
-const cotra_kernels cotra_kernels_portable = {
-    .l2 = {l2_f32, l2_f16, l2_u8}, .dot = {dot_f32, dot_f16, dot_u8}, .scan = scan, .estimate = estimate, .least = least};
+const cotra_kernels cotra_kernels_portable = {.l2 = {l2_f32, l2_f16, l2_u8},
+                                              .dot = {dot_f32, dot_f16, dot_u8},
+                                              .scan = scan,
+                                              .estimate = estimate,
+                                              .least = least};

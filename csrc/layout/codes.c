@@ -126,6 +126,14 @@ void cotra_query_codes_make(const cotra_rotation *rotation, const float *query, 
     codes->scale = step;
 }
 
+/* The upper half of a float, rounded to nearest even: finite for every value that is far from overflow. */
+static uint16_t to_bf16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+}
+
 void cotra_code_write(const cotra_rotation *rotation, uint32_t metric, const float *own, const float *own_rotated,
                       const float *neighbour, float *scratch, const cotra_record_layout *layout, uint8_t *record,
                       uint32_t slot)
@@ -160,6 +168,6 @@ void cotra_code_write(const cotra_rotation *rotation, uint32_t metric, const flo
     } else {
         f0 = -own_dot + f1 * own_signed;
     }
-    ((float *)(record + layout->f0))[slot] = (float)f0;
-    ((float *)(record + layout->f1))[slot] = (float)f1;
+    ((uint16_t *)(record + layout->f0))[slot] = to_bf16((float)f0);
+    ((uint16_t *)(record + layout->f1))[slot] = to_bf16((float)f1);
 }

@@ -31,8 +31,8 @@ void cotra_record_layout_make(const cotra_image_info *info, cotra_record_layout 
     out->slots = (uint32_t)round_up(info->degree, COTRA_BLOCK);
     out->numbers = COTRA_RECORD_HEAD_BYTES + (uint32_t)round_up(out->vector_bytes, 32);
     out->f0 = out->numbers + 4 * out->slots;
-    out->f1 = out->f0 + 4 * out->slots;
-    out->codes = out->f1 + 4 * out->slots;
+    out->f1 = out->f0 + 2 * out->slots;
+    out->codes = out->f1 + 2 * out->slots;
     out->block_bytes = info->code_dim / 4 * 16;
     out->record_bytes = (uint32_t)round_up(out->codes + out->slots / COTRA_BLOCK * (uint64_t)out->block_bytes, 64);
 }

@@ -9,7 +9,7 @@
  * A record holds everything that expanding its node needs: the node's own vector (exact distance), and for each
  * neighbour its number, its code and two factors (estimated distance). All integers are little-endian.
  *
- *   head (32 bytes) | own vector | numbers u32[slots] | f0 f32[slots] | f1 f32[slots] | codes
+ *   head (32 bytes) | own vector | numbers u32[slots] | f0 bf16[slots] | f1 bf16[slots] | codes
  *
  * slots is the degree rounded up to blocks of 32; the codes of a block are laid out for 4-bit look-ups ("FastScan",
  * Andre, Kermarrec, Le Scouarnec, VLDB 2015): for each group of 4 dimensions 16 bytes, byte j holding neighbour j's
@@ -29,7 +29,7 @@
 #define COTRA_IMAGE_MAGIC 0x3147484152544F43u /* "COTRAHG1" read as a little-endian word */
 
 enum {
-    COTRA_FORMAT_VERSION = 2,
+    COTRA_FORMAT_VERSION = 3,
     COTRA_HEADER_BYTES = 4096,
     COTRA_IVF_HEADER_BYTES = 64,
     COTRA_BLOCK = 32, /* neighbours whose codes are scanned together */

@@ -65,8 +65,8 @@ static inline void cotra_candidates_prefetch(const cotra_candidates *all, uint32
 /* Takes an exact distance (estimates COTRA_EXACT) or an estimate (0) of a node, for which there must be room. */
 static inline void cotra_candidates_take(cotra_candidates *all, uint32_t node, float key, uint32_t estimates)
 {
-    static const float share[COTRA_EXACT + 1] = {0,        1,         1.0f / 2,  1.0f / 3,  1.0f / 4,  1.0f / 5,
-                                                 1.0f / 6, 1.0f / 7,  1.0f / 8,  1.0f / 9,  1.0f / 10, 1.0f / 11,
+    static const float share[COTRA_EXACT + 1] = {0,         1,         1.0f / 2,  1.0f / 3,  1.0f / 4,  1.0f / 5,
+                                                 1.0f / 6,  1.0f / 7,  1.0f / 8,  1.0f / 9,  1.0f / 10, 1.0f / 11,
                                                  1.0f / 12, 1.0f / 13, 1.0f / 14, 1.0f / 15, 0};
     cotra_seen *place = cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node);
     const int fresh = place->epoch != all->epoch;

@@ -231,6 +231,14 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
     return to->queued >= to->channel->post_batch ? at_shard(err, run->shard, post_queue(to, err)) : COTRA_OK;
 }
 
+/* A completion over shared memory is a pointer, and a CPU drops prefetches when it has too many in progress: asked for
+ * again while the record before is worked on, the record is there when its turn comes. */
+static void prefetch_record(const uint8_t *record, uint32_t record_bytes)
+{
+    for (uint32_t line = 0; line < record_bytes && line < 4096; line += 64)
+        __builtin_prefetch(record + line);
+}
+
 static int take_completion(cotra_engine *engine, const cotra_completion *completion, lane *from, cotra_error *err)
 {
     from->outstanding--;
@@ -243,6 +251,8 @@ static int take_completion(cotra_engine *engine, const cotra_completion *complet
     if (--run->missing)
         return COTRA_OK;
     for (uint32_t i = 0; i < run->walk.frontier_count; i++) {
+        if (i + 1 < run->walk.frontier_count)
+            prefetch_record(run->records[i + 1], from->view->info.record_bytes);
         int status = cotra_walk_expand(&run->walk, i, run->records[i], err);
         if (status)
             return at_shard(err, run->shard, status);
@@ -263,6 +273,8 @@ static int turn(cotra_engine *engine, lane *lane_, uint64_t timeout_ns, cotra_er
             return at_shard(err, shard, status);
     }
     for (uint32_t c = 0; c < n; c++) {
+        if (c + 1 < n && completions[c + 1].data)
+            prefetch_record(completions[c + 1].data, lane_->view->info.record_bytes);
         status = take_completion(engine, &completions[c], lane_, err);
         if (status)
             return status;

@@ -12,6 +12,13 @@
 #define FARTHEST                                                                                                       \
     1e37f /* of all pool keys: what is further, or nearer than its negative, is only a hostile record's to say */
 
+/* fmaxf and fminf are calls */
+static float clamp(float distance)
+{
+    distance = distance < FARTHEST ? distance : FARTHEST;
+    return distance > -FARTHEST ? distance : -FARTHEST;
+}
+
 static size_t padded_dim(uint32_t dim)
 {
     return (dim + 31u) / 32 * 32;
@@ -36,7 +43,8 @@ int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t m
     walk->frontier = malloc(max_width * sizeof *walk->frontier);
     walk->hits = malloc(k * sizeof *walk->hits);
     int status = cotra_candidates_create(&walk->candidates, max_pool, err);
-    if (!status && !(walk->codes.table && walk->query && walk->scratch && walk->nearest && walk->frontier && walk->hits))
+    if (!status &&
+        !(walk->codes.table && walk->query && walk->scratch && walk->nearest && walk->frontier && walk->hits))
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk");
     if (status)
         cotra_walk_destroy(walk);
@@ -65,6 +73,16 @@ static float upper_distance(cotra_walk *walk, uint32_t upper)
                                  cotra_view_vector(view, upper), view->info.dim);
 }
 
+/* The row of links of an upper node, whose vectors are on their way. */
+static const uint32_t *upper_row(const cotra_view *view, uint32_t upper, uint32_t level)
+{
+    const uint32_t *row = cotra_view_row(view, upper, level);
+    for (uint32_t j = 1; j <= row[0]; j++)
+        for (uint32_t line = 0; line < view->vector_stride && line < 512; line += 64)
+            __builtin_prefetch(cotra_view_vector(view, row[j]) + line);
+    return row;
+}
+
 /* Takes an upper node in; returns its distance, infinite where it was seen before. */
 static float take_upper(cotra_walk *walk, uint32_t upper)
 {
@@ -73,9 +91,10 @@ static float take_upper(cotra_walk *walk, uint32_t upper)
     if (cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->epoch == all->epoch)
         return INFINITY;
     const float distance = upper_distance(walk, upper);
-    if (distance < FARTHEST)
-        cotra_candidates_take(all, node, fmaxf(distance, -FARTHEST), COTRA_EXACT);
-    return distance;
+    if (!(distance < FARTHEST))
+        return INFINITY;
+    cotra_candidates_take(all, node, clamp(distance), COTRA_EXACT);
+    return clamp(distance);
 }
 
 /* Greedy on the levels above 1, then a best-first search on level 1 for the plan's beam of nearest nodes: the first
@@ -88,7 +107,7 @@ static int descend(cotra_walk *walk, cotra_error *err)
     for (uint32_t level = view->info.max_level; level > 1; level--)
         for (int moved = 1; moved;) {
             moved = 0;
-            const uint32_t *row = cotra_view_row(view, current, level);
+            const uint32_t *row = upper_row(view, current, level);
             for (uint32_t j = 1; j <= row[0]; j++) {
                 float d = upper_distance(walk, row[j]);
                 if (d < distance) {
@@ -114,15 +133,15 @@ static int descend(cotra_walk *walk, cotra_error *err)
             continue;
         }
         nearest[i] |= DONE;
-        const uint32_t *row = cotra_view_row(view, (uint32_t)nearest[i] & ~DONE, 1);
+        const uint32_t *row = upper_row(view, (uint32_t)nearest[i] & ~DONE, 1);
         for (uint32_t j = 1; j <= row[0]; j++) {
             if ((j - 1) % COTRA_BLOCK == 0) {
                 status = cotra_candidates_make_room(&walk->candidates, walk->plan.pool, INFINITY, err);
                 if (status)
                     return status;
             }
-            const uint64_t word = cotra_major(fmaxf(-FARTHEST, fminf(take_upper(walk, row[j]), 2 * FARTHEST)), row[j]);
-            if (word >= cotra_major(FARTHEST, 0) || (n == width && word > nearest[n - 1]))
+            const uint64_t word = cotra_major(take_upper(walk, row[j]), row[j]);
+            if (word >= cotra_major(INFINITY, 0) || (n == width && word > nearest[n - 1]))
                 continue;
             uint32_t place = n < width ? n++ : n - 1;
             for (; place > 0 && nearest[place - 1] > word; place--)
@@ -239,6 +258,17 @@ static void hits_insert(cotra_walk *walk, cotra_hit hit)
     }
 }
 
+/* bf16 -> float, a block of them */
+static void load_factors(const uint8_t *from, float *to)
+{
+    uint16_t halves[COTRA_BLOCK];
+    uint32_t bits[COTRA_BLOCK];
+    memcpy(halves, from, sizeof halves);
+    for (int j = 0; j < COTRA_BLOCK; j++)
+        bits[j] = (uint32_t)halves[j] << 16;
+    memcpy(to, bits, sizeof bits);
+}
+
 /* Takes the estimates in that are below the limit: nothing above it will ever be expanded. */
 static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, const float *estimates, uint32_t below,
                           cotra_error *err)
@@ -260,7 +290,7 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
         return cotra_fail(err, COTRA_ERR_FORMAT, "a record links to node %u of %llu", highest,
                           (unsigned long long)walk->view->info.count);
     for (uint32_t i = 0; i < n; i++)
-        cotra_candidates_take(all, nodes[i], fmaxf(-FARTHEST, fminf(keys[i], FARTHEST)), 0);
+        cotra_candidates_take(all, nodes[i], clamp(keys[i]), 0);
     cotra_candidates_empty_bin(all);
     return COTRA_OK;
 }
@@ -296,12 +326,13 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra
     const volatile uint32_t *numbers = (const volatile uint32_t *)(record + layout->numbers);
     for (uint32_t begin = 0; begin < count; begin += COTRA_BLOCK) {
         uint32_t sums[COTRA_BLOCK];
-        float estimates[COTRA_BLOCK];
+        float f0[COTRA_BLOCK], f1[COTRA_BLOCK], estimates[COTRA_BLOCK];
         walk->kernels->scan(walk->codes.table, record + layout->codes + begin / COTRA_BLOCK * layout->block_bytes,
                             info->code_dim, sums);
-        uint32_t below = walk->kernels->estimate(sums, (const float *)(record + layout->f0) + begin,
-                                                 (const float *)(record + layout->f1) + begin, distance,
-                                                 walk->codes.offset, walk->codes.scale, walk->limit, estimates);
+        load_factors(record + layout->f0 + 2 * begin, f0);
+        load_factors(record + layout->f1 + 2 * begin, f1);
+        uint32_t below = walk->kernels->estimate(sums, f0, f1, distance, walk->codes.offset, walk->codes.scale,
+                                                 walk->limit, estimates);
         if (count - begin < COTRA_BLOCK)
             below &= (1u << (count - begin)) - 1;
         status = take_estimates(walk, numbers + begin, estimates, below, err);

@@ -49,10 +49,10 @@ typedef struct cotra_walk {
     cotra_walk_plan plan;
     cotra_query_codes codes;
     uint32_t k;
-    uint32_t width;      /* READs a round at most: of `frontier` */
-    uint64_t next_row;   /* of a direct plan */
-    float *query;        /* [dim padded to 32 floats] */
-    float *scratch;      /* [2 * code_dim] */
+    uint32_t width;    /* READs a round at most: of `frontier` */
+    uint64_t next_row; /* of a direct plan */
+    float *query;      /* [dim padded to 32 floats] */
+    float *scratch;    /* [2 * code_dim] */
     cotra_candidates candidates;
     uint64_t *nearest;  /* [width + 1]: upper nodes, while begin() descends */
     uint32_t *frontier; /* [width]: the nodes being read */
