@@ -253,25 +253,6 @@ static int take_completion(cotra_engine *engine, const cotra_completion *complet
     return advance(engine, w, err);
 }
 
-static void prefetch(const void *data, size_t bytes)
-{
-    for (size_t line = 0; line < bytes; line += 64)
-        __builtin_prefetch((const char *)data + line);
-}
-
-/* Many walks in flight do not fit the inner caches, so what a completion's walk works with is fetched while the one
- * before is expanded. */
-static void prefetch_walk(const cotra_engine *engine, const cotra_completion *completion)
-{
-    const cotra_walk *walk = &engine->walks[completion->slot / engine->width].walk;
-    if (completion->status != COTRA_OK)
-        return;
-    prefetch(completion->data, walk->view->info.record_bytes);
-    prefetch(walk->codes.table, (size_t)walk->view->info.code_dim * 4);
-    prefetch(walk->pool, walk->pool_count * sizeof *walk->pool);
-    prefetch(walk->query, walk->view->info.dim * sizeof *walk->query);
-}
-
 /* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */
 static int turn(cotra_engine *engine, lane *lane_, uint64_t timeout_ns, cotra_error *err)
 {
@@ -285,8 +266,6 @@ static int turn(cotra_engine *engine, lane *lane_, uint64_t timeout_ns, cotra_er
             return at_shard(err, shard, status);
     }
     for (uint32_t c = 0; c < n; c++) {
-        if (c + 1 < n)
-            prefetch_walk(engine, &completions[c + 1]);
         status = take_completion(engine, &completions[c], lane_, err);
         if (status)
             return status;
