@@ -247,7 +247,6 @@ def merge(
     out_labels = np.empty((n, k), np.int64)
     out_distances = np.empty((n, k), np.float32)
     out_shards = np.empty((n, k), np.int32)
-    err = new_error()
     status = lib.cotra_merge(
         _buffer(_LABELS, labels),
         _buffer(_FLOATS, distances),
@@ -257,7 +256,8 @@ def merge(
         _buffer(_LABELS, out_labels),
         _buffer(_FLOATS, out_distances),
         _buffer(_PLACES, out_shards),
-        err,
+        ffi.NULL,
     )
-    check(status, err)
+    if status:
+        raise MemoryError(f"merging {n_shards} shards")
     return out_labels, out_distances, out_shards
