@@ -101,19 +101,28 @@ def check_every_wrong_read_is_a_typed_error_and_life_goes_on(
 
 
 def perftest(program: str, host: str, device_name: str, gid_index: int, *options: str) -> str:
-    """Server and client of one perftest program on the device; what the client printed. Always under a time limit."""
+    """Server and client of one perftest program on the device; what the client printed. Always under a time limit.
+
+    It measures the CPU's clock first, and gives up where a busy host makes that impossible; so it is tried again.
+    """
     command = ["timeout", "60", program, "-d", device_name, "-x", str(gid_index), "-s", str(READ_BYTES), *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            for _ in range(50):
-                client = subprocess.run([*command, host], capture_output=True, text=True, check=False)
-                if client.returncode == 0:
-                    return client.stdout
-                if "Couldn't connect" not in client.stdout + client.stderr or server.poll() is not None:
-                    break
-            pytest.fail(f"{program}: {client.stdout}{client.stderr}")
-        finally:
-            server.kill()
+    said = ""
+    for _ in range(5):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            try:
+                for _ in range(50):
+                    client = subprocess.run([*command, host], capture_output=True, text=True, check=False)
+                    said = client.stdout + client.stderr
+                    if client.returncode == 0:
+                        server.wait(20)  # what is measured next has the machine to itself
+                        return client.stdout
+                    if "Couldn't connect" not in said or server.poll() is not None:
+                        break
+            finally:
+                server.kill()
+        if "Can't produce a report" not in said:
+            break
+    pytest.fail(f"{program}: {said}")
 
 
 def row(text: str) -> list[float]:
@@ -125,7 +134,7 @@ def row(text: str) -> list[float]:
 def check_perftest_and_our_loop_side_by_side(device: Device, addresses: list[str], host: str, device_name: str) -> None:
     """perftest READs one place again and again, so ours does too; what places all over the region cost is shown beside it.
 
-    The systems take turns, so that a busy host slows all of them; figures are medians of the turns.
+    The systems take turns, so that a busy host slows all of them; a ratio is the median of the turns' own.
     """
     gid = device.gids(peer=host)[0].index
     queue_pair, region = connected(device, addresses[0], host)
@@ -140,22 +149,24 @@ def check_perftest_and_our_loop_side_by_side(device: Device, addresses: list[str
         for _ in range(TURNS):
             for name, offsets in (("one", one), ("spread", spread)):
                 took(f"{name} us", float(np.median(channel.read_loop(offsets, READ_BYTES)[1])) / 1e3)
-                took(f"{name} a second", N_READS / channel.read_loop(offsets, READ_BYTES, depth=DEPTH)[0])
             # columns of ib_read_lat: bytes, iterations, t_min, t_max, t_typical (the median), ...
             took("perftest us", row(perftest("ib_read_lat", host, device_name, gid, "-n", str(N_READS)))[4])
+            for name, offsets in (("one", one), ("spread", spread)):
+                took(f"{name} a second", N_READS / channel.read_loop(offsets, READ_BYTES, depth=DEPTH)[0])
             bandwidth = perftest("ib_read_bw", host, device_name, gid, "-n", str(N_READS), "-t", str(DEPTH))
             took("perftest a second", row(bandwidth)[-1] * 1e6)
-    median = {name: float(np.median(values)) for name, values in turns.items()}
-    figure(
-        f"1 KiB READ, one at a time, median of {TURNS} turns: ib_read_lat {median['perftest us']:.1f} us, "
-        f"ours {median['one us']:.1f} us (ratio {median['one us'] / median['perftest us']:.2f}); "
-        f"at places all over the region {median['spread us']:.1f} us"
-    )
-    figure(
-        f"1 KiB READs, {DEPTH} deep: ib_read_bw {median['perftest a second']:,.0f} a second, "
-        f"ours {median['one a second']:,.0f} (ratio {median['one a second'] / median['perftest a second']:.2f}); "
-        f"at places all over the region {median['spread a second']:,.0f}"
-    )
+
+    def beside(unit: str, digits: int, what: str, program: str) -> str:
+        ours, theirs, spread = (np.array(turns[f"{name} {unit}"]) for name in ("one", "perftest", "spread"))
+        middle = [f"{np.median(values):,.{digits}f}" for values in (theirs, ours, spread)]
+        ratios = " ".join(f"{ratio:.2f}" for ratio in np.sort(ours / theirs))
+        return (
+            f"{what}, medians of {TURNS} turns: {program} {middle[0]} {unit}, ours {middle[1]} {unit} "
+            f"(ratio {np.median(ours / theirs):.2f} of {ratios}); at places all over the region {middle[2]} {unit}"
+        )
+
+    figure(beside("us", 1, "1 KiB READ, one at a time", "ib_read_lat"))
+    figure(beside("a second", 0, f"1 KiB READs, {DEPTH} deep", "ib_read_bw"))
     assert all(min(values) > 0 for values in turns.values())
 
 
