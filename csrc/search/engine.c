@@ -12,6 +12,8 @@
 #include <string.h>
 
 enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, POLL_BATCH = 64, DIRECT_WIDTH = 32 };
+enum { IDLE_TURNS = 1024 }; /* between looks at the clock, which is a system call on some machines */
+enum { NEAR_READS = 8 };    /* in progress on each shard at first: more give nothing where memory is near */
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 typedef struct lane { /* one shard */
@@ -20,8 +22,9 @@ typedef struct lane { /* one shard */
     cotra_walk_plan plan;
     cotra_read *queue; /* READs waiting for a post: [n_walks * width] */
     uint32_t queued;
-    uint32_t outstanding; /* posted, not completed */
-    uint64_t last_progress_ns;
+    uint32_t outstanding;      /* posted, not completed */
+    uint32_t idle_turns;       /* since the clock was read */
+    uint64_t last_progress_ns; /* by the first look at the clock after it; 0: none yet */
 } lane;
 
 typedef struct running {
@@ -163,7 +166,7 @@ static int post_queue(lane *to, cotra_error *err)
     uint32_t posted = 0;
     int status = cotra_channel_post(to->channel, to->queue, to->queued, &posted, err);
     if (posted && to->outstanding == 0)
-        to->last_progress_ns = cotra_clock_ns();
+        to->last_progress_ns = 0;
     to->outstanding += posted;
     to->queued -= posted;
     if (to->queued && posted)
@@ -289,7 +292,8 @@ static int turn(cotra_engine *engine, lane *lane_, uint64_t timeout_ns, cotra_er
         lane_->last_progress_ns = 0;
         return 1;
     }
-    if (lane_->outstanding || lane_->queued) {
+    if ((lane_->outstanding || lane_->queued) && ++lane_->idle_turns == IDLE_TURNS) {
+        lane_->idle_turns = 0;
         uint64_t now = cotra_clock_ns();
         if (lane_->last_progress_ns == 0)
             lane_->last_progress_ns = now;
@@ -301,26 +305,30 @@ static int turn(cotra_engine *engine, lane *lane_, uint64_t timeout_ns, cotra_er
     return 0;
 }
 
-static int run_all(cotra_engine *engine, uint64_t timeout_ns, cotra_error *err)
+/* n_start walks run at first. When no channel has anything to do, the wire is what is waited for, and another walk
+ * joins them: so there are as many as hide its latency, and no more, for each one costs cache. */
+static int run_all(cotra_engine *engine, uint32_t n_start, uint64_t timeout_ns, cotra_error *err)
 {
-    for (uint32_t w = 0; w < engine->n_walks; w++) {
-        int status = advance(engine, w, err);
-        if (status)
-            return status;
-    }
-    while (engine->active) {
+    uint32_t started = 0;
+    while (started < n_start || engine->active) {
         int busy = 0;
+        for (; started < n_start; started++) {
+            int status = advance(engine, started, err);
+            if (status)
+                return status;
+        }
         for (uint32_t s = 0; s < engine->n_shards; s++) {
             int status = turn(engine, &engine->lanes[s], timeout_ns, err);
             if (status < 0)
                 return status;
             busy |= status;
         }
-        if (!busy) {
+        if (!busy && n_start < engine->n_walks)
+            n_start++;
 #if defined(__x86_64__)
+        else if (!busy)
             __builtin_ia32_pause();
 #endif
-        }
     }
     return COTRA_OK;
 }
@@ -377,7 +385,7 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam must be in [1, %d], not %u", MAX_BEAM, params->beam);
     if (n_queries == 0)
         return COTRA_OK;
-    uint32_t slots = UINT32_MAX, wanted = 0, pool, width;
+    uint32_t slots = UINT32_MAX, wanted = 0, n_start = 0, pool, width;
     int status = make_plans(engine, params, scope, &pool, &width, err);
     if (status)
         return status;
@@ -389,6 +397,7 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         slots = channel->slots < slots ? channel->slots : slots;
         const uint32_t in_flight = channel->in_flight ? channel->in_flight : channel->slots;
         wanted += in_flight > 2 * params->beam ? in_flight / params->beam : 2;
+        n_start += NEAR_READS > 2 * params->beam ? NEAR_READS / params->beam : 2;
     }
     if (params->beam > slots)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam %u needs as many READs in progress, the channel has %u slots",
@@ -420,10 +429,11 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     engine->stats = stats;
     memset(stats, 0, n_queries * sizeof *stats);
     for (uint32_t s = 0; s < engine->n_shards; s++)
-        engine->lanes[s].queued = engine->lanes[s].outstanding = 0;
+        engine->lanes[s].queued = engine->lanes[s].outstanding = engine->lanes[s].idle_turns = 0;
     for (uint32_t w = 0; w < n_walks; w++)
         engine->walks[w].walk.view = NULL;
-    status = run_all(engine, params->timeout_ns ? params->timeout_ns : DEFAULT_TIMEOUT_NS, err);
+    n_start = n_start < n_walks && !params->inflight ? n_start : n_walks;
+    status = run_all(engine, n_start, params->timeout_ns ? params->timeout_ns : DEFAULT_TIMEOUT_NS, err);
     free(engine->started_ns);
     engine->started_ns = NULL;
     engine->broken = status != COTRA_OK;

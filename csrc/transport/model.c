@@ -11,25 +11,26 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct held {
+typedef struct flight { /* a READ in progress */
     uint64_t due_ns;
+    uint64_t ordinal; /* which READ, counted from 1 */
     cotra_completion completion;
     uint32_t length;
-} held;
+} flight;
 
 typedef struct model_channel {
     cotra_channel base;
     cotra_channel *inner;
     cotra_model_params params;
+    uint64_t ns_per_read;
+    double ns_per_byte;
     uint64_t nic_free_ns;  /* when the NIC may start the next READ */
     uint64_t link_free_ns; /* when the link may carry the next byte */
     uint64_t started;      /* READs posted since open */
     uint32_t n_held, first_held;
-    uint8_t *scratch;  /* [slots][slot_bytes], only where corrupt_every needs a copy */
-    uint64_t *due;     /* [slots] */
-    uint64_t *ordinal; /* [slots]: which READ, counted from 1 */
-    uint32_t *length;  /* [slots] */
-    held *ring;        /* [slots], completed by the inner channel and not due yet, in order of completion */
+    uint8_t *scratch; /* [slots][slot_bytes], only where corrupt_every needs a copy */
+    flight *flights;  /* [slots] */
+    uint32_t *ring;   /* [slots]: those completed by the inner channel and not due yet, in order of completion */
 } model_channel;
 
 static int model_post(cotra_channel *channel, const cotra_read *reads, uint32_t n, uint32_t *posted, cotra_error *err)
@@ -40,21 +41,15 @@ static int model_post(cotra_channel *channel, const cotra_read *reads, uint32_t 
         channel->doorbells++;
     uint64_t now = cotra_clock_ns();
     for (uint32_t i = 0; i < *posted; i++) {
-        uint32_t slot = reads[i].slot;
-        uint64_t start = now;
-        if (self->params.reads_per_second) {
-            start = self->nic_free_ns > start ? self->nic_free_ns : start;
-            self->nic_free_ns = start + 1000000000u / self->params.reads_per_second;
-        }
-        uint64_t end = start + self->params.round_trip_ns;
-        if (self->params.bytes_per_second) {
-            uint64_t wire_ns = (uint64_t)((double)reads[i].length * 1e9 / (double)self->params.bytes_per_second);
-            uint64_t link = self->link_free_ns > end ? self->link_free_ns : end;
-            end = self->link_free_ns = link + wire_ns;
-        }
-        self->due[slot] = end;
-        self->length[slot] = reads[i].length;
-        self->ordinal[slot] = ++self->started;
+        const uint64_t start = self->nic_free_ns > now ? self->nic_free_ns : now;
+        self->nic_free_ns = start + self->ns_per_read;
+        const uint64_t end = start + self->params.round_trip_ns;
+        self->link_free_ns = (self->link_free_ns > end ? self->link_free_ns : end) +
+                             (uint64_t)((double)reads[i].length * self->ns_per_byte);
+        flight *of = &self->flights[reads[i].slot];
+        of->due_ns = self->link_free_ns;
+        of->length = reads[i].length;
+        of->ordinal = ++self->started;
     }
     return status;
 }
@@ -63,7 +58,7 @@ static int model_post(cotra_channel *channel, const cotra_read *reads, uint32_t 
 static int model_fault(model_channel *self, cotra_completion *completion)
 {
     const cotra_model_params *params = &self->params;
-    uint64_t ordinal = self->ordinal[completion->slot];
+    const uint64_t ordinal = self->flights[completion->slot].ordinal;
     if (completion->status != COTRA_OK) {
         if (self->base.error.status == COTRA_OK)
             self->base.error = self->inner->error;
@@ -79,7 +74,7 @@ static int model_fault(model_channel *self, cotra_completion *completion)
             self->base.error.wc_status = params->fail_wc_status;
         }
     } else if (params->corrupt_every && ordinal % params->corrupt_every == 0) {
-        uint32_t length = self->length[completion->slot];
+        const uint32_t length = self->flights[completion->slot].length;
         uint8_t *copy = self->scratch + (size_t)completion->slot * self->base.slot_bytes;
         memcpy(copy, completion->data, length);
         copy[ordinal % length] ^= 1;
@@ -100,23 +95,24 @@ static int model_poll(cotra_channel *channel, cotra_completion *out, uint32_t ca
         for (uint32_t i = 0; i < got; i++) {
             if (!model_fault(self, &completions[i]))
                 continue;
-            held *place = &self->ring[(self->first_held + self->n_held++) % channel->slots];
-            place->completion = completions[i];
-            place->due_ns = self->due[completions[i].slot];
-            place->length = self->length[completions[i].slot];
+            const uint32_t place = self->first_held + self->n_held++;
+            self->ring[place < channel->slots ? place : place - channel->slots] = completions[i].slot;
+            self->flights[completions[i].slot].completion = completions[i];
         }
         if (got < 64)
             break;
     }
-    uint64_t now = self->n_held ? cotra_clock_ns() : 0;
-    while (self->n_held && *n < capacity && self->ring[self->first_held].due_ns <= now) {
-        const held *first = &self->ring[self->first_held];
+    const uint64_t now = self->n_held ? cotra_clock_ns() : 0;
+    while (self->n_held && *n < capacity) {
+        const flight *first = &self->flights[self->ring[self->first_held]];
+        if (first->due_ns > now)
+            break;
         if (first->completion.status == COTRA_OK) {
             channel->reads++;
             channel->read_bytes += first->length;
         }
         out[(*n)++] = first->completion;
-        self->first_held = (self->first_held + 1) % channel->slots;
+        self->first_held = self->first_held + 1 < channel->slots ? self->first_held + 1 : 0;
         self->n_held--;
     }
     return COTRA_OK;
@@ -126,9 +122,7 @@ static void model_close(cotra_channel *channel)
 {
     model_channel *self = (model_channel *)channel;
     free(self->scratch);
-    free(self->due);
-    free(self->ordinal);
-    free(self->length);
+    free(self->flights);
     free(self->ring);
     free(self);
 }
@@ -156,14 +150,14 @@ int cotra_channel_open_model(cotra_channel *inner, const cotra_model_params *par
     self->base.post_batch = inner->post_batch;
     self->inner = inner;
     self->params = *params;
+    self->ns_per_read = params->reads_per_second ? 1000000000u / params->reads_per_second : 0;
+    self->ns_per_byte = params->bytes_per_second ? 1e9 / (double)params->bytes_per_second : 0;
     size_t slots = inner->slots;
-    self->due = calloc(slots, sizeof *self->due);
-    self->ordinal = calloc(slots, sizeof *self->ordinal);
-    self->length = calloc(slots, sizeof *self->length);
+    self->flights = calloc(slots, sizeof *self->flights);
     self->ring = calloc(slots, sizeof *self->ring);
     if (params->corrupt_every)
         self->scratch = malloc(slots * inner->slot_bytes);
-    if (!self->due || !self->ordinal || !self->length || !self->ring || (params->corrupt_every && !self->scratch)) {
+    if (!self->flights || !self->ring || (params->corrupt_every && !self->scratch)) {
         model_close(&self->base);
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "model channel: no memory for %zu slots", slots);
     }

@@ -25,6 +25,10 @@
 
 enum { CHAIN = 64, DRAIN_NS = 1000000000 };
 
+typedef struct place { /* in the ring */
+    uint32_t slot, length;
+} place;
+
 typedef struct verbs_channel {
     cotra_channel base;
     cotra_qp *qp;
@@ -38,9 +42,7 @@ typedef struct verbs_channel {
                          again */
     int open_ended;   /* a chain was taken in part, without its signalled end */
     uint64_t failed;  /* the position of the first READ that failed, when base.error says that one did */
-    struct {
-        uint32_t slot, length;
-    } * ring; /* [depth] */
+    place *ring;      /* [depth] */
     struct ibv_send_wr work[CHAIN];
     struct ibv_sge pieces[CHAIN];
 } verbs_channel;
@@ -94,8 +96,7 @@ static int verbs_post(cotra_channel *channel, const cotra_read *reads, uint32_t 
         for (uint32_t i = 0; i < count; i++) {
             const cotra_read *read = &reads[*posted + i];
             uint64_t position = self->next + i;
-            self->ring[position % self->depth].slot = read->slot;
-            self->ring[position % self->depth].length = read->length;
+            self->ring[position % self->depth] = (place){read->slot, read->length};
             self->pieces[i].addr = (uint64_t)(uintptr_t)(self->landing + (size_t)read->slot * channel->slot_bytes);
             self->pieces[i].length = read->length;
             self->pieces[i].lkey = self->landing_mr->lkey;
@@ -156,14 +157,13 @@ static int verbs_poll(cotra_channel *channel, cotra_completion *out, uint32_t ca
     }
     uint64_t end = channel->error.status ? self->next : self->acknowledged;
     for (; self->first != end && *n < capacity; self->first++) {
-        uint32_t slot = self->ring[self->first % self->depth].slot,
-                 length = self->ring[self->first % self->depth].length;
+        const place at = self->ring[self->first % self->depth];
         int done = self->first < self->acknowledged;
-        out[(*n)++] = (cotra_completion){.data = done ? self->landing + (size_t)slot * channel->slot_bytes : NULL,
-                                         .slot = slot,
+        out[(*n)++] = (cotra_completion){.data = done ? self->landing + (size_t)at.slot * channel->slot_bytes : NULL,
+                                         .slot = at.slot,
                                          .status = done ? COTRA_OK : channel->error.status};
         channel->reads += (uint64_t)done;
-        channel->read_bytes += done ? length : 0;
+        channel->read_bytes += done ? at.length : 0;
     }
     return COTRA_OK;
 }

@@ -14,7 +14,12 @@ __all__ = ["Handle", "check", "ffi", "lib", "new_error"]
 
 def new_error() -> Any:
     """A fresh `cotra_error *` to pass as a call's last argument."""
-    return ffi.new("cotra_error *", {"shard": -1})
+    err = ffi.new(_ERROR)
+    err.shard = -1
+    return err
+
+
+_ERROR = ffi.typeof("cotra_error *")
 
 
 _SIMPLE: dict[int, type[errors.CotraError]] = {

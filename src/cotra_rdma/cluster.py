@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
 from cotra_rdma.compass import DEFAULT_TARGET, Router
-from cotra_rdma.cost import EXPANSION_S, Needs, Prediction
+from cotra_rdma.cost import Prediction, needs_of_asking, needs_of_reading
 from cotra_rdma.engine import STATS_DTYPE, merge
 from cotra_rdma.errors import (
     ClosedError,
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 TRANSPORTS = ("auto", "verbs", "shm", "rpc")
 _LEASE_RENEWAL_S = 15.0
 _MAX_THREADS = 256
+_FEW = 1024  # queries whose stats may be kept until somebody asks about them
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,7 @@ class Cluster:
         self.transports: tuple[str, ...] = tuple(peer.transport for peer in self._peers)
         self.passed_over: tuple[dict[str, str], ...] = tuple(peer.passed_over for peer in self._peers)
         self._one_sided = [peer for peer in self._peers if peer.transport in ONE_SIDED]
+        self._links = [peer.link for peer in self._peers]
         self._planner = Planner(self._peers, self.dim, _router(self._peers))
         if "verbs" in self.transports:
             # The thread must not keep a cluster that nobody else holds: that one's leases run out.
@@ -294,22 +297,24 @@ class Cluster:
         plan = self._planner.plan(
             algorithm, job, n_threads, target_recall=target_recall, owner_cpu=owner_cpu, explain=explain
         )
-        job = replace(job, mask=plan.mask)
+        if plan.mask is not job.mask:
+            job = job._replace(mask=plan.mask)
         answers, failures = self._gather(job, plan, n_threads, allow_partial)
         self._note(plan, job, answers, n_threads, time.perf_counter() - begin)
         ids, distances, owners, stats = self._merge(answers, job)
         n_shards = len(self._peers)
-        asked = np.full(len(job.queries), n_shards) if job.mask is None else job.mask.sum(axis=1)
+        asked = np.empty(len(job.queries), np.int32)
+        asked[:] = n_shards if job.mask is None else job.mask.sum(axis=1)
         result = SearchResult(
             ids,
             distances,
             owners,
             stats,
-            tuple("rpc" if peer.index in plan.asked else peer.transport for peer in self._peers),
+            tuple("rpc" if at in plan.asked else name for at, name in enumerate(self.transports)),
             time.perf_counter() - begin,
             (n_shards - len(failures)) / n_shards,
             failures,
-            asked.astype(np.int32),
+            asked,
             plan.algorithm,
             plan.predictions,
         )
@@ -389,9 +394,9 @@ class Cluster:
         """Asks every shard: the answers with the shards that they are of, and the failures."""
         answers: list[tuple[list[int], Answer]] = []
         failures: dict[int, CotraError] = {}
-        calls = [
-            (at, self._executor().submit(self._peers[at].search, job.of_shards([at]))) for at in sorted(plan.asked)
-        ]
+        calls = []
+        for at in sorted(plan.asked):
+            calls.append((at, self._executor().submit(self._peers[at].search, job.of_shards([at]))))
         try:
             near = [peer for peer in self._peers if peer.index not in plan.asked]
             while near:
@@ -418,35 +423,21 @@ class Cluster:
         self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
     ) -> None:
         """Tells the cost model what a shard needed: after searches of one kind only, for others say less."""
-        whole = len(plan.asked) in (0, len(self._peers))
-        if not whole or job.filters is not None or not answers or not len(job.queries):
+        n = len(job.queries)
+        if len(plan.asked) not in (0, len(self._peers)) or job.filters is not None or not answers or not n:
             return
-        stats = answers[0][1][2]
-        searches = len(job.queries) * len(self._peers) if job.mask is None else int(job.mask.sum())
+        searches = n * len(self._peers) if job.mask is None else int(job.mask.sum())
         if plan.lists:  # a query reads as many lists however many shards it is for
-            searches = len(job.queries)
+            searches = n
         if not searches:
             return
-        links = [peer.link for peer in self._peers]
-        if plan.asked:  # each owner searched its part by itself, all at once
-            own = max(seconds - max(link.rpc_s for link in links), 0.0) * len(self._peers) / searches
-            self._planner.experience.note(
-                "asked", job.k, job.ef, job.beam, Needs(0.0, 1.0, float(stats["read_bytes"].mean()), own)
-            )
-            return
-        reads, read_bytes = float(stats["reads"].sum()), float(stats["read_bytes"].sum())
-        n = len(links)  # what the wire took is not CPU time
-        waited = float(stats["rounds"].mean()) * max(link.rtt_s for link in links)
-        waited += max(max(reads / n / link.reads_per_s, read_bytes / n / link.bytes_per_s) for link in links)
-        busy = max(seconds - waited, reads * EXPANSION_S / 10)
-        needs = Needs(
-            reads / searches,
-            float(stats["rounds"].mean()),
-            read_bytes / searches,
-            busy * min(n_threads, len(job.queries)) / searches,
-        )
-        method, beam = ("lists", 0) if plan.lists else ("walk", job.beam)
-        self._planner.experience.note(method, job.k, job.ef, beam, needs)
+        if plan.asked:
+            method, beam = "asked", job.beam
+            told = partial(needs_of_asking, self._links, answers[0][1][2], searches, seconds)
+        else:
+            method, beam = ("lists", 0) if plan.lists else ("walk", job.beam)
+            told = partial(needs_of_reading, self._links, answers[0][1][2], searches, seconds, min(n_threads, n))
+        self._planner.experience.note(method, job.k, job.ef, beam, told if n <= _FEW else told())
 
     def _merge(
         self, answers: list[tuple[list[int], Answer]], job: SearchJob

@@ -7,14 +7,19 @@ the same parameters needed before; until there was one, it is a guess from ef an
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
 
 EXPANSION_S = 1e-6  # CPU of one expansion, until it was measured
 ESTIMATE_S = 1e-8  # of one entry of an inverted list
 READS_OF_EF = 0.8  # READs of a walk for each of ef, until they were counted
 ENTRY_ROUNDS = 2.0
 RERANKED_OF_K = 4.0
+_KEPT = 8  # searches that are noted and not asked about: older ones would count for 1 / 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,25 @@ def guess_lists(k: int, n_probe: int, n_lists: int, list_bytes: float, entries: 
 def over_rpc(walk: Needs, dim: int, k: int) -> Needs:
     """The same walk done by the owner: one message there and one back."""
     return Needs(0.0, 1.0, 5.0 * dim + 12.0 * k + 100.0, walk.cpu_s)
+
+
+def needs_of_reading(
+    links: Sequence[Link], stats: npt.NDArray[np.void], searches: int, seconds: float, n_threads: int
+) -> Needs:
+    """What a batch needed of a shard that took so many seconds: `stats` (`engine.STATS_DTYPE`) of its queries, `searches` of
+    one query in one shard."""
+    reads, read_bytes, rounds = (float(stats[name].sum()) for name in ("reads", "read_bytes", "rounds"))
+    n, rounds = len(links), rounds / len(stats)
+    waited = rounds * max(link.rtt_s for link in links)  # what the wire took is not CPU time
+    waited += max(max(reads / n / link.reads_per_s, read_bytes / n / link.bytes_per_s) for link in links)
+    busy = max(seconds - waited, reads * EXPANSION_S / 10)
+    return Needs(reads / searches, rounds, read_bytes / searches, busy * n_threads / searches)
+
+
+def needs_of_asking(links: Sequence[Link], stats: npt.NDArray[np.void], searches: int, seconds: float) -> Needs:
+    """The same of owners that were asked: each searched its part by itself, all at once."""
+    own = max(seconds - max(link.rpc_s for link in links), 0.0) * len(links) / searches
+    return Needs(0.0, 1.0, float(stats["read_bytes"].mean()), own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +155,25 @@ class Experience:
     """What searches needed so far, by method ("walk", "lists") and parameters. Threads may share it."""
 
     _seen: dict[tuple[str, int, int, int], Needs] = field(default_factory=dict)
+    _noted: defaultdict[tuple[str, int, int, int], deque[Needs | Callable[[], Needs]]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=_KEPT))
+    )
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, method: str, k: int, ef: int, beam: int, needs: Needs) -> None:
-        """Takes what a search needed; it counts as much as all before it."""
-        key = (method, k, ef, beam)
+    def note(self, method: str, k: int, ef: int, beam: int, needs: Needs | Callable[[], Needs]) -> None:
+        """Takes what a search needed; it counts as much as all before it.
+
+        needs: it, or what tells it when somebody asks: after most searches nobody does. The last few are kept.
+        """
         with self._lock:
-            old = self._seen.get(key, needs)
-            self._seen[key] = Needs(*((getattr(old, n) + getattr(needs, n)) / 2 for n in Needs.__slots__))
+            self._noted[method, k, ef, beam].append(needs)
 
     def of(self, method: str, k: int, ef: int, beam: int) -> Needs | None:
         """What searches with these parameters needed; None before the first."""
-        return self._seen.get((method, k, ef, beam))
+        key = (method, k, ef, beam)
+        with self._lock:
+            for told in self._noted.pop(key, ()):
+                needs = told if isinstance(told, Needs) else told()
+                old = self._seen.get(key, needs)
+                self._seen[key] = Needs(*((getattr(old, n) + getattr(needs, n)) / 2 for n in Needs.__slots__))
+            return self._seen.get(key)

@@ -140,10 +140,13 @@ class Engine(Handle):
         engine = cls(out[0], *views, *channels)
         engine._n_shards = len(views)
         engine._dim = views[0].info.dim
+        engine._params, engine._err = ffi.new("cotra_search_params *"), err
         return engine
 
     _n_shards: int
     _dim: int
+    _params: Any  # of the last search
+    _err: Any
 
     def _destroy(self, ptr: Any) -> None:
         lib.cotra_engine_destroy(ptr)
@@ -177,25 +180,32 @@ class Engine(Handle):
         n = len(queries)
         queries = check_rows(queries, self._dim)
         check_search(k, ef, beam, inflight, timeout_s)
-        params = ffi.new("cotra_search_params *", (k, ef, beam, inflight, round(timeout_s * 1e9)))
+        params, err = self._params, self._err
+        params.k, params.ef, params.beam, params.inflight = k, ef, beam, inflight
+        params.timeout_ns = round(timeout_s * 1e9)
         scope, _held = search_scope(filters, mask, n, self._n_shards)
         labels = np.empty((self._n_shards, n, k), np.int64)
         distances = np.empty((self._n_shards, n, k), np.float32)
-        stats = np.zeros(n, STATS_DTYPE)
-        err = new_error()
+        stats = np.empty(n, STATS_DTYPE)
         status = lib.cotra_engine_search(
             self.ptr,
-            ffi.from_buffer("float[]", queries),
+            _buffer(_FLOATS, queries),
             n,
             params,
             scope,
-            ffi.from_buffer("int64_t[]", labels),
-            ffi.from_buffer("float[]", distances),
-            ffi.cast("cotra_query_stats *", ffi.from_buffer(stats)),
+            _buffer(_LABELS, labels),
+            _buffer(_FLOATS, distances),
+            _buffer(_STATS, stats),
             err,
         )
-        check(status, err)
+        if status:
+            check(status, err)
         return labels, distances, stats
+
+
+_buffer = ffi.from_buffer
+_FLOATS, _LABELS, _PLACES = ffi.typeof("float[]"), ffi.typeof("int64_t[]"), ffi.typeof("int32_t[]")
+_STATS = ffi.typeof("cotra_query_stats[]")
 
 
 def search_scope(
@@ -242,17 +252,17 @@ def merge(
     out_labels = np.empty((n, k), np.int64)
     out_distances = np.empty((n, k), np.float32)
     out_shards = np.empty((n, k), np.int32)
-    err = new_error()
     status = lib.cotra_merge(
-        ffi.from_buffer("int64_t[]", labels),
-        ffi.from_buffer("float[]", distances),
+        _buffer(_LABELS, labels),
+        _buffer(_FLOATS, distances),
         n_shards,
         n,
         k,
-        ffi.from_buffer("int64_t[]", out_labels),
-        ffi.from_buffer("float[]", out_distances),
-        ffi.from_buffer("int32_t[]", out_shards),
-        err,
+        _buffer(_LABELS, out_labels),
+        _buffer(_FLOATS, out_distances),
+        _buffer(_PLACES, out_shards),
+        ffi.NULL,
     )
-    check(status, err)
+    if status:
+        raise MemoryError(f"merging {n_shards} shards")
     return out_labels, out_distances, out_shards

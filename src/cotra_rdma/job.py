@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,7 @@ Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.vo
 `engine.STATS_DTYPE` record for each query."""
 
 
-@dataclass(frozen=True, slots=True)
-class SearchJob:
+class SearchJob(NamedTuple):
     """A batch of queries.
 
     Attributes:
@@ -37,13 +36,13 @@ class SearchJob:
 
     def of_shards(self, shards: Sequence[int]) -> SearchJob:
         """The part that concerns these shards, which are numbered in this order in it."""
+        if self.filters is None and self.mask is None:
+            return self
         filters = None if self.filters is None else tuple(self.filters[shard] for shard in shards)
-        return replace(self, filters=filters, mask=None if self.mask is None else self.mask[:, list(shards)])
+        return self._replace(filters=filters, mask=None if self.mask is None else self.mask[:, list(shards)])
 
     def split(self, n_parts: int) -> list[SearchJob]:
         """Parts with about as many queries each."""
-        if n_parts <= 1:
-            return [self]
         masks = [None] * n_parts if self.mask is None else np.array_split(self.mask, n_parts)
         queries = np.array_split(self.queries, n_parts)
-        return [replace(self, queries=part, mask=mask) for part, mask in zip(queries, masks, strict=True)]
+        return [self._replace(queries=part, mask=mask) for part, mask in zip(queries, masks, strict=True)]

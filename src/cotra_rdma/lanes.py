@@ -95,16 +95,17 @@ class LanePool:
         self._executor = executor
         self._lock = threading.Lock()
         self._closed = False
-        self._idle: dict[tuple[int, ...], list[_Lane]] = {}
+        self._idle: dict[tuple[Peer, ...], list[_Lane]] = {}
 
     def search(self, peers: Sequence[Peer], job: SearchJob, n_threads: int, *, lists: bool = False) -> Answer:
         """Walks the shards of `peers`, to which the job's filters and mask belong; or probes their inverted lists.
 
         Raises an error whose `shard` is the position in the cluster.
         """
-        parts = job.split(min(n_threads, len(job.queries)))
-        if len(parts) == 1:
+        n_parts = min(n_threads, len(job.queries))
+        if n_parts <= 1:
             return self._search_part(peers, job, lists)
+        parts = job.split(n_parts)
         running = [self._executor().submit(self._search_part, peers, part, lists) for part in parts]
         for error in [part.exception() for part in running]:
             if error is not None:
@@ -113,7 +114,7 @@ class LanePool:
         return np.concatenate(labels, axis=1), np.concatenate(distances, axis=1), np.concatenate(stats)
 
     def _search_part(self, peers: Sequence[Peer], job: SearchJob, lists: bool) -> Answer:
-        key = tuple(peer.index for peer in peers)
+        key = tuple(peers)
         with self._lock:
             idle = self._idle.get(key)
             lane = idle.pop() if idle else None
@@ -136,7 +137,7 @@ class LanePool:
         self._give_back(key, lane)
         return answer
 
-    def _give_back(self, key: tuple[int, ...], lane: _Lane) -> None:
+    def _give_back(self, key: tuple[Peer, ...], lane: _Lane) -> None:
         with self._lock:
             if not self._closed:
                 self._idle.setdefault(key, []).append(lane)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,7 @@ ALGORITHMS = ("auto", "cotra", "scatter-gather", "spire", "compass", "compass+sc
 _FULL = 0.9  # of the shards: a selection of more is not worth having
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What is done.
 
     Attributes:
@@ -56,6 +55,8 @@ class Planner:
         self._dim = dim
         self.router = router
         self.experience = Experience()
+        self._every = frozenset(range(len(peers)))
+        self._closed = frozenset(at for at in self._every if peers[at].transport not in ONE_SIDED)
 
     def plan(
         self, algorithm: str, job: SearchJob, n_threads: int, *, target_recall: float, owner_cpu: bool, explain: bool
@@ -63,6 +64,8 @@ class Planner:
         """Plans a search. Raises `InvalidInputError` for an algorithm that is unknown, or that these shards cannot have."""
         if algorithm not in ALGORITHMS:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
+        if algorithm == "cotra" and not explain:  # nothing to plan
+            return Plan(algorithm, job.mask, False, self._closed)
         mask = job.mask
         if algorithm.startswith("compass") or (algorithm == "auto" and self._calibrated_for(job)):
             mask = self._selection(job, target_recall, required=algorithm != "auto")
@@ -183,10 +186,9 @@ class Planner:
         self, base: str, job: SearchJob, mask: npt.NDArray[np.bool_] | None, n_threads: int, mixed: bool
     ) -> frozenset[int]:
         """The shards that are asked over RPC. `mixed`: also those of which reading takes longer than asking would."""
-        every = frozenset(range(len(self._peers)))
+        every, closed = self._every, self._closed
         if base == "scatter-gather":
             return every
-        closed = frozenset(at for at in every if self._peers[at].transport not in ONE_SIDED)
         if not mixed or base != "cotra":
             return closed
         walk, shares, n = self._walk(job), self._shares(mask), len(job.queries)

@@ -21,14 +21,14 @@ def as_array(values: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
         rows = np.asarray(values)
     except ValueError as error:
         raise InvalidInputError(f"{what} must be an array of numbers: {error}") from None
-    if not (np.issubdtype(rows.dtype, np.floating) or np.issubdtype(rows.dtype, np.integer)):
+    if rows.dtype.kind not in "fiu":
         raise InvalidInputError(f"{what} must be real numbers, not {rows.dtype}")
     return rows
 
 
 def check_finite(rows: npt.NDArray[np.float32], what: str, first: int = 0) -> None:
     """Raises `InvalidInputError` naming the first of rows [n, dim] that holds NaN, infinity or a component past 1e15."""
-    if rows.size and not (rows.max() <= MAX_COMPONENT and rows.min() >= -MAX_COMPONENT):  # NaN is in no range
+    if rows.size and not np.maximum.reduce(np.abs(rows), axis=None) <= MAX_COMPONENT:  # nor is NaN
         bad = np.flatnonzero(~(np.abs(rows) <= MAX_COMPONENT).all(axis=1))[0]
         why = "a component beyond 1e15" if np.isfinite(rows[bad]).all() else "NaN or infinity"
         raise InvalidInputError(f"{what} {first + int(bad)} holds {why}")
@@ -53,20 +53,19 @@ def check_queries(queries: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
 
 def check_search(k: int, ef: int, beam: int, inflight: int = 0, timeout_s: float = 1.0) -> None:
     """Raises `InvalidInputError` for a parameter of a search that is out of its range."""
-    for name, value, low, high in (
-        ("ef", ef, 1, MAX_EF),
-        ("k", k, 1, ef),
-        ("beam", beam, 1, MAX_BEAM),
-        ("inflight", inflight, 0, MAX_INFLIGHT),
-    ):
-        check_whole(name, value, low, high, f"{high}, which is ef" if name == "k" else "")
+    plain = type(k) is type(ef) is type(beam) is type(inflight) is int
+    if not (plain and 1 <= k <= ef <= MAX_EF and 1 <= beam <= MAX_BEAM and 0 <= inflight <= MAX_INFLIGHT):
+        check_whole("ef", ef, 1, MAX_EF)
+        check_whole("k", k, 1, ef, ", which is ef")
+        check_whole("beam", beam, 1, MAX_BEAM)
+        check_whole("inflight", inflight, 0, MAX_INFLIGHT)
     check_timeout(timeout_s)
 
 
-def check_whole(name: str, value: int, low: int, high: int, limit: str = "") -> None:
-    """Raises `InvalidInputError` unless `value` is a whole number in [low, high]; `limit`: what to call `high`."""
-    if not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise InvalidInputError(f"{name} must be a whole number in [{low}, {limit or high}], not {value!r}")
+def check_whole(name: str, value: int, low: int, high: int, why: str = "") -> None:
+    """Raises `InvalidInputError` unless `value` is a whole number in [low, high]; `why` follows `high` in the message."""
+    if not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise InvalidInputError(f"{name} must be a whole number in [{low}, {high}{why}], not {value!r}")
 
 
 def check_timeout(timeout_s: float) -> None:

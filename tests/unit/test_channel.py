@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -57,3 +59,23 @@ def test_memory_that_is_not_aligned_is_refused() -> None:
             Channel.shm(arena)
     with Arena.wrap(memory[8:]) as arena, Channel.shm(arena) as channel:
         assert channel.read(1, 3) == bytes(3)
+
+
+def test_more_queries_join_while_the_wire_is_waited_for(words: np.ndarray) -> None:
+    """64 queries all at once take as long as one; 8 at a time, at least 4 times as long."""
+    far = FabricModel(round_trip_s=5e-3)
+    few, seconds = {}, {}
+    with (
+        Shard.build(words[:500], n_threads=1) as shard,
+        Channel.shm(shard.arena) as inner,
+        View.open(inner) as view,
+        Channel.model(inner, far) as channel,
+        Engine.create([view], [channel]) as engine,
+    ):
+        for inflight in (8, 0):
+            begin = time.perf_counter()
+            few[inflight] = engine.search(words[:64], 10, 10, 1, inflight=inflight)
+            seconds[inflight] = time.perf_counter() - begin
+    assert (few[0][0] == few[8][0]).all()
+    assert (few[0][2]["reads"] == few[8][2]["reads"]).all()
+    assert seconds[0] < seconds[8] / 2

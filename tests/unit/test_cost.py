@@ -231,6 +231,25 @@ def test_experience_replaces_the_guess_and_converges() -> None:
     assert seen.cpu_s == pytest.approx(2e-4)
 
 
+def test_experience_may_be_told_later_and_then_once() -> None:
+    experience, calls = Experience(), []
+
+    def told(needs: Needs) -> Needs:
+        calls.append(needs)
+        return needs
+
+    many = [Needs(float(reads), 10, 5e4, 2e-4) for reads in range(100)]
+    for needs in many:
+        experience.note("walk", 10, 64, 4, lambda needs=needs: told(needs))
+    assert not calls
+    seen = experience.of("walk", 10, 64, 4)
+    assert seen is not None
+    assert seen.reads == pytest.approx(98.0, abs=0.1)
+    assert calls == many[-len(calls) :]
+    assert len(calls) < 10  # those before would count for next to nothing
+    assert experience.of("walk", 10, 64, 4) == seen
+
+
 def test_experience_is_of_the_same_parameters() -> None:
     experience = Experience()
     experience.note("walk", 10, 64, 4, WALK)

@@ -23,6 +23,7 @@ from helpers.contract import ChannelContract, OpenChannel, pattern  # noqa: F401
 
 REMOTE_ACCESS_ERROR = 10  # IBV_WC_REM_ACCESS_ERR
 READ_BYTES = 1024
+N_READS, DEPTH, TURNS = 2000, 16, 5
 
 
 def check_the_exposed_region_is_what_a_read_accepts(
@@ -100,19 +101,28 @@ def check_every_wrong_read_is_a_typed_error_and_life_goes_on(
 
 
 def perftest(program: str, host: str, device_name: str, gid_index: int, *options: str) -> str:
-    """Server and client of one perftest program on the device; what the client printed. Always under a time limit."""
+    """Server and client of one perftest program on the device; what the client printed. Always under a time limit.
+
+    It measures the CPU's clock first, and gives up where a busy host makes that impossible; so it is tried again.
+    """
     command = ["timeout", "60", program, "-d", device_name, "-x", str(gid_index), "-s", str(READ_BYTES), *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            for _ in range(50):
-                client = subprocess.run([*command, host], capture_output=True, text=True, check=False)
-                if client.returncode == 0:
-                    return client.stdout
-                if "Couldn't connect" not in client.stdout + client.stderr or server.poll() is not None:
-                    break
-            pytest.fail(f"{program}: {client.stdout}{client.stderr}")
-        finally:
-            server.kill()
+    said = ""
+    for _ in range(5):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            try:
+                for _ in range(50):
+                    client = subprocess.run([*command, host], capture_output=True, text=True, check=False)
+                    said = client.stdout + client.stderr
+                    if client.returncode == 0:
+                        server.wait(20)  # what is measured next has the machine to itself
+                        return client.stdout
+                    if "Couldn't connect" not in said or server.poll() is not None:
+                        break
+            finally:
+                server.kill()
+        if "Can't produce a report" not in said:
+            break
+    pytest.fail(f"{program}: {said}")
 
 
 def row(text: str) -> list[float]:
@@ -122,18 +132,42 @@ def row(text: str) -> list[float]:
 
 
 def check_perftest_and_our_loop_side_by_side(device: Device, addresses: list[str], host: str, device_name: str) -> None:
+    """perftest READs one place again and again, so ours does too; what places all over the region cost is shown beside it.
+
+    The systems take turns, so that a busy host slows all of them; a ratio is the median of the turns' own.
+    """
     gid = device.gids(peer=host)[0].index
-    lat = row(perftest("ib_read_lat", host, device_name, gid, "-n", "1000"))  # ... t_typical is the 5th
-    bandwidth = row(perftest("ib_read_bw", host, device_name, gid, "-n", "2000", "-t", "16"))
     queue_pair, region = connected(device, addresses[0], host)
-    offsets = np.random.default_rng(5).integers(0, region.len - READ_BYTES, 2000).astype(np.uint64)
+    one = np.zeros(N_READS, np.uint64)
+    spread = np.random.default_rng(5).integers(0, region.len - READ_BYTES, N_READS).astype(np.uint64)
+    turns: dict[str, list[float]] = {}
+
+    def took(name: str, value: float) -> None:
+        turns.setdefault(name, []).append(value)
+
     with queue_pair, Channel.verbs(queue_pair, region) as channel:
-        _, latencies = channel.read_loop(offsets[:1000], READ_BYTES)
-        elapsed_s, _ = channel.read_loop(offsets, READ_BYTES, depth=16)
-    ours_us, ours_rate = float(np.median(latencies)) / 1e3, len(offsets) / elapsed_s
-    figure(f"1 KiB READ, one at a time: ib_read_lat {lat[4]:.1f} us typical, ours {ours_us:.1f} us median")
-    figure(f"1 KiB READs, 16 deep: ib_read_bw {bandwidth[-1] * 1e6:,.0f} a second, ours {ours_rate:,.0f} a second")
-    assert min(*lat, *bandwidth, ours_us, ours_rate) > 0
+        for _ in range(TURNS):
+            for name, offsets in (("one", one), ("spread", spread)):
+                took(f"{name} us", float(np.median(channel.read_loop(offsets, READ_BYTES)[1])) / 1e3)
+            # columns of ib_read_lat: bytes, iterations, t_min, t_max, t_typical (the median), ...
+            took("perftest us", row(perftest("ib_read_lat", host, device_name, gid, "-n", str(N_READS)))[4])
+            for name, offsets in (("one", one), ("spread", spread)):
+                took(f"{name} a second", N_READS / channel.read_loop(offsets, READ_BYTES, depth=DEPTH)[0])
+            bandwidth = perftest("ib_read_bw", host, device_name, gid, "-n", str(N_READS), "-t", str(DEPTH))
+            took("perftest a second", row(bandwidth)[-1] * 1e6)
+
+    def beside(unit: str, digits: int, what: str, program: str) -> str:
+        ours, theirs, spread = (np.array(turns[f"{name} {unit}"]) for name in ("one", "perftest", "spread"))
+        middle = [f"{np.median(values):,.{digits}f}" for values in (theirs, ours, spread)]
+        ratios = " ".join(f"{ratio:.2f}" for ratio in np.sort(ours / theirs))
+        return (
+            f"{what}, medians of {TURNS} turns: {program} {middle[0]} {unit}, ours {middle[1]} {unit} "
+            f"(ratio {np.median(ours / theirs):.2f} of {ratios}); at places all over the region {middle[2]} {unit}"
+        )
+
+    figure(beside("us", 1, "1 KiB READ, one at a time", "ib_read_lat"))
+    figure(beside("a second", 0, f"1 KiB READs, {DEPTH} deep", "ib_read_bw"))
+    assert all(min(values) > 0 for values in turns.values())
 
 
 class TestContract(ChannelContract):
