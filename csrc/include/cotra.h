@@ -150,7 +150,9 @@ int cotra_packer_create(const cotra_packer_params *params, cotra_packer **out, c
  */
 int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_error *err);
 uint64_t cotra_packer_count(const cotra_packer *packer);
-/* Makes the codes, factors and checksums of records [begin, end): ranges may be encoded by several threads at once. */
+/* Fills the lists of neighbours of records [begin, end): ranges may be linked by several threads at once. */
+int cotra_packer_link(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err);
+/* After all are linked, makes the codes, factors and checksums of records [begin, end): ranges may be encoded by several threads at once. */
 int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err);
 /* Writes the checksums of the whole and hands the arena over. The packer can only be destroyed after it. */
 int cotra_packer_finish(cotra_packer *packer, cotra_arena **out, cotra_error *err);

@@ -1,7 +1,7 @@
 #include "search/candidates.h"
 
 #include "base/status.h"
-#include "search/ranked.h"
+#include "base/ranked.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -18,7 +18,7 @@
 
 #include "distance/kernels.h"
 #include "layout/codes.h"
-#include "search/ranked.h"
+#include "base/ranked.h"
 #include "search/table.h"
 
 /* One shard, as all probes of an engine see it. */

@@ -2,7 +2,7 @@
 
 #include "base/status.h"
 #include "layout/vectors.h"
-#include "search/ranked.h"
+#include "base/ranked.h"
 
 #include <math.h>
 #include <stdlib.h>

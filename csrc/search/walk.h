@@ -5,20 +5,13 @@
  *                        ^   frontier of <= beam        |
  *                        +------------------------------+
  *
- * begin() descends the upper layers in the view and fills the pool; choose() takes the nearest unexpanded entries as
- * the next frontier; the engine READs their records, in any order, whenever they come; expand() takes them in the order
- * of the frontier. So the answer depends on the image and the parameters alone.
+ * begin() descends the upper layers in the view; choose() takes the nearest candidates as the next frontier; the engine
+ * READs their records, in any order, whenever they come; expand() takes them in the order of the frontier. So the
+ * answer depends on the image and the parameters alone.
  *
- * The pool holds the 2 ef nodes that seem nearest: estimates order it, not distances, so ef of them would leave out
- * some of the ef nearest. One word each, so that it sorts by distance, then by number. bits 63..32  the distance (exact
- * for upper nodes, else the mean of the estimates so far), mapped to an ordered integer bit  31      set once the node
- * has been chosen for expansion; not part of the order bits 30..0   the node's number
- *
- * A node is a neighbour of several expanded nodes, each with a code of its own for it, so each gives an independent
- * estimate: their mean is worth more than any of them, and costs no READ.
- *
- * A walk ends when no open entry is nearer than its limit: the k-th exact distance so far, plus slack for what an
- * estimate may be wrong by. An easy query so ends early, a hard one goes on, at most to the pool's end.
+ * A walk ends when no candidate is nearer than its limit: the k-th exact distance so far, plus slack for what an
+ * estimate may be wrong by. An easy query so ends early, a hard one goes on, at most to its plan's number of
+ * expansions.
  */
 #ifndef COTRA_SEARCH_WALK_H
 #define COTRA_SEARCH_WALK_H
@@ -37,7 +30,7 @@ typedef struct cotra_hit {
 /* How a shard is walked in one search. */
 typedef struct cotra_walk_plan {
     uint32_t ef;           /* of the search: what slack is made of */
-    uint32_t pool;         /* candidates kept: COTRA_POOL_FACTOR * ef, more under a filter */
+    uint32_t pool;         /* expansions at most, and candidates kept: COTRA_POOL_FACTOR * ef, more under a filter */
     uint32_t beam;         /* expansions a round */
     const uint8_t *filter; /* NULL, or a bit for each row */
     int direct;            /* no walk: every row that the filter lets through is read */

@@ -17,7 +17,7 @@ from cotra_rdma.engine import ImageInfo
 from cotra_rdma.shard import Shard
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
-_HEAD_BYTES, _NEIGHBOUR_BYTES = 32, 12  # docs/reference/format.md: a record's head; a neighbour's number and factors
+_HEAD_BYTES, _NEIGHBOUR_BYTES = 32, 8  # docs/reference/format.md: a record's head; a neighbour's number and factors
 
 
 @dataclass(frozen=True, slots=True)

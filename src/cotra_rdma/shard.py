@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "Shard"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress("build" | "pack", nodes done, nodes in all), and with inverted lists as progress("cluster" | "encode",
+"""Called as progress("build" | "link" | "pack", nodes done, nodes in all), and with inverted lists as progress("cluster" | "encode",
 steps or lists done, in all)."""
 
 MIN_DIM, MAX_DIM, MAX_M = 1, 4096, 512
 _STATE_TIMEOUT_S = 60.0
 _ADD_ROWS = 4096
-_ENCODE_ROWS = 2048
+_PACK_ROWS = 2048
 
 
 class Shard:
@@ -450,8 +450,8 @@ def _pack(
     check(lib.cotra_packer_create(params, out, err), err)
     with _Packer(out[0]) as packer:
         _stream_index(index, packer)
-        count = lib.cotra_packer_count(packer.ptr)
-        _encode(packer, count, threads, progress)
+        for phase, step in (("link", lib.cotra_packer_link), ("pack", lib.cotra_packer_encode)):
+            _for_all_nodes(packer, phase, step, threads, progress)
         arena_out, err = ffi.new("cotra_arena **"), new_error()
         check(lib.cotra_packer_finish(packer.ptr, arena_out, err), err)
         return Arena(arena_out[0])
@@ -473,15 +473,19 @@ def _stream_index(index: hnswlib.Index, packer: _Packer) -> None:
             check(lib.cotra_packer_read(packer.ptr, file.fileno(), round(_STATE_TIMEOUT_S * 1e9), err), err)
 
 
-def _encode(packer: _Packer, count: int, threads: int, progress: Progress | None) -> None:
-    def encode(begin: int) -> int:
-        end, err = min(begin + _ENCODE_ROWS, count), new_error()
-        check(lib.cotra_packer_encode(packer.ptr, begin, end, err), err)
+def _for_all_nodes(
+    packer: _Packer, phase: str, step: Callable[..., int], threads: int, progress: Progress | None
+) -> None:
+    """Takes a step of the packer's over all nodes, a range at a time."""
+    count, done = lib.cotra_packer_count(packer.ptr), 0
+
+    def run(begin: int) -> int:
+        end, err = min(begin + _PACK_ROWS, count), new_error()
+        check(step(packer.ptr, begin, end, err), err)
         return end - begin
 
-    done = 0
     with ThreadPoolExecutor(threads) as pool:
-        for future in as_completed([pool.submit(encode, begin) for begin in range(0, count, _ENCODE_ROWS)]):
+        for future in as_completed([pool.submit(run, begin) for begin in range(0, count, _PACK_ROWS)]):
             done += future.result()
             if progress:
-                progress("pack", done, count)
+                progress(phase, done, count)

@@ -57,7 +57,7 @@ def test_progress_counts_the_rows_of_the_whole_set(source: Path, tmp_path: Path)
     build(source, tmp_path / "out", 3, progress=lambda shard, phase, done: seen.append((shard, phase, done)))
     building = [step for step in seen if step[0] >= 0]
     assert [done for _, _, done in building] == sorted(done for _, _, done in building)
-    assert {step[:2] for step in building} == {(i, phase) for i in range(3) for phase in ("build", "pack")}
+    assert {step[:2] for step in building} == {(i, phase) for i in range(3) for phase in ("build", "link", "pack")}
     assert building[-1] == (2, "pack", N)
     assert seen == [*building, (-1, "calibrate", N)]
     seen.clear()

@@ -178,8 +178,8 @@ class Image:
         slots = round_up(head["degree"], 32)
         self.numbers = 32 + round_up(self.dim * self.element.itemsize, 32)
         self.f0 = self.numbers + 4 * slots
-        self.f1 = self.f0 + 4 * slots
-        self.codes = self.f1 + 4 * slots
+        self.f1 = self.f0 + 2 * slots
+        self.codes = self.f1 + 2 * slots
         self.slots = slots
 
     def record(self, node: int) -> bytes:
@@ -236,7 +236,7 @@ def test_the_header_of_the_format_page(image: tuple[Image, Shard]) -> None:
     assert head["record_bytes"] == round_up(page.codes + page.slots // 32 * page.bits * 4, 64)
     if (info.vector_type, info.dim, info.M) == ("float32", 100, 16):
         example = (page.numbers, page.f0, page.f1, page.codes, head["record_bytes"])
-        assert example == (448, 576, 704, 832, 1344)
+        assert example == (448, 576, 640, 704, 1216)
 
 
 def test_the_records_of_the_format_page(image: tuple[Image, Shard]) -> None:
@@ -250,7 +250,8 @@ def test_the_records_of_the_format_page(image: tuple[Image, Shard]) -> None:
         assert {name: head[name] for name in expected} == expected
         assert head["checksum"] == checksum(page.record(node)[8:], node)
         numbers = page.array(node, page.numbers, "<u4", page.slots)
-        f0, f1 = (page.array(node, at, "<f4", page.slots) for at in (page.f0, page.f1))
+        halves = (page.array(node, at, "<u2", page.slots) for at in (page.f0, page.f1))
+        f0, f1 = ((half.astype("<u4") << 16).view("<f4") for half in halves)
         count = head["count"]
         assert 0 < count <= page.header["degree"]
         assert (numbers[count:] == 0xFFFFFFFF).all()
@@ -264,9 +265,9 @@ def test_the_records_of_the_format_page(image: tuple[Image, Shard]) -> None:
             np.testing.assert_array_equal(code[clear], np.where(r >= 0, 1.0, -1.0)[clear])
             scale = (2 if page.header["metric"] == 0 else 1) * (r @ r) / np.abs(r).sum()
             rest = r @ r if page.header["metric"] == 0 else -own @ difference
-            np.testing.assert_allclose(f1[slot], scale, rtol=1e-4)
+            np.testing.assert_allclose(f1[slot], scale, rtol=2**-8)
             np.testing.assert_allclose(
-                f0[slot], rest + scale * (code @ rotate(own - mean, flips)), rtol=1e-3, atol=1e-4
+                f0[slot], rest + scale * (code @ rotate(own - mean, flips)), rtol=2**-8, atol=1e-3
             )
 
 

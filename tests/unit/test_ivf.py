@@ -577,11 +577,11 @@ def test_what_appending_refuses(rows: Floats, tmp_path: Path) -> None:
 
 def test_an_image_of_another_version(listed: Shard, tmp_path: Path) -> None:
     path = tmp_path / "old.cotra"
-    for version in (1, 3):
+    for version in (2, 4):
         data = bytearray(image_bytes(listed))
         data[8] = version
         path.write_bytes(data)
-        with pytest.raises(FormatError, match=f"format version {version}: this build reads version 2"):
+        with pytest.raises(FormatError, match=f"format version {version}: this build reads version 3"):
             Shard.open(path)
 
 

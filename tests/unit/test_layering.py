@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CSRC, PACKAGE = ROOT / "csrc", ROOT / "src" / "cotra_rdma"
 
 # A directory may include those before it, and itself.
-C_LAYERS = ("include", "base", "layout", "distance", "verbs", "transport", "search")
+C_LAYERS = ("include", "base", "layout", "distance", "pack", "verbs", "transport", "search")
 # ... and of these two only this file: search reads through transport.h, and knows no transport.
 VERBS_USERS = {"transport/verbs.c"}
 # Modules of the package, lowest first; those of one row do not import each other.

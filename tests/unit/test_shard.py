@@ -333,8 +333,8 @@ def test_size(word_shard: Shard) -> None:
 
 def test_info(small: Shard, words: Floats) -> None:
     info = small.info
-    assert (info.count, info.dim, info.code_dim, info.metric, info.M, info.degree) == (500, 16, 64, "l2", 8, 16)
-    assert (info.ef_construction, info.seed, info.generation, info.format_version) == (50, 100, 1, 2)
+    assert (info.count, info.dim, info.code_dim, info.metric, info.M, info.degree) == (500, 16, 64, "l2", 8, 32)
+    assert (info.ef_construction, info.seed, info.generation, info.format_version) == (50, 100, 1, 3)
     assert info.records_offset == 4096
     assert info.record_bytes % 64 == info.nav_bytes % 64 == info.nav_offset % 64 == 0
     assert info.image_bytes == info.nav_offset + info.nav_bytes == 4096 + 500 * info.record_bytes + info.nav_bytes
@@ -347,7 +347,7 @@ def test_progress(words: Floats) -> None:
     seen: list[tuple[str, int, int]] = []
     Shard.build(words[:5000], ef_construction=10, M=4, progress=lambda *step: seen.append(step)).close()
     assert seen[:2] == [("build", 4096, 5000), ("build", 5000, 5000)]
-    assert [phase for phase, _, _ in seen[2:]] == ["pack"] * 3
+    assert [phase for phase, _, _ in seen[2:]] == ["link"] * 3 + ["pack"] * 3
     assert seen[-1] == ("pack", 5000, 5000)
 
 

@@ -1,7 +1,7 @@
 /* hnswlib's saved state (hnswlib 0.8, HierarchicalNSW::saveIndex) as a stream: a file or a pipe, read once, front to
  * back. */
-#ifndef COTRA_LAYOUT_HNSWLIB_H
-#define COTRA_LAYOUT_HNSWLIB_H
+#ifndef COTRA_PACK_HNSWLIB_H
+#define COTRA_PACK_HNSWLIB_H
 
 #include "cotra.h"
 

@@ -1,15 +1,17 @@
 /* The packer: hnswlib's state in, a graph image out.
  *
- *   create -> read (once, one thread) -> encode (any threads, disjoint ranges that cover all nodes) -> finish
+ *   create -> read (once, one thread) -> link, then encode (any threads, disjoint ranges that cover all nodes) ->
+ * finish
  *
  * read() puts own vectors and links straight into their places in the image while the state streams by, so that at no
- * time there is more than hnswlib's index, the image and one buffer. encode() needs only the image.
+ * time there is more than hnswlib's index, the image and one buffer. link() and encode() need only the image.
  */
 #include "base/arena.h"
 #include "base/checksum.h"
 #include "base/status.h"
 #include "layout/codes.h"
-#include "layout/hnswlib.h"
+#include "pack/hnswlib.h"
+#include "pack/link.h"
 #include "layout/vectors.h"
 
 #include <math.h>
@@ -31,7 +33,7 @@ struct cotra_packer {
     uint32_t *first_row;   /* [upper_count + 1] */
     uint32_t *rows;        /* [n_rows][1 + M] */
     uint64_t n_rows, row_capacity, upper_capacity;
-    atomic_uint_fast64_t encoded;
+    atomic_uint_fast64_t linked, encoded;
 };
 
 int cotra_packer_create(const cotra_packer_params *params, cotra_packer **out, cotra_error *err)
@@ -96,7 +98,7 @@ static void info_make(cotra_packer *packer, const cotra_hnswlib_stream *stream)
     info->metric = packer->params.metric;
     info->vector_type = packer->params.vector_type;
     info->M = (uint32_t)stream->M;
-    info->degree = (uint32_t)stream->degree;
+    info->degree = ((uint32_t)stream->degree + COTRA_BLOCK - 1) / COTRA_BLOCK * COTRA_BLOCK; /* they are paid for */
     info->ef_construction = (uint32_t)stream->ef_construction;
     info->max_level = stream->max_level;
     info->entry_node = stream->entry_node;
@@ -142,7 +144,7 @@ static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint
     int status = cotra_hnswlib_take(stream, stream->element_bytes, &element, err);
     if (status)
         return status;
-    const uint8_t *data = element + 4 + 4 * (size_t)info->degree;
+    const uint8_t *data = element + 4 + 4 * (size_t)stream->degree;
     int64_t label;
     uint64_t node;
     memcpy(&label, data + 4 * (size_t)info->dim, sizeof label);
@@ -153,7 +155,7 @@ static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint
     cotra_record_head *head = (cotra_record_head *)record;
     uint32_t *numbers = (uint32_t *)(record + packer->layout.numbers);
     memcpy(&head->count, element, sizeof head->count);
-    if (head->count > info->degree)
+    if (head->count > stream->degree)
         return cotra_fail(err, COTRA_ERR_FORMAT, "hnswlib state: node %llu has %u links", (unsigned long long)node,
                           head->count);
     head->flags = element[2] & 1 ? COTRA_NODE_DELETED : 0;
@@ -364,12 +366,37 @@ int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_e
     return status;
 }
 
+static int check_range(const cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err)
+{
+    if (packer->arena && begin <= end && end <= packer->info.count)
+        return COTRA_OK;
+    return cotra_fail(err, COTRA_ERR_ARGUMENT, "packer: nodes [%llu, %llu) of %llu", (unsigned long long)begin,
+                      (unsigned long long)end, (unsigned long long)packer->info.count);
+}
+
+int cotra_packer_link(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err)
+{
+    cotra_linker linker;
+    int status = check_range(packer, begin, end, err);
+    if (!status)
+        status = cotra_linker_create(&linker, &packer->info, &packer->layout, record_of(packer, 0), err);
+    if (status)
+        return status;
+    for (uint64_t node = begin; node < end; node++)
+        cotra_linker_fill(&linker, node);
+    cotra_linker_destroy(&linker);
+    atomic_fetch_add(&packer->linked, end - begin);
+    return COTRA_OK;
+}
+
 int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err)
 {
     const cotra_image_info *info = &packer->info;
-    if (!packer->arena || begin > end || end > info->count)
-        return cotra_fail(err, COTRA_ERR_ARGUMENT, "packer: nodes [%llu, %llu) of %llu", (unsigned long long)begin,
-                          (unsigned long long)end, (unsigned long long)info->count);
+    int status = check_range(packer, begin, end, err);
+    if (status)
+        return status;
+    if (atomic_load(&packer->linked) != info->count)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "packer: all nodes must be linked before one is encoded");
     size_t n = info->code_dim;
     float *memory = malloc(6 * n * sizeof *memory);
     if (!memory)
@@ -379,6 +406,8 @@ int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotr
         uint8_t *record = record_of(packer, node);
         cotra_record_head *head = (cotra_record_head *)record;
         const uint32_t *numbers = (const uint32_t *)(record + packer->layout.numbers);
+        while (head->count < info->degree && numbers[head->count] != COTRA_NO_NODE)
+            head->count++;
         cotra_vector_load(info->vector_type, record + COTRA_RECORD_HEAD_BYTES, info->dim, own);
         for (uint32_t i = 0; i < info->dim; i++)
             scratch[i] = own[i] - packer->mean[i];

@@ -1,7 +1,7 @@
 /* Floats as integers that sort alike, and the n smallest of many items: a heap whose order is total, so that what it
  * holds in the end does not depend on the order in which items came. */
-#ifndef COTRA_SEARCH_RANKED_H
-#define COTRA_SEARCH_RANKED_H
+#ifndef COTRA_BASE_RANKED_H
+#define COTRA_BASE_RANKED_H
 
 #include <stdint.h>
 #include <string.h>

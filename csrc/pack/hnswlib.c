@@ -1,4 +1,4 @@
-#include "layout/hnswlib.h"
+#include "pack/hnswlib.h"
 
 #include "base/status.h"
 #include "layout/image.h"
