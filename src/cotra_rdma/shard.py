@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "Shard"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress("build" | "link" | "pack", nodes done, nodes in all), and with inverted lists as progress("cluster" | "encode",
-steps or lists done, in all)."""
+"""Called as progress("build" | "link" | "pack", nodes done, nodes in all), and with inverted lists as
+progress("cluster" | "encode", steps or lists done, in all)."""
 
 MIN_DIM, MAX_DIM, MAX_M = 1, 4096, 512
 _STATE_TIMEOUT_S = 60.0
