@@ -6,20 +6,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROOM = 1024 }; /* at least: sorting out costs more than memory */
+enum {
+    ROOM = 4096,
+    SEEN = 512
+}; /* sorting out costs more than memory; a table of seen nodes that is too small grows */
 
 int cotra_candidates_create(cotra_candidates *all, uint32_t kept, cotra_error *err)
 {
     memset(all, 0, sizeof *all);
-    const size_t open = 2 * (size_t)kept < ROOM ? ROOM : 2 * (size_t)kept;
+    const size_t open = 4 * (size_t)kept < ROOM ? ROOM : 4 * (size_t)kept;
     const size_t blocks = 2 + (open + COTRA_BLOCK) / COTRA_KEYS_BLOCK;
     const size_t padded = (blocks + 15) / 16 * 16;
     all->capacity = (uint32_t)(blocks * COTRA_KEYS_BLOCK);
-    uint32_t seen = 256;
-    while (seen < 4 * kept)
-        seen *= 2;
-    all->seen_mask = seen - 1;
-    all->seen = calloc(seen, sizeof *all->seen);
+    all->seen_mask = SEEN - 1;
+    all->seen = calloc(SEEN, sizeof *all->seen);
     all->keys = aligned_alloc(64, all->capacity * sizeof *all->keys);
     all->nodes = malloc(all->capacity * sizeof *all->nodes);
     all->floors = aligned_alloc(64, padded * sizeof *all->floors);

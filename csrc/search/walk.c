@@ -9,6 +9,7 @@
 #include <string.h>
 
 #define DONE ((uint32_t)1 << 31)
+enum { MAX_STARTS = 8 }; /* more cost time, and save no READs */
 #define FARTHEST                                                                                                       \
     1e37f /* of all pool keys: what is further, or nearer than its negative, is only a hostile record's to say */
 
@@ -123,7 +124,7 @@ static int descend(cotra_walk *walk, cotra_error *err)
     if (!(distance < FARTHEST)) /* a start is a start */
         distance = FARTHEST;
     cotra_candidates_take(&walk->candidates, view->nodes[current], distance, COTRA_EXACT);
-    const uint32_t width = walk->plan.beam;
+    const uint32_t width = walk->plan.beam < MAX_STARTS ? walk->plan.beam : MAX_STARTS;
     uint64_t *nearest = walk->nearest; /* distance << 32 | DONE | upper node, sorted */
     uint32_t n = 1;
     nearest[0] = cotra_major(distance, current);
@@ -217,8 +218,10 @@ uint32_t cotra_walk_choose(cotra_walk *walk)
 {
     if (walk->plan.direct)
         return choose_rows(walk);
+    /* What is nearest after a round or two is worth more than what was nearest at the start. */
+    const uint64_t wide = 2 * (walk->stats.rounds + 1), beam = wide < walk->plan.beam ? wide : walk->plan.beam;
     uint32_t n = 0;
-    while (n < walk->plan.beam && walk->stats.expansions + n < walk->plan.pool) {
+    while (n < beam && walk->stats.expansions + n < walk->plan.pool) {
         const uint32_t node = cotra_candidates_choose(&walk->candidates, walk->kernels, walk->limit);
         if (node == COTRA_NO_NODE)
             break;

@@ -19,7 +19,7 @@
 #include "search/candidates.h"
 #include "search/view.h"
 
-enum { COTRA_POOL_FACTOR = 2 };
+enum { COTRA_POOL_FACTOR = 8 };
 
 typedef struct cotra_hit {
     float distance;
@@ -31,7 +31,7 @@ typedef struct cotra_hit {
 typedef struct cotra_walk_plan {
     uint32_t ef;           /* of the search: what slack is made of */
     uint32_t pool;         /* expansions at most, and candidates kept: COTRA_POOL_FACTOR * ef, more under a filter */
-    uint32_t beam;         /* expansions a round */
+    uint32_t beam;         /* expansions a round at most: two in the first, two more in each that follows */
     const uint8_t *filter; /* NULL, or a bit for each row */
     int direct;            /* no walk: every row that the filter lets through is read */
 } cotra_walk_plan;
