@@ -140,7 +140,7 @@ class Plan:
 
     k: int = 10
     efs: Sequence[int] = (16, 24, 32, 48, 64, 96, 128, 192, 256)
-    beams: Sequence[int] = (4,)
+    beams: Sequence[int] = (8,)
     threads: Sequence[int] = (1,)
     inflights: Sequence[int] = (0,)
     repeats: int = 5

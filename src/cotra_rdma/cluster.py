@@ -242,7 +242,7 @@ class Cluster:
         queries: npt.ArrayLike,
         k: int = 10,
         ef: int = 64,
-        beam: int = 4,
+        beam: int = 8,
         n_threads: int = 1,
         *,
         inflight: int = 0,
@@ -263,9 +263,9 @@ class Cluster:
         Args:
             queries: float32[n_queries, dim] or float32[dim].
             k: answers for each query, k <= ef. With fewer vectors than k, places stay empty (-1, inf).
-            ef: the pool of candidates in each shard: a larger one finds more, with more READs. For "spire" the lists that
-                are read, over all shards.
-            beam: nodes expanded a round: a wider one needs fewer rounds, and more READs. Not for "spire".
+            ef: how far each shard's walk looks beyond the k-th answer: a larger one finds more, with more READs. For
+                "spire" the lists that are read, over all shards.
+            beam: nodes expanded a round at most: a wider one needs fewer rounds. Not for "spire".
             n_threads: threads that share the queries, each with its own queue pairs.
             inflight: queries in progress at once in each thread; 0: chosen for the transport.
             timeout_s: the longest wait for one READ, or for an owner's answer over RPC.
@@ -333,7 +333,7 @@ class Cluster:
         queries: npt.ArrayLike,
         k: int = 10,
         ef: int = 64,
-        beam: int = 4,
+        beam: int = 8,
         n_threads: int = 1,
         *,
         inflight: int = 0,

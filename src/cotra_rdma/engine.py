@@ -167,7 +167,7 @@ class Engine(Handle):
 
         Args:
             queries: float32[n_queries, dim], C-contiguous.
-            k, ef, beam: answers, pool size (k <= ef) and expansions a round.
+            k, ef, beam: answers, how far to look (k <= ef) and expansions a round at most.
             inflight: queries in progress at once; 0: chosen from the channels.
             timeout_s: the longest wait for one READ, in seconds.
             filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.

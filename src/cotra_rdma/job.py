@@ -18,7 +18,7 @@ class SearchJob(NamedTuple):
 
     Attributes:
         queries: float32[n_queries, dim], checked.
-        k, ef, beam: answers, pool and expansions a round.
+        k, ef, beam: answers, how far to look and expansions a round at most.
         inflight: queries in progress at once in each thread; 0: chosen for the transport.
         timeout_s: the longest wait for one READ, or for an owner's answer, in seconds.
         filters: for each shard None or a bitmap; None: no filter anywhere.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.wire import Buffer, Payload, decode_array, encode_array, join
 
-DEFAULT_BEAM = 4
+DEFAULT_BEAM = 8
 _FLOAT32 = np.dtype([("marker", "u1"), ("value", ">f4")])
 _FLOAT32_MARKER = 0xCA
 _ANSWER_FIELDS = 7
@@ -163,7 +163,7 @@ class SearchRequest:
         queries: float32[n * dim]: one query, or several one after the other; the owner knows dim.
         top_k, ef_search: as `Cluster.search`'s k and ef.
         filter_bitmap: bit i (of byte i // 8, lowest first) = local row i may be returned; None for no filter.
-        beam: expansions a round; only written when it is not the default, 4.
+        beam: expansions a round; only written when it is not the default, 8.
     """
 
     collection: str

@@ -298,7 +298,7 @@ class Shard:
         queries: npt.ArrayLike,
         k: int = 10,
         ef: int = 64,
-        beam: int = 4,
+        beam: int = 8,
         n_threads: int = 1,
         *,
         rows: npt.ArrayLike | bytes | None = None,
@@ -307,7 +307,7 @@ class Shard:
 
         Args:
             queries: float32[n_queries, dim] or float32[dim].
-            k, ef, beam: answers, pool size (k <= ef), expansions a round.
+            k, ef, beam: answers, how far to look (k <= ef), expansions a round at most.
             n_threads: threads that share the queries.
             rows: which local rows may be returned: bool[count] or a bitmap (`queries.pack_filter`); None: all.
 

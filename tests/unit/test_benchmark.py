@@ -123,14 +123,14 @@ def test_settings_are_swept_where_a_system_has_them(tmp_path: Path) -> None:
         *[("hnswlib", 1, None), ("cotra", 1, 0), ("cotra", 1, 8)],
         *[("hnswlib", 2, None), ("cotra", 2, 0), ("cotra", 2, 8)],
     ]
-    assert label(points[-1]) == "cotra shm, beam 4, inflight 8, 2 threads"
+    assert label(points[-1]) == "cotra shm, beam 8, inflight 8, 2 threads"
 
 
 def test_a_modelled_latency_is_measured_against_rounds_and_compute(tmp_path: Path) -> None:
     data = DataSet.open(write_set(tmp_path, "l2"))
     twin = Oracle(data.ground_truth, "cotra", "model:rtt=0")
     far = Oracle(data.ground_truth, "cotra", "model:rtt=5us", twin)
-    near, away = run(data, [twin, far], Plan(efs=(16,), repeats=2))
+    near, away = run(data, [twin, far], Plan(efs=(16,), beams=(4,), repeats=2))
     assert near.latency_model_ratio is None
     assert away.p50_us == pytest.approx(21)
     assert away.latency_model_ratio == pytest.approx(1.0)

@@ -155,10 +155,10 @@ def test_a_search_request_byte_for_byte() -> None:
         "c2"  # no filter
     )
     assert request.encode() == golden
-    assert SearchRequest.decode(golden).beam == 4
+    assert SearchRequest.decode(golden).beam == 8
     filtered = dataclasses.replace(request, filter_bitmap=b"\x05\x80")
     assert filtered.encode() == golden[:-1] + bytes.fromhex("c3 02000000 0580")
-    assert dataclasses.replace(filtered, beam=8).encode() == filtered.encode() + bytes.fromhex("91 08")
+    assert dataclasses.replace(filtered, beam=4).encode() == filtered.encode() + bytes.fromhex("91 04")
 
 
 @fixed(200)

@@ -313,14 +313,14 @@ def test_the_image_may_lie_anywhere(small: Shard, queries: Floats) -> None:
         place = buffer[shift : shift + len(data)]
         place[:] = np.frombuffer(data, np.uint8)
         with reader_of(place) as engine:
-            assert (engine.search(rows, 10, 64, 4)[0][0] == expected).all()
+            assert (engine.search(rows, 10, 64, 8)[0][0] == expected).all()
         place[:] = 0
     pinned = small.pinned(lock=False)
     assert pinned.info.fd is not None
     with Arena.map_fd(pinned.info.fd, len(data)) as mapped, Channel.shm(mapped) as channel, View.open(channel) as view:
         assert mapped.info.addr != pinned.info.addr
         with Engine.create([view], [channel]) as engine:
-            assert (engine.search(rows, 10, 64, 4)[0][0] == expected).all()
+            assert (engine.search(rows, 10, 64, 8)[0][0] == expected).all()
 
 
 def test_size(word_shard: Shard) -> None:
@@ -397,7 +397,7 @@ def test_answers_depend_on_the_query_alone(word_shard: Shard, queries: Floats) -
         Engine.create([view], [channel]) as engine,
     ):
         for inflight in (1, 2, 17, 64, 1024):
-            found = engine.search(queries, 10, 50, 4, inflight=inflight)
+            found = engine.search(queries, 10, 50, 8, inflight=inflight)
             same((found[0][0], found[1][0], found[2]))
 
 

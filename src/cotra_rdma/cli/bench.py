@@ -73,8 +73,8 @@ def bench(
         "16,24,32,48,64,96,128,192,256"
     ),
     beam: Annotated[
-        str, typer.Option(metavar="N[,N...]", help="Nodes expanded a round; hnswlib has no such thing.")
-    ] = "4",
+        str, typer.Option(metavar="N[,N...]", help="Nodes expanded a round at most; others have no such thing.")
+    ] = "8",
     transport: Annotated[
         list[str] | None,
         typer.Option(

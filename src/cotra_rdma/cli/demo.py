@@ -33,7 +33,7 @@ cotra demo lisbon piano monday
 WORDS = ("paris", "guitar", "physics", "monday", "coffee")
 N_OWNERS = 4
 N_QUERIES = 500
-K, EF, BEAM = 10, 40, 4
+K, EF, BEAM = 10, 40, 8
 MEASURED_S = 2.0
 
 

@@ -38,9 +38,7 @@ def search(
     ef: Annotated[
         int, typer.Option(min=1, help="Candidates kept during a search, at least k: more is slower and finds more.")
     ] = 64,
-    beam: Annotated[
-        int, typer.Option(min=1, help="Nodes expanded a round: more is fewer round trips and more READs.")
-    ] = 4,
+    beam: Annotated[int, typer.Option(min=1, help="Nodes expanded a round at most: more is fewer round trips.")] = 8,
     transport: Annotated[
         str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
     ] = "auto",
