@@ -70,6 +70,7 @@ class Shard:
         generation: int = 1,
         n_lists: int = 0,
         ivf_bits: int = 2,
+        vector_type: str = "auto",
     ) -> Self:
         """Builds a graph with hnswlib and packs it.
 
@@ -86,8 +87,11 @@ class Shard:
             generation: stored in the image; count it up when the same shard is rebuilt.
             n_lists: inverted lists to put beside the graph (`cotra_rdma.ivf`), at most n; 0 for none.
             ivf_bits: bits of each dimension in the lists' codes, 1 to 8.
+            vector_type: how own vectors are held: "auto", as above; "float32"; "uint8", which must be exact; or "float16",
+                to which they are rounded (half the bytes; a distance's relative error is about 1e-3).
 
         Raises:
+            LossyVectorError: `vector_type` cannot hold a vector: not a whole number in [0, 255], or beyond 65504.
             InvalidInputError: no vectors, NaN or infinity among them, a wrong shape, duplicate or negative ids.
         """
         import hnswlib  # only who builds needs it: it is compiled for one CPU, and a reader's may be older
@@ -101,6 +105,8 @@ class Shard:
             raise InvalidInputError(f"M must be in [2, {MAX_M}], not {M}")
         if ef_construction < 1:
             raise InvalidInputError(f"ef_construction must be at least 1, not {ef_construction}")
+        if vector_type not in ("auto", *VECTOR_TYPES):
+            raise InvalidInputError(f"vector_type must be auto, {', '.join(VECTOR_TYPES)}, not {vector_type!r}")
         count, dim = rows.shape
         _check_lists(n_lists, ivf_bits, count)
         labels = _check_ids(ids, count)
@@ -118,6 +124,8 @@ class Shard:
         stored = {np.dtype(np.uint8): "uint8", np.dtype(np.float16): "float16"}.get(rows.dtype, "float32")
         if metric == "cosine":
             stored = "float32"
+        if vector_type != "auto":
+            stored = vector_type
         return cls._packed(index, labels, seed, threads, stored, progress, generation, n_lists, ivf_bits)
 
     @classmethod
@@ -444,6 +452,7 @@ def _pack(
             "generation": generation,
             "ids": ffi.NULL if ids is None else ffi.from_buffer("int64_t[]", ids),
             "n_ids": 0 if ids is None else len(ids),
+            "round_vectors": ids is not None,
         },
     )
     out, err = ffi.new("cotra_packer **"), new_error()
