@@ -486,7 +486,8 @@ def _for_all_nodes(
     packer: _Packer, phase: str, step: Callable[..., int], threads: int, progress: Progress | None
 ) -> None:
     """Takes a step of the packer's over all nodes, a range at a time."""
-    count, done = lib.cotra_packer_count(packer.ptr), 0
+    count: int = lib.cotra_packer_count(packer.ptr)
+    done = 0
 
     def run(begin: int) -> int:
         end, err = min(begin + _PACK_ROWS, count), new_error()
