@@ -14,8 +14,8 @@ enum { STRIPE = 8, CHUNK = 128 }; /* words */
 
 static const uint64_t keys[CHUNK] __attribute__((aligned(64))) = {KEY32(0), KEY32(32), KEY32(64), KEY32(96)};
 
-/* NH of words [first, end) of a chunk: first is below STRIPE, and end, where a message ends so that its words fill
- * whole stripes, a multiple of it. */
+/* NH of words [first, end) of a chunk. first < STRIPE, and end is a multiple of it: only the first stripe may be
+ * partial. */
 typedef uint64_t (*nh_kernel)(const uint8_t *bytes, size_t first, size_t end);
 
 static uint64_t nh_portable(const uint8_t *bytes, size_t first, size_t end)
