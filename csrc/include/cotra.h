@@ -202,13 +202,20 @@ enum { COTRA_SIMD_PORTABLE = 0, COTRA_SIMD_AVX2 = 1, COTRA_SIMD_AVX512 = 2, COTR
 
 int cotra_simd_best(void); /* the best level that this CPU has */
 const char *cotra_simd_name(int simd);
-/* One kernel on one pair, for tests: vector is in vector_type, its distance in metric to query float32[dim]. */
+/* Kernels for tests, on memory as searches have it: a query padded with zeros to a multiple of 32 floats, a vector in
+ * vector_type to one of 32 bytes. */
 int cotra_kernel_distance(int simd, uint32_t metric, uint32_t vector_type, const float *query, const void *vector,
                           uint32_t dim, float *out, cotra_error *err);
-/* Sums of a 4-bit look-up table over 32 packed codes, for tests: lut u8[code_dim / 4][16], codes u8[code_dim / 4][16].
- */
+/* Sums of a 4-bit look-up table over 32 packed codes: lut u8[code_dim / 4][16], codes u8[code_dim / 4][16]. */
 int cotra_kernel_scan(int simd, const uint8_t *lut, const uint8_t *codes, uint32_t code_dim, uint32_t *sums,
                       cotra_error *err);
+/* out[32] = distance + f0 - f1 (offset + scale x sums); below: the bits of those below bound. */
+int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const float *f1, float distance,
+                          float offset, float scale, float bound, float *out, uint32_t *below, cotra_error *err);
+/* The place of the first least of n keys, a multiple of 16; keys are 64-byte aligned. */
+int cotra_kernel_least(int simd, const float *keys, uint32_t n, uint32_t *place, cotra_error *err);
+/* length: a multiple of 8. */
+int cotra_kernel_checksum(int simd, const void *data, uint64_t length, uint32_t seed, uint32_t *out, cotra_error *err);
 
 /* ---- verbs: the only part that knows libibverbs (csrc/verbs/) ---- */
 
