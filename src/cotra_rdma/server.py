@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from cotra_rdma import messages
 from cotra_rdma.arena import Arena
 from cotra_rdma.engine import pack_stats
