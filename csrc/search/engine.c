@@ -264,14 +264,20 @@ static void fetch(cotra_engine *engine, uint32_t w, uint32_t n)
     stats->rounds += run->missing > 0;
 }
 
-/* Chooses the next frontier and queues its READs, as often as the cache has all of it; at the walk's end, takes the
- * next task. */
+/* Expands the frontier, chooses the next one and queues its READs, again where the cache has all of it; at the walk's
+ * end, takes the next task. */
 static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
 {
     running *run = &engine->walks[w];
     cotra_walk *walk = &run->walk;
-    for (;;) {
-        uint32_t n = walk->view ? cotra_walk_choose(walk) : 0;
+    do {
+        uint32_t n = 0;
+        if (walk->view) {
+            int status = expand(engine, run, err);
+            if (status)
+                return status;
+            n = cotra_walk_choose(walk);
+        }
         while (n == 0) {
             if (walk->view)
                 finish(engine, run);
@@ -294,12 +300,7 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
             n = cotra_walk_choose(walk);
         }
         fetch(engine, w, n);
-        if (run->missing)
-            break;
-        int status = expand(engine, run, err);
-        if (status)
-            return status;
-    }
+    } while (run->missing == 0);
     lane *to = &engine->lanes[run->shard];
     return to->queued >= to->channel->post_batch ? at_shard(err, run->shard, post_queue(to, err)) : COTRA_OK;
 }
@@ -313,10 +314,7 @@ static int take_completion(cotra_engine *engine, const cotra_completion *complet
     uint32_t w = completion->slot / engine->width;
     running *run = &engine->walks[w];
     run->records[completion->slot % engine->width] = completion->data;
-    if (--run->missing)
-        return COTRA_OK;
-    int status = expand(engine, run, err);
-    return status ? status : advance(engine, w, err);
+    return --run->missing ? COTRA_OK : advance(engine, w, err);
 }
 
 /* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */
