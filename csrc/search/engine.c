@@ -201,8 +201,8 @@ static void finish(cotra_engine *engine, running *run)
     stats->reads += walk->stats.reads;
     stats->expansions += walk->stats.expansions;
     stats->cache_hits += walk->stats.cache_hits;
-    stats->cached_records += walk->stats.cached_records;
-    stats->read_bytes += walk->stats.read_bytes;
+    stats->cached_records += walk->stats.expansions - walk->stats.reads;
+    stats->read_bytes += (uint64_t)walk->stats.reads * walk->view->info.record_bytes;
     stats->rounds = walk->stats.rounds > stats->rounds ? walk->stats.rounds : stats->rounds;
     stats->latency_ns = latency > stats->latency_ns ? latency : stats->latency_ns;
     engine->active--;
@@ -241,10 +241,9 @@ static int expand(cotra_engine *engine, running *run, cotra_error *err)
 static void fetch(cotra_engine *engine, uint32_t w, uint32_t n)
 {
     running *run = &engine->walks[w];
-    cotra_query_stats *stats = &run->walk.stats;
     lane *to = &engine->lanes[run->shard];
     const cotra_image_info *info = &to->view->info;
-    run->missing = 0;
+    uint32_t queued = to->queued;
     for (uint32_t i = 0; i < n; i++) {
         const uint32_t node = run->walk.frontier[i];
         if (to->cache) {
@@ -253,15 +252,14 @@ static void fetch(cotra_engine *engine, uint32_t w, uint32_t n)
             if (cotra_cache_take(to->cache, node, copy))
                 continue;
         }
-        to->queue[to->queued++] = (cotra_read){.offset = info->records_offset + (uint64_t)node * info->record_bytes,
-                                               .length = info->record_bytes,
-                                               .slot = w * engine->width + i};
-        run->missing++;
+        to->queue[queued++] = (cotra_read){.offset = info->records_offset + (uint64_t)node * info->record_bytes,
+                                           .length = info->record_bytes,
+                                           .slot = w * engine->width + i};
     }
-    stats->cached_records += n - run->missing;
-    stats->reads += run->missing;
-    stats->read_bytes += (uint64_t)run->missing * info->record_bytes;
-    stats->rounds += run->missing > 0;
+    run->missing = queued - to->queued;
+    to->queued = queued;
+    run->walk.stats.reads += run->missing;
+    run->walk.stats.rounds += run->missing > 0;
 }
 
 /* Expands the frontier, chooses the next one and queues its READs, again where the cache has all of it; at the walk's
