@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, POLL_BATCH = 64, DIRECT_WIDTH = 32 };
+enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, MAX_AUTOMATIC = 128, POLL_BATCH = 64, DIRECT_WIDTH = 32 };
 enum { IDLE_TURNS = 1024 }; /* between looks at the clock, which is a system call on some machines */
 enum { NEAR_READS = 8 };    /* in progress on each shard at first: more give nothing where memory is near */
 #define DEFAULT_TIMEOUT_NS 5000000000u
@@ -457,7 +457,8 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     width = width < slots ? width : slots;
     uint32_t n_walks = params->inflight ? params->inflight : wanted;
     n_walks = n_walks < slots / width ? n_walks : slots / width;
-    n_walks = n_walks < MAX_INFLIGHT ? n_walks : MAX_INFLIGHT;
+    const uint32_t most = params->inflight ? MAX_INFLIGHT : MAX_AUTOMATIC;
+    n_walks = n_walks < most ? n_walks : most;
     if (n_walks > n_queries * engine->n_shards)
         n_walks = (uint32_t)(n_queries * engine->n_shards);
     status = make_walks(engine, n_walks, params->k, pool, width, err);
