@@ -6,6 +6,9 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 enum { ROUNDS = 4 };
 
@@ -172,19 +175,24 @@ static uint16_t to_bf16(float value)
     return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
 }
 
+typedef float eight_floats __attribute__((vector_size(32)));
+typedef uint32_t eight_words __attribute__((vector_size(32)));
+
 /* What a residual is to its code: the signs in nibbles, one byte for each 4 dimensions, and three sums. Eight running
  * sums, the same at every vector width. */
 WIDE static void measure(const float *restrict residual, const float *restrict own_rotated, uint32_t n,
                          uint8_t *restrict nibbles, float *restrict sums)
 {
-    float length2[8] = {0}, absolute[8] = {0}, own_signed[8] = {0};
-    for (uint32_t i = 0; i < n; i += 8)
-        for (uint32_t j = 0; j < 8; j++) {
-            const float r = residual[i + j];
-            length2[j] += r * r;
-            absolute[j] += fabsf(r);
-            own_signed[j] += copysignf(1.0f, r) * own_rotated[i + j];
-        }
+    eight_floats length2 = {0}, absolute = {0}, own_signed = {0};
+    for (uint32_t i = 0; i < n; i += 8) {
+        eight_floats r, own;
+        memcpy(&r, residual + i, sizeof r);
+        memcpy(&own, own_rotated + i, sizeof own);
+        const eight_words sign = (eight_words)r & 0x80000000u;
+        length2 += r * r;
+        absolute += (eight_floats)((eight_words)r ^ sign);
+        own_signed += (eight_floats)((eight_words)own ^ sign);
+    }
     for (uint32_t j = 4; j > 0; j /= 2)
         for (uint32_t i = 0; i < j; i++) {
             length2[i] += length2[i + j];
@@ -194,12 +202,17 @@ WIDE static void measure(const float *restrict residual, const float *restrict o
     sums[0] = length2[0];
     sums[1] = absolute[0];
     sums[2] = own_signed[0];
+#if defined(__SSE2__)
+    for (uint32_t i = 0; i < n; i += 4)
+        nibbles[i / 4] = (uint8_t)(15 ^ _mm_movemask_ps(_mm_loadu_ps(residual + i)));
+#else
     for (uint32_t i = 0; i < n; i += 4) {
         uint64_t low, high;
         memcpy(&low, residual + i, sizeof low);
         memcpy(&high, residual + i + 2, sizeof high);
         nibbles[i / 4] = (uint8_t)(15 ^ ((low >> 31 & 1) | (low >> 62 & 2) | (high >> 29 & 4) | (high >> 60 & 8)));
     }
+#endif
 }
 
 void cotra_code_write(const cotra_rotation *rotation, uint32_t metric, const float *own, const float *own_rotated,

@@ -17,6 +17,7 @@ typedef struct cotra_linker {
     const cotra_kernels *kernels;
     uint32_t *seen; /* open addressing: node + 1, 0 for nothing */
     uint32_t seen_mask;
+    uint32_t *far;        /* neighbours' neighbours */
     uint64_t *candidates; /* distance << 32 | node */
     float *vectors;       /* [2 + degree][padded]: the node's, then its neighbours' */
     uint32_t padded;      /* dim, to a multiple of 32 */
