@@ -37,7 +37,8 @@ def simd_level() -> str:
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """A graph image's header. `code_dim`: bits of a neighbour's code; `degree`: links of a node on level 0; `ivf_bytes`: of the
-    section of inverted lists, 0 where there is none."""
+    section of inverted lists, 0 where there is none; `graph_id`: of the graph over all shards that the shard is a part of, 0
+    for its own, `graph_count` its nodes, and `graph_base` the number of the shard's first node in it."""
 
     image_bytes: int
     count: int
@@ -62,6 +63,9 @@ class ImageInfo:
     max_level: int
     entry_node: int
     format_version: int
+    graph_id: int
+    graph_count: int
+    graph_base: int
 
     @classmethod
     def from_c(cls, raw: Any) -> Self:
@@ -90,6 +94,9 @@ class ImageInfo:
             max_level=raw.max_level,
             entry_node=raw.entry_node,
             format_version=raw.format_version,
+            graph_id=raw.graph_id,
+            graph_count=raw.graph_count,
+            graph_base=raw.graph_base,
         )
 
 
