@@ -147,6 +147,8 @@ typedef struct cotra_packer_params {
         *ids; /* NULL, or [n_ids], used until the state is read: the index's labels are then row numbers, nodes are */
     uint64_t n_ids; /* numbered by them, and a row's label becomes its id */
     const float *mean; /* NULL: of these vectors; or float32[dim], of all shards' that are to be one graph */
+    uint32_t round_vectors; /* 0: COTRA_ERR_LOSSY for a vector that its type cannot hold exactly; 1: float16 may round */
+    uint32_t reserved;
 } cotra_packer_params;
 
 int cotra_packer_create(const cotra_packer_params *params, cotra_packer **out, cotra_error *err);

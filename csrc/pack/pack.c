@@ -20,6 +20,7 @@
 #include <string.h>
 
 #define MAX_COMPONENT 1e15f /* squared distances of larger ones do not fit a float */
+#define MAX_FLOAT16   65504.0f
 
 struct cotra_packer {
     cotra_packer_params params;
@@ -139,6 +140,15 @@ static int place_element(cotra_packer *packer, uint64_t internal, int64_t *label
     return COTRA_OK;
 }
 
+/* Whether float16 only rounds a vector, and does not overflow. */
+static int is_near_float16(const float *vector, const cotra_image_info *info)
+{
+    for (uint32_t i = 0; i < info->dim; i++)
+        if (!(fabsf(vector[i]) <= MAX_FLOAT16))
+            return 0;
+    return info->vector_type == COTRA_VECTOR_F16;
+}
+
 /* One element of level 0: u16 count, u8 flags, u8 | u32 links[degree] | float32 vector[dim] | u64 label */
 static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint64_t internal, double *sums,
                         cotra_error *err)
@@ -184,7 +194,8 @@ static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint
     head->label = label;
     if (head->label < 0)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "node %llu: labels must be below 2^63", (unsigned long long)node);
-    if (!cotra_vector_store(info->vector_type, vector, info->dim, record + COTRA_RECORD_HEAD_BYTES))
+    const int exact = cotra_vector_store(info->vector_type, vector, info->dim, record + COTRA_RECORD_HEAD_BYTES);
+    if (!exact && !(packer->params.round_vectors && is_near_float16(vector, info)))
         return cotra_fail(err, COTRA_ERR_LOSSY, "the vector with label %lld is not exact as %s", (long long)head->label,
                           info->vector_type == COTRA_VECTOR_U8 ? "uint8" : "float16");
     return COTRA_OK;

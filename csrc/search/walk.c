@@ -180,7 +180,7 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_walk_
     /* One bit a dimension estimates a squared distance with an error of about 1.5 / sqrt(D) of it (RaBitQ, theorem 3.2,
      * for a residual as long as the distance). How many of those are worth waiting for is what ef / k asks for; the
      * factor is measured (bench/README.md). */
-    walk->slack = 0.75f / sqrtf((float)view->info.code_dim) * (sqrtf((float)plan->ef / (float)walk->k) - 1);
+    walk->slack = 0.5f / sqrtf((float)view->info.code_dim) * logf((float)plan->ef / (float)walk->k);
     if (plan->direct)
         return COTRA_OK;
     cotra_query_codes_make(&view->rotation, walk->query, view->mean, walk->scratch, &walk->codes);

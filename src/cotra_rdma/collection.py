@@ -155,6 +155,7 @@ def build_collection(
     partition: str = "range",
     n_lists: int = 0,
     ivf_bits: int = 2,
+    vector_type: str = "auto",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Collection:
@@ -172,6 +173,7 @@ def build_collection(
             mean, so that Compass can leave shards out.
         n_lists, ivf_bits: inverted lists beside the graphs, of all shards together, and bits a dimension of their codes; 0
             lists for none (`Shard.build`).
+        vector_type: how own vectors are held, as `Shard.build`.
         force: replace a collection that is there already.
         progress: told how far each shard is.
 
@@ -219,6 +221,7 @@ def build_collection(
                 generation=generation,
                 n_lists=min(len(ids), max(1, round(n_lists * len(ids) / vectors.count))) if n_lists else 0,
                 ivf_bits=ivf_bits,
+                vector_type=vector_type,
             ) as shard:
                 shard.save(aside / f"{name}.cotra")
                 size = shard.info.image_bytes

@@ -71,6 +71,7 @@ class Shard:
         n_lists: int = 0,
         ivf_bits: int = 2,
         mean: npt.NDArray[np.float32] | None = None,
+        vector_type: str = "auto",
     ) -> Self:
         """Builds a graph with hnswlib and packs it.
 
@@ -89,8 +90,11 @@ class Shard:
             ivf_bits: bits of each dimension in the lists' codes, 1 to 8.
             mean: float32[dim]: what codes are relative to, the same for all shards of one graph
                 (`cotra_rdma.global_graph`); None: the mean of these vectors (for cosine normalised).
+            vector_type: how own vectors are held: "auto", as above; "float32"; "uint8", which must be exact; or "float16",
+                to which they are rounded (half the bytes; a distance's relative error is about 1e-3).
 
         Raises:
+            LossyVectorError: `vector_type` cannot hold a vector: not a whole number in [0, 255], or beyond 65504.
             InvalidInputError: no vectors, NaN or infinity among them, a wrong shape, duplicate or negative ids.
         """
         import hnswlib  # only who builds needs it: it is compiled for one CPU, and a reader's may be older
@@ -104,6 +108,8 @@ class Shard:
             raise InvalidInputError(f"M must be in [2, {MAX_M}], not {M}")
         if ef_construction < 1:
             raise InvalidInputError(f"ef_construction must be at least 1, not {ef_construction}")
+        if vector_type not in ("auto", *VECTOR_TYPES):
+            raise InvalidInputError(f"vector_type must be auto, {', '.join(VECTOR_TYPES)}, not {vector_type!r}")
         count, dim = rows.shape
         _check_lists(n_lists, ivf_bits, count)
         labels = _check_ids(ids, count)
@@ -123,6 +129,8 @@ class Shard:
         stored = {np.dtype(np.uint8): "uint8", np.dtype(np.float16): "float16"}.get(rows.dtype, "float32")
         if metric == "cosine":
             stored = "float32"
+        if vector_type != "auto":
+            stored = vector_type
         return cls._packed(index, labels, seed, threads, stored, progress, generation, n_lists, ivf_bits, mean)
 
     @classmethod
@@ -453,6 +461,7 @@ def _pack(
             "ids": ffi.NULL if ids is None else ffi.from_buffer("int64_t[]", ids),
             "n_ids": 0 if ids is None else len(ids),
             "mean": ffi.NULL if centre is None else ffi.from_buffer("float[]", centre),
+            "round_vectors": ids is not None,
         },
     )
     out, err = ffi.new("cotra_packer **"), new_error()
@@ -486,7 +495,8 @@ def _for_all_nodes(
     packer: _Packer, phase: str, step: Callable[..., int], threads: int, progress: Progress | None
 ) -> None:
     """Takes a step of the packer's over all nodes, a range at a time."""
-    count, done = lib.cotra_packer_count(packer.ptr), 0
+    count: int = lib.cotra_packer_count(packer.ptr)
+    done = 0
 
     def run(begin: int) -> int:
         end, err = min(begin + _PACK_ROWS, count), new_error()

@@ -62,6 +62,7 @@ def test_version_and_no_arguments() -> None:
         (("build", __file__, "out", "--shards", "0"), "--shards"),
         (("build", __file__, "out", "--metric", "manhattan"), "manhattan"),
         (("build", __file__, "out", "--partition", "random"), "random"),
+        (("build", __file__, "out", "--vector-type", "int4"), "int4"),
         (("serve", __file__, "--listen", "7700"), "not HOST:PORT"),
         (("serve", __file__, "--listen", "localhost:70000"), "not HOST:PORT"),
         (("serve", __file__, "--transport", "verbs,tcp"), "'tcp' is not one of verbs, shm, rpc"),
@@ -102,7 +103,11 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, as_json: bool) -> None
 
 def test_build(vectors: Path, tmp_path: Path) -> None:
     out = tmp_path / "index"
-    report = json.loads(cotra("build", vectors, out, "--shards", 3, "--M", 8, "--metric", "ip", "--json").stdout)
+    report = json.loads(
+        cotra(
+            "build", vectors, out, "--shards", 3, "--M", 8, "--metric", "ip", "--vector-type", "float16", "--json"
+        ).stdout
+    )
     assert (report["count"], report["M"], report["metric"], report["out_dir"]) == (200, 8, "ip", str(out))
     assert [entry["count"] for entry in report["shards"]] == [66, 67, 67]
     assert len(Collection.load(out).shards) == 3

@@ -592,3 +592,28 @@ def test_closed(words: Floats, tmp_path: Path) -> None:
         with pytest.raises(CotraError, match="closed"):
             use()
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_vectors_are_rounded_to_float16_on_request(metric: str, words: Floats) -> None:
+    rows = words[:2000]
+    with (
+        Shard.build(rows, metric=metric, n_threads=1) as exact,
+        Shard.build(rows, metric=metric, n_threads=1, vector_type="float16") as half,
+    ):
+        assert (exact.info.vector_type, half.info.vector_type) == ("float32", "float16")
+        assert half.info.record_bytes == exact.info.record_bytes - 192
+        (labels, near, _), (same, also_near, _) = (shard.search(rows[:200], k=5, ef=100) for shard in (exact, half))
+        assert (labels == same).mean() > 0.97
+        np.testing.assert_allclose(also_near, near, rtol=2e-3, atol=2e-3 * near.max())
+
+
+def test_what_a_vector_type_cannot_hold(words: Floats) -> None:
+    with pytest.raises(LossyVectorError, match="float16"):
+        Shard.build(words[:10] * 1e6, vector_type="float16")
+    with pytest.raises(LossyVectorError, match="uint8"):
+        Shard.build(words[:10], vector_type="uint8")
+    with pytest.raises(InvalidInputError, match="vector_type must be auto"):
+        Shard.build(words[:10], vector_type="float64")
+    with Shard.build(np.arange(64).reshape(8, 8), vector_type="uint8", n_threads=1) as shard:
+        assert shard.info.vector_type == "uint8"

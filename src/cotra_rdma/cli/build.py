@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import ConstructionEf, GraphM, Json, MetricName, PartitionName
+from cotra_rdma.cli.options import ConstructionEf, GraphM, Json, MetricName, PartitionName, VectorTypeName
 from cotra_rdma.collection import build_collection
 from cotra_rdma.compass import DEFAULT_TARGET
 from cotra_rdma.datasets import open_vectors
@@ -61,6 +61,13 @@ def build(
     ivf_bits: Annotated[
         int, typer.Option("--ivf-bits", min=1, max=MAX_BITS, help="Bits a dimension of the codes in those lists.")
     ] = 2,
+    vector_type: Annotated[
+        VectorTypeName,
+        typer.Option(
+            help="How vectors are held. auto: uint8 and float16 as they are (not for cosine), others as float32. float16 "
+            "rounds; uint8 must be exact."
+        ),
+    ] = VectorTypeName.AUTO,
     metric: Annotated[
         MetricName | None, typer.Option(help="Distance. Default: what an HDF5 file says, else l2.")
     ] = None,
@@ -97,6 +104,7 @@ def build(
             partition=partition.value,
             n_lists=ivf,
             ivf_bits=ivf_bits,
+            vector_type=vector_type.value,
             force=force,
             progress=progress,
         )

@@ -20,6 +20,15 @@ class MetricName(StrEnum):
     COSINE = "cosine"
 
 
+class VectorTypeName(StrEnum):
+    """How `build` holds own vectors."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    UINT8 = "uint8"
+
+
 class PartitionName(StrEnum):
     """How `build` splits rows."""
 
