@@ -408,6 +408,8 @@ typedef struct cotra_search_params {
     uint32_t beam;       /* expansions a round */
     uint32_t inflight;   /* queries at once; 0: chosen from the channels */
     uint64_t timeout_ns; /* the longest wait for any one READ; 0: 5 s */
+    uint32_t numbers;    /* not 0: answers are node numbers in place of labels */
+    uint32_t reserved;
 } cotra_search_params;
 
 typedef struct cotra_query_stats {
@@ -424,7 +426,9 @@ int cotra_view_open(cotra_channel *channel, uint64_t timeout_ns, cotra_view **ou
 void cotra_view_get_info(const cotra_view *view, cotra_image_info *image, uint64_t *view_bytes);
 void cotra_view_close(cotra_view *view);
 
-/* One thread's engine over n shards: views[i] is walked through channels[i]. Both must outlive it. */
+/* One thread's engine over n shards: views[i] is walked through channels[i]. Both must outlive it. Shards of one graph
+ * are walked together, one walk a query; others each by itself. COTRA_ERR_FORMAT where some say that they are of one
+ * graph, but do not fit together. */
 int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, uint32_t n_shards, int simd,
                         cotra_engine **out, cotra_error *err);
 /* What of the shards a search is about; a NULL member: all of it. */

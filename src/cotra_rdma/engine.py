@@ -169,8 +169,10 @@ class Engine(Handle):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         filters: Sequence[bytes | None] | None = None,
         mask: npt.NDArray[np.bool_] | None = None,
+        numbers: bool = False,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
-        """Searches every shard for every query; the GIL is released.
+        """Searches every shard for every query; the GIL is released. Shards of one graph (`global_graph`) are searched together,
+        by one walk a query.
 
         Args:
             queries: float32[n_queries, dim], C-contiguous.
@@ -179,6 +181,7 @@ class Engine(Handle):
             timeout_s: the longest wait for one READ, in seconds.
             filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
             mask: bool[n_queries, n_shards]: which shards each query is for.
+            numbers: have node numbers (of the graph, over all its shards) in place of labels.
 
         Returns:
             labels int64[n_shards, n_queries, k] (-1 where there are fewer), distances float32 likewise (inf there), each
@@ -190,6 +193,7 @@ class Engine(Handle):
         params, err = self._params, self._err
         params.k, params.ef, params.beam, params.inflight = k, ef, beam, inflight
         params.timeout_ns = round(timeout_s * 1e9)
+        params.numbers = numbers
         scope, _held = search_scope(filters, mask, n, self._n_shards)
         labels = np.empty((self._n_shards, n, k), np.int64)
         distances = np.empty((self._n_shards, n, k), np.float32)
