@@ -48,10 +48,10 @@ class Border:
         k, ef: of each search.
     """
 
-    shards: int = 3
-    reach: float = 1.3
-    k: int = 12
-    ef: int = 24
+    shards: int = 4
+    reach: float = 1.2
+    k: int = 8
+    ef: int = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -199,6 +199,23 @@ class Shard:
         return cls(arena, _validate(arena, full=False))
 
     @classmethod
+    def of_arena(cls, arena: Arena, *, n_lists: int = 0, ivf_bits: int = 2, seed: int = 100, n_threads: int = 0) -> Self:
+        """The shard whose image `arena` holds, which is then the shard's (`global_graph.link_shard` makes such ones).
+
+        Args:
+            n_lists, ivf_bits: as for `build`, of an image that has none.
+            seed, n_threads: of the lists' clustering.
+
+        Raises:
+            FormatError: it holds no image.
+        """
+        info = _validate(arena, full=False)
+        _check_lists(n_lists, ivf_bits, info.count)
+        if n_lists:
+            make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=_threads(n_threads))
+        return cls(arena, _validate(arena, full=False))
+
+    @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
         """Maps a shard's file read-only.
 
