@@ -2,72 +2,101 @@
 
 #include <string.h>
 
-static uint64_t load_word(const uint8_t *bytes)
-{
-    uint64_t word;
-    memcpy(&word, bytes, sizeof word);
-    return word;
-}
+enum { STRIPE = 8, CHUNK = 128 }; /* words */
 
-/* crc of a byte, for the reflected Castagnoli polynomial 0x82F63B78 (RFC 3720, appendix B.4) */
-static uint32_t crc_byte(uint32_t crc, uint8_t byte)
-{
-    /* a 16-entry table: half a byte at a time */
-    static const uint32_t nibble[16] = {0x00000000, 0x105EC76F, 0x20BD8EDE, 0x30E349B1, 0x417B1DBC, 0x5125DAD3,
-                                        0x61C69362, 0x7198540D, 0x82F63B78, 0x92A8FC17, 0xA24BB5A6, 0xB21572C9,
-                                        0xC38D26C4, 0xD3D3E1AB, 0xE330A81A, 0xF36E6F75};
-    crc ^= byte;
-    crc = (crc >> 4) ^ nibble[crc & 15];
-    return (crc >> 4) ^ nibble[crc & 15];
-}
+/* Word i is output i of SplitMix64 from 0, as base/random.h makes it. */
+#define MIX_1(z) (((z) ^ (z) >> 30) * 0xBF58476D1CE4E5B9u)
+#define MIX_2(z) (((z) ^ (z) >> 27) * 0x94D049BB133111EBu)
+#define MIX_3(z) ((z) ^ (z) >> 31)
+#define KEY(i)   MIX_3(MIX_2(MIX_1(((i) + 1) * 0x9E3779B97F4A7C15u)))
+#define KEY8(i)  KEY(i), KEY(i + 1), KEY(i + 2), KEY(i + 3), KEY(i + 4), KEY(i + 5), KEY(i + 6), KEY(i + 7)
+#define KEY32(i) KEY8(i), KEY8(i + 8), KEY8(i + 16), KEY8(i + 24)
 
-static uint32_t crc_word_portable(uint32_t crc, uint64_t word)
-{
-    for (int i = 0; i < 8; i++)
-        crc = crc_byte(crc, (uint8_t)(word >> (8 * i)));
-    return crc;
-}
+static const uint64_t keys[CHUNK] __attribute__((aligned(64))) = {KEY32(0), KEY32(32), KEY32(64), KEY32(96)};
 
-#define CHECKSUM_BODY(CRC)                                                                                             \
-    uint32_t a = seed, b = seed ^ 0x9E3779B9u, c = seed ^ 0x7F4A7C15u, d = seed ^ 0xF39CC060u;                         \
-    size_t i = 0;                                                                                                      \
-    for (; i + 32 <= length; i += 32) {                                                                                \
-        a = CRC(a, load_word(bytes + i));                                                                              \
-        b = CRC(b, load_word(bytes + i + 8));                                                                          \
-        c = CRC(c, load_word(bytes + i + 16));                                                                         \
-        d = CRC(d, load_word(bytes + i + 24));                                                                         \
-    }                                                                                                                  \
-    for (; i + 8 <= length; i += 8)                                                                                    \
-        a = CRC(a, load_word(bytes + i));                                                                              \
-    a = CRC(a, (uint64_t)b << 32 | c);                                                                                 \
-    return CRC(a, (uint64_t)length << 32 | d);
+/* NH of words [first, end) of a chunk. first < STRIPE, and end is a multiple of it: only the first stripe may be
+ * partial. */
+typedef uint64_t (*nh_kernel)(const uint8_t *bytes, size_t first, size_t end);
 
-static uint32_t checksum_portable(const uint8_t *bytes, size_t length, uint32_t seed)
+static uint64_t nh_portable(const uint8_t *bytes, size_t first, size_t end)
 {
-    CHECKSUM_BODY(crc_word_portable);
+    uint64_t sum = 0;
+    for (size_t i = first; i < end; i++) {
+        uint64_t word;
+        memcpy(&word, bytes + 8 * (i - first), sizeof word);
+        const uint32_t low = (uint32_t)word + (uint32_t)keys[i];
+        const uint32_t high = (uint32_t)(word >> 32) + (uint32_t)(keys[i] >> 32);
+        sum += (uint64_t)low * high;
+    }
+    return sum;
 }
 
 #if defined(__x86_64__)
-#include <nmmintrin.h>
+#include <immintrin.h>
 
-__attribute__((target("sse4.2"))) static inline uint32_t crc_word_sse42(uint32_t crc, uint64_t word)
+#define AVX2 __attribute__((target("avx2")))
+
+AVX2 static inline __m256i product(__m256i words, __m256i key)
 {
-    return (uint32_t)_mm_crc32_u64(crc, word);
+    const __m256i sum = _mm256_add_epi32(words, key);
+    return _mm256_mul_epu32(sum, _mm256_srli_epi64(sum, 32));
 }
 
-__attribute__((target("sse4.2"))) static uint32_t checksum_sse42(const uint8_t *bytes, size_t length, uint32_t seed)
+AVX2 static uint64_t nh_avx2(const uint8_t *bytes, size_t first, size_t end)
 {
-    CHECKSUM_BODY(crc_word_sse42);
+    __m256i a = _mm256_setzero_si256(), b = a;
+    size_t i = 0;
+    if (first) { /* what is masked out is not read */
+        const long long *at = (const long long *)(bytes - 8 * first), *key = (const long long *)keys;
+        const __m256i before = _mm256_set1_epi64x((long long)first - 1);
+        const __m256i low = _mm256_cmpgt_epi64(_mm256_setr_epi64x(0, 1, 2, 3), before);
+        const __m256i high = _mm256_cmpgt_epi64(_mm256_setr_epi64x(4, 5, 6, 7), before);
+        a = product(_mm256_maskload_epi64(at, low), _mm256_maskload_epi64(key, low));
+        b = product(_mm256_maskload_epi64(at + 4, high), _mm256_maskload_epi64(key + 4, high));
+        i = STRIPE;
+    }
+    for (; i < end; i += STRIPE) {
+        const __m256i *at = (const __m256i *)(bytes + 8 * (i - first)), *key = (const __m256i *)(keys + i);
+        a = _mm256_add_epi64(a, product(_mm256_loadu_si256(at), _mm256_load_si256(key)));
+        b = _mm256_add_epi64(b, product(_mm256_loadu_si256(at + 1), _mm256_load_si256(key + 1)));
+    }
+    a = _mm256_add_epi64(a, b);
+    const __m128i pair = _mm_add_epi64(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    return (uint64_t)_mm_cvtsi128_si64(pair) + (uint64_t)_mm_extract_epi64(pair, 1);
 }
 
-uint32_t cotra_checksum(const void *data, size_t length, uint32_t seed)
+static nh_kernel nh(void)
 {
-    return __builtin_cpu_supports("sse4.2") ? checksum_sse42(data, length, seed)
-                                            : checksum_portable(data, length, seed);
+    return __builtin_cpu_supports("avx2") ? nh_avx2 : nh_portable;
 }
 #else
-uint32_t cotra_checksum(const void *data, size_t length, uint32_t seed)
+static nh_kernel nh(void)
 {
-    return checksum_portable(data, length, seed);
+    return nh_portable;
 }
 #endif
+
+static uint32_t checksum(nh_kernel kernel, const uint8_t *bytes, size_t length, uint32_t seed)
+{
+    uint64_t state = (uint64_t)length << 32 | seed;
+    size_t left = length / 8, first = (0 - left) % STRIPE;
+    while (left) {
+        const size_t n = left < CHUNK - first ? left : CHUNK - first;
+        state = (state + kernel(bytes, first, first + n)) * 0xFF51AFD7ED558CCDu;
+        state ^= state >> 32;
+        bytes += 8 * n;
+        left -= n;
+        first = 0;
+    }
+    return (uint32_t)(state * 0xC4CEB9FE1A85EC53u >> 32);
+}
+
+uint32_t cotra_checksum(const void *data, size_t length, uint32_t seed)
+{
+    return checksum(nh(), data, length, seed);
+}
+
+uint32_t cotra_checksum_portable(const void *data, size_t length, uint32_t seed)
+{
+    return checksum(nh_portable, data, length, seed);
+}

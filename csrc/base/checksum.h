@@ -1,6 +1,8 @@
-/* One checksum for everything that a reader checks: four interleaved CRC-32C (Castagnoli) streams over little-endian
- * 64-bit words, folded into one. Word i goes to stream i mod 4, so the CPU's crc32 instruction runs at its throughput,
- * not its latency; without the instruction a table gives the same value. */
+/* One checksum for everything that a reader checks: NH (Black, Halevi, Krawczyk, Krovetz, Rogaway, "UMAC: Fast and
+ * Secure Message Authentication", CRYPTO 1999), whose sums of two different messages are equal with a probability of
+ * 2^-32 over the choice of its keys. The keys are fixed: it finds torn and corrupt bytes, not forged ones. It is
+ * additions and 32-bit multiplications of independent words, for it is computed at every hop. docs/reference/format.md
+ * writes it down. */
 #ifndef COTRA_BASE_CHECKSUM_H
 #define COTRA_BASE_CHECKSUM_H
 
@@ -9,5 +11,7 @@
 
 /* length must be a multiple of 8. seed chains calls and separates uses. */
 uint32_t cotra_checksum(const void *data, size_t length, uint32_t seed);
+/* The same without vector instructions, for tests. */
+uint32_t cotra_checksum_portable(const void *data, size_t length, uint32_t seed);
 
 #endif

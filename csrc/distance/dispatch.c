@@ -1,10 +1,8 @@
 #include "distance/kernels.h"
 
+#include "base/checksum.h"
 #include "base/status.h"
 #include "layout/image.h"
-
-#include <stdlib.h>
-#include <string.h>
 
 const cotra_kernels *cotra_kernels_get(int simd)
 {
@@ -45,10 +43,7 @@ int cotra_kernel_distance(int simd, uint32_t metric, uint32_t vector_type, const
         return COTRA_ERR_ARGUMENT;
     if (dim < COTRA_MIN_DIM || dim > COTRA_MAX_DIM || metric > COTRA_METRIC_COSINE || vector_type > COTRA_VECTOR_U8)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "dim %u, metric %u, vector type %u", dim, metric, vector_type);
-    float padded_query[COTRA_MAX_DIM] = {0}, padded_vector[COTRA_MAX_DIM] = {0};
-    memcpy(padded_query, query, 4 * (size_t)dim);
-    memcpy(padded_vector, vector, cotra_vector_bytes(vector_type, dim));
-    *out = cotra_metric_distance(kernels, metric, vector_type, padded_query, padded_vector, dim);
+    *out = cotra_metric_distance(kernels, metric, vector_type, query, vector, dim);
     return COTRA_OK;
 }
 
@@ -61,5 +56,38 @@ int cotra_kernel_scan(int simd, const uint8_t *lut, const uint8_t *codes, uint32
     if (code_dim == 0 || code_dim % 64 || code_dim > COTRA_MAX_DIM)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "code_dim must be a multiple of 64, not %u", code_dim);
     kernels->scan(lut, codes, code_dim, sums);
+    return COTRA_OK;
+}
+
+int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const float *f1, float distance,
+                          float offset, float scale, float bound, float *out, uint32_t *below, cotra_error *err)
+{
+    const cotra_kernels *kernels = get_or_fail(simd, err);
+    if (!kernels)
+        return COTRA_ERR_ARGUMENT;
+    *below = kernels->estimate(sums, f0, f1, distance, offset, scale, bound, out);
+    return COTRA_OK;
+}
+
+int cotra_kernel_least(int simd, const float *keys, uint32_t n, uint32_t *place, cotra_error *err)
+{
+    const cotra_kernels *kernels = get_or_fail(simd, err);
+    if (!kernels)
+        return COTRA_ERR_ARGUMENT;
+    if (n == 0 || n % COTRA_LEAST_STEP)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "keys must be a multiple of %d, not %u", COTRA_LEAST_STEP, n);
+    *place = kernels->least(keys, n);
+    return COTRA_OK;
+}
+
+int cotra_kernel_checksum(int simd, const void *data, uint64_t length, uint32_t seed, uint32_t *out, cotra_error *err)
+{
+    if (!get_or_fail(simd, err))
+        return COTRA_ERR_ARGUMENT;
+    if (length % 8)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "length must be a multiple of 8, not %llu",
+                          (unsigned long long)length);
+    *out =
+        simd == COTRA_SIMD_PORTABLE ? cotra_checksum_portable(data, length, seed) : cotra_checksum(data, length, seed);
     return COTRA_OK;
 }

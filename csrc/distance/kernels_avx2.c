@@ -61,17 +61,22 @@ PAIR_KERNEL(dot_f32, load_f32, product)
 PAIR_KERNEL(dot_f16, load_f16, product)
 PAIR_KERNEL(dot_u8, load_u8, product)
 
+/* The two lanes of `low` added, then those of `high`. */
+static inline __m256i fold(__m256i low, __m256i high)
+{
+    return _mm256_add_epi16(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+}
+
 /* Two groups a step: their 16 table entries sit in the two lanes, as do their codes. Even and odd neighbours' bytes are
  * summed as 16-bit words: `all` holds even + 256 x odd (mod 2^16), `odd` the odd ones, so even = all - 256 x odd. A
- * word overflows after 257 steps; 128 steps (1,024 dimensions) are summed before they go into 32 bits. */
+ * word overflows after 257 groups; 256 (1,024 dimensions) are summed before they go into 32 bits. */
 static void scan(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, uint32_t *sums)
 {
-    const __m256i low_nibbles = _mm256_set1_epi8(15);
-    for (int j = 0; j < 32; j++)
-        sums[j] = 0;
+    const __m256i low_nibbles = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    __m256i a = zero, b = zero, c = zero, e = zero; /* low lanes: neighbours from 0, 4, 8, 12; high lanes: 16 more */
     for (uint32_t begin = 0; begin < code_dim; begin += 1024) {
         uint32_t end = begin + 1024 < code_dim ? begin + 1024 : code_dim;
-        __m256i all_low = _mm256_setzero_si256(), odd_low = all_low, all_high = all_low, odd_high = all_low;
+        __m256i all_low = zero, odd_low = zero, all_high = zero, odd_high = zero;
         for (uint32_t d = begin; d < end; d += 8) {
             __m256i entries = _mm256_loadu_si256((const __m256i *)(table + (size_t)d * 4));
             __m256i code = _mm256_loadu_si256((const __m256i *)(codes + (size_t)d * 4));
@@ -82,18 +87,19 @@ static void scan(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, 
             all_high = _mm256_add_epi16(all_high, high);
             odd_high = _mm256_add_epi16(odd_high, _mm256_srli_epi16(high, 8));
         }
-        __m256i even_low = _mm256_sub_epi16(all_low, _mm256_slli_epi16(odd_low, 8));
-        __m256i even_high = _mm256_sub_epi16(all_high, _mm256_slli_epi16(odd_high, 8));
-        const __m256i words[4] = {even_low, odd_low, even_high, odd_high};
-        for (int part = 0; part < 4; part++) { /* part: low even, low odd, high even, high odd neighbours */
-            __m256i both = _mm256_add_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(words[part])),
-                                            _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words[part], 1)));
-            uint32_t eight[8];
-            _mm256_storeu_si256((__m256i *)eight, both);
-            for (int j = 0; j < 8; j++)
-                sums[part / 2 * 16 + 2 * j + part % 2] += eight[j];
-        }
+        __m256i odd = fold(odd_low, odd_high);
+        __m256i even = _mm256_sub_epi16(fold(all_low, all_high), _mm256_slli_epi16(odd, 8));
+        __m256i first = _mm256_unpacklo_epi16(even, odd), second = _mm256_unpackhi_epi16(even, odd);
+        a = _mm256_add_epi32(a, _mm256_unpacklo_epi16(first, zero));
+        b = _mm256_add_epi32(b, _mm256_unpackhi_epi16(first, zero));
+        c = _mm256_add_epi32(c, _mm256_unpacklo_epi16(second, zero));
+        e = _mm256_add_epi32(e, _mm256_unpackhi_epi16(second, zero));
     }
+    __m256i *out = (__m256i *)sums;
+    _mm256_storeu_si256(out, _mm256_permute2x128_si256(a, b, 0x20));
+    _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(c, e, 0x20));
+    _mm256_storeu_si256(out + 2, _mm256_permute2x128_si256(a, b, 0x31));
+    _mm256_storeu_si256(out + 3, _mm256_permute2x128_si256(c, e, 0x31));
 }
 
 static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset,

@@ -10,8 +10,8 @@
  *  - Objects are opaque and come in create/destroy (or open/close) pairs; destroying NULL is allowed. Children first.
  *  - Lengths are bytes and times nanoseconds unless a name says otherwise. Nothing here prints, exits or starts a
  * thread.
- *  - Handles are not locked. A channel and an engine belong to one thread at a time; an arena, a view, a table, a
- * device and a packer (its encode step, on disjoint ranges) may be shared.
+ *  - Handles are not locked. A channel and an engine belong to one thread at a time; an arena, a view, a cache, a
+ * table, a device and a packer (its encode step, on disjoint ranges) may be shared.
  */
 #ifndef COTRA_H
 #define COTRA_H
@@ -238,13 +238,20 @@ enum { COTRA_SIMD_PORTABLE = 0, COTRA_SIMD_AVX2 = 1, COTRA_SIMD_AVX512 = 2, COTR
 
 int cotra_simd_best(void); /* the best level that this CPU has */
 const char *cotra_simd_name(int simd);
-/* One kernel on one pair, for tests: vector is in vector_type, its distance in metric to query float32[dim]. */
+/* Kernels for tests, on memory as searches have it: a query padded with zeros to a multiple of 32 floats, a vector in
+ * vector_type to one of 32 bytes. */
 int cotra_kernel_distance(int simd, uint32_t metric, uint32_t vector_type, const float *query, const void *vector,
                           uint32_t dim, float *out, cotra_error *err);
-/* Sums of a 4-bit look-up table over 32 packed codes, for tests: lut u8[code_dim / 4][16], codes u8[code_dim / 4][16].
- */
+/* Sums of a 4-bit look-up table over 32 packed codes: lut u8[code_dim / 4][16], codes u8[code_dim / 4][16]. */
 int cotra_kernel_scan(int simd, const uint8_t *lut, const uint8_t *codes, uint32_t code_dim, uint32_t *sums,
                       cotra_error *err);
+/* out[32] = distance + f0 - f1 (offset + scale x sums); below: the bits of those below bound. */
+int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const float *f1, float distance,
+                          float offset, float scale, float bound, float *out, uint32_t *below, cotra_error *err);
+/* The place of the first least of n keys, a multiple of 16; keys are 64-byte aligned. */
+int cotra_kernel_least(int simd, const float *keys, uint32_t n, uint32_t *place, cotra_error *err);
+/* length: a multiple of 8. */
+int cotra_kernel_checksum(int simd, const void *data, uint64_t length, uint32_t seed, uint32_t *out, cotra_error *err);
 
 /* ---- verbs: the only part that knows libibverbs (csrc/verbs/) ---- */
 
@@ -416,9 +423,11 @@ typedef struct cotra_query_stats {
     uint32_t reads;
     uint32_t rounds; /* of the shard that needed most */
     uint32_t expansions;
-    uint32_t cache_hits;
+    uint32_t cache_hits; /* nodes of the upper layers that were looked at, in the view */
     uint64_t read_bytes;
-    uint64_t latency_ns; /* from its start to its last shard's answer, by the engine's clock */
+    uint64_t latency_ns;     /* from its start to its last shard's answer, by the engine's clock */
+    uint32_t cached_records; /* records that a cotra_cache had, in place of as many READs */
+    uint32_t reserved;
 } cotra_query_stats;
 
 /* Reads and validates header and navigation section over the channel; the bytes it then holds are view_bytes. */
@@ -426,11 +435,29 @@ int cotra_view_open(cotra_channel *channel, uint64_t timeout_ns, cotra_view **ou
 void cotra_view_get_info(const cotra_view *view, cotra_image_info *image, uint64_t *view_bytes);
 void cotra_view_close(cotra_view *view);
 
-/* One thread's engine over n shards: views[i] is walked through channels[i]. Both must outlive it. Shards of one graph
- * are walked together, one walk a query; others each by itself. COTRA_ERR_FORMAT where some say that they are of one
- * graph, but do not fit together. */
-int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, uint32_t n_shards, int simd,
-                        cotra_engine **out, cotra_error *err);
+/* A reader's cache of one shard's records (csrc/search/cache.c): those that walks read most often. Engines of several
+ * threads may share it; none of them ever waits for another. It does not need the view that it was made for any more.
+ */
+typedef struct cotra_cache cotra_cache;
+
+typedef struct cotra_cache_info {
+    uint64_t bytes;   /* of memory, all in all: never more than the budget */
+    uint64_t places;  /* records that it may hold */
+    uint64_t records; /* that it holds now */
+} cotra_cache_info;
+
+/* COTRA_ERR_ARGUMENT where the budget holds no record. Takes no more than the shard's records need. */
+int cotra_cache_create(const cotra_view *view, uint64_t budget_bytes, cotra_cache **out, cotra_error *err);
+void cotra_cache_get_info(cotra_cache *cache, cotra_cache_info *out);
+/* Forgets all records, and what was counted. */
+void cotra_cache_clear(cotra_cache *cache);
+void cotra_cache_destroy(cotra_cache *cache);
+
+/* One thread's engine over n shards: views[i] is walked through channels[i]. Both must outlive it, and so must caches:
+ * NULL, or [n_shards], each NULL or of the same image as its view. Shards of one graph are walked together, one walk a
+ * query; others each by itself. COTRA_ERR_FORMAT where some say that they are of one graph, but do not fit together. */
+int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, cotra_cache *const *caches,
+                        uint32_t n_shards, int simd, cotra_engine **out, cotra_error *err);
 /* What of the shards a search is about; a NULL member: all of it. */
 typedef struct cotra_search_scope {
     const uint8_t *const *filters; /* [n_shards]: NULL, or a bitmap: bit i % 8 of byte i / 8: row i may be returned */

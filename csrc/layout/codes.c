@@ -41,26 +41,52 @@ void cotra_rotation_destroy(cotra_rotation *rotation)
     rotation->signs = NULL;
 }
 
-/* The fast Walsh-Hadamard transform of n (a power of two, >= 64) values, scaled to keep lengths. */
-WIDE static void hadamard(float *restrict x, uint32_t n, float scale)
+/* Eight values; the compiler makes of it what the target has. */
+typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t eight_integers __attribute__((vector_size(32), may_alias));
+
+#if defined(__clang__)
+#define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SHUFFLE(x, ...) __builtin_shuffle(x, (eight_integers){__VA_ARGS__})
+#endif
+
+static const eight sign_1 = {1, -1, 1, -1, 1, -1, 1, -1};
+static const eight sign_2 = {1, 1, -1, -1, 1, 1, -1, -1};
+static const eight sign_4 = {1, 1, 1, 1, -1, -1, -1, -1};
+
+/* Flips n values' signs, then their fast Walsh-Hadamard transform (n: a power of two, >= 64), scaled to keep lengths.
+ * A level of 4, 8, ... values a step, two levels a pass. */
+WIDE static void hadamard(float *restrict values, const float *restrict signs, uint32_t n, float scale)
 {
-    for (uint32_t i = 0; i < n; i += 8) { /* the first three levels, within 8 values */
-        float a0 = x[i] + x[i + 1], a1 = x[i] - x[i + 1], a2 = x[i + 2] + x[i + 3], a3 = x[i + 2] - x[i + 3];
-        float a4 = x[i + 4] + x[i + 5], a5 = x[i + 4] - x[i + 5], a6 = x[i + 6] + x[i + 7], a7 = x[i + 6] - x[i + 7];
-        float b0 = a0 + a2, b1 = a1 + a3, b2 = a0 - a2, b3 = a1 - a3;
-        float b4 = a4 + a6, b5 = a5 + a7, b6 = a4 - a6, b7 = a5 - a7;
-        x[i] = b0 + b4, x[i + 1] = b1 + b5, x[i + 2] = b2 + b6, x[i + 3] = b3 + b7;
-        x[i + 4] = b0 - b4, x[i + 5] = b1 - b5, x[i + 6] = b2 - b6, x[i + 7] = b3 - b7;
+    eight *x = (eight *)values;
+    const eight *sign = (const eight *)signs;
+    n /= 8;
+    for (uint32_t i = 0; i < n; i++) {
+        eight v = x[i] * sign[i];
+        v = SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6) + v * sign_1;
+        v = SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5) + v * sign_2;
+        x[i] = SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3) + v * sign_4;
     }
-    for (uint32_t half = 8; half < n; half *= 2)
-        for (uint32_t i = 0; i < n; i += 2 * half)
+    uint32_t half = 1;
+    for (; half * 2 < n; half *= 4) {
+        const float factor = half * 4 == n ? scale : 1;
+        for (uint32_t i = 0; i < n; i += 4 * half)
             for (uint32_t j = i; j < i + half; j++) {
-                float a = x[j], b = x[j + half];
-                x[j] = a + b;
-                x[j + half] = a - b;
+                eight a = x[j], b = x[j + half], c = x[j + 2 * half], d = x[j + 3 * half];
+                eight s = a + b, t = a - b, u = c + d, v = c - d;
+                x[j] = (s + u) * factor;
+                x[j + half] = (t + v) * factor;
+                x[j + 2 * half] = (s - u) * factor;
+                x[j + 3 * half] = (t - v) * factor;
             }
-    for (uint32_t i = 0; i < n; i++)
-        x[i] *= scale;
+    }
+    if (half < n)
+        for (uint32_t j = 0; j < half; j++) {
+            eight a = x[j], b = x[j + half];
+            x[j] = (a + b) * scale;
+            x[j + half] = (a - b) * scale;
+        }
 }
 
 WIDE static void flip(float *restrict x, const float *restrict signs, uint32_t n)
@@ -87,10 +113,33 @@ void cotra_rotation_apply(const cotra_rotation *rotation, const float *in, float
     memcpy(out, in, rotation->dim * sizeof *out);
     memset(out + rotation->dim, 0, (n - rotation->dim) * sizeof *out);
     for (int round = 0; round < ROUNDS; round++) {
-        flip(out, rotation->signs + (size_t)round * n, n);
-        hadamard(round % 2 ? out + (n - window) : out, window, scale);
-        if (window != n)
+        const float *signs = rotation->signs + (size_t)round * n;
+        const uint32_t begin = round % 2 ? n - window : 0, rest = round % 2 ? 0 : window;
+        hadamard(out + begin, signs + begin, window, scale);
+        if (window != n) {
+            flip(out + rest, signs + rest, n - window);
             mix_halves(out, n);
+        }
+    }
+}
+
+/* A group's entry v is the sum over its dimensions of +x or -x as v's bits say, shifted by its width to be >= 0. */
+WIDE static void fill_table(const float *restrict rotated, const float *restrict widths, uint32_t n, float inverse,
+                            uint8_t *restrict table)
+{
+    eight_integers entries[32];
+    for (uint32_t begin = 0; begin < n; begin += 64) {
+        for (uint32_t g = 0; g < 16; g++) {
+            const float *x = rotated + begin + 4 * (size_t)g, width = widths[begin / 4 + g];
+            const eight pair = -(sign_1 * x[0]) - sign_2 * x[1], third = -(sign_4 * x[2]);
+            const eight low = (pair + (third - x[3] + width)) * inverse + 0.5f;
+            const eight high = (pair + (third + x[3] + width)) * inverse + 0.5f;
+            entries[2 * g] = __builtin_convertvector(low, eight_integers);
+            entries[2 * g + 1] = __builtin_convertvector(high, eight_integers);
+        }
+        const int32_t *values = (const int32_t *)entries;
+        for (uint32_t i = 0; i < 256; i++)
+            table[4 * (size_t)begin + i] = (uint8_t)(values[i] < 255 ? values[i] : 255);
     }
 }
 
@@ -98,31 +147,20 @@ void cotra_query_codes_make(const cotra_rotation *rotation, const float *query, 
                             cotra_query_codes *codes)
 {
     const uint32_t n = rotation->code_dim;
-    float *rotated = scratch, *centred = scratch + n;
+    float *rotated = scratch, *centred = scratch + n, *widths = centred;
     for (uint32_t i = 0; i < rotation->dim; i++)
         centred[i] = query[i] - mean[i];
     cotra_rotation_apply(rotation, centred, rotated);
-
-    /* A group's entry v is the sum over its dimensions of +x or -x as v's bits say, shifted to be >= 0. */
-    float widest = 0, low_sum = 0;
+    float widest = 0, offset = 0;
     for (uint32_t g = 0; g < n; g += 4) {
-        float low = fabsf(rotated[g]) + fabsf(rotated[g + 1]) + fabsf(rotated[g + 2]) + fabsf(rotated[g + 3]);
-        low_sum -= low;
-        widest = low > widest ? low : widest;
+        float width = fabsf(rotated[g]) + fabsf(rotated[g + 1]) + fabsf(rotated[g + 2]) + fabsf(rotated[g + 3]);
+        widths[g / 4] = width;
+        offset -= width;
+        widest = width > widest ? width : widest;
     }
-    const float step = widest > 1e-30f ? 2 * widest / 255 : 1, inverse = 1 / step;
-    for (uint32_t g = 0; g < n; g += 4) {
-        const float *x = rotated + g;
-        uint8_t *entry = codes->table + (size_t)g * 4;
-        float low = -(fabsf(x[0]) + fabsf(x[1]) + fabsf(x[2]) + fabsf(x[3]));
-        float pair[4] = {-x[0] - x[1], x[0] - x[1], -x[0] + x[1], x[0] + x[1]};
-        float high[4] = {-x[2] - x[3] - low, x[2] - x[3] - low, -x[2] + x[3] - low, x[2] + x[3] - low};
-        for (int v = 0; v < 16; v++) {
-            float value = (pair[v & 3] + high[v >> 2]) * inverse + 0.5f;
-            entry[v] = (uint8_t)(value < 255 ? value : 255);
-        }
-    }
-    codes->offset = low_sum;
+    const float step = widest > 1e-30f ? 2 * widest / 255 : 1;
+    fill_table(rotated, widths, n, 1 / step, codes->table);
+    codes->offset = offset;
     codes->scale = step;
 }
 

@@ -1,9 +1,11 @@
 /* The scheduler: many walks in flight on one thread, so that the wire, and not its latency, is the limit.
  *
- * Walk w owns slots [w * width, (w + 1) * width) of the channel that it reads; its frontier's i-th READ goes to slot
- * w * width + i. A walk is expanded when the last READ of its frontier is there, in the frontier's order.
+ * Walk w owns slots [w * width, (w + 1) * width) of the channel that it reads; the READ of its frontier's i-th node
+ * goes to slot w * width + i. A walk is expanded when the last READ of its frontier is there, in the frontier's order.
+ * What a cache has of the frontier is copied when the frontier is chosen, and not read.
  */
 #include "base/status.h"
+#include "search/cache.h"
 #include "search/walk.h"
 #include "transport/transport.h"
 
@@ -19,6 +21,7 @@ enum { NEAR_READS = 8 };    /* in progress on each shard at first: more give not
 typedef struct lane { /* one shard */
     const cotra_view *view;
     cotra_channel *channel;
+    cotra_cache *cache; /* or NULL */
     cotra_read *queue; /* READs waiting for a post: [n_walks * width] */
     uint32_t queued;
     uint32_t outstanding;      /* posted, not completed */
@@ -29,6 +32,7 @@ typedef struct lane { /* one shard */
 typedef struct running {
     cotra_walk walk;
     const uint8_t **records; /* [width] */
+    uint8_t *copies;         /* [width][copy_bytes]: of cached records; NULL where there is no cache */
     uint64_t query;
     uint32_t space;
     uint32_t missing; /* READs of the frontier that are not there yet */
@@ -42,6 +46,7 @@ struct cotra_engine {
     running *walks;
     uint64_t *started_ns; /* [n_queries] of the call in progress */
     uint32_t n_shards, n_spaces, max_dim;
+    uint32_t copy_bytes;              /* the longest record of a shard with a cache; 0: there is none */
     uint32_t n_walks, k, pool, width; /* what `walks` was made for */
     int broken;                       /* READs of a failed call may still be on their way into the slots */
     /* the call in progress */
@@ -54,8 +59,8 @@ struct cotra_engine {
     cotra_query_stats *stats;
 };
 
-int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, uint32_t n_shards, int simd,
-                        cotra_engine **out, cotra_error *err)
+int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, cotra_cache *const *caches,
+                        uint32_t n_shards, int simd, cotra_engine **out, cotra_error *err)
 {
     *out = NULL;
     if (n_shards == 0)
@@ -74,6 +79,8 @@ int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels
         if (info->record_bytes > channels[i]->slot_bytes)
             return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has records of %u bytes, its channel reads %u at most",
                               i, info->record_bytes, channels[i]->slot_bytes);
+        if (caches && caches[i] && !cotra_cache_is_of(caches[i], info))
+            return cotra_fail(err, COTRA_ERR_ARGUMENT, "the cache for shard %u is of another image", i);
     }
     cotra_engine *engine = calloc(1, sizeof *engine);
     if (!engine)
@@ -89,6 +96,9 @@ int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels
     for (uint32_t i = 0; i < n_shards; i++) {
         engine->lanes[i].view = views[i];
         engine->lanes[i].channel = channels[i];
+        engine->lanes[i].cache = caches ? caches[i] : NULL;
+        if (engine->lanes[i].cache && views[i]->info.record_bytes > engine->copy_bytes)
+            engine->copy_bytes = views[i]->info.record_bytes;
     }
     const int one = cotra_space_is_one(views, n_shards);
     const uint32_t n_spaces = one ? 1 : n_shards;
@@ -113,6 +123,7 @@ static void drop_walks(cotra_engine *engine)
     for (uint32_t i = 0; i < engine->n_walks; i++) {
         cotra_walk_destroy(&engine->walks[i].walk);
         free(engine->walks[i].records);
+        free(engine->walks[i].copies);
     }
     free(engine->walks);
     engine->walks = NULL;
@@ -157,7 +168,9 @@ static int make_walks(cotra_engine *engine, uint32_t n_walks, uint32_t k, uint32
         }
         engine->n_walks++;
         engine->walks[i].records = calloc(width, sizeof *engine->walks[i].records);
-        if (!engine->walks[i].records) {
+        if (engine->copy_bytes)
+            engine->walks[i].copies = aligned_alloc(64, ((size_t)width * engine->copy_bytes + 63) / 64 * 64);
+        if (!engine->walks[i].records || (engine->copy_bytes && !engine->walks[i].copies)) {
             drop_walks(engine);
             return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
         }
@@ -216,7 +229,8 @@ static void finish(cotra_engine *engine, running *run)
     stats->reads += walk->stats.reads;
     stats->expansions += walk->stats.expansions;
     stats->cache_hits += walk->stats.cache_hits;
-    stats->read_bytes += walk->stats.read_bytes;
+    stats->cached_records += walk->stats.expansions - walk->stats.reads;
+    stats->read_bytes += (uint64_t)walk->stats.reads * walk->view->info.record_bytes;
     stats->rounds = walk->stats.rounds > stats->rounds ? walk->stats.rounds : stats->rounds;
     stats->latency_ns = latency > stats->latency_ns ? latency : stats->latency_ns;
     engine->active--;
@@ -240,61 +254,121 @@ static int is_left_out(const cotra_engine *engine, uint64_t task)
     return 1;
 }
 
-/* Chooses the next frontier and queues its READs; at the walk's end, takes the next task. */
-static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
-{
-    running *run = &engine->walks[w];
-    cotra_walk *walk = &run->walk;
-    uint32_t n = walk->view ? cotra_walk_choose(walk) : 0;
-    while (n == 0) {
-        if (walk->view)
-            finish(engine, run);
-        walk->view = NULL;
-        const uint64_t n_tasks = engine->n_queries * engine->n_spaces;
-        while (engine->next_task < n_tasks && is_left_out(engine, engine->next_task))
-            engine->next_task++;
-        if (engine->next_task == n_tasks)
-            return COTRA_OK;
-        uint64_t task = engine->next_task++;
-        run->query = task / engine->n_spaces;
-        run->space = (uint32_t)(task % engine->n_spaces);
-        engine->active++;
-        if (engine->started_ns[run->query] == 0)
-            engine->started_ns[run->query] = cotra_clock_ns();
-        const cotra_space *space = &engine->spaces[run->space];
-        const uint8_t *mask = engine->mask && space->n > 1 ? engine->mask + run->query * engine->n_shards : NULL;
-        int status = cotra_walk_begin(walk, space, &engine->plans[run->space], mask, engine->kernels,
-                                      engine->queries + run->query * engine->max_dim, err);
-        if (status)
-            return at_shard(err, space->shards[0], status);
-        n = cotra_walk_choose(walk);
-    }
-    const uint32_t record_bytes = walk->view->info.record_bytes; /* alike in all shards of a space */
-    for (uint32_t i = 0; i < n; i++) {
-        lane *to = lane_of(engine, run, i);
-        const uint64_t row = cotra_space_row(walk->space, walk->places[i], walk->frontier[i]);
-        to->queue[to->queued++] = (cotra_read){.offset = to->view->info.records_offset + row * record_bytes,
-                                               .length = record_bytes,
-                                               .slot = w * engine->width + i};
-    }
-    run->missing = n;
-    walk->stats.reads += n;
-    walk->stats.read_bytes += (uint64_t)n * record_bytes;
-    for (uint32_t i = 0; i < n; i++) {
-        lane *to = lane_of(engine, run, i);
-        int status = to->queued >= to->channel->post_batch ? post_queue(to, err) : COTRA_OK;
-        if (status)
-            return at_shard(err, (uint32_t)(to - engine->lanes), status);
-    }
-    return COTRA_OK;
-}
-
 /* A completion over shared memory is a pointer, and a CPU drops prefetches when it has too many in progress: asked for
  * again while the record before is worked on, the record is there when its turn comes. */
 static void prefetch_record(const uint8_t *record, uint32_t record_bytes)
 {
     for (uint32_t line = 0; line < record_bytes && line < 4096; line += 64)
         __builtin_prefetch(record + line);
+}
+
+/* Expands the frontier, whose records are all there. */
+static int expand(cotra_engine *engine, running *run, cotra_error *err)
+{
+    cotra_walk *walk = &run->walk;
+    const uint32_t record_bytes = walk->view->info.record_bytes; /* alike in all shards of a space */
+    for (uint32_t i = 0; i < walk->frontier_count; i++) {
+        const lane *from = lane_of(engine, run, i);
+        const uint8_t *record = run->records[i];
+        if (i + 1 < walk->frontier_count)
+            prefetch_record(run->records[i + 1], record_bytes);
+        const int cached = from->cache && record == run->copies + (size_t)i * engine->copy_bytes;
+        int status = cotra_walk_expand(walk, i, record, cached, err);
+        if (status == COTRA_ERR_STALE && from->cache)
+            cotra_cache_retire(from->cache);
+        if (status)
+            return at_shard(err, (uint32_t)(from - engine->lanes), status);
+        if (from->cache && !cached)
+            cotra_cache_offer(from->cache, cotra_walk_row(walk, i), record);
+    }
+    return COTRA_OK;
+}
+
+/* Queues READs of the frontier's n records, but for those that a cache has. */
+static void fetch(cotra_engine *engine, uint32_t w, uint32_t n)
+{
+    running *run = &engine->walks[w];
+    const uint32_t record_bytes = run->walk.view->info.record_bytes;
+    run->missing = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        lane *to = lane_of(engine, run, i);
+        const uint32_t row = cotra_walk_row(&run->walk, i);
+        if (to->cache) {
+            uint8_t *copy = run->copies + (size_t)i * engine->copy_bytes;
+            run->records[i] = copy;
+            if (cotra_cache_take(to->cache, row, copy))
+                continue;
+        }
+        to->queue[to->queued++] = (cotra_read){.offset = to->view->info.records_offset + (uint64_t)row * record_bytes,
+                                               .length = record_bytes,
+                                               .slot = w * engine->width + i};
+        run->missing++;
+    }
+    run->walk.stats.reads += run->missing;
+    run->walk.stats.rounds += run->missing > 0;
+}
+
+/* Posts what waits for the shards that the frontier reads, where it is worth a post. */
+static int post_frontier(cotra_engine *engine, running *run, cotra_error *err)
+{
+    for (uint32_t i = 0; i < run->walk.frontier_count; i++) {
+        lane *to = lane_of(engine, run, i);
+        if (to->queued == 0 || to->queued < to->channel->post_batch)
+            continue;
+        int status = post_queue(to, err);
+        if (status)
+            return at_shard(err, (uint32_t)(to - engine->lanes), status);
+    }
+    return COTRA_OK;
+}
+
+/* Begins the next task that no mask leaves out; 0 when there is none. */
+static int begin_task(cotra_engine *engine, running *run, cotra_error *err)
+{
+    const uint64_t n_tasks = engine->n_queries * engine->n_spaces;
+    while (engine->next_task < n_tasks && is_left_out(engine, engine->next_task))
+        engine->next_task++;
+    if (engine->next_task == n_tasks)
+        return 0;
+    const uint64_t task = engine->next_task++;
+    run->query = task / engine->n_spaces;
+    run->space = (uint32_t)(task % engine->n_spaces);
+    engine->active++;
+    if (engine->started_ns[run->query] == 0)
+        engine->started_ns[run->query] = cotra_clock_ns();
+    const cotra_space *space = &engine->spaces[run->space];
+    const uint8_t *mask = engine->mask && space->n > 1 ? engine->mask + run->query * engine->n_shards : NULL;
+    int status = cotra_walk_begin(&run->walk, space, &engine->plans[run->space], mask, engine->kernels,
+                                  engine->queries + run->query * engine->max_dim, err);
+    return status ? at_shard(err, space->shards[0], status) : 1;
+}
+
+/* Expands the frontier, chooses the next one and queues its READs, again where the cache has all of it; at the walk's
+ * end, takes the next task. */
+static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
+{
+    running *run = &engine->walks[w];
+    cotra_walk *walk = &run->walk;
+    do {
+        uint32_t n = 0;
+        if (walk->view) {
+            int status = expand(engine, run, err);
+            if (status)
+                return status;
+            n = cotra_walk_choose(walk);
+        }
+        while (n == 0) {
+            if (walk->view)
+                finish(engine, run);
+            walk->view = NULL;
+            int status = begin_task(engine, run, err);
+            if (status <= 0)
+                return status;
+            n = cotra_walk_choose(walk);
+        }
+        fetch(engine, w, n);
+    } while (run->missing == 0);
+    return post_frontier(engine, run, err);
 }
 
 static int take_completion(cotra_engine *engine, const cotra_completion *completion, lane *from, cotra_error *err)
@@ -306,16 +380,7 @@ static int take_completion(cotra_engine *engine, const cotra_completion *complet
     uint32_t w = completion->slot / engine->width;
     running *run = &engine->walks[w];
     run->records[completion->slot % engine->width] = completion->data;
-    if (--run->missing)
-        return COTRA_OK;
-    for (uint32_t i = 0; i < run->walk.frontier_count; i++) {
-        if (i + 1 < run->walk.frontier_count)
-            prefetch_record(run->records[i + 1], from->view->info.record_bytes);
-        int status = cotra_walk_expand(&run->walk, i, run->records[i], err);
-        if (status)
-            return at_shard(err, (uint32_t)(lane_of(engine, run, i) - engine->lanes), status);
-    }
-    return advance(engine, w, err);
+    return --run->missing ? COTRA_OK : advance(engine, w, err);
 }
 
 /* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */

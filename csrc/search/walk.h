@@ -74,7 +74,13 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
                      const cotra_kernels *kernels, const float *query, cotra_error *err);
 /* Chooses the next frontier; returns its size, 0 when the walk is done. */
 uint32_t cotra_walk_choose(cotra_walk *walk);
-/* Takes the record of frontier node i. The bytes may be anybody's and may change meanwhile. */
-int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, cotra_error *err);
+/* The row of frontier node i in its shard, which is at places[i] of the space. */
+static inline uint32_t cotra_walk_row(const cotra_walk *walk, uint32_t i)
+{
+    return cotra_space_row(walk->space, walk->places[i], walk->frontier[i]);
+}
+/* Takes the record of frontier node i. The bytes may be anybody's and may change meanwhile, unless they are checked:
+ * then nobody else can write them, and they were found valid. */
+int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int checked, cotra_error *err);
 
 #endif

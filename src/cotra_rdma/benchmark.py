@@ -71,6 +71,10 @@ class System(Protocol):
         """Whether the number of queries in progress at once is its parameter."""
 
     @property
+    def cache_bytes(self) -> int | None:
+        """The budget of its cache of records; 0: it has none; None: nor could it."""
+
+    @property
     def rtt_s(self) -> float:
         """The round trip of the modelled fabric that it is reached over; 0 where there is none."""
 
@@ -80,6 +84,9 @@ class System(Protocol):
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
         """Each query's answers, among `rows` when given."""
+
+    def forget(self) -> None:
+        """Empties its cache of records, where it has one."""
 
     def owner_cpu_s(self) -> float | None:
         """CPU seconds that the process which owns the vectors has used so far, where that is another one."""
@@ -113,6 +120,7 @@ class Point:
     beam: int | None
     inflight: int | None
     n_threads: int
+    cache_bytes: int | None
     recall: float
     qps: float
     qps_min: float
@@ -125,6 +133,7 @@ class Point:
     overhead_us: float | None
     latency_model_ratio: float | None
     reads_per_query: float | None
+    cached_records_per_query: float | None
     rounds_per_query: float | None
     bytes_per_query: float | None
     shards_per_query: float | None
@@ -172,8 +181,9 @@ class _Samples:
     zero_rtt_us: list[float] = field(default_factory=list)
 
     def measure(self, system: System, setting: Setting, queries: Queries, rows: Rows | None) -> None:
-        """One repeat: the batch, then calls with one query."""
+        """One repeat: the batch, from an empty cache of records on, then calls with one query."""
         system.search(queries[:WARM_UP_QUERIES], setting, rows)
+        system.forget()
         before = system.owner_cpu_s()
         with engine_clock() as clock:
             begin = time.perf_counter()
@@ -265,6 +275,7 @@ def _point(
         beam=setting.beam if system.beams else None,
         inflight=setting.inflight if system.inflights else None,
         n_threads=setting.n_threads,
+        cache_bytes=system.cache_bytes,
         recall=recall(answer.ids, truth),
         qps=float(np.median(sample.qps)),
         qps_min=min(sample.qps),
@@ -277,6 +288,7 @@ def _point(
         overhead_us=float(np.median(np.subtract(sample.call_us, sample.engine_us))) if sample.engine_us else None,
         latency_model_ratio=sample.latency_model_ratio(system.rtt_s),
         reads_per_query=_mean(stats, "reads"),
+        cached_records_per_query=_mean(stats, "cached_records"),
         rounds_per_query=_mean(stats, "rounds"),
         bytes_per_query=_mean(stats, "read_bytes"),
         shards_per_query=None if stats is None else answer.shards,

@@ -21,6 +21,7 @@ Rows = npt.NDArray[np.bool_]
 """bool[n]: the vectors of a data set that a filter lets through."""
 
 FILTER_SEED = 12
+STREAM_SEED = 14
 BLOCK_BYTES = 64 << 20
 
 
@@ -87,6 +88,15 @@ class DataSet:
         vectors = self.vectors.first(n)
         truth = nearest(self.metric, self.queries, vectors.read(), min(n, self.ground_truth.shape[1]))
         return replace(self, vectors=vectors, ground_truth=truth)
+
+    def drawn(self, exponent: float, n: int) -> DataSet:
+        """The same vectors with a stream of n queries, drawn from these by Zipf's law. The query of rank r, of a random order,
+        comes with a probability in proportion to 1 / r ** exponent; 0: all alike. The same stream whenever it is drawn."""
+        generator = np.random.default_rng(STREAM_SEED)
+        order = generator.permutation(len(self.queries))
+        shares = np.arange(1.0, len(order) + 1) ** -exponent
+        drawn = order[generator.choice(len(order), n, p=shares / shares.sum())]
+        return replace(self, queries=self.queries[drawn], ground_truth=self.ground_truth[drawn])
 
     def filtered(self, share: float, k: int) -> tuple[Rows, Ids]:
         """A random filter that lets a share of the vectors through, and each query's k nearest among those."""

@@ -36,8 +36,12 @@ class _Library:
     n_shards = 1
     beams = False
     inflights = False
+    cache_bytes = None
     rtt_s = 0.0
     zero_rtt = None
+
+    def forget(self) -> None:
+        """It has no cache of records."""
 
     def owner_cpu_s(self) -> float | None:
         """None: there is no owner."""

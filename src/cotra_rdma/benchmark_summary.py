@@ -39,6 +39,7 @@ class Comparison:
     beam: int | None
     inflight: int | None
     n_threads: int
+    cache_bytes: int | None
     recall: float
     qps: float | None
     qps_ratios: dict[str, Ratio]
@@ -59,6 +60,7 @@ class CurveKey(NamedTuple):
     beam: int | None = None
     inflight: int | None = None
     n_threads: int = 1
+    cache_bytes: int | None = None
 
 
 def curve_key(row: Point | Comparison) -> CurveKey:
@@ -136,6 +138,7 @@ def label(row: Point | Comparison) -> str:
         None if row.beam is None else f"beam {row.beam}",
         f"inflight {row.inflight}" if row.inflight else None,
         f"{row.n_threads} threads" if row.n_threads > 1 else None,
+        f"cache {row.cache_bytes:,} bytes" if row.cache_bytes else None,
         None if row.filter is None else f"filter {row.filter:g}",
     ]
     return ", ".join(part for part in parts if part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from cotra_rdma.benchmark_transports import REMOTE, parse_transport
 from cotra_rdma.channel import Channel, FabricModel
 from cotra_rdma.cluster import Cluster, connect
 from cotra_rdma.collection import build_collection, shard_paths
-from cotra_rdma.engine import Engine, View
+from cotra_rdma.engine import Engine, RecordCache, View
 from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.owner_process import OwnerProcess
 from cotra_rdma.queries import pack_filter
@@ -35,12 +36,15 @@ class Remote:
     rtt_s = 0.0
     zero_rtt = None
 
-    def __init__(self, path: Path, transport: str) -> None:
+    def __init__(self, path: Path, transport: str, cache_bytes: int = 0) -> None:
         self.transport = transport
+        self.cache_bytes: int | None = cache_bytes
         self.inflights = transport != "rpc"
         with contextlib.ExitStack() as stack:
             self._owner = stack.enter_context(OwnerProcess([path], transports=tuple(dict.fromkeys((transport, "rpc")))))
-            self._cluster = stack.enter_context(connect(self._owner.addresses, transport=transport))
+            self._cluster = stack.enter_context(
+                connect(self._owner.addresses, transport=transport, cache_bytes=cache_bytes)
+            )
             self._stack = stack.pop_all()
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
@@ -55,6 +59,10 @@ class Remote:
             filters=None if rows is None else [rows],
         )
         return Answer(result.ids, result.stats)
+
+    def forget(self) -> None:
+        """As `benchmark.System`."""
+        self._cluster.clear_caches()
 
     def owner_cpu_s(self) -> float | None:
         """CPU of the owner process."""
@@ -74,9 +82,13 @@ class Local:
     beams = True
     inflights = True
 
-    def __init__(self, path: Path, transport: str, fabric: FabricModel | None, n_threads: int) -> None:
+    def __init__(
+        self, path: Path, transport: str, fabric: FabricModel | None, n_threads: int, cache_bytes: int = 0
+    ) -> None:
         """`n_threads`: the most that a search will have."""
         self.transport = transport
+        self.cache_bytes: int | None = cache_bytes
+        self._cache: RecordCache | None = None
         self.rtt_s = 0.0 if fabric is None else fabric.round_trip_s
         self.zero_rtt: Local | None = None
         with contextlib.ExitStack() as stack:
@@ -88,9 +100,11 @@ class Local:
                 if fabric is not None:
                     channel = stack.enter_context(Channel.model(channel, fabric))
                 view = stack.enter_context(View.open(channel))
-                self._engines.append(stack.enter_context(Engine.create([view], [channel])))
+                if cache_bytes and self._cache is None:
+                    self._cache = stack.enter_context(RecordCache.create(view, cache_bytes))
+                self._engines.append(stack.enter_context(Engine.create([view], [channel], [self._cache])))
             if fabric is not None and self.rtt_s:
-                self.zero_rtt = Local(path, transport, replace(fabric, round_trip_s=0.0), n_threads)
+                self.zero_rtt = Local(path, transport, replace(fabric, round_trip_s=0.0), n_threads, cache_bytes)
                 stack.callback(self.zero_rtt.close)
             self._stack = stack.pop_all()
 
@@ -107,6 +121,11 @@ class Local:
         ids, _, stats = zip(*answers, strict=True)
         return Answer(np.concatenate([part[0] for part in ids]), np.concatenate(stats))
 
+    def forget(self) -> None:
+        """As `benchmark.System`."""
+        if self._cache is not None:
+            self._cache.clear()
+
     def owner_cpu_s(self) -> float | None:
         """None: there is no owner."""
         return None
@@ -119,7 +138,7 @@ class Local:
 class Collective:
     """A collection in an owner process of its own, reached over one transport, searched by any algorithm."""
 
-    def __init__(self, directory: Path, transport: str) -> None:
+    def __init__(self, directory: Path, transport: str, cache_bytes: int = 0) -> None:
         kind, fabric = parse_transport(transport)
         if kind == "local":
             raise InvalidInputError(
@@ -127,6 +146,7 @@ class Collective:
             )
         path = "shm" if kind == "model" else kind
         self.transport = transport
+        self.cache_bytes = cache_bytes
         self.rtt_s = 0.0 if fabric is None else fabric.round_trip_s
         paths = shard_paths([directory])
         self.labels = []
@@ -135,11 +155,15 @@ class Collective:
                 self.labels.append(shard.labels())
         with contextlib.ExitStack() as stack:
             self.owner = stack.enter_context(OwnerProcess(paths, transports=tuple(dict.fromkeys((path, "rpc")))))
-            self.cluster = stack.enter_context(connect(self.owner.addresses, transport=path, fabric=fabric))
+            self.cluster = stack.enter_context(
+                connect(self.owner.addresses, transport=path, fabric=fabric, cache_bytes=cache_bytes)
+            )
             self.zero_rtt: Cluster | None = None
             if fabric is not None and self.rtt_s:
                 ideal = replace(fabric, round_trip_s=0.0)
-                self.zero_rtt = stack.enter_context(connect(self.owner.addresses, transport=path, fabric=ideal))
+                self.zero_rtt = stack.enter_context(
+                    connect(self.owner.addresses, transport=path, fabric=ideal, cache_bytes=cache_bytes)
+                )
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -162,6 +186,7 @@ class Algorithm:
         self.n_shards = len(collective.labels)
         self.beams = not algorithm.endswith("spire")
         self.inflights = not asks
+        self.cache_bytes: int | None = 0 if asks else collective.cache_bytes
         self.rtt_s = 0.0 if asks or ideal else collective.rtt_s
         self.zero_rtt = Algorithm(collective, algorithm, ideal=collective.zero_rtt) if self.rtt_s else None
 
@@ -180,12 +205,28 @@ class Algorithm:
         )
         return Answer(result.ids, result.stats, float(result.asked.mean()) if len(result.asked) else 0.0)
 
+    def forget(self) -> None:
+        """As `benchmark.System`."""
+        self._cluster.clear_caches()
+
     def owner_cpu_s(self) -> float | None:
         """CPU of the owner process."""
         return self._collective.owner.cpu_s()
 
     def close(self) -> None:
         """The collective is closed by who made it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A cache's budget: bytes, or a share of what it is a cache of."""
+
+    nbytes: int = 0
+    share: float = 0.0
+
+    def of(self, paths: Sequence[Path]) -> int:
+        """In bytes, for these shards."""
+        return self.nbytes or round(self.share * sum(path.stat().st_size for path in paths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +248,13 @@ def open_systems(
     *,
     libraries: Sequence[str] = ("hnswlib",),
     split: Split | None = None,
+    budgets: Sequence[Budget] = (Budget(),),
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[list[System]]:
     """Other libraries, and this package over each of `transports`, ready to be measured; closed on the way out.
 
-    With a `split` this package searches a collection by each of its algorithms, without one a single shard.
+    With a `split` this package searches a collection by each of its algorithms, without one a single shard. Where it reads,
+    it does so with a cache of records of each of `budgets`.
 
     All graphs are built by all cores with the plan's M and ef_construction, and kept in the directory `cache` for the next
     run, under names that tell the data set with a hash of its vectors, the parameters, and a library's version.
@@ -227,17 +270,23 @@ def open_systems(
             systems.append(LIBRARIES[name](data, plan, path, progress))
         if split is not None:
             directory = _collection(data, plan, split, cache, stem, progress)
-            for transport in transports:
-                collective = Collective(directory, transport)
+            sizes = [budget.of(shard_paths([directory])) for budget in budgets]
+            for transport, cache_bytes in itertools.product(transports, sizes):
+                collective = Collective(directory, transport, cache_bytes)
                 stack.callback(collective.close)
                 systems += [Algorithm(collective, algorithm) for algorithm in split.algorithms]
             yield systems
             return
         shard = _shard(data, plan, cache / f"{stem}.cotra", progress)
         for transport, (kind, fabric) in zip(transports, fabrics, strict=True):
-            ours: System = Remote(shard, kind) if kind in REMOTE else Local(shard, transport, fabric, max(plan.threads))
-            systems.append(ours)
-            stack.callback(ours.close)
+            for cache_bytes in (0,) if kind == "rpc" else [budget.of([shard]) for budget in budgets]:
+                ours: System
+                if kind in REMOTE:
+                    ours = Remote(shard, kind, cache_bytes)
+                else:
+                    ours = Local(shard, transport, fabric, max(plan.threads), cache_bytes)
+                systems.append(ours)
+                stack.callback(ours.close)
         yield systems
 
 

@@ -73,13 +73,15 @@ def speed_table(points: Sequence[Point]) -> Table:
 
 def cost_table(points: Sequence[Point]) -> Table:
     """What a query cost on average, where it is counted."""
-    columns = ["system", ">ef", f">recall@{points[0].k}", ">READs", ">rounds", ">KiB", ">shards", ">owner CPU us"]
+    columns = ["system", ">ef", f">recall@{points[0].k}", ">READs", ">cached", ">rounds", ">KiB", ">shards"]
+    columns += [">owner CPU us"]
     rows = [
         (
             label(point),
             str(point.ef),
             f"{point.recall:.4f}",
             number(point.reads_per_query),
+            number(point.cached_records_per_query if point.cache_bytes else None),
             number(point.rounds_per_query),
             kib(point.bytes_per_query),
             number(point.shards_per_query, 2),

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
 from cotra_rdma.compass import DEFAULT_TARGET, Router
 from cotra_rdma.cost import Prediction, needs_of_asking, needs_of_reading
-from cotra_rdma.engine import STATS_DTYPE, merge
+from cotra_rdma.engine import COUNTS, STATS_DTYPE, CacheInfo, merge
 from cotra_rdma.errors import (
     ClosedError,
     CotraError,
@@ -56,7 +56,8 @@ class SearchResult:
         distances: float32[n_queries, k], inf there.
         shards: int32[n_queries, k]: the position of the shard of each, in the order given to `connect`; -1 there.
         stats: `cotra_rdma.engine.STATS_DTYPE`[n_queries]: reads, rounds (of the shard with most), expansions, cache_hits
-            (upper-layer nodes looked at without a READ), read_bytes, latency_ns; all else summed over the shards.
+            (upper-layer nodes looked at without a READ), cached_records (taken from the cache of `cache_bytes` in place of
+            as many READs), read_bytes, latency_ns; all else summed over the shards.
         transports: for each shard the transport that was really used: "verbs", "shm" or "rpc".
         elapsed_s: of the whole call, in seconds.
         coverage: the share of the shards that answered: 1.0 unless a partial answer was asked for.
@@ -89,6 +90,7 @@ def connect(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     fabric: FabricModel | None = None,
     queue_pair: QueuePairOptions | None = None,
+    cache_bytes: int = 0,
 ) -> Cluster:
     """Connects to the owners of shards, and reads each shard's header and upper layers once.
 
@@ -101,18 +103,24 @@ def connect(
         timeout_s: for each call of the control plane.
         fabric: adds a modelled fabric to every one-sided READ.
         queue_pair: options of the queue pairs, time-outs say.
+        cache_bytes: a bound for the memory in which the cluster keeps records that its walks read most often, beside
+            headers and upper layers; 0 keeps none. All threads share it; each shard that is read has a part, by its size.
+            It changes how much is read, and no answer. Of no use over shm, where a READ is a pointer.
 
     Raises:
         TransportError: a shard cannot be reached. VerbsUnavailableError: verbs was asked for and cannot be had, and why.
-        InvalidInputError: shards that differ in dim or metric.
+        InvalidInputError: shards that differ in dim or metric; a shard's part of `cache_bytes` that holds no record.
     """
     given = [addresses] if isinstance(addresses, str) else list(addresses)
     if not given:
         raise InvalidInputError("connect needs at least one address")
     check_timeout(timeout_s)
+    if cache_bytes < 0:
+        raise InvalidInputError(f"cache_bytes must be 0 or more, not {cache_bytes}")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
-    return Cluster(given, transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions())
+    options = queue_pair or QueuePairOptions()
+    return Cluster(given, transport, device, gid_index, keys, timeout_s, fabric, options, cache_bytes)
 
 
 class Cluster:
@@ -128,6 +136,7 @@ class Cluster:
         timeout_s: float,
         fabric: FabricModel | None,
         options: QueuePairOptions,
+        cache_bytes: int,
     ) -> None:
         self._lock = threading.Lock()
         self._closed = False
@@ -154,6 +163,9 @@ class Cluster:
             no_device = self._open_device(transport, device)
             for peer in self._peers:
                 peer.choose(transport, self._device, no_device)
+            self._one_sided = [peer for peer in self._peers if peer.transport in ONE_SIDED]
+            if cache_bytes:
+                self._make_caches(cache_bytes)
         except BaseException:
             self.close()
             raise
@@ -161,7 +173,6 @@ class Cluster:
         self.metric: str = self._peers[0].shard.metric
         self.transports: tuple[str, ...] = tuple(peer.transport for peer in self._peers)
         self.passed_over: tuple[dict[str, str], ...] = tuple(peer.passed_over for peer in self._peers)
-        self._one_sided = [peer for peer in self._peers if peer.transport in ONE_SIDED]
         self._links = [peer.link for peer in self._peers]
         self._planner = Planner(self._peers, self.dim, _router(self._peers))
         if "verbs" in self.transports:
@@ -184,6 +195,11 @@ class Cluster:
                 raise
             return str(error)
         return ""
+
+    def _make_caches(self, budget_bytes: int) -> None:
+        sizes = [peer.info.image_bytes for peer in self._one_sided if peer.info is not None]
+        for peer, size in zip(self._one_sided, sizes, strict=True):
+            peer.make_cache(budget_bytes * size // sum(sizes))
 
     def renew_leases(self) -> None:
         """Keeps the queue pairs that owners hold for this reader. A thread does it, as long as the cluster is open."""
@@ -219,8 +235,20 @@ class Cluster:
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes that this reader keeps of the shards: headers and upper layers."""
-        return sum(peer.view.nbytes for peer in self._peers if peer.view is not None)
+        """Bytes that this reader keeps of the shards: headers and upper layers, and the cache of `cache_bytes`."""
+        views = sum(peer.view.nbytes for peer in self._peers if peer.view is not None)
+        return views + sum(cache.nbytes for cache in self.record_caches if cache is not None)
+
+    @property
+    def record_caches(self) -> tuple[CacheInfo | None, ...]:
+        """The cache of each shard's records; None for a shard without."""
+        return tuple(None if peer.cache is None else peer.cache.info for peer in self._peers)
+
+    def clear_caches(self) -> None:
+        """Forgets all cached records, and how often each was asked for: as after `connect`."""
+        for peer in self._peers:
+            if peer.cache is not None:
+                peer.cache.clear()
 
     def ping(self, n_reads: int = 100, n_bytes: int = 1024) -> tuple[npt.NDArray[np.uint64], ...]:
         """The latency of `n_reads` READs of each shard's first bytes, one after the other, in ns: uint64[n_reads] for each
@@ -451,7 +479,7 @@ class Cluster:
         total = np.zeros(len(job.queries), STATS_DTYPE)
         for shards, answer in answers:
             labels[shards], distances[shards], stats = answer
-            for name in ("reads", "expansions", "cache_hits", "read_bytes"):
+            for name in COUNTS:
                 total[name] += stats[name]
             for name in ("rounds", "latency_ns"):
                 total[name] = np.maximum(total[name], stats[name])

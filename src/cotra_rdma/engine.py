@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
-from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.queries import check_rows, check_search
 
 METRICS = ("l2", "ip", "cosine")
@@ -25,8 +25,14 @@ STATS_DTYPE = np.dtype(
         ("cache_hits", "<u4"),
         ("read_bytes", "<u8"),
         ("latency_ns", "<u8"),
+        ("cached_records", "<u4"),
+        ("reserved", "<u4"),
     ]
 )
+COUNTS = ("reads", "expansions", "cache_hits", "cached_records", "read_bytes")
+"""Those of `STATS_DTYPE` that are summed over shards; of rounds and latency_ns a query has its slowest shard's."""
+OWNER_STATS_DTYPE = np.dtype([(name, STATS_DTYPE[name]) for name in (STATS_DTYPE.names or ())[:6]])
+"""What an owner that searches tells of each query, without what a cache did: it has none."""
 
 
 def simd_level() -> str:
@@ -131,20 +137,77 @@ class View(Handle):
         return int(nbytes[0])
 
 
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """A cache's memory in bytes, all in all; how many records it may hold, and how many it holds now."""
+
+    nbytes: int
+    places: int
+    records: int
+
+
+class RecordCache(Handle):
+    """The records of one shard that walks read most often, as many as fit a budget: each is taken from here in place of a READ.
+
+    Engines of several threads may share it; none of them waits for another. A record takes the place of another only when
+    it was asked for more often of late: TinyLFU (Einziger, Friedman, Manes, ACM Transactions on Storage 13(4), 2017).
+    """
+
+    @classmethod
+    def create(cls, view: View, budget_bytes: int) -> Self:
+        """For the shard of `view`; never takes more than the budget, nor than all records need. Raises `InvalidInputError`
+        where the budget holds no record."""
+        if not 0 <= budget_bytes < 2**63:
+            raise InvalidInputError(f"a cache cannot have {budget_bytes} bytes")
+        out, err = ffi.new("cotra_cache **"), new_error()
+        check(lib.cotra_cache_create(view.ptr, budget_bytes, out, err), err)
+        return cls(out[0])
+
+    def _destroy(self, ptr: Any) -> None:
+        lib.cotra_cache_destroy(ptr)
+
+    @property
+    def info(self) -> CacheInfo:
+        """Memory and records."""
+        raw = ffi.new("cotra_cache_info *")
+        lib.cotra_cache_get_info(self.ptr, raw)
+        return CacheInfo(raw.bytes, raw.places, raw.records)
+
+    def clear(self) -> None:
+        """Forgets all records, and how often each was asked for."""
+        lib.cotra_cache_clear(self.ptr)
+
+
 class Engine(Handle):
     """One thread's searcher over n shards: `views[i]` is walked through `channels[i]`. Not shared between threads."""
 
     @classmethod
-    def create(cls, views: Sequence[View], channels: Sequence[Channel], *, simd: int | None = None) -> Self:
-        """All views must agree on dim and metric. `simd`: a COTRA_SIMD_* level; None: the CPU's best."""
+    def create(
+        cls,
+        views: Sequence[View],
+        channels: Sequence[Channel],
+        caches: Sequence[RecordCache | None] | None = None,
+        *,
+        simd: int | None = None,
+    ) -> Self:
+        """All views must agree on dim and metric.
+
+        caches: for each shard one of its records, or None. simd: a COTRA_SIMD_* level; None: the CPU's best.
+        """
         if len(views) != len(channels) or not views:
             raise InvalidInputError("an engine needs one channel for each view, and at least one")
+        if caches is not None and len(caches) != len(views):
+            raise InvalidInputError(f"{len(caches)} caches for {len(views)} shards")
+        kept = [cache for cache in caches or () if cache is not None]
         out, err = ffi.new("cotra_engine **"), new_error()
         level = lib.cotra_simd_best() if simd is None else simd
         raw_views = ffi.new("cotra_view *[]", [view.ptr for view in views])
         raw_channels = ffi.new("cotra_channel *[]", [channel.ptr for channel in channels])
-        check(lib.cotra_engine_create(raw_views, raw_channels, len(views), level, out, err), err)
-        engine = cls(out[0], *views, *channels)
+        raw_caches = ffi.NULL
+        if kept:
+            raw_caches = ffi.new("cotra_cache *[]", [ffi.NULL if c is None else c.ptr for c in caches or ()])
+        check(lib.cotra_engine_create(raw_views, raw_channels, raw_caches, len(views), level, out, err), err)
+        engine = cls(out[0], *views, *channels, *kept)
         engine._n_shards = len(views)
         engine._dim = views[0].info.dim
         engine._params, engine._err = ffi.new("cotra_search_params *"), err
@@ -244,6 +307,24 @@ def search_scope(
         scope.mask = ffi.from_buffer("uint8_t[]", bits)
         held.append(bits)
     return scope, held
+
+
+def pack_stats(stats: npt.NDArray[np.void]) -> memoryview:
+    """An owner's stats (`STATS_DTYPE`[n]) as they travel: `OWNER_STATS_DTYPE`[n] as raw bytes."""
+    told = np.empty(len(stats), OWNER_STATS_DTYPE)
+    for name in OWNER_STATS_DTYPE.names or ():
+        told[name] = stats[name]
+    return told.view(np.uint8).data
+
+
+def unpack_stats(data: bytes | memoryview, n_queries: int) -> npt.NDArray[np.void]:
+    """The other way round: `STATS_DTYPE`[n_queries]. Raises `FormatError` where they are of another number of queries."""
+    if len(data) != n_queries * OWNER_STATS_DTYPE.itemsize:
+        raise FormatError(f"{len(data)} bytes of stats to {n_queries} queries")
+    told, stats = np.frombuffer(data, OWNER_STATS_DTYPE), np.zeros(n_queries, STATS_DTYPE)
+    for name in OWNER_STATS_DTYPE.names or ():
+        stats[name] = told[name]
+    return stats
 
 
 def merge(

@@ -163,4 +163,6 @@ def _open(peers: Sequence[Peer]) -> _Lane:
             channels.append(channel)
             assert peer.view is not None
             views.append(peer.view)
-        return _Lane(peers, channels, views, Engine.create(views, channels), stack.pop_all())
+        return _Lane(
+            peers, channels, views, Engine.create(views, channels, [peer.cache for peer in peers]), stack.pop_all()
+        )

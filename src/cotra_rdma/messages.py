@@ -221,7 +221,7 @@ class SearchResponse:
 
     Attributes:
         code: 0; else the request failed, `message` says why, and the rest is empty.
-        labels: int64[n, k], little-endian. distances: float32[n, k]. stats: `engine.STATS_DTYPE`[n] as raw bytes (32 each).
+        labels: int64[n, k], little-endian. distances: float32[n, k]. stats: `engine.OWNER_STATS_DTYPE`[n] as raw bytes (32 each).
     """
 
     code: int

@@ -21,7 +21,7 @@ from cotra_rdma.channel import Channel, FabricModel
 from cotra_rdma.coarse import CoarseTable
 from cotra_rdma.compass import Calibration
 from cotra_rdma.cost import Link
-from cotra_rdma.engine import STATS_DTYPE, ImageInfo, View
+from cotra_rdma.engine import STATS_DTYPE, ImageInfo, RecordCache, View, unpack_stats
 from cotra_rdma.errors import (
     CotraError,
     DeadlineError,
@@ -66,6 +66,7 @@ class Peer:
         self.passed_over: dict[str, str] = {}
         self.view: View | None = None
         self.lists: IvfTable | None = None
+        self.cache: RecordCache | None = None
         self.coarse: CoarseTable | None = None
         self.calibration: Calibration | None = None
         self.number: int | None = None  # in its collection
@@ -224,6 +225,14 @@ class Peer:
 
     # ---- one-sided ----
 
+    def make_cache(self, budget_bytes: int) -> None:
+        """Keeps the records that walks read most often, in so many bytes. Raises `InvalidInputError` where they hold none."""
+        assert self.view is not None
+        try:
+            self.cache = RecordCache.create(self.view, budget_bytes)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{self}: {error}", shard=self.index) from None
+
     def open_channel(self) -> tuple[Channel, ExitStack]:
         """A new channel for one lane, and the stack that closes it and all it hangs on."""
         if self._first is not None:
@@ -292,9 +301,12 @@ class Peer:
         answer = messages.SearchResponse.decode(reply.payload)
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
-        if answer.labels.shape != (len(queries), job.k) or len(answer.stats) != len(queries) * STATS_DTYPE.itemsize:
+        if answer.labels.shape != (len(queries), job.k):
             raise FormatError(f"{self}: an answer of {answer.labels.shape} to {len(queries)} queries", shard=self.index)
-        stats = np.frombuffer(answer.stats, STATS_DTYPE).copy()
+        try:
+            stats = unpack_stats(answer.stats, len(queries))
+        except FormatError as error:
+            raise FormatError(f"{self}: {error}", shard=self.index) from None
         # What the owner read in its own memory crossed no wire: this side made one round of one message.
         stats["reads"], stats["rounds"] = 0, 1
         stats["read_bytes"] = (len(request) + reply.payload_len) // len(queries)
@@ -305,7 +317,7 @@ class Peer:
         """Closes everything; lanes that were opened on it must be closed before."""
         if self._first is not None:
             self._first[1].close()
-        for part in (self.lists, self.view, self._arena):
+        for part in (self.lists, self.cache, self.view, self._arena):
             if part is not None:
                 part.close()
         with self._lock:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cotra_rdma.blocking import LoopThread
 from cotra_rdma.dispatch import ZmqDispatch
-from cotra_rdma.engine import STATS_DTYPE, merge
+from cotra_rdma.engine import COUNTS, STATS_DTYPE, merge, unpack_stats
 from cotra_rdma.errors import FormatError, InvalidInputError, PartialResultError, PeerError
 from cotra_rdma.messages import DEFAULT_BEAM, SearchRequest, SearchResponse, queries_per_message
 from cotra_rdma.queries import as_array, check_queries, check_search
@@ -504,14 +504,15 @@ def _checked(
         raise FormatError(f"{shard}: an answer with distances that are no numbers")
     if not len(answer.stats):  # owners of other kinds need not tell
         return labels, distances, np.zeros(n, STATS_DTYPE)
-    if len(answer.stats) != n * STATS_DTYPE.itemsize:
-        raise FormatError(f"{shard}: {len(answer.stats)} bytes of stats to {n} queries")
-    return labels, distances, np.frombuffer(answer.stats, STATS_DTYPE).copy()
+    try:
+        return labels, distances, unpack_stats(answer.stats, n)
+    except FormatError as error:
+        raise FormatError(f"{shard}: {error}") from None
 
 
 def add_stats(total: npt.NDArray[np.void], stats: npt.NDArray[np.void]) -> None:
     """Adds one shard's figures to those of others that worked at the same time: rounds and latency_ns are the largest."""
-    for name in ("reads", "expansions", "cache_hits", "read_bytes"):
+    for name in COUNTS:
         total[name] += stats[name]
     for name in ("rounds", "latency_ns"):
         total[name] = np.maximum(total[name], stats[name])

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from cotra_rdma import messages
 from cotra_rdma.arena import Arena
+from cotra_rdma.engine import pack_stats
 from cotra_rdma.errors import CotraError, InvalidInputError, MemlockError, VerbsUnavailableError
 from cotra_rdma.handover import HandOver, boot_id
 from cotra_rdma.region import MemoryRegion
@@ -259,7 +258,7 @@ class Server:
             labels, distances, stats = self._shard.search(
                 queries, wanted.top_k, wanted.ef_search, wanted.beam, rows=wanted.filter_bitmap
             )
-            return messages.SearchResponse(0, "", labels, distances, stats.view(np.uint8).data)
+            return messages.SearchResponse(0, "", labels, distances, pack_stats(stats))
         except (CotraError, MemoryError) as error:
             return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}")
 

@@ -25,7 +25,6 @@ from helpers.image import (
     GuardedMemory,
     Image,
     checksum,
-    crc32c,
     image_bytes,
     reader_of,
 )
@@ -104,7 +103,6 @@ def survives(memory: GuardedMemory, path: Path, data: bytes, *, may_open: bool =
 
 
 def test_the_helper_knows_the_format(valid: bytes) -> None:
-    assert crc32c(0xFFFFFFFF, b"123456789") ^ 0xFFFFFFFF == 0xE3069283  # the check value of CRC-32C
     assert bytes(Image(valid).seal(*range(N))) == valid
     assert checksum(valid[:USED_HEADER_BYTES], 0) != checksum(valid[:USED_HEADER_BYTES], 1)
 

@@ -55,34 +55,28 @@ RECORD_FIELDS = {
 }
 
 
-def _crc_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return table
+def _keys() -> npt.NDArray[np.uint64]:
+    """SplitMix64 from 0."""
+    z = np.arange(1, 129, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return z ^ z >> np.uint64(31)
 
 
-_TABLE = _crc_table()
-
-
-def crc32c(crc: int, data: bytes) -> int:
-    """CRC-32C without its inversions at both ends (as the SSE 4.2 instruction has it)."""
-    for byte in data:
-        crc = (crc >> 8) ^ _TABLE[(crc ^ byte) & 0xFF]
-    return crc
+_KEYS = _keys().view("<u4").reshape(-1, 2)
 
 
 def checksum(data: bytes, seed: int) -> int:
-    """csrc/base/checksum.c: four lanes of CRC-32C over 8-byte words, folded at the end."""
-    whole, length = len(data) // 32 * 32, len(data)
-    lanes = [seed, seed ^ 0x9E3779B9, seed ^ 0x7F4A7C15, seed ^ 0xF39CC060]
-    words = [data[i : i + 8] for i in range(0, whole, 8)]
-    a, b, c, d = (crc32c(lane, b"".join(words[i::4])) for i, lane in enumerate(lanes))
-    a = crc32c(a, data[whole : length // 8 * 8])
-    a = crc32c(a, struct.pack("<Q", b << 32 | c))
-    return crc32c(a, struct.pack("<Q", (length & 0xFFFFFFFF) << 32 | d))
+    """csrc/base/checksum.c: NH of each chunk of 128 words, chained."""
+    words = np.frombuffer(data, "<u4").reshape(-1, 2)
+    state, first = len(data) << 32 | seed, -len(words) % 8
+    while len(words):
+        chunk, words = words[: 128 - first], words[128 - first :]
+        halves = (chunk + _KEYS[first : first + len(chunk)]).astype(np.uint64)
+        state = (state + int(halves.prod(axis=1, dtype=np.uint64).sum(dtype=np.uint64))) * 0xFF51AFD7ED558CCD % 2**64
+        state ^= state >> 32
+        first = 0
+    return state * 0xC4CEB9FE1A85EC53 % 2**64 >> 32
 
 
 class Image:

@@ -61,9 +61,13 @@ def test_build_serve_search(data: Path, tmp_path: Path, transport: str) -> None:
         assert summary["coverage"] == 1.0
         assert summary["qps"] > 0
         assert 0 < summary["p50_us"] <= summary["p99_us"]
+        assert summary["cached_records_per_query"] == 0
         if transport == "shm":
             assert summary["reads_per_query"] >= summary["rounds_per_query"] > 1
             assert summary["bytes_per_query"] > summary["reads_per_query"]
+            again = answer("search", *asked, "--cache-bytes", 10**7)
+            assert again["reads_per_query"] + again["cached_records_per_query"] == summary["reads_per_query"]
+            assert again["reads_per_query"] < 0.9 * summary["reads_per_query"]
         with np.load(tmp_path / "found.npz") as found:
             ids, near = found["ids"], found["distances"]
         assert (ids.dtype, ids.shape, near.dtype) == (np.int64, (N_QUERIES, 10), np.float32)
@@ -244,6 +248,19 @@ def test_bench(data: Path, tmp_path: Path) -> None:
     assert by_path["model:rtt=0"]["latency_model_ratio"] is None
     assert len(last["summary"]) == 12
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_bench_with_a_cache_of_records(data: Path, tmp_path: Path) -> None:
+    command = ["bench", "--dataset", data / "small", "--ef", 16, "--transport", "shm,local,rpc,model:rtt=1us"]
+    command += ["--cache-bytes", "0,200000,30%", "--queries-zipf", "1:300", "--compare", "none", "--repeats", 1]
+    _, *rows, last = map(json.loads, cotra(*command, "--cache", tmp_path, "--json").stdout.splitlines())
+    assert [row["transport"] for row in rows] == [*["shm"] * 3, *["local"] * 3, "rpc", *["model:rtt=1us"] * 3]
+    for none, some, most in (rows[:3], rows[3:6], rows[7:]):
+        assert (none["cache_bytes"], some["cache_bytes"]) == (0, 200_000)
+        assert none["recall"] == some["recall"] == most["recall"]
+        assert 0 == none["cached_records_per_query"] < some["cached_records_per_query"]
+        assert none["reads_per_query"] > some["reads_per_query"] > most["reads_per_query"]
+    assert len({line["cache_bytes"] for line in last["summary"]}) == 3
 
 
 def test_bench_beside_every_library(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

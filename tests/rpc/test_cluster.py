@@ -110,6 +110,39 @@ class TestPaths:
         ):
             cotra_rdma.connect(server.address, transport=name)
 
+    @pytest.mark.parametrize("n_threads", [1, 2])
+    def test_a_cache_of_records_changes_what_is_read_and_no_answer(
+        self, opened: list[Shard], addresses: list[str], queries: Floats, n_threads: int
+    ) -> None:
+        images = sum(shard.info.image_bytes for shard in opened)
+        with cotra_rdma.connect(addresses, transport="shm") as cluster:
+            expected = cluster.search(queries, k=10, ef=50)
+            views = cluster.cached_bytes
+            assert cluster.record_caches == (None, None)
+        with cotra_rdma.connect(addresses, transport="shm", cache_bytes=images // 5) as cluster:
+            kept = [cache.nbytes for cache in cluster.record_caches if cache is not None]
+            assert len(kept) == 2
+            assert sum(kept) == cluster.cached_bytes - views <= images // 5
+            for _ in range(3):
+                result = cluster.search(queries, k=10, ef=50, n_threads=n_threads)
+                np.testing.assert_array_equal(result.ids, expected.ids)
+                np.testing.assert_array_equal(result.distances.view(np.uint32), expected.distances.view(np.uint32))
+                all_of_it = result.stats["reads"] + result.stats["cached_records"]
+                np.testing.assert_array_equal(all_of_it, expected.stats["reads"])
+            saved = result.stats["cached_records"].sum()
+            assert saved > 0.1 * expected.stats["reads"].sum()
+            cluster.clear_caches()
+            assert cluster.search(queries[:1], k=10, ef=50).stats["cached_records"].sum() == 0
+
+    def test_a_cache_without_room_or_use(self, opened: list[Shard], addresses: list[str], queries: Floats) -> None:
+        with pytest.raises(InvalidInputError, match=r"shard 0 \(.*\): a cache of \d+ bytes holds no record"):
+            cotra_rdma.connect(addresses, transport="shm", cache_bytes=1000)
+        with pytest.raises(InvalidInputError, match="cache_bytes must be 0 or more"):
+            cotra_rdma.connect(addresses, cache_bytes=-1)
+        with cotra_rdma.connect(addresses, transport="rpc", cache_bytes=1000) as cluster:
+            assert cluster.record_caches == (None, None)
+            assert (cluster.search(queries[:5], k=3).stats["cached_records"] == 0).all()
+
     def test_an_owner_without_rpc_refuses_it(self, opened: list[Shard]) -> None:
         with cotra_rdma.serve(opened[0], transports=("shm",)) as server:
             assert server.transports == ("shm",)

@@ -37,7 +37,7 @@ from cotra_rdma import (
     ZmqDispatch,
     messages,
 )
-from cotra_rdma.engine import STATS_DTYPE, merge
+from cotra_rdma.engine import OWNER_STATS_DTYPE, merge
 from cotra_rdma.messages import SearchRequest, SearchResponse
 from cotra_rdma.owner_process import OwnerProcess
 from cotra_rdma.seam import ShardRef, ShardSubset
@@ -613,7 +613,7 @@ class TestCoTraRdma:
 
 
 def test_stats_of_owners_are_added() -> None:
-    stats = np.array([(5, 2, 5, 9, 320, 21000)], STATS_DTYPE).tobytes()
+    stats = np.array([(5, 2, 5, 9, 320, 21000)], OWNER_STATS_DTYPE).tobytes()
     gatherer, _ = over({i: (lambda r: respond(r, [(1, 1.0)], stats=stats)) for i in range(2)})
     record = search(gatherer).stats[0]
     assert (record["reads"], record["rounds"], record["expansions"], record["cache_hits"]) == (0, 1, 10, 18)

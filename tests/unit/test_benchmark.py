@@ -30,6 +30,7 @@ class Oracle:
         self.beams = self.inflights = transport is not None
         self.algorithm: str | None = None
         self.n_shards = 1
+        self.cache_bytes: int | None = 0 if self.beams else None
         self.zero_rtt: System | None = twin
         self.rtt_s = 5e-6 if twin else 0.0
         self._asked = 0
@@ -44,6 +45,9 @@ class Oracle:
         stats["reads"], stats["rounds"], stats["read_bytes"] = setting.ef, rounds, 1024 * setting.ef
         stats["latency_ns"] = 1000 + 1e9 * self.rtt_s * rounds
         return Answer(ids, stats if self.beams else None)
+
+    def forget(self) -> None:
+        pass
 
     def owner_cpu_s(self) -> float | None:
         return 1e-6 * self._asked if self.beams else None
@@ -113,6 +117,18 @@ def test_a_run_has_a_row_for_every_configuration(tmp_path: Path) -> None:
     assert theirs.p50_us == theirs.call_us
     assert (ours.p50_us, ours.p99_us) == (1.0, 1.0)
     assert ours.overhead_us == pytest.approx(ours.call_us - 1.0)
+
+
+def test_a_stream_of_queries_by_zipfs_law(tmp_path: Path) -> None:
+    data = DataSet.open(write_set(tmp_path, "l2"))
+    stream = data.drawn(1.0, 3000)
+    rows = [int(np.flatnonzero((data.queries == query).all(axis=1))[0]) for query in stream.queries]
+    assert (stream.ground_truth == data.ground_truth[rows]).all()
+    often = np.sort(np.bincount(rows, minlength=30))[::-1] / 3000
+    assert often[:3] == pytest.approx(1 / np.arange(1, 4) / (1 / np.arange(1, 31)).sum(), rel=0.15)
+    assert (data.drawn(1.0, 3000).queries == stream.queries).all()
+    alike = [int(np.flatnonzero((data.queries == query).all(axis=1))[0]) for query in data.drawn(0, 3000).queries]
+    assert np.bincount(alike, minlength=30).max() < 2 * 100
 
 
 def test_settings_are_swept_where_a_system_has_them(tmp_path: Path) -> None:

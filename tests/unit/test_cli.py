@@ -74,6 +74,9 @@ def test_version_and_no_arguments() -> None:
         (("bench", "--dataset", "x", "--ef", "8"), "8 is less than k = 10"),
         (("bench", "--dataset", "x", "--threads", "0,1"), "'0,1' is not a list of positive"),
         (("bench", "--dataset", "x", "--inflight", "some"), "'some' is not a list of whole numbers from 0 on"),
+        (("bench", "--dataset", "x", "--cache-bytes", "1%,few"), "'few' is no number of bytes"),
+        (("bench", "--dataset", "x", "--queries-zipf", "1.0"), "'1.0' is not EXPONENT:N"),
+        (("search", "127.0.0.1:1", "--queries", __file__, "--cache-bytes", "-1"), "--cache-bytes"),
         (
             ("bench", "--dataset", "x", "--compare", "hnswlib,annoy"),
             "'annoy' is not one of hnswlib, faiss, usearch, none",

@@ -141,22 +141,31 @@ def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def crc(state: int, word: int) -> int:
-    state ^= word
-    for _ in range(64):
-        state = state >> 1 ^ (0x82F63B78 if state & 1 else 0)
-    return state
+def keys() -> list[int]:
+    state, made = 0, []
+    for _ in range(128):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        made.append(z ^ z >> 31)
+    return made
+
+
+KEYS = keys()
 
 
 def checksum(raw: bytes, seed: int) -> int:
     words = struct.unpack(f"<{len(raw) // 8}Q", raw)
-    lanes = [seed, seed ^ 0x9E3779B9, seed ^ 0x7F4A7C15, seed ^ 0xF39CC060]
-    whole = len(words) // 4 * 4
-    for i, word in enumerate(words):
-        lane = i % 4 if i < whole else 0
-        lanes[lane] = crc(lanes[lane], word)
-    a, b, c, d = lanes
-    return crc(crc(a, b << 32 | c), len(raw) << 32 | d)
+    state, first = len(raw) << 32 | seed, -len(words) % 8
+    while words:
+        chunk, words = words[: 128 - first], words[128 - first :]
+        total = 0
+        for word, key in zip(chunk, KEYS[first:], strict=False):
+            total += (word + key) % 2**32 * (((word >> 32) + (key >> 32)) % 2**32)
+        state = (state + total) * 0xFF51AFD7ED558CCD % 2**64
+        state ^= state >> 32
+        first = 0
+    return state * 0xC4CEB9FE1A85EC53 % 2**64 >> 32
 
 
 class Image:

@@ -19,7 +19,7 @@ from cotra_rdma.benchmark_libraries import LIBRARIES, check_libraries
 from cotra_rdma.benchmark_plot import check_plot, draw
 from cotra_rdma.benchmark_report import write_report
 from cotra_rdma.benchmark_summary import compare
-from cotra_rdma.benchmark_systems import Split, open_systems
+from cotra_rdma.benchmark_systems import Budget, Split, open_systems
 from cotra_rdma.benchmark_tables import builds_table, cost_table, speed_table, summary_table, title
 from cotra_rdma.benchmark_transports import parse_transport
 from cotra_rdma.cli import output
@@ -165,6 +165,21 @@ def bench(
             help="With --algorithm: inverted lists over all shards, for spire.",
         ),
     ] = None,
+    cache_bytes: Annotated[
+        str,
+        typer.Option(
+            metavar="N[,N...]",
+            help="With a reader's cache of so many bytes of records, or of such a share of the shards: 0,1000000,1%.",
+        ),
+    ] = "0",
+    queries_zipf: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXPONENT:N",
+            show_default=False,
+            help="Search for N queries that are drawn from the set by Zipf's law, some often: 1.0:20000. 0: all alike.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure recall, speed and cost over a sweep of ef and beam, beside other libraries.
@@ -184,6 +199,8 @@ def bench(
     if plan.efs[0] < k:
         raise typer.BadParameter(f"{plan.efs[0]} is less than k = {k}", param_hint="--ef")
     shares = _shares(filter or [])
+    budgets = _budgets(cache_bytes)
+    stream = None if queries_zipf is None else _stream(queries_zipf)
     libraries = _libraries(compare_with)
     transports = comma_list(transport or ["shm"])
     if dataset is None and None in (base, queries, ground_truth):
@@ -200,6 +217,8 @@ def bench(
     )
     if rows is not None:
         data = data.first(rows)
+    if stream is not None:
+        data = data.drawn(*stream)
     if data.ground_truth.shape[1] < k:
         raise typer.BadParameter(f"the ground truth has {data.ground_truth.shape[1]} for each query", param_hint="--k")
     split = None
@@ -214,7 +233,14 @@ def bench(
             bar.update(task, description=what, completed=done, total=total)
 
         with open_systems(
-            data, transports, plan, cache or _cache(), libraries=libraries, split=split, progress=progress
+            data,
+            transports,
+            plan,
+            cache or _cache(),
+            libraries=libraries,
+            split=split,
+            budgets=budgets,
+            progress=progress,
         ) as systems:
             points = []
             for share in [None, *shares]:
@@ -271,6 +297,26 @@ def _shares(values: list[str]) -> list[float]:
     if not all(0 < share < 1 for share in shares):
         raise typer.BadParameter(f"{','.join(values)} is not a list of shares between 0 and 1", param_hint="--filter")
     return shares
+
+
+def _budgets(value: str) -> list[Budget]:
+    budgets = []
+    for item in comma_list([value]):
+        number = item.removesuffix("%")
+        if item.isdecimal():
+            budgets.append(Budget(nbytes=int(item)))
+        elif number != item and number.replace(".", "", 1).isdecimal() and 0 < float(number) <= 100:
+            budgets.append(Budget(share=float(number) / 100))
+        else:
+            raise typer.BadParameter(f"{item!r} is no number of bytes, and no share as 1%", param_hint="--cache-bytes")
+    return budgets or [Budget()]
+
+
+def _stream(value: str) -> tuple[float, int]:
+    exponent, _, n = value.partition(":")
+    if not exponent.replace(".", "", 1).isdecimal() or not n.isdecimal() or int(n) < 1:
+        raise typer.BadParameter(f"{value!r} is not EXPONENT:N, as in 1.0:20000", param_hint="--queries-zipf")
+    return float(exponent), int(n)
 
 
 def _cache() -> Path:

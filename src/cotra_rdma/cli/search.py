@@ -80,6 +80,10 @@ def search(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Answer without the shards that fail, and name them.")
     ] = False,
+    cache_bytes: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Keep records that are read often, in N bytes at most; 0: none."),
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Search shards that are served, and say what it took.
@@ -97,7 +101,7 @@ def search(
         raise InvalidInputError(
             f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
         )
-    with connect(addresses, transport=transport, timeout_s=timeout) as cluster:
+    with connect(addresses, transport=transport, timeout_s=timeout, cache_bytes=cache_bytes) as cluster:
         begin = time.perf_counter()
         result = cluster.search(
             vectors,
@@ -139,6 +143,7 @@ def _summary(result: SearchResult, seconds: float, addresses: list[str]) -> dict
         "p50_us": float(p50),
         "p99_us": float(p99),
         "reads_per_query": float(result.stats["reads"].mean()),
+        "cached_records_per_query": float(result.stats["cached_records"].mean()),
         "rounds_per_query": float(result.stats["rounds"].mean()),
         "bytes_per_query": float(result.stats["read_bytes"].mean()),
         "transports": dict(zip(addresses, result.transports, strict=True)),
@@ -192,6 +197,7 @@ def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int)
             ("queries a second", f"{summary['qps']:,.0f}"),
             ("latency", f"p50 {summary['p50_us']:,.0f} us, p99 {summary['p99_us']:,.0f} us"),
             ("READs per query", f"{summary['reads_per_query']:.1f}"),
+            ("records from the cache", f"{summary['cached_records_per_query']:.1f} per query"),
             ("rounds per query", f"{summary['rounds_per_query']:.1f}"),
             ("read per query", output.human_bytes(summary["bytes_per_query"])),
             *((f"path to {address}", path) for address, path in summary["transports"].items()),
