@@ -35,6 +35,7 @@ class Comparison:
     system: str
     transport: str | None
     algorithm: str | None
+    shards: int
     filter: float | None
     beam: int | None
     inflight: int | None
@@ -56,6 +57,7 @@ class CurveKey(NamedTuple):
     system: str
     transport: str | None = None
     algorithm: str | None = None
+    shards: int = 1
     filter: float | None = None
     beam: int | None = None
     inflight: int | None = None
@@ -135,6 +137,7 @@ def label(row: Point | Comparison) -> str:
     """A curve's name."""
     parts = [row.system if row.transport is None else f"{row.system} {row.transport}", row.algorithm]
     parts += [
+        f"{row.shards} shards" if row.shards > 1 else None,
         None if row.beam is None else f"beam {row.beam}",
         f"inflight {row.inflight}" if row.inflight else None,
         f"{row.n_threads} threads" if row.n_threads > 1 else None,

@@ -43,13 +43,12 @@ class Border:
     """How a shard looks for neighbours in others.
 
     Attributes:
-        shards: that one node may look into, at most.
-        reach: it looks where that shard's centroid is at most so many times as far from it as its own shard's.
+        shards: that a node looks into: those with the nearest centroids, however far they are, for the graph must not fall
+            apart where shards do.
         k, ef: of each search.
     """
 
     shards: int = 4
-    reach: float = 1.2
     k: int = 8
     ef: int = 16
 
@@ -181,21 +180,16 @@ def _ranges(count: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + _ROWS, count)) for begin in range(0, count, _ROWS)]
 
 
-def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.NDArray[np.int32]:
-    """The other shards that each node looks into, the nearest first: int32[count, border.shards], -1 where fewer."""
-    n_shards = len(plan.counts)
-    width = min(border.shards, n_shards - 1)
-    near = np.full((own.info.count, width), -1, np.int32)
+def _near_shards(own: _Own, shard: int, plan: GraphPlan, width: int) -> npt.NDArray[np.int32]:
+    """The other shards whose centroids are nearest to each node: int32[count, width]."""
+    near = np.empty((own.info.count, width), np.int32)
     centre = plan.centroids.mean(axis=0)
     centroids = plan.centroids - centre
+    squares = np.square(centroids).sum(axis=1)
+    squares[shard] = np.inf
     for begin, end in _ranges(own.info.count):
-        rows = own.vectors(slice(begin, end)) - centre
-        gaps = np.square(rows).sum(axis=1)[:, np.newaxis] - 2 * rows @ centroids.T + np.square(centroids).sum(axis=1)
-        bound = border.reach**2 * np.maximum(gaps[:, shard], 0)
-        gaps[:, shard] = np.inf
-        order = np.argsort(gaps, axis=1, kind="stable")[:, :width]
-        close = np.take_along_axis(gaps, order, 1) <= bound[:, np.newaxis]
-        near[begin:end] = np.where(close, order, -1)
+        gaps = squares - 2 * (own.vectors(slice(begin, end)) - centre) @ centroids.T
+        near[begin:end] = np.argsort(gaps, axis=1, kind="stable")[:, :width]
     return near
 
 
@@ -209,9 +203,9 @@ def _search_border(
     progress: Progress | None,
 ) -> npt.NDArray[np.uint32]:
     """Near nodes of other shards, for each node: uint32[count, width] numbers in the graph; 0xFFFFFFFF where fewer."""
-    near = _near_shards(own, shard, plan, border)
+    near = _near_shards(own, shard, plan, min(border.shards, len(plan.counts) - 1))
     found = np.full((own.info.count, near.shape[1], border.k), _NONE, np.uint32)
-    done, total = 0, int((near >= 0).sum())
+    done = 0
     with ThreadPoolExecutor(threads) as pool:
         for other in range(len(plan.counts)):
             rows, places = np.nonzero(near == other)
@@ -236,7 +230,7 @@ def _search_border(
             found[rows, places] = np.concatenate(list(pool.map(search, parts)))
             done += len(rows)
             if progress:
-                progress("border", done * own.info.count // total, own.info.count)
+                progress("border", done * own.info.count // near.size, own.info.count)
     return found.reshape(own.info.count, -1)
 
 

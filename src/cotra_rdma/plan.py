@@ -55,6 +55,10 @@ class Planner:
         self._dim = dim
         self.router = router
         self.experience = Experience()
+        graphs = {0 if peer.info is None else peer.info.graph_id for peer in peers} - {0}
+        read = [peer for peer in peers if peer.info is not None]
+        self.one_graph = len(graphs) == 1 and len(read) > 1 and all(peer.info and peer.info.graph_id for peer in read)
+        self._walked = len(read) if self.one_graph else 1  # shards that one walk goes through
         self._every = frozenset(range(len(peers)))
         self._closed = frozenset(at for at in self._every if peers[at].transport not in ONE_SIDED)
 
@@ -67,7 +71,8 @@ class Planner:
         if algorithm == "cotra" and not explain:  # nothing to plan
             return Plan(algorithm, job.mask, False, self._closed)
         mask = job.mask
-        if algorithm.startswith("compass") or (algorithm == "auto" and self._calibrated_for(job)):
+        routes = not self.one_graph and self._calibrated_for(job)  # a walk over one graph leaves out shards by itself
+        if algorithm.startswith("compass") or (algorithm == "auto" and routes):
             mask = self._selection(job, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()
         base = algorithm.removeprefix("compass").removeprefix("+") or "cotra"
@@ -120,10 +125,11 @@ class Planner:
     def _walk(self, job: SearchJob) -> Needs:
         record = float(np.mean([peer.shard.record_bytes for peer in self._peers]))
         known = self.experience.of("walk", job.k, job.ef, job.beam)
-        return known or guess_walk(job.k, job.ef, job.beam, record)
+        return known or guess_walk(job.k, job.ef, job.beam, record).shared_by(self._walked)
 
     def _over_rpc(self, job: SearchJob, walk: Needs) -> Needs:
-        return self.experience.of("asked", job.k, job.ef, job.beam) or over_rpc(walk, self._dim, job.k)
+        known = self.experience.of("asked", job.k, job.ef, job.beam)
+        return known or over_rpc(walk.shared_by(1 / self._walked), self._dim, job.k)
 
     def _lists(self, job: SearchJob) -> Needs:
         """Of a query, over all shards: however many it is for, it reads as many lists."""
