@@ -208,7 +208,7 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
     walk->mask = mask;
     walk->next_row = walk->next_place = 0;
     walk->kernels = kernels;
-    walk->hit_count = walk->frontier_count = 0;
+    walk->hit_count = walk->frontier_count = walk->beam = 0;
     memset(&walk->stats, 0, sizeof walk->stats);
     memcpy(walk->query, query, dim * sizeof *query);
     memset(walk->query + dim, 0, (padded_dim(dim) - dim) * sizeof *query);
@@ -274,9 +274,9 @@ uint32_t cotra_walk_choose(cotra_walk *walk)
     if (walk->plan.direct)
         return choose_rows(walk);
     /* What is nearest after a round or two is worth more than what was nearest at the start. */
-    const uint64_t wide = 2 * (walk->stats.rounds + 1), beam = wide < walk->plan.beam ? wide : walk->plan.beam;
     uint32_t n = 0;
-    while (n < beam && walk->stats.expansions + n < walk->plan.pool) {
+    walk->beam = walk->beam + 2 < walk->plan.beam ? walk->beam + 2 : walk->plan.beam;
+    while (n < walk->beam && walk->stats.expansions + n < walk->plan.pool) {
         const uint32_t node = cotra_candidates_choose(&walk->candidates, walk->kernels, walk->limit);
         if (node == COTRA_NO_NODE)
             break;

@@ -53,6 +53,7 @@ typedef struct cotra_walk {
     float *scratch;    /* [2 * code_dim] */
     cotra_candidates candidates;
     uint64_t *nearest;  /* [width + 1]: upper nodes, while begin() descends */
+    uint32_t beam;      /* of the next frontier: wider each time, up to the plan's */
     uint32_t *frontier; /* [width]: the nodes being read */
     uint32_t *places;   /* [width]: of their shards in the space */
     uint32_t frontier_count;
