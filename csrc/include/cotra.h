@@ -123,7 +123,7 @@ typedef struct cotra_image_info {
     uint64_t ivf_bytes;
     uint32_t ivf_checksum;
     uint32_t reserved;
-    uint64_t graph_id;    /* of the graph over all shards that the level-0 links are part of; 0: the shard's own graph */
+    uint64_t graph_id; /* of the graph over all shards that the level-0 links are part of; 0: the shard's own graph */
     uint64_t graph_count; /* nodes of it; count for a shard's own graph */
     uint64_t graph_base;  /* the number of this image's node 0 in it: numbers of neighbours count from there */
 } cotra_image_info;
@@ -145,9 +145,10 @@ typedef struct cotra_packer_params {
     uint64_t generation;
     const int64_t
         *ids; /* NULL, or [n_ids], used until the state is read: the index's labels are then row numbers, nodes are */
-    uint64_t n_ids; /* numbered by them, and a row's label becomes its id */
+    uint64_t n_ids;    /* numbered by them, and a row's label becomes its id */
     const float *mean; /* NULL: of these vectors; or float32[dim], of all shards' that are to be one graph */
-    uint32_t round_vectors; /* 0: COTRA_ERR_LOSSY for a vector that its type cannot hold exactly; 1: float16 may round */
+    uint32_t
+        round_vectors; /* 0: COTRA_ERR_LOSSY for a vector that its type cannot hold exactly; 1: float16 may round */
     uint32_t reserved;
 } cotra_packer_params;
 
@@ -158,7 +159,8 @@ int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_e
 uint64_t cotra_packer_count(const cotra_packer *packer);
 /* Fills the lists of neighbours of records [begin, end): ranges may be linked by several threads at once. */
 int cotra_packer_link(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err);
-/* After all are linked, makes the codes, factors and checksums of records [begin, end): ranges may be encoded by several threads at once. */
+/* After all are linked, makes the codes, factors and checksums of records [begin, end): ranges may be encoded by
+ * several threads at once. */
 int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err);
 /* Writes the checksums of the whole and hands the arena over. The packer can only be destroyed after it. */
 int cotra_packer_finish(cotra_packer *packer, cotra_arena **out, cotra_error *err);

@@ -200,7 +200,8 @@ static int link_node(const cotra_relinker *relinker, work *w, uint64_t node, con
     cotra_record_head *head = (cotra_record_head *)record;
     memcpy(record, source, info->record_bytes);
     if (head->count > info->degree)
-        return cotra_fail(err, COTRA_ERR_FORMAT, "record %llu has %u neighbours", (unsigned long long)node, head->count);
+        return cotra_fail(err, COTRA_ERR_FORMAT, "record %llu has %u neighbours", (unsigned long long)node,
+                          head->count);
     uint32_t *numbers = (uint32_t *)(record + relinker->layout.numbers);
     for (uint32_t j = 0; j < head->count; j++) {
         if (numbers[j] >= info->count)

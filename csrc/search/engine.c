@@ -22,7 +22,7 @@ typedef struct lane { /* one shard */
     const cotra_view *view;
     cotra_channel *channel;
     cotra_cache *cache; /* or NULL */
-    cotra_read *queue; /* READs waiting for a post: [n_walks * width] */
+    cotra_read *queue;  /* READs waiting for a post: [n_walks * width] */
     uint32_t queued;
     uint32_t outstanding;      /* posted, not completed */
     uint32_t idle_turns;       /* since the clock was read */

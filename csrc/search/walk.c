@@ -46,9 +46,8 @@ int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t m
     walk->places = malloc(max_width * sizeof *walk->places);
     walk->hits = malloc(k * sizeof *walk->hits);
     int status = cotra_candidates_create(&walk->candidates, max_pool, err);
-    if (!status &&
-        !(walk->codes.table && walk->query && walk->scratch && walk->nearest && walk->frontier && walk->places &&
-          walk->hits))
+    if (!status && !(walk->codes.table && walk->query && walk->scratch && walk->nearest && walk->frontier &&
+                     walk->places && walk->hits))
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk");
     if (status)
         cotra_walk_destroy(walk);

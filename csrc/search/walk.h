@@ -5,9 +5,9 @@
  *                        ^   frontier of <= beam        |
  *                        +------------------------------+
  *
- * begin() descends the upper layers in the views of the shards nearest to the query; choose() takes the nearest candidates as the next frontier; the engine
- * READs their records, in any order, whenever they come; expand() takes them in the order of the frontier. So the
- * answer depends on the image and the parameters alone.
+ * begin() descends the upper layers in the views of the shards nearest to the query; choose() takes the nearest
+ * candidates as the next frontier; the engine READs their records, in any order, whenever they come; expand() takes
+ * them in the order of the frontier. So the answer depends on the image and the parameters alone.
  *
  * A walk ends when no candidate is nearer than its limit: the k-th exact distance so far, plus slack for what an
  * estimate may be wrong by. An easy query so ends early, a hard one goes on, at most to its plan's number of
@@ -30,9 +30,9 @@ typedef struct cotra_hit {
 
 /* How a space is walked in one search. */
 typedef struct cotra_walk_plan {
-    uint32_t ef;           /* of the search: what slack is made of */
-    uint32_t pool;         /* expansions at most, and candidates kept: COTRA_POOL_FACTOR * ef, more under a filter */
-    uint32_t beam;         /* expansions a round at most: two in the first, two more in each that follows */
+    uint32_t ef;   /* of the search: what slack is made of */
+    uint32_t pool; /* expansions at most, and candidates kept: COTRA_POOL_FACTOR * ef, more under a filter */
+    uint32_t beam; /* expansions a round at most: two in the first, two more in each that follows */
     const uint8_t *const *filters; /* NULL, or for each of the engine's shards NULL or a bit for each row */
     int direct;                    /* no walk: every row that the filters let through is read */
     int numbers;                   /* hits get their nodes' numbers for labels */
@@ -49,8 +49,8 @@ typedef struct cotra_walk {
     uint32_t width;    /* READs a round at most: of `frontier` */
     uint64_t next_row; /* of a direct plan, in the shard at next_place */
     uint32_t next_place;
-    float *query;      /* [dim padded to 32 floats] */
-    float *scratch;    /* [2 * code_dim] */
+    float *query;   /* [dim padded to 32 floats] */
+    float *scratch; /* [2 * code_dim] */
     cotra_candidates candidates;
     uint64_t *nearest;  /* [width + 1]: upper nodes, while begin() descends */
     uint32_t beam;      /* of the next frontier: wider each time, up to the plan's */

@@ -86,7 +86,8 @@ def compare(points: Sequence[Point], targets: Sequence[float] = TARGETS) -> list
     found = []
     for target, (key, curve) in itertools.product(targets, known.items()):
         others = [name for name in libraries if name != key.system]
-        references = {name: known.get(CurveKey(name, n_threads=key.n_threads), []) for name in others}
+        alike = {at.system: at for at in known if at == CurveKey(at.system, shards=at.shards, n_threads=key.n_threads)}
+        references = {name: known[alike[name]] if name in alike else [] for name in others}
         ratios = {name: ratio_at(curve, reference, target) for name, reference in references.items()}
         alone = known.get(key._replace(n_threads=1), []) if key.n_threads > 1 else []
         modelled = zero_rtt not in (None, key.transport) and (key.transport or "").startswith("model:")

@@ -180,8 +180,10 @@ class Cluster:
         self.transports: tuple[str, ...] = tuple(peer.transport for peer in self._peers)
         self.passed_over: tuple[dict[str, str], ...] = tuple(peer.passed_over for peer in self._peers)
         self._links = [peer.link for peer in self._peers]
-        self._planner = Planner(self._peers, self.dim, _router(self._peers))
-        self.one_graph: bool = self._planner.one_graph
+        graphs = {0 if peer.info is None else peer.info.graph_id for peer in self._one_sided}
+        self.one_graph: bool = len(self._one_sided) > 1 and len(graphs) == 1 and graphs != {0}
+        n_walked = len(self._one_sided) if self.one_graph else 1
+        self._planner = Planner(self._peers, self.dim, _router(self._peers), n_walked)
         if self.one_graph and len(self._one_sided) < len(self._peers):
             asked = ", ".join(str(peer) for peer in self._peers if peer.transport not in ONE_SIDED)
             log.info("not all of the graph can be read: %s: the owner searches its shard by itself", asked)

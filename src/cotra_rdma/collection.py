@@ -342,7 +342,9 @@ def _partition(
         def report(phase: str, done: int, total: int) -> None:
             progress(-1, "partition", done if phase == "assign" else 0)
 
-    part, centroids = balanced_partition(vectors, n_shards, seed=seed, n_threads=n_threads, metric=metric, progress=report)
+    part, centroids = balanced_partition(
+        vectors, n_shards, seed=seed, n_threads=n_threads, metric=metric, progress=report
+    )
     counts = np.bincount(part, minlength=n_shards)
     for empty in np.flatnonzero(counts == 0):  # of equal vectors, or very few
         giver = int(counts.argmax())

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)
 _ROWS = 4096
 _RECORD_HEAD_BYTES = 32
-_TYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
+_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
 
 OpenChannel = Callable[[int], AbstractContextManager[Channel]]
 """Opens a channel to the image that a shard built by itself; the number is its place in the collection."""
@@ -83,7 +82,9 @@ class GraphPlan:
                         f"shards 0 and {at} cannot be one graph: {what} {getattr(first, what)} and {getattr(info, what)}"
                     )
         if centroids.shape != (len(infos), first.dim):
-            raise InvalidInputError(f"centroids must be float32[{len(infos)}, {first.dim}], not {list(centroids.shape)}")
+            raise InvalidInputError(
+                f"centroids must be float32[{len(infos)}, {first.dim}], not {list(centroids.shape)}"
+            )
         counts = np.array([info.count for info in infos], np.int64)
         if counts.sum() > MAX_NODES:
             raise InvalidInputError(f"one graph holds at most {MAX_NODES} nodes, not {counts.sum()}")
@@ -166,7 +167,10 @@ class _Own:
     def vectors(self, rows: slice | npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         """Own vectors of some nodes: float32[n, dim]."""
         raw = self._records[rows, _RECORD_HEAD_BYTES : _RECORD_HEAD_BYTES + self.vector_bytes]
-        return np.ascontiguousarray(raw).view(_TYPES[self.info.vector_type]).astype(np.float32)
+        found: npt.NDArray[np.float32] = (
+            np.ascontiguousarray(raw).view(_TYPES[self.info.vector_type]).astype(np.float32)
+        )
+        return found
 
     def __enter__(self) -> _Own:
         return self
@@ -254,7 +258,7 @@ def _relink(
     stride = -(-own.vector_bytes // 32) * 32
     with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
         channels: dict[int, Channel] = {}
-        running = []
+        running: list[Future[None]] = []
         for begin, end in _ranges(own.info.count):
             numbers, candidates = np.unique(found[begin:end], return_inverse=True)
             far = candidates.reshape(end - begin, -1).astype(np.uint32)
@@ -275,7 +279,7 @@ def _relink(
             running.append(pool.submit(_relink_range, relinker, begin, end, numbers, vectors, far))
             if progress:
                 progress("relink", begin, own.info.count)
-        for future in as_completed(running):
+        for future in running:
             future.result()
         if progress:
             progress("relink", own.info.count, own.info.count)

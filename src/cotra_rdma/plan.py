@@ -50,15 +50,13 @@ class Plan(NamedTuple):
 class Planner:
     """Makes plans for one cluster's shards."""
 
-    def __init__(self, peers: Sequence[Peer], dim: int, router: Router | None) -> None:
+    def __init__(self, peers: Sequence[Peer], dim: int, router: Router | None, n_walked: int = 1) -> None:
+        """`n_walked`: shards that one walk goes through."""
         self._peers = peers
         self._dim = dim
         self.router = router
         self.experience = Experience()
-        graphs = {0 if peer.info is None else peer.info.graph_id for peer in peers} - {0}
-        read = [peer for peer in peers if peer.info is not None]
-        self.one_graph = len(graphs) == 1 and len(read) > 1 and all(peer.info and peer.info.graph_id for peer in read)
-        self._walked = len(read) if self.one_graph else 1  # shards that one walk goes through
+        self._walked = n_walked
         self._every = frozenset(range(len(peers)))
         self._closed = frozenset(at for at in self._every if peers[at].transport not in ONE_SIDED)
 
@@ -71,7 +69,7 @@ class Planner:
         if algorithm == "cotra" and not explain:  # nothing to plan
             return Plan(algorithm, job.mask, False, self._closed)
         mask = job.mask
-        routes = not self.one_graph and self._calibrated_for(job)  # a walk over one graph leaves out shards by itself
+        routes = self._walked == 1 and self._calibrated_for(job)  # a walk over one graph leaves out shards by itself
         if algorithm.startswith("compass") or (algorithm == "auto" and routes):
             mask = self._selection(job, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()

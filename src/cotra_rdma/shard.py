@@ -199,7 +199,9 @@ class Shard:
         return cls(arena, _validate(arena, full=False))
 
     @classmethod
-    def of_arena(cls, arena: Arena, *, n_lists: int = 0, ivf_bits: int = 2, seed: int = 100, n_threads: int = 0) -> Self:
+    def of_arena(
+        cls, arena: Arena, *, n_lists: int = 0, ivf_bits: int = 2, seed: int = 100, n_threads: int = 0
+    ) -> Self:
         """The shard whose image `arena` holds, which is then the shard's (`global_graph.link_shard` makes such ones).
 
         Args:

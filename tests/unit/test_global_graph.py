@@ -167,7 +167,9 @@ def test_threads_make_no_difference(own: tuple[list[Path], GraphPlan]) -> None:
 
 
 def test_how_far_a_shard_looks(own: tuple[list[Path], GraphPlan]) -> None:
-    few, many = (sum((n >= 400).sum() for n in neighbours(Image(linked(own, border=Border(k=k, ef=k))))) for k in (1, 12))
+    few, many = (
+        sum((n >= 400).sum() for n in neighbours(Image(linked(own, border=Border(k=k, ef=k))))) for k in (1, 12)
+    )
     assert 0 < few <= 400 < many
 
 
@@ -312,7 +314,9 @@ def test_each_shard_can_be_searched_by_itself(paths: list[Path], words: Floats, 
             assert recall(ids, exact(words, queries, np.sort(shard.labels()))) > 0.9
 
 
-def test_shards_of_several_graphs_are_walked_each_by_itself(paths: list[Path], own: tuple[list[Path], GraphPlan]) -> None:
+def test_shards_of_several_graphs_are_walked_each_by_itself(
+    paths: list[Path], own: tuple[list[Path], GraphPlan]
+) -> None:
     with engine_over(paths[:1]) as engine:
         alone = engine.search(np.ones((3, 100), np.float32), 5, 20, 4)
     other = images(paths)[1]
