@@ -26,7 +26,7 @@ from cotra_rdma.errors import FormatError, InvalidInputError
 
 MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)
-_ROWS = 4096
+_ROWS = 1024
 _RECORD_HEAD_BYTES = 32
 _TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
 
