@@ -27,6 +27,7 @@ from cotra_rdma.errors import FormatError, InvalidInputError
 MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)
 _ROWS = 1024
+_FAR_SIGHTED = 8
 _RECORD_HEAD_BYTES = 32
 _TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
 
@@ -42,14 +43,16 @@ class Border:
     """How a shard looks for neighbours in others.
 
     Attributes:
-        shards: that a node looks into: those with the nearest centroids, however far they are, for the graph must not fall
-            apart where shards do.
+        shards: that a node looks into, at most: those with the nearest centroids.
+        reach: it looks where that centroid is at most so many times as far from it as its own shard's. Every eighth node looks
+            however far that is, for the graph must not fall apart where shards do.
         k, ef: of each search.
     """
 
-    shards: int = 4
-    k: int = 8
-    ef: int = 16
+    shards: int = 6
+    reach: float = 1.3
+    k: int = 10
+    ef: int = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,16 +187,21 @@ def _ranges(count: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + _ROWS, count)) for begin in range(0, count, _ROWS)]
 
 
-def _near_shards(own: _Own, shard: int, plan: GraphPlan, width: int) -> npt.NDArray[np.int32]:
-    """The other shards whose centroids are nearest to each node: int32[count, width]."""
+def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.NDArray[np.int32]:
+    """The other shards that each node looks into: int32[count, border.shards], -1 for none."""
+    width = min(border.shards, len(plan.counts) - 1)
     near = np.empty((own.info.count, width), np.int32)
     centre = plan.centroids.mean(axis=0)
     centroids = plan.centroids - centre
-    squares = np.square(centroids).sum(axis=1)
-    squares[shard] = np.inf
     for begin, end in _ranges(own.info.count):
-        gaps = squares - 2 * (own.vectors(slice(begin, end)) - centre) @ centroids.T
-        near[begin:end] = np.argsort(gaps, axis=1, kind="stable")[:, :width]
+        rows = own.vectors(slice(begin, end)) - centre
+        gaps = np.square(rows).sum(axis=1)[:, np.newaxis] - 2 * rows @ centroids.T + np.square(centroids).sum(axis=1)
+        bound = border.reach**2 * gaps[:, shard]
+        bound[-begin % _FAR_SIGHTED :: _FAR_SIGHTED] = np.inf
+        gaps[:, shard] = np.inf
+        order = np.argsort(gaps, axis=1, kind="stable")[:, :width]
+        close = np.take_along_axis(gaps, order, 1) <= bound[:, np.newaxis]
+        near[begin:end] = np.where(close, order, -1)
     return near
 
 
@@ -207,9 +215,9 @@ def _search_border(
     progress: Progress | None,
 ) -> npt.NDArray[np.uint32]:
     """Near nodes of other shards, for each node: uint32[count, width] numbers in the graph; 0xFFFFFFFF where fewer."""
-    near = _near_shards(own, shard, plan, min(border.shards, len(plan.counts) - 1))
+    near = _near_shards(own, shard, plan, border)
     found = np.full((own.info.count, near.shape[1], border.k), _NONE, np.uint32)
-    done = 0
+    done, total = 0, int((near >= 0).sum())
     with ThreadPoolExecutor(threads) as pool:
         for other in range(len(plan.counts)):
             rows, places = np.nonzero(near == other)
@@ -234,7 +242,7 @@ def _search_border(
             found[rows, places] = np.concatenate(list(pool.map(search, parts)))
             done += len(rows)
             if progress:
-                progress("border", done * own.info.count // near.size, own.info.count)
+                progress("border", done * own.info.count // total, own.info.count)
     return found.reshape(own.info.count, -1)
 
 
