@@ -384,7 +384,7 @@ typedef struct cotra_model_params {
     uint64_t corrupt_every;    /* one bit of every n-th READ is flipped; 0: never */
 } cotra_model_params;
 
-/* shm: a region that is mapped here. The arena must outlive the channel. slots 0: 256; slot_bytes 0: 64 KiB */
+/* shm: a region that is mapped here. The arena must outlive the channel. slots 0: 1,024; slot_bytes 0: 64 KiB */
 int cotra_channel_open_shm(const cotra_arena *arena, uint32_t slots, uint32_t slot_bytes, cotra_channel **out,
                            cotra_error *err);
 /* verbs: the queue pair must be connected and outlive the channel; the landing buffers are the channel's own. */

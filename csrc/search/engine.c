@@ -13,9 +13,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, POLL_BATCH = 64, DIRECT_WIDTH = 32 };
+enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, MAX_AUTOMATIC = 128, POLL_BATCH = 64, DIRECT_WIDTH = 32 };
 enum { IDLE_TURNS = 1024 }; /* between looks at the clock, which is a system call on some machines */
-enum { NEAR_READS = 8 };    /* in progress on each shard at first: more give nothing where memory is near */
+enum { NEAR_READS = 8 };    /* in progress on each shard, or graph, at first: more give nothing where memory is near */
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 typedef struct lane { /* one shard */
@@ -518,7 +518,7 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam must be in [1, %d], not %u", MAX_BEAM, params->beam);
     if (n_queries == 0)
         return COTRA_OK;
-    uint32_t slots = UINT32_MAX, wanted = 0, n_start = 0, pool, width;
+    uint32_t slots = UINT32_MAX, wanted = 0, n_start, pool, width;
     int status = make_plans(engine, params, scope, &pool, &width, err);
     if (status)
         return status;
@@ -530,15 +530,16 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         slots = channel->slots < slots ? channel->slots : slots;
         const uint32_t in_flight = channel->in_flight ? channel->in_flight : channel->slots;
         wanted += in_flight > 2 * params->beam ? in_flight / params->beam : 2;
-        n_start += NEAR_READS > 2 * params->beam ? NEAR_READS / params->beam : 2;
     }
+    n_start = engine->n_spaces * (NEAR_READS > 2 * params->beam ? NEAR_READS / params->beam : 2);
     if (params->beam > slots)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam %u needs as many READs in progress, the channel has %u slots",
                           params->beam, slots);
     width = width < slots ? width : slots;
     uint32_t n_walks = params->inflight ? params->inflight : wanted;
     n_walks = n_walks < slots / width ? n_walks : slots / width;
-    n_walks = n_walks < MAX_INFLIGHT ? n_walks : MAX_INFLIGHT;
+    const uint32_t most = params->inflight ? MAX_INFLIGHT : MAX_AUTOMATIC;
+    n_walks = n_walks < most ? n_walks : most;
     if (n_walks > n_queries * engine->n_spaces)
         n_walks = (uint32_t)(n_queries * engine->n_spaces);
     status = make_walks(engine, n_walks, params->k, pool, width, err);

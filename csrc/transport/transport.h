@@ -50,7 +50,7 @@ struct cotra_channel {
     cotra_error error; /* the first error completion, in full: status 0 while there is none */
 };
 
-enum { COTRA_DEFAULT_SLOTS = 256, COTRA_DEFAULT_SLOT_BYTES = 64 * 1024, COTRA_MAX_SLOTS = 65536 };
+enum { COTRA_DEFAULT_SLOTS = 1024, COTRA_DEFAULT_SLOT_BYTES = 64 * 1024, COTRA_MAX_SLOTS = 65536 };
 
 /* Checks and defaults for the two limits; used by every open. */
 int cotra_channel_limits(uint32_t *slots, uint32_t *slot_bytes, cotra_error *err);
