@@ -123,6 +123,9 @@ typedef struct cotra_image_info {
     uint64_t ivf_bytes;
     uint32_t ivf_checksum;
     uint32_t reserved;
+    uint64_t graph_id; /* of the graph over all shards that the level-0 links are part of; 0: the shard's own graph */
+    uint64_t graph_count; /* nodes of it; count for a shard's own graph */
+    uint64_t graph_base;  /* the number of this image's node 0 in it: numbers of neighbours count from there */
 } cotra_image_info;
 
 /* Checks a graph image in memory: the header and the navigation section always, every record when full is not 0. */
@@ -142,8 +145,10 @@ typedef struct cotra_packer_params {
     uint64_t generation;
     const int64_t
         *ids; /* NULL, or [n_ids], used until the state is read: the index's labels are then row numbers, nodes are */
-    uint64_t n_ids; /* numbered by them, and a row's label becomes its id */
-    uint32_t round_vectors; /* 0: COTRA_ERR_LOSSY for a vector that its type cannot hold exactly; 1: float16 may round */
+    uint64_t n_ids;    /* numbered by them, and a row's label becomes its id */
+    const float *mean; /* NULL: of these vectors; or float32[dim], of all shards' that are to be one graph */
+    uint32_t
+        round_vectors; /* 0: COTRA_ERR_LOSSY for a vector that its type cannot hold exactly; 1: float16 may round */
     uint32_t reserved;
 } cotra_packer_params;
 
@@ -154,11 +159,44 @@ int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_e
 uint64_t cotra_packer_count(const cotra_packer *packer);
 /* Fills the lists of neighbours of records [begin, end): ranges may be linked by several threads at once. */
 int cotra_packer_link(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err);
-/* After all are linked, makes the codes, factors and checksums of records [begin, end): ranges may be encoded by several threads at once. */
+/* After all are linked, makes the codes, factors and checksums of records [begin, end): ranges may be encoded by
+ * several threads at once. */
 int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_error *err);
 /* Writes the checksums of the whole and hands the arena over. The packer can only be destroyed after it. */
 int cotra_packer_finish(cotra_packer *packer, cotra_arena **out, cotra_error *err);
 void cotra_packer_destroy(cotra_packer *packer);
+
+/* ---- one graph over all shards (csrc/pack/relink.c) ---- */
+
+typedef struct cotra_relinker cotra_relinker;
+
+typedef struct cotra_relink_params {
+    uint64_t graph_id;    /* not 0 */
+    uint64_t graph_count; /* nodes of all shards, below 2^31 */
+    uint64_t graph_base;  /* the number of this shard's node 0 */
+} cotra_relink_params;
+
+/* Nodes of other shards that nodes [begin, end) may link to. */
+typedef struct cotra_relink_far {
+    const uint32_t *numbers;    /* [count], in the graph over all shards */
+    const uint8_t *vectors;     /* [count][stride_bytes], each in the image's vector type */
+    const uint32_t *candidates; /* [end - begin][width]: positions in `numbers`; UINT32_MAX: none */
+    uint64_t count;
+    uint32_t stride_bytes;
+    uint32_t width;
+} cotra_relink_far;
+
+/* Begins a copy of a valid image of a shard's own graph, without inverted lists, as a part of the graph over all
+ * shards. The image must outlive the relinker. */
+int cotra_relinker_create(const void *data, uint64_t length_bytes, const cotra_relink_params *params,
+                          cotra_relinker **out, cotra_error *err);
+/* Chooses the neighbours of nodes [begin, end) anew, among those that they have and the far candidates: ranges may be
+ * relinked by several threads at once. */
+int cotra_relinker_link(cotra_relinker *relinker, uint64_t begin, uint64_t end, const cotra_relink_far *far,
+                        cotra_error *err);
+/* Writes the checksums of the whole and hands the arena over. The relinker can only be destroyed after it. */
+int cotra_relinker_finish(cotra_relinker *relinker, cotra_arena **out, cotra_error *err);
+void cotra_relinker_destroy(cotra_relinker *relinker);
 
 /* ---- inverted lists beside the graph (csrc/layout/ivf.c, ivf_pack.c) ---- */
 
@@ -360,6 +398,9 @@ void cotra_channel_close(cotra_channel *channel);
 /* Copies [offset, offset + length) of the region by as many READs as it takes. timeout_ns bounds the wait for each. */
 int cotra_channel_read(cotra_channel *channel, uint64_t offset, uint64_t length_bytes, void *destination,
                        uint64_t timeout_ns, cotra_error *err);
+/* Copies n pieces of length_bytes, at offsets[i] of the region, one READ each, to destination[n][length_bytes]. */
+int cotra_channel_gather(cotra_channel *channel, const uint64_t *offsets, uint64_t n, uint32_t length_bytes,
+                         void *destination, uint64_t timeout_ns, cotra_error *err);
 /* For benchmarks: n READs of length_bytes at offsets[i], depth in progress; latencies_ns[n] may be NULL. */
 int cotra_channel_read_loop(cotra_channel *channel, const uint64_t *offsets, uint64_t n, uint32_t length_bytes,
                             uint32_t depth, uint64_t timeout_ns, uint64_t *latencies_ns, uint64_t *elapsed_ns,
@@ -376,6 +417,8 @@ typedef struct cotra_search_params {
     uint32_t beam;       /* expansions a round */
     uint32_t inflight;   /* queries at once; 0: chosen from the channels */
     uint64_t timeout_ns; /* the longest wait for any one READ; 0: 5 s */
+    uint32_t numbers;    /* not 0: answers are node numbers in place of labels */
+    uint32_t reserved;
 } cotra_search_params;
 
 typedef struct cotra_query_stats {
@@ -413,7 +456,8 @@ void cotra_cache_clear(cotra_cache *cache);
 void cotra_cache_destroy(cotra_cache *cache);
 
 /* One thread's engine over n shards: views[i] is walked through channels[i]. Both must outlive it, and so must caches:
- * NULL, or [n_shards], each NULL or of the same image as its view. */
+ * NULL, or [n_shards], each NULL or of the same image as its view. Shards of one graph are walked together, one walk a
+ * query; others each by itself. COTRA_ERR_FORMAT where some say that they are of one graph, but do not fit together. */
 int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, cotra_cache *const *caches,
                         uint32_t n_shards, int simd, cotra_engine **out, cotra_error *err);
 /* What of the shards a search is about; a NULL member: all of it. */

@@ -87,6 +87,10 @@ int cotra_header_validate(const cotra_image_header *header, uint64_t region_byte
     REQUIRE(info->vector_type <= COTRA_VECTOR_U8, "vector type");
     REQUIRE(info->M >= 1 && info->M <= COTRA_MAX_M && info->degree >= 1 && info->degree <= 2 * COTRA_MAX_M, "degree");
     REQUIRE(info->count >= 1 && info->count <= COTRA_MAX_COUNT, "count");
+    REQUIRE(info->graph_count >= info->count && info->graph_count <= COTRA_MAX_COUNT &&
+                info->graph_base <= info->graph_count - info->count,
+            "place in the graph over all shards");
+    REQUIRE(info->graph_id || info->graph_count == info->count, "graph over all shards");
     REQUIRE(info->deleted_count <= info->count && info->upper_count <= info->count, "counts");
     REQUIRE(info->entry_node < info->count && info->max_level < COTRA_MAX_LEVELS, "entry point");
     REQUIRE((info->upper_count == 0) == (info->max_level == 0), "levels");
@@ -197,9 +201,9 @@ static int validate_records(const uint8_t *image, const cotra_image_info *info, 
             return status;
         const uint32_t *numbers = (const uint32_t *)(record + layout.numbers);
         for (uint32_t j = 0; j < head->count; j++)
-            if (numbers[j] >= info->count)
+            if (numbers[j] >= info->graph_count)
                 return cotra_fail(err, COTRA_ERR_FORMAT, "record %llu links to node %u of %llu", (unsigned long long)i,
-                                  numbers[j], (unsigned long long)info->count);
+                                  numbers[j], (unsigned long long)info->graph_count);
         deleted += (head->flags & COTRA_NODE_DELETED) != 0;
         chain = cotra_image_chain(chain, head->checksum);
     }

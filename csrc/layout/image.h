@@ -51,13 +51,14 @@ typedef struct cotra_image_header {
     cotra_image_info info;
 } cotra_image_header;
 
-static_assert(sizeof(cotra_image_info) == 152, "image info is part of the format");
+static_assert(sizeof(cotra_image_info) == 176, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, image_checksum) == 72, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, record_bytes) == 80, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, entry_node) == 116, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, nav_checksum) == 124, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, ivf_offset) == 128, "image info is part of the format");
 static_assert(offsetof(cotra_image_info, ivf_checksum) == 144, "image info is part of the format");
+static_assert(offsetof(cotra_image_info, graph_id) == 152, "image info is part of the format");
 static_assert(offsetof(cotra_image_header, info) == 16, "the header is part of the format");
 
 typedef struct cotra_record_head {

@@ -29,6 +29,7 @@ struct cotra_packer {
     cotra_rotation rotation;
     cotra_arena *arena;
     float *mean;           /* [dim] */
+    int own_mean;          /* it is to be made of the vectors */
     uint32_t *number;      /* with ids: [count], the node that hnswlib's internal number stands for; NULL: the same */
     uint32_t *upper_nodes; /* [upper_count] */
     uint32_t *first_row;   /* [upper_count + 1] */
@@ -55,6 +56,9 @@ int cotra_packer_create(const cotra_packer_params *params, cotra_packer **out, c
         cotra_packer_destroy(packer);
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "packer: no memory");
     }
+    packer->own_mean = !params->mean;
+    if (params->mean)
+        memcpy(packer->mean, params->mean, params->dim * sizeof *packer->mean);
     int status = cotra_rotation_create(params->seed, params->dim, &packer->rotation, err);
     if (status) {
         cotra_packer_destroy(packer);
@@ -91,7 +95,7 @@ static uint8_t *record_of(const cotra_packer *packer, uint64_t node)
 static void info_make(cotra_packer *packer, const cotra_hnswlib_stream *stream)
 {
     cotra_image_info *info = &packer->info;
-    info->count = stream->count;
+    info->count = info->graph_count = stream->count;
     info->generation = packer->params.generation;
     info->seed = packer->params.seed;
     info->dim = packer->params.dim;
@@ -370,7 +374,7 @@ int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_e
         status = renumber(packer, err);
     if (!status && packer->info.upper_count == 0)
         packer->info.max_level = 0;
-    for (uint32_t i = 0; i < packer->info.dim && !status; i++)
+    for (uint32_t i = 0; i < packer->info.dim && packer->own_mean && !status; i++)
         packer->mean[i] = (float)(sums[i] / (double)packer->info.count);
     free(sums);
     cotra_hnswlib_close(&stream);

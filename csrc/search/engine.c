@@ -15,15 +15,14 @@
 
 enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, MAX_AUTOMATIC = 128, POLL_BATCH = 64, DIRECT_WIDTH = 32 };
 enum { IDLE_TURNS = 1024 }; /* between looks at the clock, which is a system call on some machines */
-enum { NEAR_READS = 8 };    /* in progress on each shard at first: more give nothing where memory is near */
+enum { NEAR_READS = 8 };    /* in progress on each shard, or graph, at first: more give nothing where memory is near */
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 typedef struct lane { /* one shard */
     const cotra_view *view;
     cotra_channel *channel;
     cotra_cache *cache; /* or NULL */
-    cotra_walk_plan plan;
-    cotra_read *queue; /* READs waiting for a post: [n_walks * width] */
+    cotra_read *queue;  /* READs waiting for a post: [n_walks * width] */
     uint32_t queued;
     uint32_t outstanding;      /* posted, not completed */
     uint32_t idle_turns;       /* since the clock was read */
@@ -35,16 +34,18 @@ typedef struct running {
     const uint8_t **records; /* [width] */
     uint8_t *copies;         /* [width][copy_bytes]: of cached records; NULL where there is no cache */
     uint64_t query;
-    uint32_t shard;
+    uint32_t space;
     uint32_t missing; /* READs of the frontier that are not there yet */
 } running;
 
 struct cotra_engine {
     const cotra_kernels *kernels;
     lane *lanes;
+    cotra_space *spaces; /* [n_spaces]: of one shard each, or one of all */
+    cotra_walk_plan *plans;
     running *walks;
     uint64_t *started_ns; /* [n_queries] of the call in progress */
-    uint32_t n_shards, max_dim;
+    uint32_t n_shards, n_spaces, max_dim;
     uint32_t copy_bytes;              /* the longest record of a shard with a cache; 0: there is none */
     uint32_t n_walks, k, pool, width; /* what `walks` was made for */
     int broken;                       /* READs of a failed call may still be on their way into the slots */
@@ -99,6 +100,20 @@ int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels
         if (engine->lanes[i].cache && views[i]->info.record_bytes > engine->copy_bytes)
             engine->copy_bytes = views[i]->info.record_bytes;
     }
+    const int one = cotra_space_is_one(views, n_shards);
+    const uint32_t n_spaces = one ? 1 : n_shards;
+    engine->spaces = calloc(n_spaces, sizeof *engine->spaces);
+    engine->plans = calloc(n_spaces, sizeof *engine->plans);
+    int status = COTRA_OK;
+    if (!engine->spaces || !engine->plans)
+        status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u shards", n_shards);
+    for (; engine->n_spaces < n_spaces && !status; engine->n_spaces += !status)
+        status =
+            cotra_space_create(&engine->spaces[engine->n_spaces], views, engine->n_spaces, one ? n_shards : 1, err);
+    if (status) {
+        cotra_engine_destroy(engine);
+        return status;
+    }
     *out = engine;
     return COTRA_OK;
 }
@@ -124,6 +139,10 @@ void cotra_engine_destroy(cotra_engine *engine)
     if (!engine)
         return;
     drop_walks(engine);
+    for (uint32_t i = 0; i < engine->n_spaces; i++)
+        cotra_space_destroy(&engine->spaces[i]);
+    free(engine->spaces);
+    free(engine->plans);
     free(engine->lanes);
     free(engine->started_ns);
     free(engine);
@@ -190,11 +209,20 @@ static int post_queue(lane *to, cotra_error *err)
 static void finish(cotra_engine *engine, running *run)
 {
     const cotra_walk *walk = &run->walk;
-    size_t row = ((size_t)run->shard * engine->n_queries + run->query) * engine->k;
-    for (uint32_t i = 0; i < engine->k; i++) {
-        int there = i < walk->hit_count;
-        engine->labels[row + i] = there ? walk->hits[i].label : -1;
-        engine->distances[row + i] = there ? walk->hits[i].distance : INFINITY;
+    const cotra_space *space = &engine->spaces[run->space];
+    for (uint32_t place = 0; place < space->n; place++) { /* each shard's part of the answer */
+        size_t row = ((size_t)space->shards[place] * engine->n_queries + run->query) * engine->k;
+        uint32_t n = 0;
+        for (uint32_t i = 0; i < walk->hit_count; i++) {
+            if (walk->hits[i].place != place)
+                continue;
+            engine->labels[row + n] = walk->hits[i].label;
+            engine->distances[row + n++] = walk->hits[i].distance;
+        }
+        for (; n < engine->k; n++) {
+            engine->labels[row + n] = -1;
+            engine->distances[row + n] = INFINITY;
+        }
     }
     cotra_query_stats *stats = &engine->stats[run->query];
     uint64_t latency = cotra_clock_ns() - engine->started_ns[run->query];
@@ -208,6 +236,24 @@ static void finish(cotra_engine *engine, running *run)
     engine->active--;
 }
 
+static lane *lane_of(cotra_engine *engine, const running *run, uint32_t i)
+{
+    return &engine->lanes[engine->spaces[run->space].shards[run->walk.places[i]]];
+}
+
+/* Whether the mask leaves all of a task's shards out. */
+static int is_left_out(const cotra_engine *engine, uint64_t task)
+{
+    if (!engine->mask)
+        return 0;
+    if (engine->n_spaces == engine->n_shards)
+        return !engine->mask[task];
+    for (uint32_t i = 0; i < engine->n_shards; i++)
+        if (engine->mask[task * engine->n_shards + i])
+            return 0;
+    return 1;
+}
+
 /* A completion over shared memory is a pointer, and a CPU drops prefetches when it has too many in progress: asked for
  * again while the record before is worked on, the record is there when its turn comes. */
 static void prefetch_record(const uint8_t *record, uint32_t record_bytes)
@@ -219,47 +265,82 @@ static void prefetch_record(const uint8_t *record, uint32_t record_bytes)
 /* Expands the frontier, whose records are all there. */
 static int expand(cotra_engine *engine, running *run, cotra_error *err)
 {
-    const lane *from = &engine->lanes[run->shard];
-    const uint32_t record_bytes = from->view->info.record_bytes;
-    for (uint32_t i = 0; i < run->walk.frontier_count; i++) {
+    cotra_walk *walk = &run->walk;
+    const uint32_t record_bytes = walk->view->info.record_bytes; /* alike in all shards of a space */
+    for (uint32_t i = 0; i < walk->frontier_count; i++) {
+        const lane *from = lane_of(engine, run, i);
         const uint8_t *record = run->records[i];
-        if (i + 1 < run->walk.frontier_count)
+        if (i + 1 < walk->frontier_count)
             prefetch_record(run->records[i + 1], record_bytes);
         const int cached = from->cache && record == run->copies + (size_t)i * engine->copy_bytes;
-        int status = cotra_walk_expand(&run->walk, i, record, cached, err);
+        int status = cotra_walk_expand(walk, i, record, cached, err);
         if (status == COTRA_ERR_STALE && from->cache)
             cotra_cache_retire(from->cache);
         if (status)
-            return at_shard(err, run->shard, status);
+            return at_shard(err, (uint32_t)(from - engine->lanes), status);
         if (from->cache && !cached)
-            cotra_cache_offer(from->cache, run->walk.frontier[i], record);
+            cotra_cache_offer(from->cache, cotra_walk_row(walk, i), record);
     }
     return COTRA_OK;
 }
 
-/* Queues READs of the frontier's n records, but for those that the cache has. */
+/* Queues READs of the frontier's n records, but for those that a cache has. */
 static void fetch(cotra_engine *engine, uint32_t w, uint32_t n)
 {
     running *run = &engine->walks[w];
-    lane *to = &engine->lanes[run->shard];
-    const cotra_image_info *info = &to->view->info;
-    uint32_t queued = to->queued;
+    const uint32_t record_bytes = run->walk.view->info.record_bytes;
+    run->missing = 0;
     for (uint32_t i = 0; i < n; i++) {
-        const uint32_t node = run->walk.frontier[i];
+        lane *to = lane_of(engine, run, i);
+        const uint32_t row = cotra_walk_row(&run->walk, i);
         if (to->cache) {
             uint8_t *copy = run->copies + (size_t)i * engine->copy_bytes;
             run->records[i] = copy;
-            if (cotra_cache_take(to->cache, node, copy))
+            if (cotra_cache_take(to->cache, row, copy))
                 continue;
         }
-        to->queue[queued++] = (cotra_read){.offset = info->records_offset + (uint64_t)node * info->record_bytes,
-                                           .length = info->record_bytes,
-                                           .slot = w * engine->width + i};
+        to->queue[to->queued++] = (cotra_read){.offset = to->view->info.records_offset + (uint64_t)row * record_bytes,
+                                               .length = record_bytes,
+                                               .slot = w * engine->width + i};
+        run->missing++;
     }
-    run->missing = queued - to->queued;
-    to->queued = queued;
     run->walk.stats.reads += run->missing;
     run->walk.stats.rounds += run->missing > 0;
+}
+
+/* Posts what waits for the shards that the frontier reads, where it is worth a post. */
+static int post_frontier(cotra_engine *engine, running *run, cotra_error *err)
+{
+    for (uint32_t i = 0; i < run->walk.frontier_count; i++) {
+        lane *to = lane_of(engine, run, i);
+        if (to->queued == 0 || to->queued < to->channel->post_batch)
+            continue;
+        int status = post_queue(to, err);
+        if (status)
+            return at_shard(err, (uint32_t)(to - engine->lanes), status);
+    }
+    return COTRA_OK;
+}
+
+/* Begins the next task that no mask leaves out; 0 when there is none. */
+static int begin_task(cotra_engine *engine, running *run, cotra_error *err)
+{
+    const uint64_t n_tasks = engine->n_queries * engine->n_spaces;
+    while (engine->next_task < n_tasks && is_left_out(engine, engine->next_task))
+        engine->next_task++;
+    if (engine->next_task == n_tasks)
+        return 0;
+    const uint64_t task = engine->next_task++;
+    run->query = task / engine->n_spaces;
+    run->space = (uint32_t)(task % engine->n_spaces);
+    engine->active++;
+    if (engine->started_ns[run->query] == 0)
+        engine->started_ns[run->query] = cotra_clock_ns();
+    const cotra_space *space = &engine->spaces[run->space];
+    const uint8_t *mask = engine->mask && space->n > 1 ? engine->mask + run->query * engine->n_shards : NULL;
+    int status = cotra_walk_begin(&run->walk, space, &engine->plans[run->space], mask, engine->kernels,
+                                  engine->queries + run->query * engine->max_dim, err);
+    return status ? at_shard(err, space->shards[0], status) : 1;
 }
 
 /* Expands the frontier, chooses the next one and queues its READs, again where the cache has all of it; at the walk's
@@ -280,27 +361,14 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
             if (walk->view)
                 finish(engine, run);
             walk->view = NULL;
-            const uint64_t n_tasks = engine->n_queries * engine->n_shards;
-            while (engine->mask && engine->next_task < n_tasks && !engine->mask[engine->next_task])
-                engine->next_task++;
-            if (engine->next_task == n_tasks)
-                return COTRA_OK;
-            uint64_t task = engine->next_task++;
-            run->query = task / engine->n_shards;
-            run->shard = (uint32_t)(task % engine->n_shards);
-            engine->active++;
-            if (engine->started_ns[run->query] == 0)
-                engine->started_ns[run->query] = cotra_clock_ns();
-            int status = cotra_walk_begin(walk, engine->lanes[run->shard].view, &engine->lanes[run->shard].plan,
-                                          engine->kernels, engine->queries + run->query * engine->max_dim, err);
-            if (status)
-                return at_shard(err, run->shard, status);
+            int status = begin_task(engine, run, err);
+            if (status <= 0)
+                return status;
             n = cotra_walk_choose(walk);
         }
         fetch(engine, w, n);
     } while (run->missing == 0);
-    lane *to = &engine->lanes[run->shard];
-    return to->queued >= to->channel->post_batch ? at_shard(err, run->shard, post_queue(to, err)) : COTRA_OK;
+    return post_frontier(engine, run, err);
 }
 
 static int take_completion(cotra_engine *engine, const cotra_completion *completion, lane *from, cotra_error *err)
@@ -393,25 +461,38 @@ static uint64_t count_rows(const uint8_t *filter, uint64_t count)
     return count % 8 ? n + (uint64_t)__builtin_popcount(filter[count / 8] & ((1u << count % 8) - 1)) : n;
 }
 
-/* How each shard is walked. A filter that lets 1 of f rows through needs a pool f times as large for as many answers,
- * and about as many READs; when the rows it lets through are fewer than that, they are read themselves. */
+/* How each space is walked. Filters that let 1 of f rows through need a pool f times as large for as many answers, and
+ * about as many READs; when the rows they let through are fewer than that, they are read themselves. */
 static int make_plans(cotra_engine *engine, const cotra_search_params *params, const cotra_search_scope *scope,
                       uint32_t *pool, uint32_t *width, cotra_error *err)
 {
+    const uint8_t *const *filters = scope ? scope->filters : NULL;
     *pool = COTRA_POOL_FACTOR * params->ef;
     *width = params->beam;
-    for (uint32_t s = 0; s < engine->n_shards; s++) {
-        const uint64_t count = engine->lanes[s].view->info.count;
-        const uint8_t *filter = scope && scope->filters ? scope->filters[s] : NULL;
-        cotra_walk_plan *plan = &engine->lanes[s].plan;
-        *plan = (cotra_walk_plan){
-            .ef = params->ef, .pool = COTRA_POOL_FACTOR * params->ef, .beam = params->beam, .filter = filter};
-        if (!filter)
+    for (uint32_t s = 0; s < engine->n_spaces; s++) {
+        const cotra_space *space = &engine->spaces[s];
+        cotra_walk_plan *plan = &engine->plans[s];
+        *plan = (cotra_walk_plan){.ef = params->ef,
+                                  .pool = COTRA_POOL_FACTOR * params->ef,
+                                  .beam = params->beam,
+                                  .numbers = params->numbers != 0};
+        uint64_t count = 0, rows = 0;
+        for (uint32_t i = 0; i < space->n; i++) {
+            const uint64_t here = space->views[i]->info.count;
+            const uint32_t shard = space->shards[i];
+            count += here;
+            if (!filters || !filters[shard]) {
+                rows += here;
+                continue;
+            }
+            if (scope->filter_bytes[shard] < (here + 7) / 8)
+                return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has %llu rows, its filter %llu bits", shard,
+                                  (unsigned long long)here, 8 * (unsigned long long)scope->filter_bytes[shard]);
+            rows += count_rows(filters[shard], here);
+            plan->filters = filters;
+        }
+        if (!plan->filters)
             continue;
-        if (scope->filter_bytes[s] < (count + 7) / 8)
-            return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has %llu rows, its filter %llu bits", s,
-                              (unsigned long long)count, 8 * (unsigned long long)scope->filter_bytes[s]);
-        const uint64_t rows = count_rows(filter, count);
         if (rows * rows <= params->ef * count) {
             plan->direct = 1;
             *width = params->beam > DIRECT_WIDTH ? params->beam : DIRECT_WIDTH;
@@ -437,7 +518,7 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam must be in [1, %d], not %u", MAX_BEAM, params->beam);
     if (n_queries == 0)
         return COTRA_OK;
-    uint32_t slots = UINT32_MAX, wanted = 0, n_start = 0, pool, width;
+    uint32_t slots = UINT32_MAX, wanted = 0, n_start, pool, width;
     int status = make_plans(engine, params, scope, &pool, &width, err);
     if (status)
         return status;
@@ -449,8 +530,8 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         slots = channel->slots < slots ? channel->slots : slots;
         const uint32_t in_flight = channel->in_flight ? channel->in_flight : channel->slots;
         wanted += in_flight > 2 * params->beam ? in_flight / params->beam : 2;
-        n_start += NEAR_READS > 2 * params->beam ? NEAR_READS / params->beam : 2;
     }
+    n_start = engine->n_spaces * (NEAR_READS > 2 * params->beam ? NEAR_READS / params->beam : 2);
     if (params->beam > slots)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam %u needs as many READs in progress, the channel has %u slots",
                           params->beam, slots);
@@ -459,8 +540,8 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     n_walks = n_walks < slots / width ? n_walks : slots / width;
     const uint32_t most = params->inflight ? MAX_INFLIGHT : MAX_AUTOMATIC;
     n_walks = n_walks < most ? n_walks : most;
-    if (n_walks > n_queries * engine->n_shards)
-        n_walks = (uint32_t)(n_queries * engine->n_shards);
+    if (n_walks > n_queries * engine->n_spaces)
+        n_walks = (uint32_t)(n_queries * engine->n_spaces);
     status = make_walks(engine, n_walks, params->k, pool, width, err);
     if (status)
         return status;

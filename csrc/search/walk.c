@@ -10,6 +10,7 @@
 
 #define DONE ((uint32_t)1 << 31)
 enum { MAX_STARTS = 8 }; /* more cost time, and save no READs */
+enum { START_SHARDS = 2 };
 #define FARTHEST                                                                                                       \
     1e37f /* of all pool keys: what is further, or nearer than its negative, is only a hostile record's to say */
 
@@ -42,10 +43,11 @@ int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t m
     walk->scratch = aligned_alloc(64, round_up64(2 * code_dim * sizeof(float)));
     walk->nearest = malloc(((size_t)max_width + 1) * sizeof *walk->nearest);
     walk->frontier = malloc(max_width * sizeof *walk->frontier);
+    walk->places = malloc(max_width * sizeof *walk->places);
     walk->hits = malloc(k * sizeof *walk->hits);
     int status = cotra_candidates_create(&walk->candidates, max_pool, err);
-    if (!status &&
-        !(walk->codes.table && walk->query && walk->scratch && walk->nearest && walk->frontier && walk->hits))
+    if (!status && !(walk->codes.table && walk->query && walk->scratch && walk->nearest && walk->frontier &&
+                     walk->places && walk->hits))
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk");
     if (status)
         cotra_walk_destroy(walk);
@@ -60,15 +62,15 @@ void cotra_walk_destroy(cotra_walk *walk)
     cotra_candidates_destroy(&walk->candidates);
     free(walk->nearest);
     free(walk->frontier);
+    free(walk->places);
     free(walk->hits);
     memset(walk, 0, sizeof *walk);
 }
 
 /* ---- upper layers, in the view ---- */
 
-static float upper_distance(cotra_walk *walk, uint32_t upper)
+static float upper_distance(cotra_walk *walk, const cotra_view *view, uint32_t upper)
 {
-    const cotra_view *view = walk->view;
     walk->stats.cache_hits++;
     return cotra_metric_distance(walk->kernels, view->info.metric, view->info.vector_type, walk->query,
                                  cotra_view_vector(view, upper), view->info.dim);
@@ -85,13 +87,13 @@ static const uint32_t *upper_row(const cotra_view *view, uint32_t upper, uint32_
 }
 
 /* Takes an upper node in; returns its distance, infinite where it was seen before. */
-static float take_upper(cotra_walk *walk, uint32_t upper)
+static float take_upper(cotra_walk *walk, const cotra_view *view, uint32_t upper)
 {
     cotra_candidates *all = &walk->candidates;
-    const uint32_t node = walk->view->nodes[upper];
+    const uint32_t node = (uint32_t)view->info.graph_base + view->nodes[upper];
     if (cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->epoch == all->epoch)
         return INFINITY;
-    const float distance = upper_distance(walk, upper);
+    const float distance = upper_distance(walk, view, upper);
     if (!(distance < FARTHEST))
         return INFINITY;
     cotra_candidates_take(all, node, clamp(distance), COTRA_EXACT);
@@ -100,17 +102,23 @@ static float take_upper(cotra_walk *walk, uint32_t upper)
 
 /* Greedy on the levels above 1, then a best-first search on level 1 for the plan's beam of nearest nodes: the first
  * frontier is then a whole one. All nodes that were looked at are candidates, with their exact distances. */
-static int descend(cotra_walk *walk, cotra_error *err)
+static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
 {
-    const cotra_view *view = walk->view;
+    const uint32_t base = (uint32_t)view->info.graph_base;
+    if (view->info.upper_count == 0) {
+        int failed = cotra_candidates_make_room(&walk->candidates, walk->plan.pool, INFINITY, err);
+        if (!failed)
+            cotra_candidates_take(&walk->candidates, base + view->info.entry_node, FARTHEST, COTRA_EXACT);
+        return failed;
+    }
     uint32_t current = view->entry;
-    float distance = upper_distance(walk, current);
+    float distance = upper_distance(walk, view, current);
     for (uint32_t level = view->info.max_level; level > 1; level--)
         for (int moved = 1; moved;) {
             moved = 0;
             const uint32_t *row = upper_row(view, current, level);
             for (uint32_t j = 1; j <= row[0]; j++) {
-                float d = upper_distance(walk, row[j]);
+                float d = upper_distance(walk, view, row[j]);
                 if (d < distance) {
                     distance = d;
                     current = row[j];
@@ -123,7 +131,7 @@ static int descend(cotra_walk *walk, cotra_error *err)
         return status;
     if (!(distance < FARTHEST)) /* a start is a start */
         distance = FARTHEST;
-    cotra_candidates_take(&walk->candidates, view->nodes[current], distance, COTRA_EXACT);
+    cotra_candidates_take(&walk->candidates, base + view->nodes[current], distance, COTRA_EXACT);
     const uint32_t width = walk->plan.beam < MAX_STARTS ? walk->plan.beam : MAX_STARTS;
     uint64_t *nearest = walk->nearest; /* distance << 32 | DONE | upper node, sorted */
     uint32_t n = 1;
@@ -141,7 +149,7 @@ static int descend(cotra_walk *walk, cotra_error *err)
                 if (status)
                     return status;
             }
-            const uint64_t word = cotra_major(take_upper(walk, row[j]), row[j]);
+            const uint64_t word = cotra_major(take_upper(walk, view, row[j]), row[j]);
             if (word >= cotra_major(INFINITY, 0) || (n == width && word > nearest[n - 1]))
                 continue;
             uint32_t place = n < width ? n++ : n - 1;
@@ -154,13 +162,50 @@ static int descend(cotra_walk *walk, cotra_error *err)
     return COTRA_OK;
 }
 
-int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_walk_plan *plan,
+static int is_open(const cotra_walk *walk, uint32_t place)
+{
+    return !walk->mask || walk->mask[walk->space->shards[place]];
+}
+
+/* Descends in the shards whose centroids are nearest. */
+static int start(cotra_walk *walk, cotra_error *err)
+{
+    const cotra_space *space = walk->space;
+    if (space->n == 1)
+        return descend(walk, walk->view, err);
+    const uint32_t metric = walk->view->info.metric == COTRA_METRIC_IP ? COTRA_METRIC_IP : COTRA_METRIC_L2;
+    uint64_t nearest[START_SHARDS];
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < space->n; i++) {
+        if (!is_open(walk, i))
+            continue;
+        const float distance =
+            cotra_metric_distance(walk->kernels, metric, COTRA_VECTOR_F32, walk->query,
+                                  space->centroids + (size_t)i * space->padded_dim, walk->view->info.dim);
+        const uint64_t word = cotra_major(distance < FARTHEST ? clamp(distance) : FARTHEST, i);
+        if (n == START_SHARDS && word > nearest[n - 1])
+            continue;
+        uint32_t place = n < START_SHARDS ? n++ : n - 1;
+        for (; place > 0 && nearest[place - 1] > word; place--)
+            nearest[place] = nearest[place - 1];
+        nearest[place] = word;
+    }
+    int status = COTRA_OK;
+    for (uint32_t i = 0; i < n && !status; i++)
+        status = descend(walk, space->views[(uint32_t)nearest[i]], err);
+    return status;
+}
+
+int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_walk_plan *plan, const uint8_t *mask,
                      const cotra_kernels *kernels, const float *query, cotra_error *err)
 {
+    const cotra_view *view = space->views[0];
     const uint32_t dim = view->info.dim;
+    walk->space = space;
     walk->view = view;
     walk->plan = *plan;
-    walk->next_row = 0;
+    walk->mask = mask;
+    walk->next_row = walk->next_place = 0;
     walk->kernels = kernels;
     walk->hit_count = walk->frontier_count = walk->beam = 0;
     memset(&walk->stats, 0, sizeof walk->stats);
@@ -185,29 +230,39 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_walk_
         return COTRA_OK;
     cotra_query_codes_make(&view->rotation, walk->query, view->mean, walk->scratch, &walk->codes);
     cotra_candidates_clear(&walk->candidates);
-    if (view->info.upper_count)
-        return descend(walk, err);
-    int status = cotra_candidates_make_room(&walk->candidates, walk->plan.pool, INFINITY, err);
-    if (!status)
-        cotra_candidates_take(&walk->candidates, view->info.entry_node, FARTHEST, COTRA_EXACT);
-    return status;
+    return start(walk, err);
+}
+
+/* NULL: all rows of the shard may be returned. */
+static const uint8_t *filter_of(const cotra_walk *walk, uint32_t place)
+{
+    return walk->plan.filters ? walk->plan.filters[walk->space->shards[place]] : NULL;
 }
 
 static int lets_through(const uint8_t *filter, uint64_t row)
 {
-    return filter[row / 8] >> row % 8 & 1;
+    return !filter || (filter[row / 8] >> row % 8 & 1);
 }
 
-/* The next rows that the filter of a direct plan lets through. */
+/* The next rows that the filters of a direct plan let through. */
 static uint32_t choose_rows(cotra_walk *walk)
 {
-    const uint64_t count = walk->view->info.count;
+    const cotra_space *space = walk->space;
     uint32_t n = 0;
-    for (; walk->next_row < count && n < walk->width; walk->next_row++) {
-        if (walk->next_row % 8 == 0 && walk->plan.filter[walk->next_row / 8] == 0)
-            walk->next_row += 7;
-        else if (lets_through(walk->plan.filter, walk->next_row))
-            walk->frontier[n++] = (uint32_t)walk->next_row;
+    for (; walk->next_place < space->n; walk->next_place++, walk->next_row = 0) {
+        const uint32_t place = walk->next_place;
+        const uint8_t *filter = filter_of(walk, place);
+        const uint64_t count = is_open(walk, place) ? space->views[place]->info.count : 0;
+        for (; walk->next_row < count && n < walk->width; walk->next_row++) {
+            if (filter && walk->next_row % 8 == 0 && filter[walk->next_row / 8] == 0) {
+                walk->next_row += 7;
+            } else if (lets_through(filter, walk->next_row)) {
+                walk->frontier[n] = space->bases[place] + (uint32_t)walk->next_row;
+                walk->places[n++] = place;
+            }
+        }
+        if (n == walk->width)
+            break;
     }
     walk->frontier_count = n;
     return n;
@@ -224,7 +279,8 @@ uint32_t cotra_walk_choose(cotra_walk *walk)
         const uint32_t node = cotra_candidates_choose(&walk->candidates, walk->kernels, walk->limit);
         if (node == COTRA_NO_NODE)
             break;
-        walk->frontier[n++] = node;
+        walk->frontier[n] = node;
+        walk->places[n++] = cotra_space_find(walk->space, node);
     }
     walk->frontier_count = n;
     return n;
@@ -270,6 +326,13 @@ static void load_factors(const uint8_t *from, float *to)
     memcpy(to, bits, sizeof bits);
 }
 
+/* Whether a node is of a shard that is there, and open to the query. */
+static int is_at_hand(const cotra_walk *walk, uint32_t node)
+{
+    const uint32_t place = cotra_space_find(walk->space, node);
+    return cotra_space_row(walk->space, place, node) < walk->space->views[place]->info.count && is_open(walk, place);
+}
+
 /* Takes the estimates in that are below the limit: nothing above it will ever be expanded. */
 static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, const float *estimates, uint32_t below,
                           cotra_error *err)
@@ -287,22 +350,24 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
         nodes[n] = node;
         keys[n++] = estimates[j];
     }
-    if (highest >= walk->view->info.count)
+    if (highest >= walk->space->count)
         return cotra_fail(err, COTRA_ERR_FORMAT, "a record links to node %u of %llu", highest,
-                          (unsigned long long)walk->view->info.count);
+                          (unsigned long long)walk->space->count);
+    const int some = !walk->space->whole || walk->mask;
     for (uint32_t i = 0; i < n; i++)
-        cotra_candidates_take(all, nodes[i], clamp(keys[i]), 0);
+        if (!some || is_at_hand(walk, nodes[i]))
+            cotra_candidates_take(all, nodes[i], clamp(keys[i]), 0);
     cotra_candidates_empty_bin(all);
     return COTRA_OK;
 }
 
 int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int checked, cotra_error *err)
 {
-    const cotra_view *view = walk->view;
+    const uint32_t place = walk->places[i], row = cotra_walk_row(walk, i);
+    const cotra_view *view = walk->space->views[place];
     const cotra_image_info *info = &view->info;
     const cotra_record_layout *layout = &view->record;
-    const uint32_t node = walk->frontier[i];
-    int status = checked ? COTRA_OK : cotra_record_validate(record, info, node, err);
+    int status = checked ? COTRA_OK : cotra_record_validate(record, info, row, err);
     if (status)
         return status;
     /* What steers the walk is loaded once: the memory may be a live peer's. */
@@ -313,8 +378,10 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
         cotra_metric_distance(walk->kernels, info->metric, info->vector_type, walk->query, own, info->dim);
     walk->stats.expansions++;
     if (distance < INFINITY && !(head.flags & COTRA_NODE_DELETED) && /* NaN is not below infinity */
-        (!walk->plan.filter || lets_through(walk->plan.filter, node))) {
-        cotra_hit hit = {.distance = distance, .label = head.label};
+        lets_through(filter_of(walk, place), row)) {
+        cotra_hit hit = {.distance = distance, .label = head.label, .place = place};
+        if (walk->plan.numbers)
+            hit.label = walk->frontier[i];
         if (info->metric == COTRA_METRIC_IP) {
             cotra_vector_load(info->vector_type, own, info->dim, walk->scratch);
             memset(walk->scratch + info->dim, 0, (padded_dim(info->dim) - info->dim) * sizeof *walk->scratch);

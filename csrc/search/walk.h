@@ -5,9 +5,9 @@
  *                        ^   frontier of <= beam        |
  *                        +------------------------------+
  *
- * begin() descends the upper layers in the view; choose() takes the nearest candidates as the next frontier; the engine
- * READs their records, in any order, whenever they come; expand() takes them in the order of the frontier. So the
- * answer depends on the image and the parameters alone.
+ * begin() descends the upper layers in the views of the shards nearest to the query; choose() takes the nearest
+ * candidates as the next frontier; the engine READs their records, in any order, whenever they come; expand() takes
+ * them in the order of the frontier. So the answer depends on the image and the parameters alone.
  *
  * A walk ends when no candidate is nearer than its limit: the k-th exact distance so far, plus slack for what an
  * estimate may be wrong by. An easy query so ends early, a hard one goes on, at most to its plan's number of
@@ -17,7 +17,7 @@
 #define COTRA_SEARCH_WALK_H
 
 #include "search/candidates.h"
-#include "search/view.h"
+#include "search/space.h"
 
 enum { COTRA_POOL_FACTOR = 8 };
 
@@ -25,31 +25,37 @@ typedef struct cotra_hit {
     float distance;
     float norm2; /* of the vector; only kept for inner products, where the limit needs it */
     int64_t label;
+    uint32_t place; /* of its shard in the space */
 } cotra_hit;
 
-/* How a shard is walked in one search. */
+/* How a space is walked in one search. */
 typedef struct cotra_walk_plan {
-    uint32_t ef;           /* of the search: what slack is made of */
-    uint32_t pool;         /* expansions at most, and candidates kept: COTRA_POOL_FACTOR * ef, more under a filter */
-    uint32_t beam;         /* expansions a round at most: two in the first, two more in each that follows */
-    const uint8_t *filter; /* NULL, or a bit for each row */
-    int direct;            /* no walk: every row that the filter lets through is read */
+    uint32_t ef;   /* of the search: what slack is made of */
+    uint32_t pool; /* expansions at most, and candidates kept: COTRA_POOL_FACTOR * ef, more under a filter */
+    uint32_t beam; /* expansions a round at most: two in the first, two more in each that follows */
+    const uint8_t *const *filters; /* NULL, or for each of the engine's shards NULL or a bit for each row */
+    int direct;                    /* no walk: every row that the filters let through is read */
+    int numbers;                   /* hits get their nodes' numbers for labels */
 } cotra_walk_plan;
 
 typedef struct cotra_walk {
-    const cotra_view *view;
+    const cotra_space *space;
+    const cotra_view *view; /* of its first shard: what all of them have alike */
     const cotra_kernels *kernels;
     cotra_walk_plan plan;
+    const uint8_t *mask; /* NULL, or by the engine's shards: 0: its nodes are left out */
     cotra_query_codes codes;
     uint32_t k;
     uint32_t width;    /* READs a round at most: of `frontier` */
-    uint64_t next_row; /* of a direct plan */
-    float *query;      /* [dim padded to 32 floats] */
-    float *scratch;    /* [2 * code_dim] */
+    uint64_t next_row; /* of a direct plan, in the shard at next_place */
+    uint32_t next_place;
+    float *query;   /* [dim padded to 32 floats] */
+    float *scratch; /* [2 * code_dim] */
     cotra_candidates candidates;
     uint64_t *nearest;  /* [width + 1]: upper nodes, while begin() descends */
     uint32_t beam;      /* of the next frontier: wider each time, up to the plan's */
     uint32_t *frontier; /* [width]: the nodes being read */
+    uint32_t *places;   /* [width]: of their shards in the space */
     uint32_t frontier_count;
     cotra_hit *hits; /* [k], sorted by distance, then label */
     uint32_t hit_count;
@@ -65,10 +71,15 @@ int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t m
 void cotra_walk_destroy(cotra_walk *walk);
 
 /* Starts a query (float32[dim]). */
-int cotra_walk_begin(cotra_walk *walk, const cotra_view *view, const cotra_walk_plan *plan,
+int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_walk_plan *plan, const uint8_t *mask,
                      const cotra_kernels *kernels, const float *query, cotra_error *err);
 /* Chooses the next frontier; returns its size, 0 when the walk is done. */
 uint32_t cotra_walk_choose(cotra_walk *walk);
+/* The row of frontier node i in its shard, which is at places[i] of the space. */
+static inline uint32_t cotra_walk_row(const cotra_walk *walk, uint32_t i)
+{
+    return cotra_space_row(walk->space, walk->places[i], walk->frontier[i]);
+}
 /* Takes the record of frontier node i. The bytes may be anybody's and may change meanwhile, unless they are checked:
  * then nobody else can write them, and they were found valid. */
 int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int checked, cotra_error *err);

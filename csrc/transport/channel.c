@@ -199,6 +199,13 @@ int cotra_channel_read(cotra_channel *channel, uint64_t offset, uint64_t length_
     return transfer_run(channel, &job, BATCH, timeout_ns, err);
 }
 
+int cotra_channel_gather(cotra_channel *channel, const uint64_t *offsets, uint64_t n, uint32_t length_bytes,
+                         void *destination, uint64_t timeout_ns, cotra_error *err)
+{
+    transfer job = {.offsets = offsets, .piece_bytes = length_bytes, .n = n, .destination = destination};
+    return transfer_run(channel, &job, BATCH, timeout_ns, err);
+}
+
 int cotra_channel_read_loop(cotra_channel *channel, const uint64_t *offsets, uint64_t n, uint32_t length_bytes,
                             uint32_t depth, uint64_t timeout_ns, uint64_t *latencies_ns, uint64_t *elapsed_ns,
                             cotra_error *err)

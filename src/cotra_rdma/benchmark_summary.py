@@ -35,6 +35,7 @@ class Comparison:
     system: str
     transport: str | None
     algorithm: str | None
+    shards: int
     filter: float | None
     beam: int | None
     inflight: int | None
@@ -56,6 +57,7 @@ class CurveKey(NamedTuple):
     system: str
     transport: str | None = None
     algorithm: str | None = None
+    shards: int = 1
     filter: float | None = None
     beam: int | None = None
     inflight: int | None = None
@@ -84,7 +86,8 @@ def compare(points: Sequence[Point], targets: Sequence[float] = TARGETS) -> list
     found = []
     for target, (key, curve) in itertools.product(targets, known.items()):
         others = [name for name in libraries if name != key.system]
-        references = {name: known.get(CurveKey(name, n_threads=key.n_threads), []) for name in others}
+        alike = {at.system: at for at in known if at == CurveKey(at.system, shards=at.shards, n_threads=key.n_threads)}
+        references = {name: known[alike[name]] if name in alike else [] for name in others}
         ratios = {name: ratio_at(curve, reference, target) for name, reference in references.items()}
         alone = known.get(key._replace(n_threads=1), []) if key.n_threads > 1 else []
         modelled = zero_rtt not in (None, key.transport) and (key.transport or "").startswith("model:")
@@ -135,6 +138,7 @@ def label(row: Point | Comparison) -> str:
     """A curve's name."""
     parts = [row.system if row.transport is None else f"{row.system} {row.transport}", row.algorithm]
     parts += [
+        f"{row.shards} shards" if row.shards > 1 else None,
         None if row.beam is None else f"beam {row.beam}",
         f"inflight {row.inflight}" if row.inflight else None,
         f"{row.n_threads} threads" if row.n_threads > 1 else None,

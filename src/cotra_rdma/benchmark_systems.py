@@ -181,7 +181,8 @@ class Algorithm:
         asks = algorithm.endswith("scatter-gather")
         self._collective = collective
         self._cluster = ideal or collective.cluster
-        self.algorithm = algorithm
+        self._searched_by = algorithm
+        self.algorithm = f"{algorithm}, one graph" if collective.cluster.one_graph else algorithm
         self.transport = "rpc" if asks else collective.transport
         self.n_shards = len(collective.labels)
         self.beams = not algorithm.endswith("spire")
@@ -200,7 +201,7 @@ class Algorithm:
             n_threads=setting.n_threads,
             inflight=setting.inflight,
             filters=None if rows is None else [rows[labels] for labels in self._collective.labels],
-            algorithm=self.algorithm,
+            algorithm=self._searched_by,
             timeout_s=60.0,
         )
         return Answer(result.ids, result.stats, float(result.asked.mean()) if len(result.asked) else 0.0)
@@ -234,9 +235,10 @@ class Split:
     """How a data set is split for algorithms over several shards, and which of those are measured."""
 
     algorithms: Sequence[str]
-    n_shards: int = 16
+    n_shards: Sequence[int] = (16,)
     partition: str = "kmeans"
     n_lists: int = 0
+    graph: str = "independent"
 
 
 @contextlib.contextmanager
@@ -269,12 +271,13 @@ def open_systems(
             path = cache / f"{stem}.{name}-{library_version(name)}"
             systems.append(LIBRARIES[name](data, plan, path, progress))
         if split is not None:
-            directory = _collection(data, plan, split, cache, stem, progress)
-            sizes = [budget.of(shard_paths([directory])) for budget in budgets]
-            for transport, cache_bytes in itertools.product(transports, sizes):
-                collective = Collective(directory, transport, cache_bytes)
-                stack.callback(collective.close)
-                systems += [Algorithm(collective, algorithm) for algorithm in split.algorithms]
+            for n_shards in split.n_shards:
+                directory = _collection(data, plan, split, n_shards, cache, stem, progress)
+                sizes = [budget.of(shard_paths([directory])) for budget in budgets]
+                for transport, cache_bytes in itertools.product(transports, sizes):
+                    collective = Collective(directory, transport, cache_bytes)
+                    stack.callback(collective.close)
+                    systems += [Algorithm(collective, algorithm) for algorithm in split.algorithms]
             yield systems
             return
         shard = _shard(data, plan, cache / f"{stem}.cotra", progress)
@@ -290,23 +293,28 @@ def open_systems(
         yield systems
 
 
-def _collection(data: DataSet, plan: Plan, split: Split, cache: Path, stem: str, progress: Progress) -> Path:
-    path = cache / f"{stem}-{split.n_shards}x{split.partition}-ivf{split.n_lists}"
+def _collection(
+    data: DataSet, plan: Plan, split: Split, n_shards: int, cache: Path, stem: str, progress: Progress
+) -> Path:
+    linked = "-linked" if split.graph == "global" else ""
+    n_lists = max(n_shards, split.n_lists) if split.n_lists else 0
+    path = cache / f"{stem}-{n_shards}x{split.partition}{linked}-ivf{n_lists}"
     if not path.is_dir() or not all(map(_is_current, shard_paths([path]))):
 
         def report(shard: int, phase: str, done: int) -> None:
-            progress(phase if shard < 0 else f"shard {shard + 1}/{split.n_shards} {phase}", done, data.vectors.count)
+            progress(phase if shard < 0 else f"shard {shard + 1}/{n_shards} {phase}", done, data.vectors.count)
 
         build_collection(
             data.vectors,
             path,
-            split.n_shards,
+            n_shards,
             metric=data.metric,
             M=plan.M,
             ef_construction=plan.ef_construction,
             seed=SEED,
             partition=split.partition,
-            n_lists=split.n_lists,
+            n_lists=n_lists,
+            graph=split.graph,
             force=True,
             progress=report,
         )

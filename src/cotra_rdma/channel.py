@@ -116,6 +116,24 @@ class Channel(Handle):
         check(lib.cotra_channel_read(self.ptr, offset, length, destination, round(timeout_s * 1e9), err), err)
         return bytes(ffi.buffer(destination, length))
 
+    def gather(
+        self, offsets: npt.NDArray[np.uint64], length: int, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> npt.NDArray[np.uint8]:
+        """The `length` bytes at each of `offsets` (uint64[n]), one READ each: uint8[n, length]."""
+        offsets = np.ascontiguousarray(offsets, np.uint64)
+        found, err = np.empty((len(offsets), length), np.uint8), new_error()
+        status = lib.cotra_channel_gather(
+            self.ptr,
+            ffi.from_buffer("uint64_t[]", offsets),
+            len(offsets),
+            length,
+            ffi.from_buffer("char[]", found),
+            round(timeout_s * 1e9),
+            err,
+        )
+        check(status, err)
+        return found
+
     def read_loop(
         self, offsets: npt.NDArray[np.uint64], length: int, *, depth: int = 1, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> tuple[float, npt.NDArray[np.uint64]]:

@@ -124,7 +124,13 @@ def connect(
 
 
 class Cluster:
-    """A connection to shards; made by `connect`. Searches may come from many threads at once."""
+    """A connection to shards; made by `connect`. Searches may come from many threads at once.
+
+    Attributes:
+        dim, metric: of the vectors.
+        transports: for each shard the path to it; `passed_over` says why not a better one.
+        one_graph: whether the shards that can be read are of one graph, and are walked together.
+    """
 
     def __init__(
         self,
@@ -174,7 +180,13 @@ class Cluster:
         self.transports: tuple[str, ...] = tuple(peer.transport for peer in self._peers)
         self.passed_over: tuple[dict[str, str], ...] = tuple(peer.passed_over for peer in self._peers)
         self._links = [peer.link for peer in self._peers]
-        self._planner = Planner(self._peers, self.dim, _router(self._peers))
+        graphs = {0 if peer.info is None else peer.info.graph_id for peer in self._one_sided}
+        self.one_graph: bool = len(self._one_sided) > 1 and len(graphs) == 1 and graphs != {0}
+        n_walked = len(self._one_sided) if self.one_graph else 1
+        self._planner = Planner(self._peers, self.dim, _router(self._peers), n_walked)
+        if self.one_graph and len(self._one_sided) < len(self._peers):
+            asked = ", ".join(str(peer) for peer in self._peers if peer.transport not in ONE_SIDED)
+            log.info("not all of the graph can be read: %s: the owner searches its shard by itself", asked)
         if "verbs" in self.transports:
             # The thread must not keep a cluster that nobody else holds: that one's leases run out.
             weakref.finalize(self, self._stop_leases.set)
@@ -286,7 +298,8 @@ class Cluster:
         """The k nearest vectors of each query, over all shards.
 
         Each shard is searched by itself, and the answers are merged by distance, then shard, then id; an id that several
-        shards hold is returned once.
+        shards hold is returned once. Shards of one graph (`cotra build --graph global`; `one_graph`) that can be read are
+        searched together, by one walk a query, whose READs go to whichever shard holds the next node.
 
         Args:
             queries: float32[n_queries, dim] or float32[dim].

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,10 +15,14 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma.arena import Arena
+from cotra_rdma.channel import Channel
 from cotra_rdma.coarse import N_LISTS, CoarseTable
 from cotra_rdma.compass import CALIBRATION_K, N_HELD_OUT, Calibration, HeldOut, Router, calibrate, exact_neighbours
 from cotra_rdma.datasets import VectorFile
+from cotra_rdma.engine import ImageInfo
 from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.global_graph import GraphPlan, channel_of_file, link_shard
 from cotra_rdma.kmeans import balanced_partition, normalised
 from cotra_rdma.shard import Shard
 
@@ -27,14 +31,17 @@ FORMAT = "cotra-collection"
 FORMAT_VERSION = 2  # 1 had no partition, coarse tables or calibration, and is read still
 
 PARTITIONS = ("range", "kmeans")
+GRAPHS = ("independent", "global")
 PACK_SHARE = 0.1  # of the time that a shard takes, about
 
 _READ_ROWS = 65_536
+_OWN = ".own"  # of a shard's image until it is linked to the others
 _SCATTER_ROWS = 2048  # of a shard, that tell in which directions lists are wide
 
 Progress = Callable[[int, str, int], None]
-"""Called with (shard, its phase: "build" or "pack", rows done of the whole data set); before and after the shards also with
-shard -1, the phase "partition" or "calibrate", and the rows done of that phase."""
+"""Called with (shard, its phase: "build" or "pack", rows done of the whole data set), and where shards make one graph then again
+with "border" and "relink"; before and after the shards also with shard -1, the phase "partition" or "calibrate", and the rows
+done of that phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,7 @@ class Collection:
         generation: counts up when a collection is built again in the same place.
         shards: in the order in which they are served.
         partition: how the rows were split: "range" or "kmeans".
+        graph: "independent": each shard has a graph of its own; "global": they make one graph (`cotra_rdma.global_graph`).
         calibration: of Compass; None where there is one shard, or too few vectors to learn from.
     """
 
@@ -77,6 +85,7 @@ class Collection:
     generation: int
     shards: tuple[ShardFile, ...]
     partition: str = "range"
+    graph: str = "independent"
     calibration: Calibration | None = field(default=None, repr=False)
 
     @classmethod
@@ -102,6 +111,8 @@ class Collection:
                 raise FormatError(f"{path}: names {name!r}, which is not a file beside it")
         if loaded.partition not in PARTITIONS:
             raise FormatError(f"{path}: its partition {loaded.partition!r} is not one of {', '.join(PARTITIONS)}")
+        if loaded.graph not in GRAPHS:
+            raise FormatError(f"{path}: its graph {loaded.graph!r} is not one of {', '.join(GRAPHS)}")
         if calibration is not None:
             try:
                 loaded = replace(loaded, calibration=Calibration.from_json(calibration))
@@ -152,7 +163,8 @@ def build_collection(
     ef_construction: int = 200,
     seed: int = 100,
     n_threads: int = 0,
-    partition: str = "range",
+    partition: str | None = None,
+    graph: str = "independent",
     n_lists: int = 0,
     ivf_bits: int = 2,
     vector_type: str = "auto",
@@ -170,7 +182,9 @@ def build_collection(
         n_shards: at most one a row.
         metric, M, ef_construction, seed, n_threads: as `Shard.build`.
         partition: "range": equal ranges of rows; "kmeans": neighbours together, and no shard larger than 1.1 times the
-            mean, so that Compass can leave shards out.
+            mean, so that Compass can leave shards out. None: "kmeans" for one graph, else "range".
+        graph: "independent": each shard has a graph of its own, and is searched by itself; "global": the shards' graphs are
+            linked to one (`cotra_rdma.global_graph`), and a query is one walk over all of them.
         n_lists, ivf_bits: inverted lists beside the graphs, of all shards together, and bits a dimension of their codes; 0
             lists for none (`Shard.build`).
         vector_type: how own vectors are held, as `Shard.build`.
@@ -183,8 +197,14 @@ def build_collection(
     out = Path(directory)
     if n_lists and not n_shards <= n_lists <= vectors.count:
         raise InvalidInputError(f"n_lists must be 0 or in [{n_shards}, {vectors.count}], not {n_lists}")
+    if graph not in GRAPHS:
+        raise InvalidInputError(f"graph must be one of {', '.join(GRAPHS)}, not {graph!r}")
+    partition = partition or ("kmeans" if graph == "global" else "range")
     if partition not in PARTITIONS:
         raise InvalidInputError(f"partition must be one of {', '.join(PARTITIONS)}, not {partition!r}")
+    one_graph = graph == "global" and n_shards > 1
+    if one_graph and partition != "kmeans":
+        raise InvalidInputError("one graph over all shards needs neighbours together: partition kmeans")
     if not 1 <= n_shards <= vectors.count:
         raise InvalidInputError(f"{vectors.count} rows cannot be split into {n_shards} shards")
     if out.exists() and not out.is_dir():
@@ -199,7 +219,9 @@ def build_collection(
     out.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".building-", dir=out))
     try:
-        part = _partition(vectors, n_shards, partition, metric, seed, n_threads, progress)
+        part, centroids = _partition(vectors, n_shards, partition, metric, seed, n_threads, progress)
+        mean = _mean(vectors, metric) if one_graph else None
+        infos: list[ImageInfo] = []
         shards: list[ShardFile] = []
         tables: list[CoarseTable] = []
         done = 0
@@ -219,19 +241,28 @@ def build_collection(
                 n_threads=n_threads,
                 progress=progress and _rows_done(progress, number, done, len(ids)),
                 generation=generation,
-                n_lists=min(len(ids), max(1, round(n_lists * len(ids) / vectors.count))) if n_lists else 0,
+                n_lists=0 if one_graph else _lists_of(n_lists, len(ids), vectors.count),
                 ivf_bits=ivf_bits,
                 vector_type=vector_type,
+                mean=mean,
             ) as shard:
-                shard.save(aside / f"{name}.cotra")
-                size = shard.info.image_bytes
+                shard.save(aside / f"{name}{_OWN if one_graph else '.cotra'}")
+                infos.append(shard.info)
             table, clusters = CoarseTable.build(rows, N_LISTS, metric=metric, seed=seed, n_threads=n_threads)
             (aside / f"{name}.coarse").write_bytes(table.encode())
             lists[ids] = clusters.assignment + sum(map(len, tables))
             scatter += _scatter(rows, clusters.centroids, clusters.assignment, metric)
             tables.append(CoarseTable.decode(table.encode()))
-            shards.append(ShardFile(f"{name}.cotra", int(ids[0]), len(ids), size, f"{name}.coarse"))
+            shards.append(ShardFile(f"{name}.cotra", int(ids[0]), len(ids), infos[-1].image_bytes, f"{name}.coarse"))
             done += len(ids)
+        if one_graph:
+            plan = GraphPlan.of(infos, centroids)
+            for number, entry in enumerate(shards):
+                lists_here = _lists_of(n_lists, entry.count, vectors.count)
+                report = progress and _links_done(progress, number, int(plan.bases[number]))
+                with _linked(aside, number, infos, plan, lists_here, ivf_bits, seed, n_threads, report) as shard:
+                    shard.save(aside / entry.name)
+                    shards[number] = replace(entry, image_bytes=shard.info.image_bytes)
         collection = Collection(
             vectors.dim,
             metric,
@@ -242,6 +273,7 @@ def build_collection(
             generation,
             tuple(shards),
             partition,
+            graph,
             _calibration(vectors, tables, lists, scatter, metric, seed, progress),
         )
         collection.save(aside)
@@ -299,18 +331,20 @@ def _partition(
     seed: int,
     n_threads: int,
     progress: Progress | None,
-) -> npt.NDArray[np.int32]:
-    """The shard of each row. None is empty."""
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """The shard of each row, none of them empty; and for "kmeans" the shards' centroids, float32[n_shards, dim]."""
     if partition == "range" or n_shards == 1:
         bounds = np.linspace(0, vectors.count, n_shards + 1).astype(int)
-        return np.repeat(np.arange(n_shards, dtype=np.int32), np.diff(bounds))
+        return np.repeat(np.arange(n_shards, dtype=np.int32), np.diff(bounds)), np.empty((0, vectors.dim), np.float32)
     report = None
     if progress is not None:
 
         def report(phase: str, done: int, total: int) -> None:
             progress(-1, "partition", done if phase == "assign" else 0)
 
-    part, _ = balanced_partition(vectors, n_shards, seed=seed, n_threads=n_threads, metric=metric, progress=report)
+    part, centroids = balanced_partition(
+        vectors, n_shards, seed=seed, n_threads=n_threads, metric=metric, progress=report
+    )
     counts = np.bincount(part, minlength=n_shards)
     for empty in np.flatnonzero(counts == 0):  # of equal vectors, or very few
         giver = int(counts.argmax())
@@ -318,7 +352,42 @@ def _partition(
         part[taken] = empty
         counts[giver] -= len(taken)
         counts[empty] += len(taken)
-    return part
+    return part, centroids
+
+
+def _mean(vectors: VectorFile, metric: str) -> npt.NDArray[np.float32]:
+    """The mean of all vectors, as they are stored."""
+    total = np.zeros(vectors.dim)
+    for start in range(0, vectors.count, _READ_ROWS):
+        rows = vectors.read(start, min(start + _READ_ROWS, vectors.count))
+        total += (normalised(rows) if metric == "cosine" else rows).sum(axis=0, dtype=np.float64)
+    return (total / vectors.count).astype(np.float32)
+
+
+def _lists_of(n_lists: int, count: int, total: int) -> int:
+    """A shard's part of the inverted lists."""
+    return min(count, max(1, round(n_lists * count / total))) if n_lists else 0
+
+
+def _linked(
+    aside: Path,
+    number: int,
+    infos: Sequence[ImageInfo],
+    plan: GraphPlan,
+    n_lists: int,
+    ivf_bits: int,
+    seed: int,
+    n_threads: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> Shard:
+    """A shard as a part of the graph over all of them, made of the images that they built by themselves."""
+
+    def open_channel(other: int) -> contextlib.AbstractContextManager[Channel]:
+        return channel_of_file(aside / f"shard-{other:03d}{_OWN}", infos[other].record_bytes)
+
+    with Arena.map_file(aside / f"shard-{number:03d}{_OWN}") as own:
+        arena = link_shard(own, number, plan, open_channel, n_threads=n_threads, progress=progress)
+    return Shard.of_arena(arena, n_lists=n_lists, ivf_bits=ivf_bits, seed=seed, n_threads=n_threads)
 
 
 def _gather(vectors: VectorFile, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
@@ -371,6 +440,10 @@ def _calibration(
         lists[near[order]].astype(np.int64),
     )
     return calibrate(tables, held_out, scatter, metric)
+
+
+def _links_done(progress: Progress, number: int, start: int) -> Callable[[str, int, int], None]:
+    return lambda phase, done, total: progress(number, phase, start + done)
 
 
 def _rows_done(progress: Progress, number: int, start: int, count: int) -> Callable[[str, int, int], None]:

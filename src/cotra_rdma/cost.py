@@ -53,6 +53,10 @@ class Needs:
     bytes: float
     cpu_s: float
 
+    def shared_by(self, n_shards: float) -> Needs:
+        """The part of each of so many shards that have it together."""
+        return Needs(self.reads / n_shards, self.rounds, self.bytes / n_shards, self.cpu_s / n_shards)
+
 
 def guess_walk(k: int, ef: int, beam: int, record_bytes: float) -> Needs:
     """What a walk of a shard's graph needs, before any was done."""

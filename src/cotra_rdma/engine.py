@@ -43,7 +43,8 @@ def simd_level() -> str:
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """A graph image's header. `code_dim`: bits of a neighbour's code; `degree`: links of a node on level 0; `ivf_bytes`: of the
-    section of inverted lists, 0 where there is none."""
+    section of inverted lists, 0 where there is none; `graph_id`: of the graph over all shards that the shard is a part of, 0
+    for its own, `graph_count` its nodes, and `graph_base` the number of the shard's first node in it."""
 
     image_bytes: int
     count: int
@@ -68,6 +69,9 @@ class ImageInfo:
     max_level: int
     entry_node: int
     format_version: int
+    graph_id: int
+    graph_count: int
+    graph_base: int
 
     @classmethod
     def from_c(cls, raw: Any) -> Self:
@@ -96,6 +100,9 @@ class ImageInfo:
             max_level=raw.max_level,
             entry_node=raw.entry_node,
             format_version=raw.format_version,
+            graph_id=raw.graph_id,
+            graph_count=raw.graph_count,
+            graph_base=raw.graph_base,
         )
 
 
@@ -225,8 +232,10 @@ class Engine(Handle):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         filters: Sequence[bytes | None] | None = None,
         mask: npt.NDArray[np.bool_] | None = None,
+        numbers: bool = False,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
-        """Searches every shard for every query; the GIL is released.
+        """Searches every shard for every query; the GIL is released. Shards of one graph (`global_graph`) are searched together,
+        by one walk a query.
 
         Args:
             queries: float32[n_queries, dim], C-contiguous.
@@ -235,6 +244,7 @@ class Engine(Handle):
             timeout_s: the longest wait for one READ, in seconds.
             filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
             mask: bool[n_queries, n_shards]: which shards each query is for.
+            numbers: have node numbers (of the graph, over all its shards) in place of labels.
 
         Returns:
             labels int64[n_shards, n_queries, k] (-1 where there are fewer), distances float32 likewise (inf there), each
@@ -246,6 +256,7 @@ class Engine(Handle):
         params, err = self._params, self._err
         params.k, params.ef, params.beam, params.inflight = k, ef, beam, inflight
         params.timeout_ns = round(timeout_s * 1e9)
+        params.numbers = numbers
         scope, _held = search_scope(filters, mask, n, self._n_shards)
         labels = np.empty((self._n_shards, n, k), np.int64)
         distances = np.empty((self._n_shards, n, k), np.float32)

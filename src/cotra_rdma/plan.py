@@ -50,11 +50,13 @@ class Plan(NamedTuple):
 class Planner:
     """Makes plans for one cluster's shards."""
 
-    def __init__(self, peers: Sequence[Peer], dim: int, router: Router | None) -> None:
+    def __init__(self, peers: Sequence[Peer], dim: int, router: Router | None, n_walked: int = 1) -> None:
+        """`n_walked`: shards that one walk goes through."""
         self._peers = peers
         self._dim = dim
         self.router = router
         self.experience = Experience()
+        self._walked = n_walked
         self._every = frozenset(range(len(peers)))
         self._closed = frozenset(at for at in self._every if peers[at].transport not in ONE_SIDED)
 
@@ -67,7 +69,8 @@ class Planner:
         if algorithm == "cotra" and not explain:  # nothing to plan
             return Plan(algorithm, job.mask, False, self._closed)
         mask = job.mask
-        if algorithm.startswith("compass") or (algorithm == "auto" and self._calibrated_for(job)):
+        routes = self._walked == 1 and self._calibrated_for(job)  # a walk over one graph leaves out shards by itself
+        if algorithm.startswith("compass") or (algorithm == "auto" and routes):
             mask = self._selection(job, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()
         base = algorithm.removeprefix("compass").removeprefix("+") or "cotra"
@@ -120,10 +123,11 @@ class Planner:
     def _walk(self, job: SearchJob) -> Needs:
         record = float(np.mean([peer.shard.record_bytes for peer in self._peers]))
         known = self.experience.of("walk", job.k, job.ef, job.beam)
-        return known or guess_walk(job.k, job.ef, job.beam, record)
+        return known or guess_walk(job.k, job.ef, job.beam, record).shared_by(self._walked)
 
     def _over_rpc(self, job: SearchJob, walk: Needs) -> Needs:
-        return self.experience.of("asked", job.k, job.ef, job.beam) or over_rpc(walk, self._dim, job.k)
+        known = self.experience.of("asked", job.k, job.ef, job.beam)
+        return known or over_rpc(walk.shared_by(1 / self._walked), self._dim, job.k)
 
     def _lists(self, job: SearchJob) -> Needs:
         """Of a query, over all shards: however many it is for, it reads as many lists."""

@@ -70,6 +70,7 @@ class Shard:
         generation: int = 1,
         n_lists: int = 0,
         ivf_bits: int = 2,
+        mean: npt.NDArray[np.float32] | None = None,
         vector_type: str = "auto",
     ) -> Self:
         """Builds a graph with hnswlib and packs it.
@@ -87,6 +88,8 @@ class Shard:
             generation: stored in the image; count it up when the same shard is rebuilt.
             n_lists: inverted lists to put beside the graph (`cotra_rdma.ivf`), at most n; 0 for none.
             ivf_bits: bits of each dimension in the lists' codes, 1 to 8.
+            mean: float32[dim]: what codes are relative to, the same for all shards of one graph
+                (`cotra_rdma.global_graph`); None: the mean of these vectors (for cosine normalised).
             vector_type: how own vectors are held: "auto", as above; "float32"; "uint8", which must be exact; or "float16",
                 to which they are rounded (half the bytes; a distance's relative error is about 1e-3).
 
@@ -110,6 +113,8 @@ class Shard:
         count, dim = rows.shape
         _check_lists(n_lists, ivf_bits, count)
         labels = _check_ids(ids, count)
+        if mean is not None and (mean.shape != (dim,) or not np.isfinite(mean).all()):
+            raise InvalidInputError(f"mean must be {dim} finite numbers, not {list(mean.shape)}")
         index = hnswlib.Index(space=metric, dim=dim)
         index.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=seed % 2**64)
         threads = _threads(n_threads)
@@ -126,7 +131,7 @@ class Shard:
             stored = "float32"
         if vector_type != "auto":
             stored = vector_type
-        return cls._packed(index, labels, seed, threads, stored, progress, generation, n_lists, ivf_bits)
+        return cls._packed(index, labels, seed, threads, stored, progress, generation, n_lists, ivf_bits, mean)
 
     @classmethod
     def from_hnswlib(
@@ -184,12 +189,32 @@ class Shard:
         generation: int,
         n_lists: int,
         ivf_bits: int,
+        mean: npt.NDArray[np.float32] | None = None,
     ) -> Self:
         """`ids`: the index's labels are rows, and these their ids; nodes are then numbered by rows."""
-        arena = _pack(index, ids, vector_type, seed, threads, progress, generation)
+        arena = _pack(index, ids, vector_type, seed, threads, progress, generation, mean)
         if n_lists:
             info = _validate(arena, full=False)
             make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=threads, progress=progress)
+        return cls(arena, _validate(arena, full=False))
+
+    @classmethod
+    def of_arena(
+        cls, arena: Arena, *, n_lists: int = 0, ivf_bits: int = 2, seed: int = 100, n_threads: int = 0
+    ) -> Self:
+        """The shard whose image `arena` holds, which is then the shard's (`global_graph.link_shard` makes such ones).
+
+        Args:
+            n_lists, ivf_bits: as for `build`, of an image that has none.
+            seed, n_threads: of the lists' clustering.
+
+        Raises:
+            FormatError: it holds no image.
+        """
+        info = _validate(arena, full=False)
+        _check_lists(n_lists, ivf_bits, info.count)
+        if n_lists:
+            make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=_threads(n_threads))
         return cls(arena, _validate(arena, full=False))
 
     @classmethod
@@ -440,7 +465,9 @@ def _pack(
     threads: int,
     progress: Progress | None,
     generation: int,
+    mean: npt.NDArray[np.float32] | None,
 ) -> Arena:
+    centre = None if mean is None else np.ascontiguousarray(mean, np.float32)
     params = ffi.new(
         "cotra_packer_params *",
         {
@@ -452,6 +479,7 @@ def _pack(
             "generation": generation,
             "ids": ffi.NULL if ids is None else ffi.from_buffer("int64_t[]", ids),
             "n_ids": 0 if ids is None else len(ids),
+            "mean": ffi.NULL if centre is None else ffi.from_buffer("float[]", centre),
             "round_vectors": ids is not None,
         },
     )

@@ -27,8 +27,9 @@ HEADER_FIELDS = (
     | {name: (16 + 8 * i, "<Q") for i, name in enumerate(_U64)}
     | {name: (96 + 4 * i, "<I") for i, name in enumerate(_U32)}
     | {"ivf_offset": (144, "<Q"), "ivf_bytes": (152, "<Q"), "ivf_checksum": (160, "<I"), "reserved": (164, "<I")}
+    | {"graph_id": (168, "<Q"), "graph_count": (176, "<Q"), "graph_base": (184, "<Q")}
 )
-USED_HEADER_BYTES = 168
+USED_HEADER_BYTES = 192
 IVF_HEADER_BYTES = 64
 IVF_FIELDS = {
     "magic": (0, "<Q"),

@@ -232,9 +232,9 @@ def test_the_header_of_the_format_page(image: tuple[Image, Shard]) -> None:
     page, shard = image
     info, head = shard.info, page.header
     assert struct.pack("<Q", head.pop("magic")) == b"COTRAHG1"
-    assert page.end == 168
-    assert not any(page.raw[168:4096])
-    assert head["header_checksum"] == checksum(page.raw[:12] + bytes(4) + page.raw[16:168], 0)
+    assert page.end == 192
+    assert not any(page.raw[192:4096])
+    assert head["header_checksum"] == checksum(page.raw[:12] + bytes(4) + page.raw[16:192], 0)
     metrics, types = ("l2", "ip", "cosine"), ("float32", "float16", "uint8")
     for name in head.keys() - {"header_checksum", "nav_checksum", "ivf_checksum", "reserved", "metric", "vector_type"}:
         assert head[name] == getattr(info, name), name

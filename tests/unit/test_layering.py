@@ -25,7 +25,7 @@ LAYERS = (
     ("verbs", "handover", "dispatch", "coarse"),
     ("channel", "compass"),
     ("engine",),
-    ("ivf",),
+    ("ivf", "global_graph"),
     ("cost",),
     ("shard", "peer", "scatter_gather", "benchmark_clock", "benchmark_data", "benchmark_transports"),
     ("lanes", "plan", "benchmark"),
@@ -36,7 +36,7 @@ LAYERS = (
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}
-NATIVE_USERS = {"arena", "channel", "engine", "ivf", "shard", "verbs"}
+NATIVE_USERS = {"arena", "channel", "engine", "global_graph", "ivf", "shard", "verbs"}
 
 
 def includes(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from cotra_rdma.cli import output
 from cotra_rdma.cli.options import (
     ConstructionEf,
     GraphM,
+    GraphName,
     GroundTruth,
     Json,
     MetricName,
@@ -153,7 +154,12 @@ def bench(
             "compass+spire, compass+scatter-gather, auto; all: the first four.",
         ),
     ] = None,
-    shards: Annotated[int, typer.Option(min=1, help="With --algorithm: shards to split the vectors over.")] = 16,
+    shards: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="With --algorithm: shards to split the vectors over.")
+    ] = "16",
+    graph: Annotated[
+        GraphName, typer.Option(help="With --algorithm: how the shards are linked, as for `cotra build`.")
+    ] = GraphName.INDEPENDENT,
     partition: Annotated[
         PartitionName, typer.Option(help="With --algorithm: how they are split, as for `cotra build`.")
     ] = PartitionName.KMEANS,
@@ -223,8 +229,9 @@ def bench(
         raise typer.BadParameter(f"the ground truth has {data.ground_truth.shape[1]} for each query", param_hint="--k")
     split = None
     if algorithm:
-        lists = max(shards, data.vectors.count // 100) if ivf is None else ivf
-        split = Split(_algorithms(algorithm), shards, partition.value, lists)
+        names, counts = _algorithms(algorithm), numbers(shards, "--shards")
+        lists = data.vectors.count // 100 if ivf is None else ivf
+        split = Split(names, counts, partition.value, lists, graph.value)
     environment = Environment.now(sys.argv)
     with output.progress_bar("", disable=as_json) as bar:
         task = bar.add_task("", total=1)

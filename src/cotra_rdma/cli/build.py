@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import ConstructionEf, GraphM, Json, MetricName, PartitionName, VectorTypeName
+from cotra_rdma.cli.options import ConstructionEf, GraphM, GraphName, Json, MetricName, PartitionName, VectorTypeName
 from cotra_rdma.collection import build_collection
 from cotra_rdma.compass import DEFAULT_TARGET
 from cotra_rdma.datasets import open_vectors
@@ -20,6 +20,8 @@ EPILOG = """**Examples**
 cotra build base.fvecs index --shards 4
 
 cotra build base.fvecs index --shards 16 --partition kmeans
+
+cotra build base.fvecs index --shards 16 --graph global
 
 cotra build glove-100-angular.hdf5 index --shards 2 --metric cosine --M 24 --ef-construction 400
 """
@@ -42,12 +44,19 @@ def build(
         int, typer.Option("--shards", min=1, metavar="N", help="Shard files to split the rows over.")
     ] = 1,
     partition: Annotated[
-        PartitionName,
+        PartitionName | None,
         typer.Option(
             help="How rows are split: equal ranges, or neighbours together (no shard over 1.1 times the mean), so that "
-            "a query need not ask every shard."
+            "a query need not ask every shard. Default: kmeans for one graph, else range."
         ),
-    ] = PartitionName.RANGE,
+    ] = None,
+    graph: Annotated[
+        GraphName,
+        typer.Option(
+            help="independent: each shard has a graph of its own. global: the shards are linked to one graph, and a "
+            "query is one walk over all of them."
+        ),
+    ] = GraphName.INDEPENDENT,
     ivf: Annotated[
         int,
         typer.Option(
@@ -101,7 +110,8 @@ def build(
             ef_construction=ef_construction,
             seed=seed,
             n_threads=threads,
-            partition=partition.value,
+            partition=partition.value if partition else None,
+            graph=graph.value,
             n_lists=ivf,
             ivf_bits=ivf_bits,
             vector_type=vector_type.value,

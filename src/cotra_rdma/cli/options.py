@@ -36,6 +36,13 @@ class PartitionName(StrEnum):
     KMEANS = "kmeans"
 
 
+class GraphName(StrEnum):
+    """How `build` links the shards."""
+
+    INDEPENDENT = "independent"
+    GLOBAL = "global"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs, in place of tables.")]
 GraphM = Annotated[
     int, typer.Option("--M", "-M", min=2, help="Links of a node on an upper layer; twice as many on level 0.")

@@ -1,0 +1,281 @@
+/* One graph over all shards: the level-0 links of a shard's own graph, and those that lead into other shards.
+ *
+ *   create -> link (any threads, disjoint ranges that cover all nodes) -> finish
+ *
+ * A node's neighbours are chosen anew, from those that it has and from candidates in other shards, by the rule that
+ * fills lists (pack/link.h). The source image is only read, so that the order of nodes and threads does not matter.
+ */
+#include "base/arena.h"
+#include "base/ranked.h"
+#include "base/status.h"
+#include "distance/kernels.h"
+#include "layout/codes.h"
+#include "layout/vectors.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_WIDTH = 1024 };
+#define RELAXED       1.2f  /* as in link.c */
+#define MAX_COMPONENT 1e15f /* as in pack.c */
+
+struct cotra_relinker {
+    const uint8_t *source;
+    cotra_image_info info; /* of the copy */
+    cotra_record_layout layout;
+    cotra_rotation rotation;
+    const cotra_kernels *kernels;
+    cotra_arena *arena;
+    atomic_uint_fast64_t linked;
+};
+
+/* What one thread needs. */
+typedef struct work {
+    float *vectors;  /* [capacity][padded]: of the candidates */
+    float *own;      /* [padded] */
+    float *scratch;  /* [3 * code_dim]: the own vector rotated, then for codes */
+    uint64_t *words; /* [capacity]: distance << 32 | candidate, sorted */
+    uint32_t *numbers;
+    uint32_t *chosen; /* [degree] */
+    uint32_t capacity, padded, n;
+} work;
+
+int cotra_relinker_create(const void *data, uint64_t length_bytes, const cotra_relink_params *params,
+                          cotra_relinker **out, cotra_error *err)
+{
+    *out = NULL;
+    cotra_image_info info;
+    int status = cotra_image_validate(data, length_bytes, 0, &info, err);
+    if (status)
+        return status;
+    if (info.graph_id || info.ivf_bytes)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT,
+                          "relinker: takes a shard's own graph, without inverted lists: those come after it");
+    info.graph_id = params->graph_id;
+    info.graph_count = params->graph_count;
+    info.graph_base = params->graph_base;
+    if (info.graph_id == 0 || info.graph_count > COTRA_MAX_COUNT || info.graph_count < info.count ||
+        info.graph_base > info.graph_count - info.count)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "relinker: nodes [%llu, + %llu) of a graph of %llu, number %llx",
+                          (unsigned long long)info.graph_base, (unsigned long long)info.count,
+                          (unsigned long long)info.graph_count, (unsigned long long)info.graph_id);
+    cotra_relinker *relinker = calloc(1, sizeof *relinker);
+    if (!relinker)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "relinker: no memory");
+    relinker->source = data;
+    relinker->info = info;
+    relinker->kernels = cotra_kernels_get(cotra_simd_best());
+    cotra_record_layout_make(&info, &relinker->layout);
+    status = cotra_rotation_create(info.seed, info.dim, &relinker->rotation, err);
+    if (!status)
+        status = cotra_arena_create(info.image_bytes, COTRA_ARENA_HUGE, &relinker->arena, err);
+    if (status) {
+        cotra_relinker_destroy(relinker);
+        return status;
+    }
+    memcpy(cotra_arena_data(relinker->arena) + info.nav_offset, relinker->source + info.nav_offset, info.nav_bytes);
+    *out = relinker;
+    return COTRA_OK;
+}
+
+void cotra_relinker_destroy(cotra_relinker *relinker)
+{
+    if (!relinker)
+        return;
+    cotra_rotation_destroy(&relinker->rotation);
+    cotra_arena_destroy(relinker->arena);
+    free(relinker);
+}
+
+static void work_free(work *w)
+{
+    free(w->vectors);
+    free(w->own);
+    free(w->scratch);
+    free(w->words);
+    free(w->numbers);
+    free(w->chosen);
+}
+
+static int work_make(work *w, const cotra_image_info *info, uint32_t width, cotra_error *err)
+{
+    *w = (work){.capacity = info->degree + width, .padded = (info->dim + 31u) / 32 * 32};
+    w->vectors = calloc((size_t)w->capacity * w->padded, sizeof *w->vectors);
+    w->own = calloc(w->padded, sizeof *w->own);
+    w->scratch = malloc(3 * (size_t)info->code_dim * sizeof *w->scratch);
+    w->words = malloc(w->capacity * sizeof *w->words);
+    w->numbers = malloc(w->capacity * sizeof *w->numbers);
+    w->chosen = malloc(info->degree * sizeof *w->chosen);
+    if (w->vectors && w->own && w->scratch && w->words && w->numbers && w->chosen)
+        return COTRA_OK;
+    work_free(w);
+    return cotra_fail(err, COTRA_ERR_NO_MEMORY, "relinker: no memory");
+}
+
+static const float *vector_of(const work *w, uint32_t candidate)
+{
+    return w->vectors + (size_t)candidate * w->padded;
+}
+
+static float distance_of(const cotra_relinker *relinker, const float *a, const float *b)
+{
+    return cotra_metric_distance(relinker->kernels, relinker->info.metric, COTRA_VECTOR_F32, a, b, relinker->info.dim);
+}
+
+/* Takes a candidate in; its place among the words is that of its distance. */
+static void take(const cotra_relinker *relinker, work *w, uint32_t number, const uint8_t *vector)
+{
+    float *copy = w->vectors + (size_t)w->n * w->padded;
+    cotra_vector_load(relinker->info.vector_type, vector, relinker->info.dim, copy);
+    const uint64_t word = cotra_major(distance_of(relinker, w->own, copy), w->n);
+    uint32_t place = w->n;
+    w->numbers[w->n++] = number;
+    for (; place > 0 && w->words[place - 1] > word; place--)
+        w->words[place] = w->words[place - 1];
+    w->words[place] = word;
+}
+
+static int is_finite(const float *vector, uint32_t dim)
+{
+    for (uint32_t i = 0; i < dim; i++)
+        if (!(fabsf(vector[i]) <= MAX_COMPONENT))
+            return 0;
+    return 1;
+}
+
+static int is_apart(const cotra_relinker *relinker, const work *w, uint64_t word, uint32_t count)
+{
+    const float bound = cotra_unkey((uint32_t)(word >> 32)) / RELAXED;
+    for (uint32_t i = 0; i < count; i++)
+        if (distance_of(relinker, vector_of(w, (uint32_t)word), vector_of(w, w->chosen[i])) < bound)
+            return 0;
+    return 1;
+}
+
+/* Of all candidates, the neighbours; returns their number. */
+static uint32_t choose(const cotra_relinker *relinker, work *w)
+{
+    uint32_t count = 0, n_left = 0;
+    for (uint32_t i = 0; i < w->n && count < relinker->info.degree; i++) {
+        if (is_apart(relinker, w, w->words[i], count))
+            w->chosen[count++] = (uint32_t)w->words[i];
+        else
+            w->words[n_left++] = w->words[i];
+    }
+    for (uint32_t i = 0; i < n_left && count < relinker->info.degree; i++)
+        w->chosen[count++] = (uint32_t)w->words[i];
+    return count;
+}
+
+static void write_record(const cotra_relinker *relinker, work *w, uint32_t count, uint8_t *record)
+{
+    const cotra_image_info *info = &relinker->info;
+    const cotra_record_layout *layout = &relinker->layout;
+    cotra_record_head *head = (cotra_record_head *)record;
+    uint32_t *numbers = (uint32_t *)(record + layout->numbers);
+    memset(record + layout->numbers, 0, info->record_bytes - layout->numbers);
+    memset(numbers, 0xFF, 4 * (size_t)layout->slots);
+    head->count = (uint16_t)count;
+    float *own_rotated = w->scratch, *scratch = w->scratch + info->code_dim;
+    const float *mean = (const float *)(relinker->source + info->nav_offset);
+    for (uint32_t i = 0; i < info->dim; i++)
+        scratch[i] = w->own[i] - mean[i];
+    cotra_rotation_apply(&relinker->rotation, scratch, own_rotated);
+    for (uint32_t j = 0; j < count; j++) {
+        numbers[j] = w->numbers[w->chosen[j]];
+        cotra_code_write(&relinker->rotation, info->metric, w->own, own_rotated, vector_of(w, w->chosen[j]), scratch,
+                         layout, record, j);
+    }
+}
+
+static int link_node(const cotra_relinker *relinker, work *w, uint64_t node, const uint32_t *candidates,
+                     const cotra_relink_far *far, cotra_error *err)
+{
+    const cotra_image_info *info = &relinker->info;
+    const uint8_t *records = relinker->source + info->records_offset;
+    const uint8_t *source = records + node * info->record_bytes;
+    uint8_t *record = cotra_arena_data(relinker->arena) + info->records_offset + node * info->record_bytes;
+    cotra_record_head *head = (cotra_record_head *)record;
+    memcpy(record, source, info->record_bytes);
+    if (head->count > info->degree)
+        return cotra_fail(err, COTRA_ERR_FORMAT, "record %llu has %u neighbours", (unsigned long long)node,
+                          head->count);
+    uint32_t *numbers = (uint32_t *)(record + relinker->layout.numbers);
+    for (uint32_t j = 0; j < head->count; j++) {
+        if (numbers[j] >= info->count)
+            return cotra_fail(err, COTRA_ERR_FORMAT, "record %llu links to node %u of %llu", (unsigned long long)node,
+                              numbers[j], (unsigned long long)info->count);
+    }
+    uint32_t n_far = 0;
+    w->n = 0;
+    cotra_vector_load(info->vector_type, source + COTRA_RECORD_HEAD_BYTES, info->dim, w->own);
+    for (uint32_t j = 0; j < far->width; j++) {
+        if (candidates[j] == COTRA_NO_NODE)
+            continue;
+        if (candidates[j] >= far->count || far->numbers[candidates[j]] >= info->graph_count ||
+            (uint32_t)(far->numbers[candidates[j]] - info->graph_base) < info->count)
+            return cotra_fail(err, COTRA_ERR_ARGUMENT, "relinker: a candidate that is no node of another shard");
+        take(relinker, w, far->numbers[candidates[j]], far->vectors + (size_t)candidates[j] * far->stride_bytes);
+        if (!is_finite(vector_of(w, w->n - 1), info->dim))
+            return cotra_fail(err, COTRA_ERR_FORMAT, "node %u of another shard: its vector is not finite",
+                              far->numbers[candidates[j]]);
+        n_far++;
+    }
+    if (n_far) {
+        for (uint32_t j = 0; j < head->count; j++)
+            take(relinker, w, (uint32_t)info->graph_base + numbers[j],
+                 records + (size_t)numbers[j] * info->record_bytes + COTRA_RECORD_HEAD_BYTES);
+        write_record(relinker, w, choose(relinker, w), record);
+    } else {
+        for (uint32_t j = 0; j < head->count; j++)
+            numbers[j] += (uint32_t)info->graph_base;
+    }
+    head->checksum = cotra_record_checksum(record, info->record_bytes, head->node);
+    return COTRA_OK;
+}
+
+int cotra_relinker_link(cotra_relinker *relinker, uint64_t begin, uint64_t end, const cotra_relink_far *far,
+                        cotra_error *err)
+{
+    const cotra_image_info *info = &relinker->info;
+    if (!relinker->arena || begin > end || end > info->count || far->width > MAX_WIDTH ||
+        far->stride_bytes < relinker->layout.vector_bytes)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "relinker: nodes [%llu, %llu) of %llu, %u candidates each",
+                          (unsigned long long)begin, (unsigned long long)end, (unsigned long long)info->count,
+                          far->width);
+    work w;
+    int status = work_make(&w, info, far->width, err);
+    if (status)
+        return status;
+    for (uint64_t node = begin; node < end && !status; node++)
+        status = link_node(relinker, &w, node, far->candidates + (node - begin) * far->width, far, err);
+    work_free(&w);
+    if (!status)
+        atomic_fetch_add(&relinker->linked, end - begin);
+    return status;
+}
+
+int cotra_relinker_finish(cotra_relinker *relinker, cotra_arena **out, cotra_error *err)
+{
+    *out = NULL;
+    cotra_image_info *info = &relinker->info;
+    if (!relinker->arena || atomic_load(&relinker->linked) != info->count)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "relinker: %llu of %llu nodes were linked",
+                          (unsigned long long)atomic_load(&relinker->linked), (unsigned long long)info->count);
+    uint8_t *image = cotra_arena_data(relinker->arena);
+    uint32_t chain = 0;
+    for (uint64_t i = 0; i < info->count; i++)
+        chain = cotra_image_chain(
+            chain, ((const cotra_record_head *)(image + info->records_offset + i * info->record_bytes))->checksum);
+    info->image_checksum = (uint64_t)info->nav_checksum << 32 | chain;
+    cotra_image_header *header = (cotra_image_header *)image;
+    header->magic = COTRA_IMAGE_MAGIC;
+    header->format_version = COTRA_FORMAT_VERSION;
+    header->info = *info;
+    header->header_checksum = cotra_header_checksum(header);
+    *out = relinker->arena;
+    relinker->arena = NULL;
+    return COTRA_OK;
+}

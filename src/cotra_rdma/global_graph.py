@@ -1,0 +1,310 @@
+"""One graph over all shards: each shard links its own nodes to near ones of other shards, which it finds with one-sided READs.
+
+Every shard first builds a graph of its own (`Shard.build`), with the mean vector and the seed that all share. Then each one by
+itself searches the shards around it for the neighbours of its vectors, READs theirs, and chooses its links anew (`link_shard`).
+No process ever holds more than one shard's vectors, and what it reads for a few thousand nodes at a time. After CoTra
+(arXiv 2507.06653), whose graph is built whole and then cut.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._native import Handle, check, ffi, lib, new_error
+from cotra_rdma.arena import Arena
+from cotra_rdma.channel import Channel
+from cotra_rdma.engine import Engine, ImageInfo, View
+from cotra_rdma.errors import FormatError, InvalidInputError
+
+MAX_NODES = 2**31 - 1
+_NONE = np.uint32(0xFFFFFFFF)
+_ROWS = 1024
+_FAR_SIGHTED = 8
+_RECORD_HEAD_BYTES = 32
+_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
+
+OpenChannel = Callable[[int], AbstractContextManager[Channel]]
+"""Opens a channel to the image that a shard built by itself; the number is its place in the collection."""
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress("border" | "relink", nodes done, nodes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Border:
+    """How a shard looks for neighbours in others.
+
+    Attributes:
+        shards: that a node looks into, at most: those with the nearest centroids.
+        reach: it looks where that centroid is at most so many times as far from it as its own shard's. Every eighth node looks
+            however far that is, for the graph must not fall apart where shards do.
+        k, ef: of each search.
+    """
+
+    shards: int = 6
+    reach: float = 1.3
+    k: int = 10
+    ef: int = 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GraphPlan:
+    """What all shards of one graph know of each other before they link.
+
+    Attributes:
+        bases: int64[n_shards]: the number of each shard's first node in the graph.
+        counts: int64[n_shards]: nodes of each.
+        graph_id: names the graph; made of the checksums of all shards' images.
+        centroids: float32[n_shards, dim], for cosine of normalised vectors.
+    """
+
+    bases: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    graph_id: int
+    centroids: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, infos: Sequence[ImageInfo], centroids: npt.NDArray[np.float32]) -> GraphPlan:
+        """The plan for shards with these images, in the order in which they are numbered.
+
+        Raises `InvalidInputError` where they are too many nodes, or cannot be one graph.
+        """
+        first = infos[0]
+        for at, info in enumerate(infos):
+            for what in ("dim", "metric", "vector_type", "M", "degree", "seed"):
+                if getattr(info, what) != getattr(first, what):
+                    raise InvalidInputError(
+                        f"shards 0 and {at} cannot be one graph: {what} {getattr(first, what)} and {getattr(info, what)}"
+                    )
+        if centroids.shape != (len(infos), first.dim):
+            raise InvalidInputError(
+                f"centroids must be float32[{len(infos)}, {first.dim}], not {list(centroids.shape)}"
+            )
+        counts = np.array([info.count for info in infos], np.int64)
+        if counts.sum() > MAX_NODES:
+            raise InvalidInputError(f"one graph holds at most {MAX_NODES} nodes, not {counts.sum()}")
+        graph_id = 0
+        for info in infos:  # FNV-1a over whole words
+            graph_id = (graph_id ^ info.image_checksum) * 0x100000001B3 % 2**64
+        return cls(np.cumsum(counts) - counts, counts, graph_id or 1, centroids)
+
+
+def link_shard(
+    image: Arena,
+    shard: int,
+    plan: GraphPlan,
+    open_channel: OpenChannel,
+    *,
+    border: Border | None = None,
+    n_threads: int = 0,
+    progress: Progress | None = None,
+) -> Arena:
+    """The image of shard number `shard` as a part of the graph over all shards.
+
+    Args:
+        image: what the shard built by itself, without inverted lists: it is only read, so others may READ it meanwhile.
+        shard: its number in the plan.
+        open_channel: to the other shards' own images.
+        border: how to look for neighbours; None: the defaults.
+        n_threads: 0 for all cores. The result does not depend on it.
+        progress: see `Progress`.
+
+    Raises:
+        InvalidInputError: an image with inverted lists, or one that is not the plan's. FormatError, TransportError: of others'
+        images.
+    """
+    border = border or Border()
+    threads = n_threads or len(os.sched_getaffinity(0))
+    with _Own(image) as own:
+        if own.info.count != plan.counts[shard]:
+            raise InvalidInputError(f"shard {shard} has {own.info.count} nodes, and {plan.counts[shard]} in the plan")
+        found = _search_border(own, shard, plan, open_channel, border, threads, progress)
+        params = ffi.new("cotra_relink_params *", (plan.graph_id, int(plan.counts.sum()), int(plan.bases[shard])))
+        out, err = ffi.new("cotra_relinker **"), new_error()
+        data = ffi.cast("void *", image.info.addr)
+        check(lib.cotra_relinker_create(data, image.info.len, params, out, err), err)
+        with _Relinker(out[0], image) as relinker:
+            _relink(relinker, own, plan, found, open_channel, threads, progress)
+            made, err = ffi.new("cotra_arena **"), new_error()
+            check(lib.cotra_relinker_finish(relinker.ptr, made, err), err)
+            return Arena(made[0])
+
+
+@contextmanager
+def channel_of_file(path: str | os.PathLike[str], record_bytes: int) -> Iterator[Channel]:
+    """A channel to an image in a file."""
+    with Arena.map_file(path) as arena, Channel.shm(arena, slot_bytes=max(record_bytes, 4096)) as channel:
+        yield channel
+
+
+class _Relinker(Handle):
+    def _destroy(self, ptr: Any) -> None:
+        lib.cotra_relinker_destroy(ptr)
+
+
+class _Own:
+    """A shard's own image."""
+
+    def __init__(self, image: Arena) -> None:
+        raw, err, info = ffi.new("cotra_image_info *"), new_error(), image.info
+        check(lib.cotra_image_validate(ffi.cast("void *", info.addr), info.len, 0, raw, err), err)
+        self.info = ImageInfo.from_c(raw)
+        self._view = image.view()
+        self._records = np.frombuffer(
+            self._view, np.uint8, self.info.count * self.info.record_bytes, self.info.records_offset
+        ).reshape(self.info.count, self.info.record_bytes)
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of a vector in a record, without padding."""
+        return self.info.dim * _TYPES[self.info.vector_type].itemsize
+
+    def vectors(self, rows: slice | npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
+        """Own vectors of some nodes: float32[n, dim]."""
+        raw = self._records[rows, _RECORD_HEAD_BYTES : _RECORD_HEAD_BYTES + self.vector_bytes]
+        found: npt.NDArray[np.float32] = (
+            np.ascontiguousarray(raw).view(_TYPES[self.info.vector_type]).astype(np.float32)
+        )
+        return found
+
+    def __enter__(self) -> _Own:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._records
+        self._view.release()
+
+
+def _ranges(count: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + _ROWS, count)) for begin in range(0, count, _ROWS)]
+
+
+def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.NDArray[np.int32]:
+    """The other shards that each node looks into: int32[count, border.shards], -1 for none."""
+    width = min(border.shards, len(plan.counts) - 1)
+    near = np.empty((own.info.count, width), np.int32)
+    centre = plan.centroids.mean(axis=0)
+    centroids = plan.centroids - centre
+    for begin, end in _ranges(own.info.count):
+        rows = own.vectors(slice(begin, end)) - centre
+        gaps = np.square(rows).sum(axis=1)[:, np.newaxis] - 2 * rows @ centroids.T + np.square(centroids).sum(axis=1)
+        bound = border.reach**2 * gaps[:, shard]
+        bound[-begin % _FAR_SIGHTED :: _FAR_SIGHTED] = np.inf
+        gaps[:, shard] = np.inf
+        order = np.argsort(gaps, axis=1, kind="stable")[:, :width]
+        close = np.take_along_axis(gaps, order, 1) <= bound[:, np.newaxis]
+        near[begin:end] = np.where(close, order, -1)
+    return near
+
+
+def _search_border(
+    own: _Own,
+    shard: int,
+    plan: GraphPlan,
+    open_channel: OpenChannel,
+    border: Border,
+    threads: int,
+    progress: Progress | None,
+) -> npt.NDArray[np.uint32]:
+    """Near nodes of other shards, for each node: uint32[count, width] numbers in the graph; 0xFFFFFFFF where fewer."""
+    near = _near_shards(own, shard, plan, border)
+    found = np.full((own.info.count, near.shape[1], border.k), _NONE, np.uint32)
+    done, total = 0, int((near >= 0).sum())
+    with ThreadPoolExecutor(threads) as pool:
+        for other in range(len(plan.counts)):
+            rows, places = np.nonzero(near == other)
+            if not len(rows):
+                continue
+
+            def search(part: npt.NDArray[np.intp], other: int = other) -> npt.NDArray[np.uint32]:
+                with ExitStack() as stack:
+                    channel = stack.enter_context(open_channel(other))
+                    view = stack.enter_context(View.open(channel))
+                    _check_other(view.info, own.info, other, plan)
+                    engine = stack.enter_context(Engine.create([view], [channel]))
+                    numbers = np.full((len(part), border.k), _NONE, np.uint32)
+                    k = min(border.k, view.info.count)
+                    for begin, end in _ranges(len(part)):
+                        nodes = engine.search(own.vectors(part[begin:end]), k, max(border.ef, k), 4, numbers=True)[0][0]
+                        known = nodes >= 0
+                        numbers[begin:end, :k][known] = (nodes[known] + plan.bases[other]).astype(np.uint32)
+                    return numbers
+
+            parts = np.array_split(rows, min(threads, len(rows)))
+            found[rows, places] = np.concatenate(list(pool.map(search, parts)))
+            done += len(rows)
+            if progress:
+                progress("border", done * own.info.count // total, own.info.count)
+    return found.reshape(own.info.count, -1)
+
+
+def _check_other(info: ImageInfo, own: ImageInfo, other: int, plan: GraphPlan) -> None:
+    if info.graph_id or info.count != plan.counts[other]:
+        raise FormatError(f"shard {other}: not the image that it built by itself, with {plan.counts[other]} nodes")
+    for what in ("dim", "metric", "vector_type", "record_bytes", "seed"):
+        if getattr(info, what) != getattr(own, what):
+            raise FormatError(f"shard {other}: its {what} is {getattr(info, what)}, here {getattr(own, what)}")
+
+
+def _relink(
+    relinker: _Relinker,
+    own: _Own,
+    plan: GraphPlan,
+    found: npt.NDArray[np.uint32],
+    open_channel: OpenChannel,
+    threads: int,
+    progress: Progress | None,
+) -> None:
+    stride = -(-own.vector_bytes // 32) * 32
+    with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
+        channels: dict[int, Channel] = {}
+        running: list[Future[None]] = []
+        for begin, end in _ranges(own.info.count):
+            numbers, candidates = np.unique(found[begin:end], return_inverse=True)
+            far = candidates.reshape(end - begin, -1).astype(np.uint32)
+            if len(numbers) and numbers[-1] == _NONE:
+                numbers = numbers[:-1]
+                far[far == len(numbers)] = _NONE
+            vectors = np.empty((len(numbers), stride), np.uint8)
+            shards = np.searchsorted(plan.bases, numbers, side="right") - 1
+            for other in np.unique(shards):
+                if other not in channels:
+                    channels[other] = stack.enter_context(open_channel(int(other)))
+                mine = shards == other
+                offsets = own.info.records_offset + _RECORD_HEAD_BYTES
+                offsets = offsets + (numbers[mine] - plan.bases[other]) * own.info.record_bytes
+                vectors[mine] = channels[other].gather(offsets.astype(np.uint64), stride)
+            if len(running) > threads:  # vectors of a few ranges at a time
+                running.pop(0).result()
+            running.append(pool.submit(_relink_range, relinker, begin, end, numbers, vectors, far))
+            if progress:
+                progress("relink", begin, own.info.count)
+        for future in running:
+            future.result()
+        if progress:
+            progress("relink", own.info.count, own.info.count)
+
+
+def _relink_range(
+    relinker: _Relinker,
+    begin: int,
+    end: int,
+    numbers: npt.NDArray[np.uint32],
+    vectors: npt.NDArray[np.uint8],
+    candidates: npt.NDArray[np.uint32],
+) -> None:
+    far, err = ffi.new("cotra_relink_far *"), new_error()
+    candidates = np.ascontiguousarray(candidates)
+    far.numbers = ffi.from_buffer("uint32_t[]", numbers)
+    far.vectors = ffi.from_buffer("uint8_t[]", vectors)
+    far.candidates = ffi.from_buffer("uint32_t[]", candidates)
+    far.count, far.stride_bytes, far.width = len(numbers), vectors.shape[1], candidates.shape[1]
+    check(lib.cotra_relinker_link(relinker.ptr, begin, end, far, err), err)
