@@ -65,6 +65,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(INSTALL) --upgrade pip
 	$(BIN)/$(INSTALL) 'scikit-build-core>=0.11' 'cffi>=1.17' 'cmake>=3.20' ninja
+	$(BIN)/$(INSTALL) 'hnswlib>=0.8' # from source, in an environment of its own: the build below has no isolation
 
 $(VENV)/.built: $(VENV)/bin/pip $(BUILT_FROM) $(VERBS_H)
 	$(BIN)/$(INSTALL) --no-build-isolation --editable . -Cbuild-dir=$(BUILD_DIR) -Ccmake.define.COTRA_WERROR=$(WERROR) $(SETTINGS)

@@ -224,7 +224,7 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
         view->info.metric == COTRA_METRIC_IP ? kernels->dot[COTRA_VECTOR_F32](walk->query, walk->query, dim) : 0;
     /* One bit a dimension estimates a squared distance with an error of about 1.5 / sqrt(D) of it (RaBitQ, theorem 3.2,
      * for a residual as long as the distance). How many of those are worth waiting for is what ef / k asks for; the
-     * factor is measured (bench/README.md). */
+     * factor is measured (docs/performance.md). */
     walk->slack = 0.5f / sqrtf((float)view->info.code_dim) * logf((float)plan->ef / (float)walk->k);
     if (plan->direct)
         return COTRA_OK;
