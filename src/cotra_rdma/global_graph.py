@@ -2,7 +2,7 @@
 
 Every shard first builds a graph of its own (`Shard.build`), with the mean vector and the seed that all share. Then each one by
 itself searches the shards around it for the neighbours of its vectors, READs theirs, and chooses its links anew (`link_shard`).
-No process ever holds more than one shard's vectors, and what it reads for a few thousand nodes at a time. After CoTra
+No process ever holds more than one shard's vectors, and what it reads for some hundred nodes at a time. After CoTra
 (arXiv 2507.06653), whose graph is built whole and then cut.
 """
 
@@ -26,7 +26,8 @@ from cotra_rdma.errors import FormatError, InvalidInputError
 
 MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)
-_ROWS = 1024
+_ROWS = 1024  # that are searched for in one call
+_LINK_ROWS = 256  # whose candidates' vectors are in memory at once, for each thread
 _FAR_SIGHTED = 8
 _RECORD_HEAD_BYTES = 32
 _TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
@@ -183,8 +184,8 @@ class _Own:
         self._view.release()
 
 
-def _ranges(count: int) -> list[tuple[int, int]]:
-    return [(begin, min(begin + _ROWS, count)) for begin in range(0, count, _ROWS)]
+def _ranges(count: int, rows: int = _ROWS) -> list[tuple[int, int]]:
+    return [(begin, min(begin + rows, count)) for begin in range(0, count, rows)]
 
 
 def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.NDArray[np.int32]:
@@ -267,7 +268,7 @@ def _relink(
     with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
         channels: dict[int, Channel] = {}
         running: list[Future[None]] = []
-        for begin, end in _ranges(own.info.count):
+        for begin, end in _ranges(own.info.count, _LINK_ROWS):
             numbers, candidates = np.unique(found[begin:end], return_inverse=True)
             far = candidates.reshape(end - begin, -1).astype(np.uint32)
             if len(numbers) and numbers[-1] == _NONE:
@@ -282,7 +283,7 @@ def _relink(
                 offsets = own.info.records_offset + _RECORD_HEAD_BYTES
                 offsets = offsets + (numbers[mine] - plan.bases[other]) * own.info.record_bytes
                 vectors[mine] = channels[other].gather(offsets.astype(np.uint64), stride)
-            if len(running) > threads:  # vectors of a few ranges at a time
+            if len(running) > threads:  # one range waits
                 running.pop(0).result()
             running.append(pool.submit(_relink_range, relinker, begin, end, numbers, vectors, far))
             if progress:

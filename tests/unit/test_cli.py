@@ -134,6 +134,10 @@ def test_build_by_kmeans(tmp_path: Path) -> None:
     assert max(entry["count"] for entry in report["shards"]) <= 275
     assert "Compass: 1." in cotra(*options, "--partition", "kmeans", "--force").stdout
     assert "every query asks all shards" in cotra(*options, "--force").stdout
+    report = json.loads(cotra(*options, "--graph", "global", "--force", "--json").stdout)
+    assert (report["graph"], report["partition"]) == ("global", "kmeans")
+    failed = cotra(*options, "--graph", "global", "--partition", "range", "--force")
+    assert failed.exit_code == 1
 
 
 def test_serve_tells_bad_shards(shard: Path, tmp_path: Path) -> None:
