@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#define COTRA_MAX_COMPONENT 1e15f /* squared distances of larger ones do not fit a float */
+
 float cotra_f16_to_f32(uint16_t half);
 uint16_t cotra_f32_to_f16(float value); /* round to nearest even */
 

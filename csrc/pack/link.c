@@ -8,9 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Measured: more candidates cost time and save no READs; a factor of 1.1 to 1.3 does not matter much. */
+/* Measured: more candidates cost time and save no READs. */
 enum { MAX_FAR = 512, MAX_SEEN = 4096, MAX_CANDIDATES = 40, MAX_LISTS = 12, PREFETCH_BYTES = 512, AHEAD = 6 };
-#define RELAXED 1.2f
 
 int cotra_linker_create(cotra_linker *linker, const cotra_image_info *info, const cotra_record_layout *layout,
                         uint8_t *records, cotra_error *err)
@@ -120,7 +119,7 @@ static uint32_t find_candidates(cotra_linker *linker, const float *own, const ui
 static int is_apart(cotra_linker *linker, uint64_t candidate, uint32_t count)
 {
     const cotra_image_info *info = linker->info;
-    const float bound = cotra_unkey((uint32_t)(candidate >> 32)) / RELAXED;
+    const float bound = cotra_unkey((uint32_t)(candidate >> 32)) / COTRA_RELAXED;
     const float *vector = load(linker, (uint32_t)candidate, count + 1);
     for (uint32_t i = 1; i <= count; i++)
         if (cotra_metric_distance(linker->kernels, info->metric, COTRA_VECTOR_F32, vector,

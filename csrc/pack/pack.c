@@ -19,8 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MAX_COMPONENT 1e15f /* squared distances of larger ones do not fit a float */
-#define MAX_FLOAT16   65504.0f
+#define MAX_FLOAT16 65504.0f
 
 struct cotra_packer {
     cotra_packer_params params;
@@ -185,7 +184,7 @@ static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint
     float vector[COTRA_MAX_DIM];
     memcpy(vector, data, 4 * (size_t)info->dim);
     for (uint32_t i = 0; i < info->dim; i++) {
-        if (!(fabsf(vector[i]) <= MAX_COMPONENT))
+        if (!(fabsf(vector[i]) <= COTRA_MAX_COMPONENT))
             return cotra_fail(err, COTRA_ERR_ARGUMENT,
                               "node %llu: component %u of its vector is not finite, or beyond 1e15",
                               (unsigned long long)node, i);

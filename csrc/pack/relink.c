@@ -11,6 +11,7 @@
 #include "distance/kernels.h"
 #include "layout/codes.h"
 #include "layout/vectors.h"
+#include "pack/link.h"
 
 #include <math.h>
 #include <stdatomic.h>
@@ -18,8 +19,6 @@
 #include <string.h>
 
 enum { MAX_WIDTH = 1024 };
-#define RELAXED       1.2f  /* as in link.c */
-#define MAX_COMPONENT 1e15f /* as in pack.c */
 
 struct cotra_relinker {
     const uint8_t *source;
@@ -140,14 +139,14 @@ static void take(const cotra_relinker *relinker, work *w, uint32_t number, const
 static int is_finite(const float *vector, uint32_t dim)
 {
     for (uint32_t i = 0; i < dim; i++)
-        if (!(fabsf(vector[i]) <= MAX_COMPONENT))
+        if (!(fabsf(vector[i]) <= COTRA_MAX_COMPONENT))
             return 0;
     return 1;
 }
 
 static int is_apart(const cotra_relinker *relinker, const work *w, uint64_t word, uint32_t count)
 {
-    const float bound = cotra_unkey((uint32_t)(word >> 32)) / RELAXED;
+    const float bound = cotra_unkey((uint32_t)(word >> 32)) / COTRA_RELAXED;
     for (uint32_t i = 0; i < count; i++)
         if (distance_of(relinker, vector_of(w, (uint32_t)word), vector_of(w, w->chosen[i])) < bound)
             return 0;
