@@ -14,7 +14,7 @@ enum {
 int cotra_candidates_create(cotra_candidates *all, uint32_t kept, cotra_error *err)
 {
     memset(all, 0, sizeof *all);
-    const size_t open = 4 * (size_t)kept < ROOM ? ROOM : 4 * (size_t)kept;
+    const size_t open = 2 * (size_t)kept < ROOM ? ROOM : 2 * (size_t)kept;
     const size_t blocks = 2 + (open + COTRA_BLOCK) / COTRA_KEYS_BLOCK;
     const size_t padded = (blocks + 15) / 16 * 16;
     all->capacity = (uint32_t)(blocks * COTRA_KEYS_BLOCK);
@@ -23,8 +23,7 @@ int cotra_candidates_create(cotra_candidates *all, uint32_t kept, cotra_error *e
     all->keys = aligned_alloc(64, all->capacity * sizeof *all->keys);
     all->nodes = malloc(all->capacity * sizeof *all->nodes);
     all->floors = aligned_alloc(64, padded * sizeof *all->floors);
-    all->words = malloc(all->capacity * sizeof *all->words);
-    if (all->seen && all->keys && all->nodes && all->floors && all->words)
+    if (all->seen && all->keys && all->nodes && all->floors)
         return COTRA_OK;
     cotra_candidates_destroy(all);
     return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk of %u candidates", kept);
@@ -86,8 +85,10 @@ static void prepare(cotra_candidates *all, uint32_t n)
     }
 }
 
-static void sort_out(cotra_candidates *all, uint32_t kept, float limit)
+static int sort_out(cotra_candidates *all, uint32_t kept, float limit, cotra_error *err)
 {
+    if (!all->words && !(all->words = malloc(all->capacity * sizeof *all->words)))
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for %u candidates", all->capacity);
     uint32_t n = 0;
     for (uint32_t slot = COTRA_KEYS_BLOCK; slot < all->count; slot++) {
         const uint32_t node = all->nodes[slot];
@@ -109,12 +110,16 @@ static void sort_out(cotra_candidates *all, uint32_t kept, float limit)
         all->nodes[slot] = node;
         *floor = all->keys[slot] < *floor ? all->keys[slot] : *floor;
     }
+    return COTRA_OK;
 }
 
 int cotra_candidates_make_room(cotra_candidates *all, uint32_t kept, float limit, cotra_error *err)
 {
-    if (all->count + COTRA_BLOCK > all->capacity)
-        sort_out(all, kept, limit);
+    if (all->count + COTRA_BLOCK > all->capacity) {
+        int status = sort_out(all, kept, limit, err);
+        if (status)
+            return status;
+    }
     prepare(all, COTRA_BLOCK);
     return (all->seen_count + COTRA_BLOCK) * 2 > all->seen_mask ? grow_seen(all, err) : COTRA_OK;
 }

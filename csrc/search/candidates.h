@@ -30,7 +30,7 @@ typedef struct cotra_candidates {
     float *keys;     /* [capacity]; infinite where nothing is open */
     uint32_t *nodes; /* [capacity] */
     float *floors;   /* [capacity / COTRA_KEYS_BLOCK, padded]: no key of the block is less */
-    uint64_t *words; /* [capacity]: for sorting out */
+    uint64_t *words; /* [capacity]: for sorting out; made when it is needed */
     uint32_t count, capacity;
 } cotra_candidates;
 

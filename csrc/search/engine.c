@@ -13,7 +13,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_BEAM = 256, MAX_EF = 1 << 20, MAX_INFLIGHT = 1024, MAX_AUTOMATIC = 128, POLL_BATCH = 64, DIRECT_WIDTH = 32 };
+enum {
+    MAX_BEAM = 256,
+    MAX_EF = 1 << 20,
+    MAX_INFLIGHT = 1024,
+    MAX_AUTOMATIC = 128,
+    MAX_CANDIDATES = 1 << 26,
+    POLL_BATCH = 64,
+    DIRECT_WIDTH = 32
+};
 enum { IDLE_TURNS = 1024 }; /* between looks at the clock, which is a system call on some machines */
 enum { NEAR_READS = 8 };    /* in progress on each shard, or graph, at first: more give nothing where memory is near */
 #define DEFAULT_TIMEOUT_NS 5000000000u
@@ -540,6 +548,8 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     n_walks = n_walks < slots / width ? n_walks : slots / width;
     const uint32_t most = params->inflight ? MAX_INFLIGHT : MAX_AUTOMATIC;
     n_walks = n_walks < most ? n_walks : most;
+    const uint32_t affordable = MAX_CANDIDATES / pool > 2 ? MAX_CANDIDATES / pool : 2; /* of huge ef: memory */
+    n_walks = n_walks < affordable || params->inflight ? n_walks : affordable;
     if (n_walks > n_queries * engine->n_spaces)
         n_walks = (uint32_t)(n_queries * engine->n_spaces);
     status = make_walks(engine, n_walks, params->k, pool, width, err);

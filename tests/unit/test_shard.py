@@ -617,3 +617,18 @@ def test_what_a_vector_type_cannot_hold(words: Floats) -> None:
         Shard.build(words[:10], vector_type="float64")
     with Shard.build(np.arange(64).reshape(8, 8), vector_type="uint8", n_threads=1) as shard:
         assert shard.info.vector_type == "uint8"
+
+
+def test_more_candidates_than_there_is_room_for() -> None:
+    """Until k answers are found all that is heard of is a candidate: with k = ef more than a walk keeps room for."""
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((12000, 64), np.float32)
+    asked = generator.standard_normal((20, 64), np.float32)
+    with Shard.build(rows, M=8, ef_construction=20, n_threads=1) as shard:
+        labels, found, _ = shard.search(asked, k=256, ef=256)
+    exact = np.square(rows[np.newaxis] - asked[:, np.newaxis]).sum(axis=2)
+    np.testing.assert_allclose(found, np.take_along_axis(exact, labels, 1), rtol=1e-4)
+    assert (np.diff(found, axis=1) >= 0).all()
+    assert all(len(set(row)) == 256 for row in labels.tolist())
+    nearest = np.argsort(exact, axis=1)[:, :256]
+    assert np.mean([len(np.intersect1d(*pair)) for pair in zip(labels, nearest, strict=True)]) > 0.75 * 256
