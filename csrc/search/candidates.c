@@ -11,17 +11,21 @@ enum {
     SEEN = 512
 }; /* sorting out costs more than memory; a table of seen nodes that is too small grows */
 
+static uint32_t capacity_for(uint32_t kept)
+{
+    const uint32_t open = 2 * kept < ROOM ? ROOM : 2 * kept;
+    return (2 + (open + COTRA_BLOCK) / COTRA_KEYS_BLOCK) * COTRA_KEYS_BLOCK;
+}
+
 int cotra_candidates_create(cotra_candidates *all, uint32_t kept, cotra_error *err)
 {
     memset(all, 0, sizeof *all);
-    const size_t open = 2 * (size_t)kept < ROOM ? ROOM : 2 * (size_t)kept;
-    const size_t blocks = 2 + (open + COTRA_BLOCK) / COTRA_KEYS_BLOCK;
-    const size_t padded = (blocks + 15) / 16 * 16;
-    all->capacity = (uint32_t)(blocks * COTRA_KEYS_BLOCK);
+    all->allocated = capacity_for(kept);
+    const size_t padded = (all->allocated / COTRA_KEYS_BLOCK + 15u) / 16 * 16;
     all->seen_mask = SEEN - 1;
     all->seen = calloc(SEEN, sizeof *all->seen);
-    all->keys = aligned_alloc(64, all->capacity * sizeof *all->keys);
-    all->nodes = malloc(all->capacity * sizeof *all->nodes);
+    all->keys = aligned_alloc(64, all->allocated * sizeof *all->keys);
+    all->nodes = malloc(all->allocated * sizeof *all->nodes);
     all->floors = aligned_alloc(64, padded * sizeof *all->floors);
     if (all->seen && all->keys && all->nodes && all->floors)
         return COTRA_OK;
@@ -39,8 +43,9 @@ void cotra_candidates_destroy(cotra_candidates *all)
     memset(all, 0, sizeof *all);
 }
 
-void cotra_candidates_clear(cotra_candidates *all)
+void cotra_candidates_clear(cotra_candidates *all, uint32_t kept)
 {
+    all->capacity = capacity_for(kept); /* when they are sorted out is the walk's own matter, not that of memory */
     all->count = COTRA_KEYS_BLOCK;
     all->seen_count = 0;
     cotra_candidates_empty_bin(all);
@@ -50,7 +55,7 @@ void cotra_candidates_clear(cotra_candidates *all)
     }
 }
 
-/* Only a walk that sees far more nodes than it keeps gets here. */
+/* The table begins small, and is kept for the next walk. */
 static int grow_seen(cotra_candidates *all, cotra_error *err)
 {
     const size_t old = (size_t)all->seen_mask + 1;
@@ -87,8 +92,8 @@ static void prepare(cotra_candidates *all, uint32_t n)
 
 static int sort_out(cotra_candidates *all, uint32_t kept, float limit, cotra_error *err)
 {
-    if (!all->words && !(all->words = malloc(all->capacity * sizeof *all->words)))
-        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for %u candidates", all->capacity);
+    if (!all->words && !(all->words = malloc(all->allocated * sizeof *all->words)))
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for %u candidates", all->allocated);
     uint32_t n = 0;
     for (uint32_t slot = COTRA_KEYS_BLOCK; slot < all->count; slot++) {
         const uint32_t node = all->nodes[slot];

@@ -27,17 +27,18 @@ typedef struct cotra_seen {
 typedef struct cotra_candidates {
     cotra_seen *seen; /* open addressing, at most half full */
     uint32_t seen_mask, seen_count, epoch;
-    float *keys;     /* [capacity]; infinite where nothing is open */
-    uint32_t *nodes; /* [capacity] */
-    float *floors;   /* [capacity / COTRA_KEYS_BLOCK, padded]: no key of the block is less */
-    uint64_t *words; /* [capacity]: for sorting out; made when it is needed */
-    uint32_t count, capacity;
+    float *keys;              /* [allocated]; infinite where nothing is open */
+    uint32_t *nodes;          /* [allocated] */
+    float *floors;            /* [allocated / COTRA_KEYS_BLOCK, padded]: no key of the block is less */
+    uint64_t *words;          /* for sorting out; made when it is needed */
+    uint32_t count, capacity; /* of this walk */
+    uint32_t allocated;       /* for any walk */
 } cotra_candidates;
 
-/* Room for `kept` open nodes and as many more before they are sorted out. */
+/* For walks that keep at most `kept` open nodes, and as many more (4,096 at least) before they are sorted out. */
 int cotra_candidates_create(cotra_candidates *all, uint32_t kept, cotra_error *err);
 void cotra_candidates_destroy(cotra_candidates *all);
-void cotra_candidates_clear(cotra_candidates *all);
+void cotra_candidates_clear(cotra_candidates *all, uint32_t kept);
 /* Makes room for a block of neighbours. Where there is none left, keeps the `kept` least of the keys below the limit.
  */
 int cotra_candidates_make_room(cotra_candidates *all, uint32_t kept, float limit, cotra_error *err);

@@ -475,7 +475,7 @@ static int make_plans(cotra_engine *engine, const cotra_search_params *params, c
                       uint32_t *pool, uint32_t *width, cotra_error *err)
 {
     const uint8_t *const *filters = scope ? scope->filters : NULL;
-    *pool = COTRA_POOL_FACTOR * params->ef;
+    *pool = 1;
     *width = params->beam;
     for (uint32_t s = 0; s < engine->n_spaces; s++) {
         const cotra_space *space = &engine->spaces[s];
@@ -499,15 +499,14 @@ static int make_plans(cotra_engine *engine, const cotra_search_params *params, c
             rows += count_rows(filters[shard], here);
             plan->filters = filters;
         }
-        if (!plan->filters)
-            continue;
-        if (rows * rows <= params->ef * count) {
+        if (plan->filters && rows * rows <= params->ef * count) {
             plan->direct = 1;
             *width = params->beam > DIRECT_WIDTH ? params->beam : DIRECT_WIDTH;
             continue;
         }
-        const uint64_t grown = (plan->pool * count + rows - 1) / rows;
-        plan->pool = (uint32_t)(grown < COTRA_POOL_FACTOR * MAX_EF ? grown : COTRA_POOL_FACTOR * MAX_EF);
+        const uint64_t grown = plan->filters ? (plan->pool * count + rows - 1) / rows : plan->pool;
+        const uint64_t most = count < COTRA_POOL_FACTOR * MAX_EF ? count : COTRA_POOL_FACTOR * MAX_EF;
+        plan->pool = (uint32_t)(grown < most ? grown : most); /* no walk expands more than all */
         *pool = plan->pool > *pool ? plan->pool : *pool;
     }
     return COTRA_OK;

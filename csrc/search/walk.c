@@ -129,8 +129,7 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
     int status = cotra_candidates_make_room(&walk->candidates, walk->plan.pool, INFINITY, err);
     if (status)
         return status;
-    if (!(distance < FARTHEST)) /* a start is a start */
-        distance = FARTHEST;
+    distance = clamp(distance); /* a start is a start */
     cotra_candidates_take(&walk->candidates, base + view->nodes[current], distance, COTRA_EXACT);
     const uint32_t width = walk->plan.beam < MAX_STARTS ? walk->plan.beam : MAX_STARTS;
     uint64_t *nearest = walk->nearest; /* distance << 32 | DONE | upper node, sorted */
@@ -229,7 +228,7 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
     if (plan->direct)
         return COTRA_OK;
     cotra_query_codes_make(&view->rotation, walk->query, view->mean, walk->scratch, &walk->codes);
-    cotra_candidates_clear(&walk->candidates);
+    cotra_candidates_clear(&walk->candidates, walk->plan.pool);
     return start(walk, err);
 }
 

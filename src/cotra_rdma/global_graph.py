@@ -281,7 +281,7 @@ def _relink(
                     channels[other] = stack.enter_context(open_channel(int(other)))
                 mine = shards == other
                 offsets = own.info.records_offset + _RECORD_HEAD_BYTES
-                offsets = offsets + (numbers[mine] - plan.bases[other]) * own.info.record_bytes
+                offsets = offsets + (numbers[mine].astype(np.int64) - plan.bases[other]) * own.info.record_bytes
                 vectors[mine] = channels[other].gather(offsets.astype(np.uint64), stride)
             if len(running) > threads:  # one range waits
                 running.pop(0).result()
