@@ -101,7 +101,8 @@ static float take_upper(cotra_walk *walk, const cotra_view *view, uint32_t upper
 }
 
 /* Greedy on the levels above 1, then a best-first search on level 1 for the plan's beam of nearest nodes: the first
- * frontier is then a whole one. All nodes that were looked at are candidates, with their exact distances. */
+ * frontiers then have something to choose from. All nodes that were looked at are candidates, with their exact
+ * distances. */
 static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
 {
     const uint32_t base = (uint32_t)view->info.graph_base;
