@@ -98,7 +98,7 @@ def _build(directory: Path, *, quiet: bool) -> float:
             description = phase if shard < 0 else f"shard {shard + 1}/{N_OWNERS} {phase}"
             bar.update(task, completed=done, description=description)
 
-        build_collection(vectors, directory, N_OWNERS, metric="cosine", progress=progress)
+        build_collection(vectors, directory, N_OWNERS, metric="cosine", graph="global", progress=progress)
     return time.perf_counter() - begin
 
 
