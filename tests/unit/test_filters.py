@@ -113,7 +113,7 @@ def test_local_rows_are_those_that_build_was_given(words: Floats, n_threads: int
             alone[row] = True
             labels, distances, _ = built.search(words[row], k=1, rows=alone)
             assert (labels[0, 0], distances[0, 0]) == (ids[row], 0)
-        found = built.search(words[:3000], k=1, ef=100)[0]
+        found = built.search(words[:3000], k=1, ef=400)[0]
         assert (found[:, 0] == ids).mean() > 0.995
 
 
