@@ -38,6 +38,25 @@ static inline uint64_t cotra_major(float value, uint32_t shard)
     return (uint64_t)cotra_key(value) << 32 | shard;
 }
 
+/* For qsort of such words. */
+static inline int cotra_by_word(const void *a, const void *b)
+{
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Keeps the least words, sorted; returns the new one's place, or capacity where it is none of them. */
+static inline uint32_t cotra_insert_word(uint64_t *words, uint32_t *n, uint32_t capacity, uint64_t word)
+{
+    if (*n == capacity && word > words[capacity - 1])
+        return capacity;
+    uint32_t place = *n < capacity ? (*n)++ : capacity - 1;
+    for (; place > 0 && words[place - 1] > word; place--)
+        words[place] = words[place - 1];
+    words[place] = word;
+    return place;
+}
+
 static inline int cotra_ranked_less(const cotra_ranked *a, const cotra_ranked *b)
 {
     return a->major < b->major || (a->major == b->major && a->minor < b->minor);

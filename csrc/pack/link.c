@@ -68,18 +68,6 @@ static int see(cotra_linker *linker, uint32_t node)
     }
 }
 
-/* Keeps the nearest, sorted. */
-static uint32_t offer(uint64_t *candidates, uint32_t n, uint64_t word)
-{
-    if (n == MAX_CANDIDATES && word > candidates[n - 1])
-        return n;
-    uint32_t place = n < MAX_CANDIDATES ? n++ : n - 1;
-    for (; place > 0 && candidates[place - 1] > word; place--)
-        candidates[place] = candidates[place - 1];
-    candidates[place] = word;
-    return n;
-}
-
 static void prefetch(const uint8_t *bytes, uint32_t length)
 {
     for (uint32_t line = 0; line < length && line < PREFETCH_BYTES; line += 64)
@@ -109,7 +97,7 @@ static uint32_t find_candidates(cotra_linker *linker, const float *own, const ui
         const float d = cotra_metric_distance(linker->kernels, info->metric, info->vector_type, own,
                                               record_of(linker, far[i]) + COTRA_RECORD_HEAD_BYTES, info->dim);
         if (d < INFINITY)
-            n = offer(linker->candidates, n, cotra_major(d, far[i]));
+            cotra_insert_word(linker->candidates, &n, MAX_CANDIDATES, cotra_major(d, far[i]));
     }
     return n;
 }

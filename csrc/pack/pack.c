@@ -8,6 +8,7 @@
  */
 #include "base/arena.h"
 #include "base/checksum.h"
+#include "base/ranked.h"
 #include "base/status.h"
 #include "layout/codes.h"
 #include "pack/hnswlib.h"
@@ -281,12 +282,6 @@ static int renumber_upper(cotra_packer *packer, cotra_error *err)
     return status;
 }
 
-static int by_word(const void *a, const void *b)
-{
-    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return x < y ? -1 : x > y;
-}
-
 /* The upper nodes in the order of their node numbers, as a reader wants them. */
 static int sort_upper(cotra_packer *packer, cotra_error *err)
 {
@@ -301,7 +296,7 @@ static int sort_upper(cotra_packer *packer, cotra_error *err)
     }
     for (size_t u = 0; u < n; u++)
         order[u] = (uint64_t)node_of(packer, packer->upper_nodes[u]) << 32 | u;
-    qsort(order, n, sizeof *order, by_word);
+    qsort(order, n, sizeof *order, cotra_by_word);
     for (size_t p = 0; p < n; p++)
         place[(uint32_t)order[p]] = (uint32_t)p;
     uint64_t n_rows = 0;

@@ -1,7 +1,7 @@
 #include "search/candidates.h"
 
-#include "base/status.h"
 #include "base/ranked.h"
+#include "base/status.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -21,7 +21,8 @@ int cotra_candidates_create(cotra_candidates *all, uint32_t kept, cotra_error *e
 {
     memset(all, 0, sizeof *all);
     all->allocated = capacity_for(kept);
-    const size_t padded = (all->allocated / COTRA_KEYS_BLOCK + 15u) / 16 * 16;
+    const size_t padded =
+        (all->allocated / COTRA_KEYS_BLOCK + COTRA_LEAST_STEP - 1u) / COTRA_LEAST_STEP * COTRA_LEAST_STEP;
     all->seen_mask = SEEN - 1;
     all->seen = calloc(SEEN, sizeof *all->seen);
     all->keys = aligned_alloc(64, all->allocated * sizeof *all->keys);
@@ -74,12 +75,6 @@ static int grow_seen(cotra_candidates *all, cotra_error *err)
     return COTRA_OK;
 }
 
-static int by_word(const void *a, const void *b)
-{
-    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return x < y ? -1 : x > y;
-}
-
 static void prepare(cotra_candidates *all, uint32_t n)
 {
     const uint32_t end = (all->count + n + COTRA_KEYS_BLOCK - 1) / COTRA_KEYS_BLOCK;
@@ -102,7 +97,7 @@ static int sort_out(cotra_candidates *all, uint32_t kept, float limit, cotra_err
         else
             cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->slot = COTRA_BIN;
     }
-    qsort(all->words, n, sizeof *all->words, by_word);
+    qsort(all->words, n, sizeof *all->words, cotra_by_word);
     all->count = COTRA_KEYS_BLOCK;
     prepare(all, kept < n ? kept : n);
     for (uint32_t i = 0; i < n; i++) {

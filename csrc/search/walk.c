@@ -1,8 +1,8 @@
 #include "search/walk.h"
 
+#include "base/ranked.h"
 #include "base/status.h"
 #include "layout/vectors.h"
-#include "base/ranked.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -150,12 +150,9 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
                     return status;
             }
             const uint64_t word = cotra_major(take_upper(walk, view, row[j]), row[j]);
-            if (word >= cotra_major(INFINITY, 0) || (n == width && word > nearest[n - 1]))
+            if (word >= cotra_major(INFINITY, 0))
                 continue;
-            uint32_t place = n < width ? n++ : n - 1;
-            for (; place > 0 && nearest[place - 1] > word; place--)
-                nearest[place] = nearest[place - 1];
-            nearest[place] = word;
+            const uint32_t place = cotra_insert_word(nearest, &n, width, word);
             i = place < i ? place : i;
         }
     }
@@ -182,13 +179,7 @@ static int start(cotra_walk *walk, cotra_error *err)
         const float distance =
             cotra_metric_distance(walk->kernels, metric, COTRA_VECTOR_F32, walk->query,
                                   space->centroids + (size_t)i * space->padded_dim, walk->view->info.dim);
-        const uint64_t word = cotra_major(distance < FARTHEST ? clamp(distance) : FARTHEST, i);
-        if (n == START_SHARDS && word > nearest[n - 1])
-            continue;
-        uint32_t place = n < START_SHARDS ? n++ : n - 1;
-        for (; place > 0 && nearest[place - 1] > word; place--)
-            nearest[place] = nearest[place - 1];
-        nearest[place] = word;
+        cotra_insert_word(nearest, &n, START_SHARDS, cotra_major(clamp(distance), i));
     }
     int status = COTRA_OK;
     for (uint32_t i = 0; i < n && !status; i++)
