@@ -57,8 +57,8 @@ clean: ## remove all that was built
 	rm -rf build dist .venv .venv-asan .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 BUILD_DIR = build/$(notdir $(VENV))
-# Whether <infiniband/verbs.h> is there is a part of the build: when it comes, the shim is built again.
-VERBS_H := $(wildcard /usr/include/infiniband/verbs.h)
+# Whether <infiniband/verbs.h> is there is a part of the build: when it comes, as old as its package, the shim is built again.
+VERBS = $(VENV)/.$(if $(wildcard /usr/include/infiniband/verbs.h),with,without)-verbs
 
 $(VENV)/bin/pip:
 	@sh tools/install_packages.sh build
@@ -67,7 +67,11 @@ $(VENV)/bin/pip:
 	$(BIN)/$(INSTALL) 'scikit-build-core>=0.11' 'cffi>=1.17' 'cmake>=3.20' ninja
 	$(BIN)/$(INSTALL) 'hnswlib>=0.8' # from source, in an environment of its own: the build below has no isolation
 
-$(VENV)/.built: $(VENV)/bin/pip $(BUILT_FROM) $(VERBS_H)
+$(VERBS): $(VENV)/bin/pip
+	@rm -f $(VENV)/.*-verbs
+	@touch $@
+
+$(VENV)/.built: $(VENV)/bin/pip $(BUILT_FROM) $(VERBS)
 	$(BIN)/$(INSTALL) --no-build-isolation --editable . -Cbuild-dir=$(BUILD_DIR) -Ccmake.define.COTRA_WERROR=$(WERROR) $(SETTINGS)
 	@touch $@
 

@@ -429,13 +429,41 @@ typedef struct cotra_query_stats {
     uint64_t read_bytes;
     uint64_t latency_ns;     /* from its start to its last shard's answer, by the engine's clock */
     uint32_t cached_records; /* records that a cotra_cache had, in place of as many READs */
+    uint32_t own;            /* records that were used in place, in this process's own memory */
+    uint32_t pushed;         /* nodes that their owners expanded */
     uint32_t reserved;
 } cotra_query_stats;
 
 /* Reads and validates header and navigation section over the channel; the bytes it then holds are view_bytes. */
 int cotra_view_open(cotra_channel *channel, uint64_t timeout_ns, cotra_view **out, cotra_error *err);
+/* The same of header and navigation section, one after the other, that came another way. They are copied. */
+int cotra_view_load(const void *data, uint64_t length_bytes, cotra_view **out, cotra_error *err);
 void cotra_view_get_info(const cotra_view *view, cotra_image_info *image, uint64_t *view_bytes);
 void cotra_view_close(cotra_view *view);
+
+/* A node that the owner of its shard is asked to expand, for a walk that is somebody else's. */
+typedef struct cotra_push {
+    uint32_t query; /* row of the queries */
+    uint32_t row;   /* of the node, in its shard */
+    float limit;    /* estimates that are not below it are of no use to the walk */
+    uint32_t reserved;
+} cotra_push;
+
+/* What the owner tells of it. */
+typedef struct cotra_expansion {
+    float distance; /* exact */
+    float norm2;    /* of its vector, for inner products; else 0 */
+    int64_t label;
+    uint32_t flags; /* as in the record */
+    uint32_t count; /* of its neighbours that are below the limit: their numbers and estimates follow the others' */
+} cotra_expansion;
+
+/* An owner's side of it: expands nodes of the image in its arena, that of the view, for queries float32[n_queries,
+ * dim]. Pushes of one query follow each other. numbers and estimates have room for the degree of n nodes; n_neighbours
+ * says how many there are. Any thread may call it. COTRA_ERR_ARGUMENT for a query or row that is not there. */
+int cotra_view_expand(const cotra_view *view, const cotra_arena *arena, const float *queries, uint64_t n_queries,
+                      const cotra_push *pushes, uint64_t n, cotra_expansion *out, uint32_t *numbers, float *estimates,
+                      uint64_t *n_neighbours, cotra_error *err);
 
 /* A reader's cache of one shard's records (csrc/search/cache.c): those that walks read most often. Engines of several
  * threads may share it; none of them ever waits for another. It does not need the view that it was made for any more.
@@ -453,13 +481,22 @@ int cotra_cache_create(const cotra_view *view, uint64_t budget_bytes, cotra_cach
 void cotra_cache_get_info(cotra_cache *cache, cotra_cache_info *out);
 /* Forgets all records, and what was counted. */
 void cotra_cache_clear(cotra_cache *cache);
+/* Keeps a record of record_bytes that was read another way, as one that is read often; a broken one is not kept. */
+void cotra_cache_put(cotra_cache *cache, uint32_t row, const void *record);
 void cotra_cache_destroy(cotra_cache *cache);
 
-/* One thread's engine over n shards: views[i] is walked through channels[i]. Both must outlive it, and so must caches:
- * NULL, or [n_shards], each NULL or of the same image as its view. Shards of one graph are walked together, one walk a
- * query; others each by itself. COTRA_ERR_FORMAT where some say that they are of one graph, but do not fit together. */
-int cotra_engine_create(cotra_view *const *views, cotra_channel *const *channels, cotra_cache *const *caches,
-                        uint32_t n_shards, int simd, cotra_engine **out, cotra_error *err);
+/* A shard, as an engine reaches it. All members must outlive the engine. */
+typedef struct cotra_engine_shard {
+    cotra_view *view;
+    cotra_channel *channel; /* it is READ through this one; NULL: in `own` memory, or else by its owner */
+    const cotra_arena *own; /* where there is no channel: the image itself, which this process holds, or NULL */
+    cotra_cache *cache;     /* of what the channel READs, of the same image as the view; or NULL */
+} cotra_engine_shard;
+
+/* One thread's engine over n shards. Shards of one graph are walked together, one walk a query; others each by itself.
+ * COTRA_ERR_FORMAT where some say that they are of one graph, but do not fit together. */
+int cotra_engine_create(const cotra_engine_shard *shards, uint32_t n_shards, int simd, cotra_engine **out,
+                        cotra_error *err);
 /* What of the shards a search is about; a NULL member: all of it. */
 typedef struct cotra_search_scope {
     const uint8_t *const *filters; /* [n_shards]: NULL, or a bitmap: bit i % 8 of byte i / 8: row i may be returned */
@@ -474,6 +511,24 @@ typedef struct cotra_search_scope {
 int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_queries,
                         const cotra_search_params *params, const cotra_search_scope *scope, int64_t *labels,
                         float *distances, cotra_query_stats *stats, cotra_error *err);
+/* A search stops half-way, and cotra_engine_resume goes on with it,
+ *  - with COTRA_AGAIN where all that is left waits for owners: for each shard with pushes, the nodes that
+ *    cotra_engine_get_pushes tells, and cotra_engine_take_expansions takes the answers of;
+ *  - with an error whose `shard` is one of the engine's: that one failed. cotra_engine_replace puts another way to the
+ *    same image in its place, or none: then the search goes on without its nodes. What was posted or pushed to the old
+ *    one is asked for again; the old one must outlive the search. Without it, the search cannot go on.
+ * All that was given to cotra_engine_search must stay as it was until the search is over. An engine with a shard that
+ * failed can finish its search, and begins no other. */
+int cotra_engine_resume(cotra_engine *engine, cotra_error *err);
+/* The nodes that wait for the shard's owner, those of one query one after the other; valid until the next call. */
+void cotra_engine_get_pushes(const cotra_engine *engine, uint32_t shard, const cotra_push **out, uint64_t *n);
+/* The owner's answers to all of them, in the same order. COTRA_ERR_FORMAT where they do not fit; nothing is taken then.
+ */
+int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cotra_expansion *found, uint64_t n,
+                                 const uint32_t *numbers, const float *estimates, uint64_t n_neighbours,
+                                 cotra_error *err);
+/* with NULL: the shard is lost. Its view must be of the same image as the old one's, which stays in use. */
+int cotra_engine_replace(cotra_engine *engine, uint32_t shard, const cotra_engine_shard *with, cotra_error *err);
 void cotra_engine_destroy(cotra_engine *engine);
 
 /* A reader's private, validated copy of a section's header and table. Read-only: engines may share it. */

@@ -167,6 +167,16 @@ void cotra_cache_offer(cotra_cache *cache, uint32_t node, const uint8_t *record)
     leave(at);
 }
 
+void cotra_cache_put(cotra_cache *cache, uint32_t row, const void *record)
+{
+    bucket *at = &cache->buckets[row % cache->n_buckets];
+    if (row >= cache->image.count || !enter(at))
+        return;
+    count_up(at, row);
+    leave(at);
+    cotra_cache_offer(cache, row, record);
+}
+
 void cotra_cache_retire(cotra_cache *cache)
 {
     atomic_store_explicit(&cache->retired, 1, memory_order_relaxed);

@@ -54,7 +54,8 @@ int cotra_space_create(cotra_space *space, cotra_view *const *views, uint32_t fi
     space->shards = malloc(n * sizeof *space->shards);
     space->bases = malloc(n * sizeof *space->bases);
     space->centroids = aligned_alloc(64, ((size_t)n + 1) * space->padded_dim * sizeof *space->centroids);
-    if (!space->views || !space->shards || !space->bases || !space->centroids) {
+    space->lost = calloc(n, sizeof *space->lost);
+    if (!space->views || !space->shards || !space->bases || !space->centroids || !space->lost) {
         cotra_space_destroy(space);
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u shards", n);
     }
@@ -93,11 +94,18 @@ int cotra_space_create(cotra_space *space, cotra_view *const *views, uint32_t fi
     return COTRA_OK;
 }
 
+void cotra_space_lose(cotra_space *space, uint32_t place)
+{
+    space->n_lost += !space->lost[place];
+    space->lost[place] = 1;
+}
+
 void cotra_space_destroy(cotra_space *space)
 {
     free(space->views);
     free(space->shards);
     free(space->bases);
     free(space->centroids);
+    free(space->lost);
     memset(space, 0, sizeof *space);
 }

@@ -11,8 +11,9 @@ typedef struct cotra_space {
     uint32_t *bases;          /* [n] */
     float *centroids;         /* [n][padded_dim], of their upper nodes; not for one shard */
     uint64_t count;           /* of the graph's nodes */
-    uint32_t n, padded_dim;
-    int whole; /* all of the graph's nodes are at hand */
+    uint8_t *lost;            /* [n]: shards that are not at hand any more */
+    uint32_t n, n_lost, padded_dim;
+    int whole; /* all of the graph's nodes were at hand */
 } cotra_space;
 
 /* Whether views are of one graph, and not each a graph of its own. */
@@ -20,6 +21,14 @@ int cotra_space_is_one(cotra_view *const *views, uint32_t n);
 /* Of views [first, first + n). COTRA_ERR_FORMAT for several that are not of one graph, or overlap. */
 int cotra_space_create(cotra_space *space, cotra_view *const *views, uint32_t first, uint32_t n, cotra_error *err);
 void cotra_space_destroy(cotra_space *space);
+
+/* From now on the shard at a place is walked around. */
+void cotra_space_lose(cotra_space *space, uint32_t place);
+
+static inline int cotra_space_is_lost(const cotra_space *space, uint32_t place)
+{
+    return space->n_lost && space->lost[place];
+}
 
 /* The place of the shard whose node it is, if it is any of theirs. */
 static inline uint32_t cotra_space_find(const cotra_space *space, uint32_t node)

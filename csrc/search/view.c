@@ -6,7 +6,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int view_read(cotra_view *view, cotra_channel *channel, uint64_t timeout_ns, cotra_error *err)
+static int make_room(cotra_view *view, cotra_error *err)
+{
+    view->nav = aligned_alloc(64, view->info.nav_bytes);
+    return view->nav ? COTRA_OK
+                     : cotra_fail(err, COTRA_ERR_NO_MEMORY, "view: no memory for %llu bytes of upper layers",
+                                  (unsigned long long)view->info.nav_bytes);
+}
+
+static int read_all(cotra_view *view, cotra_channel *channel, uint64_t timeout_ns, cotra_error *err)
 {
     cotra_image_header header;
     if (channel->region_bytes < COTRA_HEADER_BYTES)
@@ -15,31 +23,40 @@ static int view_read(cotra_view *view, cotra_channel *channel, uint64_t timeout_
     int status = cotra_channel_read(channel, 0, sizeof header, &header, timeout_ns, err);
     if (!status)
         status = cotra_header_validate(&header, channel->region_bytes, &view->info, err);
-    if (status)
-        return status;
-    view->nav = aligned_alloc(64, view->info.nav_bytes);
-    if (!view->nav)
-        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "view: no memory for %llu bytes of upper layers",
-                          (unsigned long long)view->info.nav_bytes);
-    status = cotra_channel_read(channel, view->info.nav_offset, view->info.nav_bytes, view->nav, timeout_ns, err);
     if (!status)
-        status = cotra_nav_validate(view->nav, &view->info, err);
+        status = make_room(view, err);
+    return status
+               ? status
+               : cotra_channel_read(channel, view->info.nav_offset, view->info.nav_bytes, view->nav, timeout_ns, err);
+}
+
+static int copy_all(cotra_view *view, const uint8_t *data, uint64_t length_bytes, cotra_error *err)
+{
+    cotra_image_header header;
+    if (length_bytes < COTRA_HEADER_BYTES)
+        return cotra_fail(err, COTRA_ERR_FORMAT, "not the beginning of a graph image: %llu bytes",
+                          (unsigned long long)length_bytes);
+    memcpy(&header, data, sizeof header);
+    int status = cotra_header_validate(&header, UINT64_MAX, &view->info, err);
+    if (!status && length_bytes - COTRA_HEADER_BYTES != view->info.nav_bytes)
+        status = cotra_fail(err, COTRA_ERR_FORMAT, "a header tells of %llu bytes of upper layers, %llu follow it",
+                            (unsigned long long)view->info.nav_bytes,
+                            (unsigned long long)(length_bytes - COTRA_HEADER_BYTES));
+    if (!status)
+        status = make_room(view, err);
+    if (!status)
+        memcpy(view->nav, data + COTRA_HEADER_BYTES, view->info.nav_bytes);
     return status;
 }
 
-int cotra_view_open(cotra_channel *channel, uint64_t timeout_ns, cotra_view **out, cotra_error *err)
+/* Checks what was taken in, and finds its way about it. */
+static int settle(cotra_view *view, cotra_error *err)
 {
-    *out = NULL;
-    cotra_view *view = calloc(1, sizeof *view);
-    if (!view)
-        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "view: no memory");
-    int status = view_read(view, channel, timeout_ns, err);
+    int status = cotra_nav_validate(view->nav, &view->info, err);
     if (!status)
         status = cotra_rotation_create(view->info.seed, view->info.dim, &view->rotation, err);
-    if (status) {
-        cotra_view_close(view);
+    if (status)
         return status;
-    }
     cotra_record_layout_make(&view->info, &view->record);
     const uint32_t n = (uint32_t)view->info.upper_count;
     cotra_nav_layout layout;
@@ -53,8 +70,36 @@ int cotra_view_open(cotra_channel *channel, uint64_t timeout_ns, cotra_view **ou
     view->vector_stride = (view->record.vector_bytes + 31) / 32 * 32;
     while (view->entry < n && view->nodes[view->entry] != view->info.entry_node)
         view->entry++;
+    return COTRA_OK;
+}
+
+/* Over a channel, or of bytes where there is none. */
+static int make(cotra_channel *channel, uint64_t timeout_ns, const uint8_t *data, uint64_t length_bytes,
+                cotra_view **out, cotra_error *err)
+{
+    *out = NULL;
+    cotra_view *view = calloc(1, sizeof *view);
+    if (!view)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "view: no memory");
+    int status = channel ? read_all(view, channel, timeout_ns, err) : copy_all(view, data, length_bytes, err);
+    if (!status)
+        status = settle(view, err);
+    if (status) {
+        cotra_view_close(view);
+        return status;
+    }
     *out = view;
     return COTRA_OK;
+}
+
+int cotra_view_open(cotra_channel *channel, uint64_t timeout_ns, cotra_view **out, cotra_error *err)
+{
+    return make(channel, timeout_ns, NULL, 0, out, err);
+}
+
+int cotra_view_load(const void *data, uint64_t length_bytes, cotra_view **out, cotra_error *err)
+{
+    return make(NULL, 0, data, length_bytes, out, err);
 }
 
 void cotra_view_get_info(const cotra_view *view, cotra_image_info *image, uint64_t *view_bytes)

@@ -21,33 +21,20 @@ static float clamp(float distance)
     return distance > -FARTHEST ? distance : -FARTHEST;
 }
 
-static size_t padded_dim(uint32_t dim)
-{
-    return (dim + 31u) / 32 * 32;
-}
-
-static size_t round_up64(size_t bytes)
-{
-    return (bytes + 63) / 64 * 64;
-}
-
 int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t max_pool, uint32_t max_width,
                       cotra_error *err)
 {
     memset(walk, 0, sizeof *walk);
     walk->k = k;
     walk->width = max_width;
-    const size_t code_dim = cotra_code_dim(max_dim);
-    walk->codes.table = aligned_alloc(64, round_up64(code_dim * 4));
-    walk->query = aligned_alloc(64, round_up64(padded_dim(max_dim) * sizeof(float)));
-    walk->scratch = aligned_alloc(64, round_up64(2 * code_dim * sizeof(float)));
     walk->nearest = malloc(((size_t)max_width + 1) * sizeof *walk->nearest);
     walk->frontier = malloc(max_width * sizeof *walk->frontier);
     walk->places = malloc(max_width * sizeof *walk->places);
     walk->hits = malloc(k * sizeof *walk->hits);
-    int status = cotra_candidates_create(&walk->candidates, max_pool, err);
-    if (!status && !(walk->codes.table && walk->query && walk->scratch && walk->nearest && walk->frontier &&
-                     walk->places && walk->hits))
+    int status = cotra_query_create(&walk->query, max_dim, err);
+    if (!status)
+        status = cotra_candidates_create(&walk->candidates, max_pool, err);
+    if (!status && !(walk->nearest && walk->frontier && walk->places && walk->hits))
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk");
     if (status)
         cotra_walk_destroy(walk);
@@ -56,9 +43,7 @@ int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t m
 
 void cotra_walk_destroy(cotra_walk *walk)
 {
-    free(walk->codes.table);
-    free(walk->query);
-    free(walk->scratch);
+    cotra_query_destroy(&walk->query);
     cotra_candidates_destroy(&walk->candidates);
     free(walk->nearest);
     free(walk->frontier);
@@ -72,7 +57,7 @@ void cotra_walk_destroy(cotra_walk *walk)
 static float upper_distance(cotra_walk *walk, const cotra_view *view, uint32_t upper)
 {
     walk->stats.cache_hits++;
-    return cotra_metric_distance(walk->kernels, view->info.metric, view->info.vector_type, walk->query,
+    return cotra_metric_distance(walk->kernels, view->info.metric, view->info.vector_type, walk->query.vector,
                                  cotra_view_vector(view, upper), view->info.dim);
 }
 
@@ -161,7 +146,7 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
 
 static int is_open(const cotra_walk *walk, uint32_t place)
 {
-    return !walk->mask || walk->mask[walk->space->shards[place]];
+    return (!walk->mask || walk->mask[walk->space->shards[place]]) && !cotra_space_is_lost(walk->space, place);
 }
 
 /* Descends in the shards whose centroids are nearest. */
@@ -177,7 +162,7 @@ static int start(cotra_walk *walk, cotra_error *err)
         if (!is_open(walk, i))
             continue;
         const float distance =
-            cotra_metric_distance(walk->kernels, metric, COTRA_VECTOR_F32, walk->query,
+            cotra_metric_distance(walk->kernels, metric, COTRA_VECTOR_F32, walk->query.vector,
                                   space->centroids + (size_t)i * space->padded_dim, walk->view->info.dim);
         cotra_insert_word(nearest, &n, START_SHARDS, cotra_major(clamp(distance), i));
     }
@@ -191,7 +176,6 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
                      const cotra_kernels *kernels, const float *query, cotra_error *err)
 {
     const cotra_view *view = space->views[0];
-    const uint32_t dim = view->info.dim;
     walk->space = space;
     walk->view = view;
     walk->plan = *plan;
@@ -200,26 +184,18 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
     walk->kernels = kernels;
     walk->hit_count = walk->frontier_count = walk->beam = 0;
     memset(&walk->stats, 0, sizeof walk->stats);
-    memcpy(walk->query, query, dim * sizeof *query);
-    memset(walk->query + dim, 0, (padded_dim(dim) - dim) * sizeof *query);
-    if (view->info.metric == COTRA_METRIC_COSINE) { /* as hnswlib normalises */
-        float norm = 0;
-        for (uint32_t i = 0; i < dim; i++)
-            norm += query[i] * query[i];
-        norm = 1.0f / (sqrtf(norm) + 1e-30f);
-        for (uint32_t i = 0; i < dim; i++)
-            walk->query[i] *= norm;
-    }
+    cotra_query_set(&walk->query, view, query);
     walk->limit = INFINITY;
-    walk->query_norm2 =
-        view->info.metric == COTRA_METRIC_IP ? kernels->dot[COTRA_VECTOR_F32](walk->query, walk->query, dim) : 0;
+    walk->query_norm2 = view->info.metric == COTRA_METRIC_IP
+                            ? kernels->dot[COTRA_VECTOR_F32](walk->query.vector, walk->query.vector, view->info.dim)
+                            : 0;
     /* One bit a dimension estimates a squared distance with an error of about 1.5 / sqrt(D) of it (RaBitQ, theorem 3.2,
      * for a residual as long as the distance). How many of those are worth waiting for is what ef / k asks for; the
      * factor is measured (docs/performance.md). */
     walk->slack = 0.5f / sqrtf((float)view->info.code_dim) * logf((float)plan->ef / (float)walk->k);
     if (plan->direct)
         return COTRA_OK;
-    cotra_query_codes_make(&view->rotation, walk->query, view->mean, walk->scratch, &walk->codes);
+    cotra_query_encode(&walk->query, view);
     cotra_candidates_clear(&walk->candidates, walk->plan.pool);
     return start(walk, err);
 }
@@ -270,8 +246,11 @@ uint32_t cotra_walk_choose(cotra_walk *walk)
         const uint32_t node = cotra_candidates_choose(&walk->candidates, walk->kernels, walk->limit);
         if (node == COTRA_NO_NODE)
             break;
+        const uint32_t place = cotra_space_find(walk->space, node);
+        if (cotra_space_is_lost(walk->space, place))
+            continue;
         walk->frontier[n] = node;
-        walk->places[n++] = cotra_space_find(walk->space, node);
+        walk->places[n++] = place;
     }
     walk->frontier_count = n;
     return n;
@@ -306,17 +285,6 @@ static void hits_insert(cotra_walk *walk, cotra_hit hit)
     }
 }
 
-/* bf16 -> float, a block of them */
-static void load_factors(const uint8_t *from, float *to)
-{
-    uint16_t halves[COTRA_BLOCK];
-    uint32_t bits[COTRA_BLOCK];
-    memcpy(halves, from, sizeof halves);
-    for (int j = 0; j < COTRA_BLOCK; j++)
-        bits[j] = (uint32_t)halves[j] << 16;
-    memcpy(to, bits, sizeof bits);
-}
-
 /* Whether a node is of a shard that is there, and open to the query. */
 static int is_at_hand(const cotra_walk *walk, uint32_t node)
 {
@@ -344,7 +312,7 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
     if (highest >= walk->space->count)
         return cotra_fail(err, COTRA_ERR_FORMAT, "a record links to node %u of %llu", highest,
                           (unsigned long long)walk->space->count);
-    const int some = !walk->space->whole || walk->mask;
+    const int some = !walk->space->whole || walk->space->n_lost || walk->mask;
     for (uint32_t i = 0; i < n; i++)
         if (!some || is_at_hand(walk, nodes[i]))
             cotra_candidates_take(all, nodes[i], clamp(keys[i]), 0);
@@ -352,12 +320,24 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
     return COTRA_OK;
 }
 
+/* A node's exact distance, where it may be an answer. */
+static void take_hit(cotra_walk *walk, uint32_t i, float distance, float norm2, int64_t label, uint32_t flags)
+{
+    const uint32_t place = walk->places[i];
+    walk->stats.expansions++;
+    if (!(distance < INFINITY) || flags & COTRA_NODE_DELETED || /* NaN is not below infinity */
+        !lets_through(filter_of(walk, place), cotra_walk_row(walk, i)))
+        return;
+    if (walk->plan.numbers)
+        label = walk->frontier[i];
+    hits_insert(walk, (cotra_hit){.distance = distance, .norm2 = norm2, .label = label, .place = place});
+}
+
 int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int checked, cotra_error *err)
 {
-    const uint32_t place = walk->places[i], row = cotra_walk_row(walk, i);
-    const cotra_view *view = walk->space->views[place];
+    const uint32_t row = cotra_walk_row(walk, i);
+    const cotra_view *view = walk->space->views[walk->places[i]];
     const cotra_image_info *info = &view->info;
-    const cotra_record_layout *layout = &view->record;
     int status = checked ? COTRA_OK : cotra_record_validate(record, info, row, err);
     if (status)
         return status;
@@ -366,35 +346,35 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
     const uint32_t count = head.count <= info->degree ? head.count : info->degree;
     const uint8_t *own = record + COTRA_RECORD_HEAD_BYTES;
     const float distance =
-        cotra_metric_distance(walk->kernels, info->metric, info->vector_type, walk->query, own, info->dim);
-    walk->stats.expansions++;
-    if (distance < INFINITY && !(head.flags & COTRA_NODE_DELETED) && /* NaN is not below infinity */
-        lets_through(filter_of(walk, place), row)) {
-        cotra_hit hit = {.distance = distance, .label = head.label, .place = place};
-        if (walk->plan.numbers)
-            hit.label = walk->frontier[i];
-        if (info->metric == COTRA_METRIC_IP) {
-            cotra_vector_load(info->vector_type, own, info->dim, walk->scratch);
-            memset(walk->scratch + info->dim, 0, (padded_dim(info->dim) - info->dim) * sizeof *walk->scratch);
-            hit.norm2 = walk->kernels->dot[COTRA_VECTOR_F32](walk->scratch, walk->scratch, info->dim);
-        }
-        hits_insert(walk, hit);
-    }
+        cotra_metric_distance(walk->kernels, info->metric, info->vector_type, walk->query.vector, own, info->dim);
+    const float norm2 = info->metric == COTRA_METRIC_IP ? cotra_query_norm2(&walk->query, walk->kernels, info, own) : 0;
+    take_hit(walk, i, distance, norm2, head.label, head.flags);
     if (walk->plan.direct)
         return COTRA_OK;
-    const volatile uint32_t *numbers = (const volatile uint32_t *)(record + layout->numbers);
+    const volatile uint32_t *numbers = (const volatile uint32_t *)(record + view->record.numbers);
     for (uint32_t begin = 0; begin < count; begin += COTRA_BLOCK) {
-        uint32_t sums[COTRA_BLOCK];
-        float f0[COTRA_BLOCK], f1[COTRA_BLOCK], estimates[COTRA_BLOCK];
-        walk->kernels->scan(walk->codes.table, record + layout->codes + begin / COTRA_BLOCK * layout->block_bytes,
-                            info->code_dim, sums);
-        load_factors(record + layout->f0 + 2 * begin, f0);
-        load_factors(record + layout->f1 + 2 * begin, f1);
-        uint32_t below = walk->kernels->estimate(sums, f0, f1, distance, walk->codes.offset, walk->codes.scale,
-                                                 walk->limit, estimates);
-        if (count - begin < COTRA_BLOCK)
-            below &= (1u << (count - begin)) - 1;
+        float estimates[COTRA_BLOCK];
+        const uint32_t below = cotra_query_estimate(&walk->query, walk->kernels, view, record, begin, count, distance,
+                                                    walk->limit, estimates);
         status = take_estimates(walk, numbers + begin, estimates, below, err);
+        if (status)
+            return status;
+    }
+    return COTRA_OK;
+}
+
+int cotra_walk_take(cotra_walk *walk, uint32_t i, const cotra_expansion *found, const uint32_t *numbers,
+                    const float *estimates, cotra_error *err)
+{
+    take_hit(walk, i, found->distance, found->norm2, found->label, found->flags);
+    if (walk->plan.direct)
+        return COTRA_OK;
+    for (uint32_t begin = 0; begin < found->count; begin += COTRA_BLOCK) {
+        const uint32_t n = found->count - begin < COTRA_BLOCK ? found->count - begin : COTRA_BLOCK;
+        uint32_t below = 0;
+        for (uint32_t j = 0; j < n; j++)
+            below |= (uint32_t)(estimates[begin + j] < walk->limit) << j;
+        int status = take_estimates(walk, numbers + begin, estimates + begin, below, err);
         if (status)
             return status;
     }

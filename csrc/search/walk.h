@@ -1,4 +1,4 @@
-/* A walk: one query on one shard, as a state machine that never touches a channel.
+/* A walk: one query on one space, as a state machine that never touches a channel.
  *
  *            begin                 frontier read                      nothing left to expand
  *   (free) ---------> choosing --------------------> expanding ------> ... ------------------> done
@@ -17,6 +17,7 @@
 #define COTRA_SEARCH_WALK_H
 
 #include "search/candidates.h"
+#include "search/query.h"
 #include "search/space.h"
 
 enum { COTRA_POOL_FACTOR = 8 };
@@ -44,13 +45,11 @@ typedef struct cotra_walk {
     const cotra_kernels *kernels;
     cotra_walk_plan plan;
     const uint8_t *mask; /* NULL, or by the engine's shards: 0: its nodes are left out */
-    cotra_query_codes codes;
+    cotra_query query;
     uint32_t k;
     uint32_t width;    /* READs a round at most: of `frontier` */
     uint64_t next_row; /* of a direct plan, in the shard at next_place */
     uint32_t next_place;
-    float *query;   /* [dim padded to 32 floats] */
-    float *scratch; /* [2 * code_dim] */
     cotra_candidates candidates;
     uint64_t *nearest;  /* [width + 1]: upper nodes, while begin() descends */
     uint32_t beam;      /* of the next frontier: wider each time, up to the plan's */
@@ -83,5 +82,14 @@ static inline uint32_t cotra_walk_row(const cotra_walk *walk, uint32_t i)
 /* Takes the record of frontier node i. The bytes may be anybody's and may change meanwhile, unless they are checked:
  * then nobody else can write them, and they were found valid. */
 int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int checked, cotra_error *err);
+/* Takes what an owner made of it for cotra_walk_push_limit(): the walk then is where the record would have brought it.
+ */
+int cotra_walk_take(cotra_walk *walk, uint32_t i, const cotra_expansion *found, const uint32_t *numbers,
+                    const float *estimates, cotra_error *err);
+/* No estimate that is not below it will be of use. Of inner products the limit may rise again. */
+static inline float cotra_walk_push_limit(const cotra_walk *walk)
+{
+    return walk->view->info.metric == COTRA_METRIC_IP ? INFINITY : walk->limit;
+}
 
 #endif

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
+from cotra_rdma.arena import Arena
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
-from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.errors import CotraError, FormatError, InvalidInputError
 from cotra_rdma.queries import check_rows, check_search
+
+Source = Channel | Arena | None
+"""How the records of a shard are come by: see `Engine.create`."""
 
 METRICS = ("l2", "ip", "cosine")
 VECTOR_TYPES = ("float32", "float16", "uint8")
@@ -26,13 +30,51 @@ STATS_DTYPE = np.dtype(
         ("read_bytes", "<u8"),
         ("latency_ns", "<u8"),
         ("cached_records", "<u4"),
+        ("own", "<u4"),
+        ("pushed", "<u4"),
         ("reserved", "<u4"),
     ]
 )
-COUNTS = ("reads", "expansions", "cache_hits", "cached_records", "read_bytes")
+"""What a query took. expansions = reads + cached_records + own + pushed: records that were READ, that a cache had, in this
+process's own memory, and nodes that their shards' owners expanded. (A READ repeated after a failure is counted twice.)"""
+COUNTS = ("reads", "expansions", "cache_hits", "cached_records", "own", "pushed", "read_bytes")
 """Those of `STATS_DTYPE` that are summed over shards; of rounds and latency_ns a query has its slowest shard's."""
 OWNER_STATS_DTYPE = np.dtype([(name, STATS_DTYPE[name]) for name in (STATS_DTYPE.names or ())[:6]])
 """What an owner that searches tells of each query, without what a cache did: it has none."""
+PUSH_DTYPE = np.dtype([("query", "<u4"), ("row", "<u4"), ("limit", "<f4"), ("reserved", "<u4")])
+"""A node that its shard's owner is asked to expand: the row of the query that goes with it, the node's row in its shard, and the
+limit that estimates must be below to be of use."""
+EXPANSION_DTYPE = np.dtype(
+    [("distance", "<f4"), ("norm2", "<f4"), ("label", "<i8"), ("flags", "<u4"), ("count", "<u4")]
+)
+"""What the owner tells of it: the exact distance, for inner products the squared length of its vector, label and flags, and of
+how many neighbours it tells."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expansions:
+    """What an owner makes of pushed nodes.
+
+    Attributes:
+        found: `EXPANSION_DTYPE`[n], one for each push, in their order.
+        numbers: uint32[t], of the neighbours in the graph: those of the first node, then of the next; t: the sum of the counts.
+        estimates: float32[t] of their distances.
+    """
+
+    found: npt.NDArray[np.void]
+    numbers: npt.NDArray[np.uint32]
+    estimates: npt.NDArray[np.float32]
+
+
+class Helper(Protocol):
+    """What a search turns to half-way: for nodes that only their owner can expand, and where a shard fails."""
+
+    def expand(self, pushes: Mapping[int, npt.NDArray[np.void]]) -> Mapping[int, Expansions | CotraError]:
+        """For shards (positions in the engine) the answers of their owners to `PUSH_DTYPE`[n], or why there are none."""
+
+    def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
+        """Another way to a shard that failed, which this object keeps open until the search is over; None: go on without it.
+        May raise, which ends the search."""
 
 
 def simd_level() -> str:
@@ -119,6 +161,48 @@ class View(Handle):
         check(lib.cotra_view_open(channel.ptr, round(timeout_s * 1e9), out, err), err)
         return cls(out[0])
 
+    @classmethod
+    def load(cls, data: bytes | bytearray | memoryview) -> Self:
+        """Of header and navigation section, one after the other, that came another way: they are copied and validated.
+
+        Raises `FormatError`, `ChecksumError`.
+        """
+        out, err = ffi.new("cotra_view **"), new_error()
+        check(lib.cotra_view_load(ffi.from_buffer(data), len(data), out, err), err)
+        return cls(out[0])
+
+    def expand(self, arena: Arena, queries: npt.NDArray[np.float32], pushes: npt.NDArray[np.void]) -> Expansions:
+        """Expands nodes of the image in `arena`, this view's, for somebody else's walks: an owner's side of `Helper.expand`.
+
+        Args:
+            queries: float32[n_queries, dim].
+            pushes: `PUSH_DTYPE`[n]; those of one query follow each other.
+
+        Raises `InvalidInputError` for a query or row that is not there. Any thread may call it; the GIL is released.
+        """
+        info = self.info
+        queries = check_rows(queries, info.dim)
+        pushes = np.ascontiguousarray(pushes, PUSH_DTYPE)
+        found = np.empty(len(pushes), EXPANSION_DTYPE)
+        numbers = np.empty(len(pushes) * info.degree, np.uint32)
+        estimates = np.empty(len(numbers), np.float32)
+        n, err = ffi.new("uint64_t *"), new_error()
+        status = lib.cotra_view_expand(
+            self.ptr,
+            arena.ptr,
+            _buffer(_FLOATS, queries),
+            len(queries),
+            _buffer(_PUSHES, pushes),
+            len(pushes),
+            _buffer(_EXPANSIONS, found),
+            _buffer(_NUMBERS, numbers),
+            _buffer(_FLOATS, estimates),
+            n,
+            err,
+        )
+        check(status, err)
+        return Expansions(found, numbers[: n[0]], estimates[: n[0]])
+
     def _destroy(self, ptr: Any) -> None:
         lib.cotra_view_close(ptr)
 
@@ -173,46 +257,52 @@ class RecordCache(Handle):
         lib.cotra_cache_get_info(self.ptr, raw)
         return CacheInfo(raw.bytes, raw.places, raw.records)
 
+    def put(self, row: int, record: bytes | memoryview | npt.NDArray[np.uint8]) -> None:
+        """Keeps a record (all its bytes) that was read another way, as if it were read often; a broken one is not kept."""
+        lib.cotra_cache_put(self.ptr, row, ffi.from_buffer(record))
+
     def clear(self) -> None:
         """Forgets all records, and how often each was asked for."""
         lib.cotra_cache_clear(self.ptr)
 
 
 class Engine(Handle):
-    """One thread's searcher over n shards: `views[i]` is walked through `channels[i]`. Not shared between threads."""
+    """One thread's searcher over n shards: `views[i]` is walked through `sources[i]`. Not shared between threads."""
 
     @classmethod
     def create(
         cls,
         views: Sequence[View],
-        channels: Sequence[Channel],
+        sources: Sequence[Source],
         caches: Sequence[RecordCache | None] | None = None,
         *,
         simd: int | None = None,
     ) -> Self:
         """All views must agree on dim and metric.
 
-        caches: for each shard one of its records, or None. simd: a COTRA_SIMD_* level; None: the CPU's best.
+        sources: for each shard the channel that it is READ through; or the arena that holds its image in this process, where its
+        records are used in place; or None: its owner expands its nodes (`Helper`). caches: for each shard one of its records,
+        or None. simd: a COTRA_SIMD_* level; None: the CPU's best.
         """
-        if len(views) != len(channels) or not views:
-            raise InvalidInputError("an engine needs one channel for each view, and at least one")
+        if len(views) != len(sources) or not views:
+            raise InvalidInputError("an engine needs one source for each view, and at least one")
         if caches is not None and len(caches) != len(views):
             raise InvalidInputError(f"{len(caches)} caches for {len(views)} shards")
-        kept = [cache for cache in caches or () if cache is not None]
+        given = caches or [None] * len(views)
+        shards = ffi.new("cotra_engine_shard[]", len(views))
+        for raw, view, source, cache in zip(shards, views, sources, given, strict=True):
+            _fill_shard(raw, view, source, cache)
         out, err = ffi.new("cotra_engine **"), new_error()
         level = lib.cotra_simd_best() if simd is None else simd
-        raw_views = ffi.new("cotra_view *[]", [view.ptr for view in views])
-        raw_channels = ffi.new("cotra_channel *[]", [channel.ptr for channel in channels])
-        raw_caches = ffi.NULL
-        if kept:
-            raw_caches = ffi.new("cotra_cache *[]", [ffi.NULL if c is None else c.ptr for c in caches or ()])
-        check(lib.cotra_engine_create(raw_views, raw_channels, raw_caches, len(views), level, out, err), err)
-        engine = cls(out[0], *views, *channels, *kept)
+        check(lib.cotra_engine_create(shards, len(views), level, out, err), err)
+        engine = cls(out[0], *views, *sources, *given)
         engine._n_shards = len(views)
         engine._dim = views[0].info.dim
         engine._params, engine._err = ffi.new("cotra_search_params *"), err
+        engine._replaced = []
         return engine
 
+    _replaced: list[object]  # views and sources that came in the middle of a search
     _n_shards: int
     _dim: int
     _params: Any  # of the last search
@@ -233,6 +323,7 @@ class Engine(Handle):
         filters: Sequence[bytes | None] | None = None,
         mask: npt.NDArray[np.bool_] | None = None,
         numbers: bool = False,
+        helper: Helper | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         """Searches every shard for every query; the GIL is released. Shards of one graph (`global_graph`) are searched together,
         by one walk a query.
@@ -245,6 +336,8 @@ class Engine(Handle):
             filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
             mask: bool[n_queries, n_shards]: which shards each query is for.
             numbers: have node numbers (of the graph, over all its shards) in place of labels.
+            helper: asked half-way, without which a shard that fails is an error. After a failure the engine is of no use for
+                another search.
 
         Returns:
             labels int64[n_shards, n_queries, k] (-1 where there are fewer), distances float32 likewise (inf there), each
@@ -272,14 +365,96 @@ class Engine(Handle):
             _buffer(_STATS, stats),
             err,
         )
-        if status:
-            check(status, err)
+        while status:
+            if helper is None or (status < 0 and (err.shard < 0 or status == lib.COTRA_ERR_NO_MEMORY)):
+                check(status, err)
+                raise InvalidInputError("some of the shards are expanded by their owners: that takes a helper")
+            if status < 0:
+                self._replace(helper, _error_of(status, err))
+            else:
+                self._push(helper)
+            err.shard = -1
+            status = lib.cotra_engine_resume(self.ptr, err)
         return labels, distances, stats
+
+    def _push(self, helper: Helper) -> None:
+        """Has owners expand what waits for them."""
+        out, n = ffi.new("cotra_push **"), ffi.new("uint64_t *")
+        pushes = {}
+        for shard in range(self._n_shards):
+            lib.cotra_engine_get_pushes(self.ptr, shard, out, n)
+            if n[0]:
+                raw = ffi.buffer(out[0], n[0] * PUSH_DTYPE.itemsize)
+                pushes[shard] = np.frombuffer(raw, PUSH_DTYPE).copy()
+        if not pushes:
+            raise RuntimeError("a search waits for nothing")
+        for shard, told in helper.expand(pushes).items():
+            if isinstance(told, CotraError):
+                self._replace(helper, told, shard)
+                continue
+            try:
+                self._take(shard, told)
+            except FormatError as error:
+                self._replace(helper, error, shard)
+
+    def _take(self, shard: int, told: Expansions) -> None:
+        err = new_error()
+        found = np.ascontiguousarray(told.found, EXPANSION_DTYPE)
+        numbers = np.ascontiguousarray(told.numbers, np.uint32)
+        estimates = np.ascontiguousarray(told.estimates, np.float32)
+        if len(numbers) != len(estimates):
+            raise FormatError(f"{len(numbers)} neighbours with {len(estimates)} estimates", shard=shard)
+        status = lib.cotra_engine_take_expansions(
+            self.ptr,
+            shard,
+            _buffer(_EXPANSIONS, found),
+            len(found),
+            _buffer(_NUMBERS, numbers),
+            _buffer(_FLOATS, estimates),
+            len(numbers),
+            err,
+        )
+        check(status, err)
+
+    def _replace(self, helper: Helper, error: CotraError, shard: int | None = None) -> None:
+        """Goes on over another way to a shard, or without it."""
+        shard = error.shard if shard is None else shard
+        assert shard is not None
+        while True:
+            other, raw, err = helper.replace(shard, error), ffi.NULL, new_error()
+            if other is not None:
+                raw = ffi.new("cotra_engine_shard *")
+                _fill_shard(raw, *other, None)
+                self._replaced += other
+            try:
+                check(lib.cotra_engine_replace(self.ptr, shard, raw, err), err)
+                return
+            except CotraError as failed:
+                if other is None:
+                    raise
+                error = failed
+
+
+def _fill_shard(raw: Any, view: View, source: Source, cache: RecordCache | None) -> None:
+    raw.view = view.ptr
+    raw.channel = source.ptr if isinstance(source, Channel) else ffi.NULL
+    raw.own = source.ptr if isinstance(source, Arena) else ffi.NULL
+    raw.cache = ffi.NULL if cache is None else cache.ptr
+
+
+def _error_of(status: int, err: Any) -> CotraError:
+    try:
+        check(status, err)
+    except CotraError as error:
+        return error
+    raise AssertionError(f"status {status} is no error")
 
 
 _buffer = ffi.from_buffer
 _FLOATS, _LABELS, _PLACES = ffi.typeof("float[]"), ffi.typeof("int64_t[]"), ffi.typeof("int32_t[]")
 _STATS = ffi.typeof("cotra_query_stats[]")
+_PUSHES, _EXPANSIONS = ffi.typeof("cotra_push[]"), ffi.typeof("cotra_expansion[]")
+_NUMBERS = ffi.typeof("uint32_t[]")
 
 
 def search_scope(
