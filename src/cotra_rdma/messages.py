@@ -544,6 +544,10 @@ class ShardFields(msgspec.Struct, array_like=True, frozen=True):
     generation: int
     image_bytes: int
     record_bytes: int
+    graph_id: int = 0
+    graph_base: int = 0
+    graph_count: int = 0
+    image_checksum: int = 0
 
 
 class SharedMemoryFields(msgspec.Struct, array_like=True, frozen=True):

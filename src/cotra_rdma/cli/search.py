@@ -14,11 +14,12 @@ import typer
 from cotra_rdma.benchmark_data import recall
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, Timeout, input_file, transports
-from cotra_rdma.cluster import SearchResult, connect
+from cotra_rdma.cluster import connect
 from cotra_rdma.compass import DEFAULT_TARGET
 from cotra_rdma.cost import Prediction
 from cotra_rdma.datasets import read_ground_truth, read_queries
 from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.result import SearchResult
 
 EPILOG = """**Examples**
 
