@@ -14,6 +14,7 @@ import typer
 from cotra_rdma.benchmark_data import recall
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, Timeout, input_file, transports
+from cotra_rdma.cli.targets import reachable, targets
 from cotra_rdma.cluster import SearchResult, connect
 from cotra_rdma.compass import DEFAULT_TARGET
 from cotra_rdma.cost import Prediction
@@ -22,9 +23,16 @@ from cotra_rdma.errors import InvalidInputError
 
 EPILOG = """**Examples**
 
+cotra search index --queries queries.fvecs
+
 cotra search 10.0.0.1:7700 10.0.0.1:7701 --queries queries.fvecs --k 10 --ef 128 --out answers.npz
 
+cotra search 10.0.0.1:7700,10.0.0.2:7700 10.0.0.3:7700 --queries queries.fvecs
+
 cotra search 127.0.0.1:7700 --queries sift.hdf5 --ground-truth sift.hdf5 --transport shm --json
+
+The third has two owners of the first shard: the first that answers is read. A collection is searched at the addresses that
+`cotra serve` noted in its owners.json; of the collection itself only collection.json is needed.
 """
 
 SHOWN_QUERIES, SHOWN_ANSWERS = 3, 10
@@ -32,7 +40,14 @@ SHOWN_QUERIES, SHOWN_ANSWERS = 3, 10
 
 @output.verb
 def search(
-    addresses: Annotated[list[str], typer.Argument(metavar="ADDRESS", help="HOST:PORT of each shard's owner.")],
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADDRESS|COLLECTION",
+            help="HOST:PORT of each shard's owner, with commas between several owners of one shard; or a directory that "
+            "`cotra build` made, or its collection.json, for all its shards.",
+        ),
+    ],
     queries: Annotated[Path, input_file('Vectors to search for; of an HDF5 file its "test" set.')],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Answers to each query.")] = 10,
     ef: Annotated[
@@ -78,7 +93,8 @@ def search(
         ),
     ] = False,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Answer without the shards that fail, and name them.")
+        bool,
+        typer.Option("--allow-partial", help="Answer without the shards that fail or have no owner, and name them."),
     ] = False,
     cache_bytes: Annotated[
         int,
@@ -101,6 +117,8 @@ def search(
         raise InvalidInputError(
             f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
         )
+    wanted = targets(shards)
+    addresses, missing = reachable(wanted, timeout, allow_partial=allow_partial)
     with connect(addresses, transport=transport, timeout_s=timeout, cache_bytes=cache_bytes) as cluster:
         begin = time.perf_counter()
         result = cluster.search(
@@ -119,7 +137,7 @@ def search(
         seconds = time.perf_counter() - begin
     if out is not None:
         _write(out, result)
-    summary = _summary(result, seconds, addresses)
+    summary = _summary(result, seconds, addresses, {wanted[position].name: why for position, why in missing.items()})
     summary = {"recall": None if truth is None else recall(result.ids, truth), **summary}
     if as_json:
         output.print_json({**summary, "queries": len(vectors), "k": k, "ef": ef, "beam": beam, "n_threads": threads})
@@ -136,7 +154,8 @@ def _write(path: Path, result: SearchResult) -> None:
     np.save(path, answers)
 
 
-def _summary(result: SearchResult, seconds: float, addresses: list[str]) -> dict[str, Any]:
+def _summary(result: SearchResult, seconds: float, addresses: list[str], missing: dict[str, str]) -> dict[str, Any]:
+    """`missing`: the shards that had no owner, and why; they count as shards that did not answer."""
     p50, p99 = np.percentile(result.stats["latency_ns"] / 1e3, (50, 99))
     return {
         "qps": len(result.ids) / seconds,
@@ -147,8 +166,8 @@ def _summary(result: SearchResult, seconds: float, addresses: list[str]) -> dict
         "rounds_per_query": float(result.stats["rounds"].mean()),
         "bytes_per_query": float(result.stats["read_bytes"].mean()),
         "transports": dict(zip(addresses, result.transports, strict=True)),
-        "coverage": result.coverage,
-        "failures": {addresses[shard]: str(error) for shard, error in sorted(result.failures.items())},
+        "coverage": result.coverage * len(addresses) / (len(addresses) + len(missing)),
+        "failures": {addresses[shard]: str(error) for shard, error in sorted(result.failures.items())} | missing,
         "algorithm": result.algorithm,
         "shards_per_query": float(result.asked.mean()),
         "predictions": [
