@@ -7,8 +7,9 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
+from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel, FabricModel
 from cotra_rdma.compass import DEFAULT_TARGET, Router
 from cotra_rdma.cost import Prediction, needs_of_asking, needs_of_reading
 from cotra_rdma.engine import COUNTS, STATS_DTYPE, CacheInfo, merge
@@ -274,6 +275,19 @@ class Cluster:
             with parts:
                 latencies.append(channel.read_loop(np.zeros(n_reads, np.uint64), n_bytes)[1])
         return tuple(latencies)
+
+    @contextmanager
+    def channel(self, shard: int) -> Iterator[Channel]:
+        """A channel of its own to the region of one shard, for one thread; closed at the end, before the cluster is.
+
+        Raises `TransportError` for a shard that is only asked over RPC.
+        """
+        peer = self._peers[shard]
+        if peer.transport not in ONE_SIDED:
+            raise TransportError(f"{peer} cannot be read: {peer.passed_over or 'rpc was asked for'}", shard=shard)
+        channel, parts = peer.open_channel()
+        with parts:
+            yield channel
 
     # ---- searching ----
 

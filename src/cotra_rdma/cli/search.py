@@ -111,13 +111,13 @@ def search(
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"{out.parent} is no directory", param_hint="--out")
     transports([transport], ("auto", *TRANSPORTS))
+    wanted = targets(shards)
     vectors = read_queries(queries)
     truth = None if ground_truth is None else read_ground_truth(ground_truth)
     if truth is not None and (len(truth) != len(vectors) or truth.shape[1] < k):
         raise InvalidInputError(
             f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
         )
-    wanted = targets(shards)
     addresses, missing = reachable(wanted, timeout, allow_partial=allow_partial)
     with connect(addresses, transport=transport, timeout_s=timeout, cache_bytes=cache_bytes) as cluster:
         begin = time.perf_counter()

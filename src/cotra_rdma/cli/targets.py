@@ -44,10 +44,7 @@ def targets(arguments: Sequence[str]) -> list[Target]:
             for number, addresses in enumerate(owners.addresses_of(argument)):
                 found.append(Target(f"shard {len(found)}", addresses, (collection, number)))
         else:
-            raise typer.BadParameter(
-                f"{argument!r} is neither HOST:PORT[,HOST:PORT...] nor a collection that is there",
-                param_hint="ADDRESS|COLLECTION",
-            )
+            raise typer.BadParameter(f"{argument!r} is neither HOST:PORT[,HOST:PORT...] nor a collection that is there")
     return found
 
 
@@ -88,4 +85,5 @@ def _problem(status: OwnerStatus, place: tuple[Collection, int] | None) -> str:
     """Why an owner cannot be used for a shard; "" where it can."""
     if status.serves is None or place is None:
         return status.problem
-    return owners.misfit(*place, status.serves)
+    misfit = owners.misfit(*place, status.serves)
+    return misfit and f"it serves {misfit}"
