@@ -135,16 +135,16 @@ def addresses_of(path: str | os.PathLike[str]) -> list[list[str]]:
     return [list(owners.get(number, ())) for number in range(len(collection.shards))]
 
 
-def misfit(collection: Collection, number: int, serves: ShardFields) -> str:
-    """By what an owner's shard is another one than shard `number` of the manifest; "" where nothing tells them apart."""
+def misfit(collection: Collection, number: int, found: ShardFields) -> str:
+    """By what a shard is another one than the manifest's shard `number`; "" where nothing tells them apart."""
     entry = collection.shards[number]
-    if serves.generation != collection.generation:
-        return f"serves generation {serves.generation}, and the manifest is of {collection.generation}"
-    told = (serves.dim, serves.metric, serves.count, serves.image_bytes)
+    if found.generation != collection.generation:
+        return f"generation {found.generation}, and the manifest has {collection.generation}"
+    told = (found.dim, found.metric, found.count, found.image_bytes)
     if told != (collection.dim, collection.metric, entry.count, entry.image_bytes):
         return (
-            f"serves another shard: {serves.count} x {serves.dim} {serves.metric} in {serves.image_bytes} bytes, not "
-            f"{entry.count} x {collection.dim} {collection.metric} in {entry.image_bytes}"
+            f"{found.count} x {found.dim} vectors, {found.metric}, in {found.image_bytes} bytes, and the manifest has "
+            f"{entry.count} x {collection.dim}, {collection.metric}, in {entry.image_bytes}"
         )
     return ""
 
