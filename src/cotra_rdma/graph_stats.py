@@ -1,7 +1,7 @@
 """What the records of a shard's image say of its graph: degrees, levels, and which shards its links lead into.
 
-The layout is docs/reference/format.md. Records are read in ranges, from a mapped file or over a channel, and every number
-that is counted was checked first.
+The layout is docs/reference/format.md. Records are read in ranges, from a file or over a channel, and every number that is
+counted was checked first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cotra_rdma.engine import ImageInfo
 from cotra_rdma.errors import FormatError
 
 Read = Callable[[int, int], Any]
-"""Gives the image's bytes [offset, offset + length), as a buffer that is valid until the next call."""
+"""Gives the image's bytes [offset, offset + length), as a buffer; all of them, or it raises."""
 
 Progress = Callable[[int], None]
 """Called with the records that were looked at so far."""

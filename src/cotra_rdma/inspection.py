@@ -245,9 +245,18 @@ def _told_of(progress: Progress | None, name: str, total: int) -> Callable[[int]
 
 
 def _open_file(path: str, stack: ExitStack) -> tuple[ImageInfo, Read]:
-    shard = stack.enter_context(Shard.open(Path(path), verify=False))
-    view = stack.enter_context(shard.arena.view())
-    return shard.info, lambda offset, length: view[offset : offset + length]
+    with Shard.open(path, verify=False) as shard:
+        info = shard.info
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+
+    def read(offset: int, length: int) -> bytes:  # a mapping would keep in memory what was looked at
+        found = os.pread(fd, length, offset)
+        if len(found) < length:
+            raise FormatError(f"it ends at byte {offset + len(found)}, in the middle of what its header tells of")
+        return found
+
+    return info, read
 
 
 def _open_owner(address: str, timeout_s: float, stack: ExitStack) -> tuple[ImageInfo, Read]:

@@ -69,8 +69,10 @@ def stack() -> Iterator[ExitStack]:
 
 
 def served(stack: ExitStack, index: Path, *shards: int) -> OwnerProcess:
-    owner = OwnerProcess([index], shards=shards, transports=HERE, announce=True)
-    return stack.enter_context(owner)
+    """An owner that is ready, so that the next one is noted after it."""
+    owner = stack.enter_context(OwnerProcess([index], shards=shards, transports=HERE, announce=True))
+    owner.wait_ready()
+    return owner
 
 
 def only_shard(index: Path, number: int, to: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import graph_stats as stats
+from cotra_rdma import inspection
 from cotra_rdma.collection import MANIFEST, Collection, build_collection
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.engine import ImageInfo
@@ -142,6 +144,15 @@ def test_a_malformed_navigation_section_is_refused(one_graph: Path) -> None:
     data[at + 4 : at + 8] = (0).to_bytes(4, "little")
     with pytest.raises(FormatError, match="upper node"):
         counted(info, data, [])
+
+
+def test_a_file_that_becomes_shorter_is_refused(index: Path) -> None:
+    path = index / "shard-000.cotra"
+    with ExitStack() as stack:
+        info, read = inspection._open_file(str(path), stack)
+        path.write_bytes(path.read_bytes()[: RECORDS + info.record_bytes])
+        with pytest.raises(FormatError, match=f"it ends at byte {RECORDS + info.record_bytes}, "):
+            graph_stats(info, read, [])
 
 
 @pytest.mark.parametrize(
