@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cotra_rdma import owners
 from cotra_rdma.cluster import connect
