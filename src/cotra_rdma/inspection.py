@@ -14,7 +14,7 @@ from cotra_rdma.collection import Collection, collection_directory
 from cotra_rdma.engine import ImageInfo, View
 from cotra_rdma.errors import CotraError, FormatError
 from cotra_rdma.graph_stats import GraphStats, Read, graph_stats
-from cotra_rdma.messages import ShardFields
+from cotra_rdma.messages import ShardFields, as_fields
 from cotra_rdma.owner_status import OwnerStatus, ask_owners
 from cotra_rdma.shard import Shard
 
@@ -267,7 +267,8 @@ def _open_owner(address: str, timeout_s: float, stack: ExitStack) -> tuple[Image
 
 def _told(info: ImageInfo) -> ShardFields:
     """A header as its owner would tell it."""
-    return ShardFields(info.dim, info.metric, info.count, info.generation, info.image_bytes, info.record_bytes)
+    fields: ShardFields = as_fields(ShardFields, info)
+    return fields
 
 
 def _alike(shards: Sequence[ShardReport]) -> list[str]:

@@ -118,7 +118,8 @@ def search(
         raise InvalidInputError(
             f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
         )
-    addresses, missing = reachable(wanted, timeout, allow_partial=allow_partial)
+    owners, missing = reachable(wanted, timeout, allow_partial=allow_partial)
+    addresses = [of_one[0] for of_one in owners]
     with connect(addresses, transport=transport, timeout_s=timeout, cache_bytes=cache_bytes) as cluster:
         begin = time.perf_counter()
         result = cluster.search(

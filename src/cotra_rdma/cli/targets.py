@@ -48,27 +48,29 @@ def targets(arguments: Sequence[str]) -> list[Target]:
     return found
 
 
-def reachable(wanted: Sequence[Target], timeout_s: float, *, allow_partial: bool) -> tuple[list[str], dict[int, str]]:
-    """One owner for each shard: the first of its replicas that answers, and serves what the manifest names.
+def reachable(
+    wanted: Sequence[Target], timeout_s: float, *, allow_partial: bool
+) -> tuple[list[list[str]], dict[int, str]]:
+    """The owners of each shard that answer, and serve what the manifest names.
 
     Args:
         wanted: the shards.
         timeout_s: the longest wait for an owner, in seconds.
         allow_partial: leave out a shard without an owner that answers.
 
-    Returns: the addresses of those shards that have one, in order; and the others' positions, with why they have none.
+    Returns: the addresses for those shards that have any, in order; and the others' positions, with why they have none.
 
     Raises `TransportError` that names these, where they may not be left out or there is no other.
     """
     everyone = [address for shard in wanted for address in shard.owners]
     told = dict(zip(everyone, ask_owners(everyone, timeout_s), strict=True))
-    chosen: list[str] = []
+    chosen: list[list[str]] = []
     missing: dict[int, str] = {}
     for position, shard in enumerate(wanted):
         problems = {address: _problem(told[address], shard.place) for address in shard.owners}
         alive = [address for address, problem in problems.items() if not problem]
         if alive:
-            chosen.append(alive[0])
+            chosen.append(alive)
         elif problems:
             missing[position] = "; ".join(f"{address}: {problem}" for address, problem in problems.items())
         else:
