@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +19,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
+from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel, FabricModel
+from cotra_rdma.collection import Collection, collection_directory
 from cotra_rdma.compass import DEFAULT_TARGET, Router
 from cotra_rdma.cost import needs_of_asking, needs_of_reading
 from cotra_rdma.engine import COUNTS, STATS_DTYPE, CacheInfo, merge
@@ -32,6 +35,7 @@ from cotra_rdma.errors import (
 from cotra_rdma.halo import fill_halo
 from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.lanes import LanePool
+from cotra_rdma.owners import addresses_of, misfit
 from cotra_rdma.peer import LOST, ONE_SIDED, Peer, check_alike
 from cotra_rdma.plan import Plan, Planner
 from cotra_rdma.queries import check_queries, check_search, check_timeout, pack_filter
@@ -56,7 +60,7 @@ _FEW = 1024  # queries whose stats may be kept until somebody asks about them
 
 
 def connect(
-    addresses: Owner | Sequence[Owner | Sequence[Owner]],
+    addresses: Owner | os.PathLike[str] | Sequence[Owner | Sequence[Owner]],
     transport: str = "auto",
     *,
     device: str | None = None,
@@ -74,7 +78,8 @@ def connect(
     Args:
         addresses: for each shard the HOST:PORT of its server, or several of them, whose owners hold the same image: the nearest
             is used, and another takes over where it fails. Their order numbers the shards. In place of an address, a `Shard`
-            that this process holds, or a `Server` of it: its records are used in place, without READs.
+            that this process holds, or a `Server` of it: its records are used in place, without READs. A path: the shards of
+            the collection there, whose owners its `owners.json` names (`cotra serve`); the files themselves need not be there.
         transport: "auto" takes verbs, else shm on the same host, else rpc, for each shard by itself; which, and why not a
             better one, is in `Cluster.transports` and `Cluster.passed_over`, and logged once. A name is binding.
         device, gid_index: of verbs on this side; None for the first active device and the GID that ranks best.
@@ -94,11 +99,17 @@ def connect(
         InvalidInputError: shards that differ in dim or metric; owners of one shard that hold different images; a shard's part of
         `cache_bytes` that holds no record.
     """
-    if isinstance(addresses, str) or not isinstance(addresses, Sequence):
+    fits = None
+    if isinstance(addresses, os.PathLike):
+        collection = Collection.load(collection_directory(addresses), shard_files=False)
+        fits = partial(misfit, collection)
+        addresses = addresses_of(addresses)
+    elif isinstance(addresses, str) or not isinstance(addresses, Sequence):
         addresses = [addresses]
     owners = [list(of) if isinstance(of, Sequence) and not isinstance(of, str) else [of] for of in addresses]
-    if not owners or not all(owners):
-        raise InvalidInputError("connect needs at least one address, and one for each shard")
+    if not any(owners) or not (allow_partial or all(owners)):
+        empty = [at for at, of in enumerate(owners) if not of]
+        raise InvalidInputError(f"connect needs at least one address for each shard; without: {empty or 'all'}")
     check_timeout(timeout_s)
     if cache_bytes < 0:
         raise InvalidInputError(f"cache_bytes must be 0 or more, not {cache_bytes}")
@@ -108,7 +119,7 @@ def connect(
         raise InvalidInputError("halo is a cache: it takes the place of cache_bytes")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
-    reach = Reach(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions())
+    reach = Reach(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions(), fits)
     return Cluster(owners, reach, cache_bytes, halo, allow_partial)
 
 
@@ -281,6 +292,19 @@ class Cluster:
             with parts:
                 latencies.append(channel.read_loop(np.zeros(n_reads, np.uint64), n_bytes)[1])
         return tuple(latencies)
+
+    @contextmanager
+    def channel(self, shard: int) -> Iterator[Channel]:
+        """A channel of its own to the region of one shard, for one thread; closed at the end, before the cluster is.
+
+        Raises `TransportError` for a shard that is only asked over RPC.
+        """
+        peer = self._peers[shard]
+        if peer.transport not in ONE_SIDED:
+            raise TransportError(f"{peer} cannot be read: {peer.passed_over or 'rpc was asked for'}", shard=shard)
+        channel, parts = peer.open_channel()
+        with parts:
+            yield channel
 
     # ---- searching ----
 

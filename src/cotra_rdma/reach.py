@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cotra_rdma.channel import FabricModel
 from cotra_rdma.errors import CotraError, TransportError
+from cotra_rdma.messages import ShardFields
 from cotra_rdma.own import OwnPeer
 from cotra_rdma.peer import Peer
 from cotra_rdma.replicas import Owner
@@ -29,6 +30,8 @@ class Reach:
     timeout_s: float
     fabric: FabricModel | None
     queue_pair: QueuePairOptions
+    misfit: Callable[[int, ShardFields], str] | None = None
+    """Why what an owner serves is not the shard at a position; "" where it is."""
     _device: Device | None = None
     _no_device: str = "not asked for"
     _tried: bool = field(default=False)
@@ -41,7 +44,11 @@ class Reach:
         options = replace(self.queue_pair, peer_address=self.queue_pair.peer_address or _ip_of(owner))
         if self.gid_index is not None:
             options = replace(options, gid_index=self.gid_index)
-        return Peer(shard, owner, keys=self.keys, timeout_ms=timeout_ms, options=options, fabric=self.fabric)
+        peer = Peer(shard, owner, keys=self.keys, timeout_ms=timeout_ms, options=options, fabric=self.fabric)
+        if self.misfit is not None and (why := self.misfit(shard, peer.shard)):
+            peer.close()
+            raise TransportError(f"{peer} serves {why}", shard=shard)
+        return peer
 
     def open_device(self, peers: Sequence[Peer]) -> None:
         """Opens this side's device where any of the owners offers verbs. Raises where it was asked for and cannot be had."""

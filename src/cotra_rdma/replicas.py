@@ -82,6 +82,8 @@ class Replicas:
             raise
 
     def _reach_all(self, shard: int, group: Sequence[Owner]) -> None:
+        if not group:
+            self.lost[shard] = TransportError(f"shard {shard} has no owner", shard=shard)
         for owner in group:
             try:
                 self._standby[shard].append(self._reach(shard, owner))
