@@ -107,6 +107,7 @@ class Peer:
         self._arena: Arena | None = None
         self._first: tuple[Channel, ExitStack] | None = None
         self._gone = False
+        self._retired = False
         self._slot_bytes = _SLOT_BYTES
 
     def __str__(self) -> str:
@@ -132,7 +133,10 @@ class Peer:
             client.close()
             raise
         with self._lock:
-            self._clients.append(client)
+            if not self._retired:
+                self._clients.append(client)
+                return
+        client.close()
 
     def _call(self, kind: VShardMessageType, payload: bytes, timeout_ms: int) -> VShardEnvelope:
         envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self.index, payload)
@@ -358,7 +362,12 @@ class Peer:
         for part in (self.lists, self.cache, self.view, self._arena):
             if part is not None:
                 part.close()
+        self.retire()
+
+    def retire(self) -> None:
+        """Lets the owner go. What other threads' searches still read through stays until they let go of it."""
         with self._lock:
+            self._retired = True
             clients, self._clients = self._clients, []
         for client in clients:
             client.close()

@@ -160,7 +160,7 @@ class Replicas:
                     peer.take_over(failed)
                     log.warning("%s failed, and %s goes on over %s: %s", failed, peer, peer.transport, error)
                 self._changed(failed)
-                failed.close()
+                failed.retire()
             peer = self.peers[shard]
             return None if peer.transport == LOST else peer
 

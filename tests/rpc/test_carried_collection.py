@@ -142,7 +142,7 @@ def test_a_lost_owner(built: Path, index: Path, stack: ExitStack) -> None:
     partial = answer(*asked, "--allow-partial")
     assert partial["coverage"] == pytest.approx(2 / 3)
     assert list(partial["failures"]) == ["shard 0"]
-    assert list(partial["transports"]) == owners[1].addresses
+    assert partial["transports"] == {"shard 0": "lost", **dict.fromkeys(owners[1].addresses, "shm")}
     assert partial["recall"] < found["recall"]
     assert "no answer from shard 0" in cotra(*asked, "--allow-partial").stdout
     told = answer("info", index, status=1)
