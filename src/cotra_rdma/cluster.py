@@ -440,10 +440,7 @@ class Cluster:
             shape = (0, len(job.queries), k)
             return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(job.queries), STATS_DTYPE)
         peers = self._one_sided
-        answer, lost = self._lanes.search(peers, job.of_shards([peer.index for peer in peers]), n_threads)
-        if lost:
-            raise lost[min(lost)]
-        return answer
+        return self._lanes.search(peers, job.of_shards([peer.index for peer in peers]), n_threads)[0]
 
     def _check_open(self, n_threads: int) -> None:
         if not 1 <= n_threads <= _MAX_THREADS:
@@ -494,7 +491,7 @@ class Cluster:
             elif near:
                 numbers = [peer.index for peer in near]
                 pushed = frozenset(peers[at] for at in plan.pushed)
-                answer, lost = self._lanes.search(near, job.of_shards(numbers), n_threads, pushed)
+                answer, lost = self._lanes.search(near, job.of_shards(numbers), n_threads, pushed, lenient=lenient)
                 answers.append((numbers, answer))
                 failures |= lost
         finally:

@@ -37,6 +37,7 @@ class _Lane:
         self._spire: SpireEngine | None = None
         self._unopened: dict[int, CotraError] = {}
         self._job: SearchJob | None = None
+        self._lenient = False
         self._told_bytes = 0
         self.lost: dict[int, CotraError] = {}
         self.is_broken = False
@@ -62,9 +63,10 @@ class _Lane:
         assert all(view is not None for view in views)
         return [view for view in views if view is not None]
 
-    def walk(self, job: SearchJob) -> Answer:
-        """Walks the graphs. Where shards failed and have no other owner, `lost` says why, and the answer is without them."""
-        self._job, self._told_bytes, self.lost = job, 0, {}
+    def walk(self, job: SearchJob, lenient: bool) -> Answer:
+        """Walks the graphs. Where a shard failed and has no other owner, that is an error at once; or `lenient`ly the answer is
+        without it, and `lost` says why."""
+        self._job, self._told_bytes, self.lost, self._lenient = job, 0, {}, lenient
         answer = self._engine.search(
             job.queries,
             job.k,
@@ -119,6 +121,8 @@ class _Lane:
                 continue
             self._stack.push(parts)
             return peer.view, source
+        if not self._lenient:
+            raise error
         self.lost[failed.index] = error
         return None
 
@@ -189,18 +193,25 @@ class LanePool:
         self._idle: dict[_Key, list[_Lane]] = {}
 
     def search(
-        self, peers: Sequence[Peer], job: SearchJob, n_threads: int, pushed: frozenset[Peer] = frozenset()
+        self,
+        peers: Sequence[Peer],
+        job: SearchJob,
+        n_threads: int,
+        pushed: frozenset[Peer] = frozenset(),
+        *,
+        lenient: bool = False,
     ) -> tuple[Answer, dict[int, CotraError]]:
         """Walks the shards of `peers`, to which the job's filters and mask belong; `pushed`: those whose owners expand nodes.
 
-        Returns the answer, and why it is without which shards, by their positions in the cluster.
+        Returns the answer, and why it is without which shards, by their positions in the cluster: only `lenient`ly; else it
+        raises the first such error.
         """
         lost: dict[int, CotraError] = {}
 
         def walk(part: SearchJob) -> Answer:
             lane = self._take(peers, pushed)
             try:
-                answer = lane.walk(part)
+                answer = lane.walk(part, lenient)
             except InvalidInputError:
                 self._give_back(peers, pushed, lane)
                 raise
