@@ -123,9 +123,11 @@ class Peer:
         try:
             with self._client() as client:
                 return client.call(envelope, timeout_ms)
-        except DeadlineError as error:
-            hint = " (is it an owner of cotra-rdma, and does it want CURVE keys?)" if not hasattr(self, "shard") else ""
-            raise DeadlineError(f"{self}: {error}{hint}", shard=self.index) from None
+        except TransportError as error:
+            late = isinstance(error, DeadlineError)
+            hint = " (is it an owner of cotra-rdma, and does it want CURVE keys?)"
+            hint = hint if late and not hasattr(self, "shard") else ""
+            raise type(error)(f"{self}: {error}{hint}", shard=self.index) from None
 
     def _ask(
         self,
