@@ -246,6 +246,12 @@ class Cluster:
         return tuple(None if region is None else MemoryRegion(**fields_of(region)) for region in told)
 
     @property
+    def images(self) -> tuple[int, ...]:
+        """The checksum of each shard's image, which names the shard whatever its place here; 0 where its owner, of an earlier
+        version, does not tell it."""
+        return tuple(peer.shard.image_checksum or 0 for peer in self._peers)
+
+    @property
     def cached_bytes(self) -> int:
         """Bytes that this reader keeps of the shards: headers and upper layers, and the cache of `cache_bytes`."""
         views = sum(peer.view.nbytes for peer in self._peers if peer.view is not None)

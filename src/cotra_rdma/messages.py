@@ -1,13 +1,14 @@
 """The payloads: search (50, 51), coarse routing (52, 53), exchange at build (54, 55) and memory regions (56, 57).
 
-The page is docs/reference/wire.md. Nodes that are expanded for a peer (58, 59) are in `expansion_messages`.
+The page is docs/reference/wire.md. Nodes that are expanded for a peer (58, 59) are in `expansion_messages`, and the
+answer to a search of the whole collection is in `collection_messages`.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -18,6 +19,8 @@ from cotra_rdma.payload import FLOAT32, FLOAT32_MARKER, Reader, array_prefix, bi
 from cotra_rdma.wire import Buffer, Payload, decode_array, encode_array, join
 
 DEFAULT_BEAM = 8
+OWN_SHARD, WHOLE_COLLECTION = range(2)
+"""What a search is about: the owner's own shard, or the collection as the owner sees it."""
 _ANSWER_FIELDS = 7
 
 
@@ -37,14 +40,15 @@ def queries_per_message(dim: int, k: int, ef: int, *, filtered: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """Type 50, NodeDB's VectorScatterPayload: a MessagePack array, then the filter, then (ours) the beam.
+    """Type 50, NodeDB's VectorScatterPayload: a MessagePack array, then the filter, then (ours) beam and scope.
 
     Attributes:
         collection: a name; "" where the owner serves one shard.
         queries: float32[n * dim]: one query, or several one after the other; the owner knows dim.
         top_k, ef_search: as `Cluster.search`'s k and ef.
         filter_bitmap: bit i (of byte i // 8, lowest first) = local row i may be returned; None for no filter.
-        beam: expansions a round; only written when it is not the default, 8.
+        beam: expansions a round; only written when it is not the default, 8, or the scope follows.
+        scope: `OWN_SHARD`, or `WHOLE_COLLECTION`, which is answered with a `CollectionResponse`.
     """
 
     collection: str
@@ -53,6 +57,7 @@ class SearchRequest:
     ef_search: int
     filter_bitmap: bytes | None = None
     beam: int = DEFAULT_BEAM
+    scope: int = OWN_SHARD
 
     def encode(self) -> bytes:
         """The payload."""
@@ -70,7 +75,9 @@ class SearchRequest:
         ]
         if self.filter_bitmap is not None:
             parts += [struct.pack("<I", len(self.filter_bitmap)), self.filter_bitmap]
-        if self.beam != DEFAULT_BEAM:
+        if self.scope != OWN_SHARD:
+            parts.append(encode_array([self.beam, self.scope]))
+        elif self.beam != DEFAULT_BEAM:
             parts.append(encode_array([self.beam]))
         return b"".join(parts)
 
@@ -86,14 +93,17 @@ class SearchRequest:
         bitmap = None
         if has_filter:
             bitmap = bytes(reader.take(struct.unpack("<I", reader.take(4))[0]))
-        beam = DEFAULT_BEAM
+        beam, scope = DEFAULT_BEAM, OWN_SHARD
         if not reader.at_end():
-            if reader.array() != 1:
-                raise FormatError("search request: its extension must be an array of 1")
+            length = reader.array()
+            if length not in (1, 2):
+                raise FormatError("search request: its extension must be an array of 1 or 2")
             beam = reader.unsigned()
-        if not reader.at_end():
-            raise FormatError("search request: bytes are left over")
-        return cls(collection, queries, top_k, ef_search, bitmap, beam)
+            scope = reader.unsigned() if length > 1 else OWN_SHARD
+        if scope not in (OWN_SHARD, WHOLE_COLLECTION):
+            raise FormatError(f"search request: scope {scope} is unknown")
+        reader.end()
+        return cls(collection, queries, top_k, ef_search, bitmap, beam, scope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +145,18 @@ class SearchResponse:
     def decode(cls, payload: Payload) -> SearchResponse:
         """Reads a payload; the arrays are views of it where it came in parts. Raises `FormatError`."""
         reader = Reader(payload, "search response")
+        answer = cls.read(reader)
+        reader.end()
+        return answer
+
+    @classmethod
+    def read(cls, reader: Reader) -> SearchResponse:
+        """Reads the array, after which something may follow. Raises `FormatError`."""
         if reader.array() != _ANSWER_FIELDS:
             raise FormatError(f"search response: an array of {_ANSWER_FIELDS} was expected")
         code, message, n, k = reader.unsigned(), reader.text(), reader.unsigned(), reader.unsigned()
         labels, distances, stats = reader.binary(), reader.binary(), reader.binary()
-        if not reader.at_end() or len(labels) != 8 * n * k or len(distances) != 4 * n * k:
+        if len(labels) != 8 * n * k or len(distances) != 4 * n * k:
             raise FormatError(
                 f"search response: fields of {len(labels)} and {len(distances)} bytes for {n} x {k} answers"
             )
@@ -389,7 +406,12 @@ class BuildExchangeResponse:
 
 # ---- 56, 57: memory regions, and what it takes to read them ----
 
-WANT_CAPABILITIES, WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_RELEASE, WANT_LEASE = range(5)
+WANT_CAPABILITIES, WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_RELEASE, WANT_LEASE, WANT_VIEW = range(6)
+VIEW_PIECE_BYTES = 4 << 20
+"""Of a view's bytes in one message, at most."""
+
+
+_U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class QueuePairFields(msgspec.Struct, array_like=True, frozen=True):
@@ -413,7 +435,12 @@ class RegionFields(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ShardFields(msgspec.Struct, array_like=True, frozen=True):
-    """What a reader must know of a shard before it reads it."""
+    """What a reader must know of a shard before it reads it. Owners of earlier versions end with `record_bytes`.
+
+    Attributes:
+        graph_id, graph_base, graph_count: as in the image's header.
+        image_checksum: likewise; it names the shard wherever it is. None: not told, and such an owner expands nothing for peers.
+    """
 
     dim: int
     metric: str
@@ -421,6 +448,10 @@ class ShardFields(msgspec.Struct, array_like=True, frozen=True):
     generation: int
     image_bytes: int
     record_bytes: int
+    graph_id: _U64 = 0
+    graph_base: _U64 = 0
+    graph_count: _U64 = 0
+    image_checksum: _U64 | None = None
 
 
 class SharedMemoryFields(msgspec.Struct, array_like=True, frozen=True):
@@ -431,25 +462,35 @@ class SharedMemoryFields(msgspec.Struct, array_like=True, frozen=True):
     boot_id: str
 
 
+class ViewFields(msgspec.Struct, array_like=True, frozen=True):
+    """A piece of a shard's header and navigation section, which are `length` bytes, one after the other."""
+
+    length: int
+    data: bytes
+
+
 class RegionRequest(msgspec.Struct, array_like=True, frozen=True):
-    """Type 56: [want u32, peer str, queue_pair array | nil, lane u64].
+    """Type 56: [want u32, peer str, queue_pair array | nil, lane u64, offset u64].
 
     Attributes:
         want: 0 capabilities, 1 a queue pair for one lane, 2 the shared memory's socket, 3 to release a lane (0: all of
-            this peer's), 4 to keep the peer's lanes alive.
+            this peer's), 4 to keep the peer's lanes alive, 5 a piece of header and navigation section.
         peer: a random name that the reader chose for itself; its lanes hang on it.
         queue_pair: with want 1, the reader's attributes.
         lane: with want 3, which one.
+        offset: with want 5, where the piece begins.
     """
 
     want: int
     peer: str
     queue_pair: QueuePairFields | None = None
     lane: int = 0
+    offset: int = 0
 
 
 class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
-    """Type 57: [code u32, message str, shard | nil, transports map, region | nil, queue_pair | nil, lane u64, shared | nil].
+    """Type 57: [code u32, message str, shard | nil, transports map, region | nil, queue_pair | nil, lane u64, shared | nil,
+    view | nil].
 
     Attributes:
         code, message: as in `SearchResponse`.
@@ -458,6 +499,7 @@ class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
         region: what exposed_region() gives; nil where no verbs device exists.
         queue_pair, lane: with want 1, the owner's attributes and the lane's number.
         shared_memory: with want 2.
+        view: with want 5.
     """
 
     code: int = 0
@@ -468,6 +510,7 @@ class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
     queue_pair: QueuePairFields | None = None
     lane: int = 0
     shared_memory: SharedMemoryFields | None = None
+    view: ViewFields | None = None
 
 
 def encode_region(message: RegionRequest | RegionResponse) -> bytes:

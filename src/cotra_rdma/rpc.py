@@ -48,7 +48,10 @@ _ENDS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused the CURVE key",
 }
 
-Handler = Callable[[VShardEnvelope], VShardEnvelope]
+Later = Callable[[], VShardEnvelope]
+"""What makes an answer that needs those of other owners. It runs in threads of its own: were all threads of owners that ask each
+other busy waiting, none would be left to answer."""
+Handler = Callable[[VShardEnvelope], VShardEnvelope | Later]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,8 @@ def why_ended(event: list[bytes]) -> str:
 
 class RpcServer:
     """Answers envelopes: one I/O thread owns the ROUTER, `n_workers` threads run the handler, so that a long search does not
-    hold up the control plane. A malformed message is dropped and logged; it never ends the server."""
+    hold up the control plane, and as many run what it makes of answers that come `Later`. A malformed message is dropped and
+    logged; it never ends the server."""
 
     def __init__(self, address: str, handler: Handler, *, keys: ServerKeys | None = None, n_workers: int = 4) -> None:
         host, port = parse_address(address)
@@ -161,6 +165,7 @@ class RpcServer:
         self._stopping = False
         self._closed = False
         self._workers = ThreadPoolExecutor(n_workers, "cotra-rpc-worker")
+        self._waiters = ThreadPoolExecutor(n_workers, "cotra-rpc-waiter")
         self._thread = threading.Thread(target=self._run, name="cotra-rpc", daemon=True)
         self._thread.start()
 
@@ -190,13 +195,15 @@ class RpcServer:
                 self._workers.submit(self._answer, [frame.buffer for frame in frames])
 
     def _answer(self, frames: list[memoryview]) -> None:
+        self._reply(frames, lambda: self._handler(_request(frames)))
+
+    def _reply(self, frames: list[memoryview], work: Callable[[], VShardEnvelope | Later]) -> None:
         try:
-            if len(frames) < 3 or len(frames[1]) != _ID.size:
-                raise FormatError("a message is a request id and an envelope")
-            request = VShardEnvelope.from_frames(frames[2:])
-            if not request.msg_type.is_request:
-                raise FormatError(f"message type {request.msg_type} is no request")
-            reply = self._handler(request).frames()
+            made = work()
+            if not isinstance(made, VShardEnvelope):
+                self._waiters.submit(self._reply, frames, made)
+                return
+            reply = made.frames()
         except CotraError as error:
             log.warning("%s: a message was dropped: %s", self.address, error)
             return
@@ -218,6 +225,7 @@ class RpcServer:
         os.eventfd_write(self._wake, 1)
         self._thread.join()
         self._workers.shutdown(cancel_futures=True)
+        self._waiters.shutdown(cancel_futures=True)
         self._router.close()
         self._stop_authenticator()
         self._context.term()
@@ -228,6 +236,15 @@ class RpcServer:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _request(frames: list[memoryview]) -> VShardEnvelope:
+    if len(frames) < 3 or len(frames[1]) != _ID.size:
+        raise FormatError("a message is a request id and an envelope")
+    request = VShardEnvelope.from_frames(frames[2:])
+    if not request.msg_type.is_request:
+        raise FormatError(f"message type {request.msg_type} is no request")
+    return request
 
 
 class _AllowedKeys:
