@@ -30,10 +30,11 @@ from cotra_rdma.errors import (
     FormatError,
     InvalidInputError,
     PartialResultError,
+    PeerError,
     TransportError,
 )
 from cotra_rdma.halo import fill_halo
-from cotra_rdma.job import Answer, SearchJob
+from cotra_rdma.job import Answer, CollectionAnswer, SearchJob
 from cotra_rdma.lanes import LanePool
 from cotra_rdma.owners import addresses_of, misfit
 from cotra_rdma.peer import LOST, ONE_SIDED, Peer, check_alike
@@ -262,6 +263,12 @@ class Cluster:
         """The region that each shard's owner exposes to RDMA READs, or None where it has no verbs device."""
         told = [peer.capabilities.region for peer in self._peers]
         return tuple(None if region is None else MemoryRegion(**fields_of(region)) for region in told)
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """The checksum of each shard's image, which names the shard whatever its place here; 0 where its owner, of an earlier
+        version, does not tell it."""
+        return tuple(peer.shard.image_checksum or 0 for peer in self._peers)
 
     @property
     def cached_bytes(self) -> int:
@@ -559,23 +566,35 @@ class Cluster:
         failures = self.lost
         for home, (rows, call) in calls.items():
             try:
-                parts = call.result()
+                told: CollectionAnswer = call.result()
             except TransportError:
                 here[rows] = True
                 continue
             used[home] = "home"
-            _put(found, rows, parts)
+            places = self._places(peers[home], told.images)
+            shards = np.where(told.shards < 0, -1, places[told.shards])
+            _put(found, rows, (told.labels, told.distances, shards, told.stats))
+            for at, why in told.failures.items():
+                failures.setdefault(int(places[at]), PeerError(f"{peers[home]}: {why}", shard=int(places[at])))
         rows = np.flatnonzero(here)
         if len(rows):
             assert self._planner is not None
             plan = self._planner.plan("cotra", job, n_threads, target_recall=1.0, owner_cpu=False, explain=False)
             mine, peers = job._replace(queries=job.queries[rows]), list(self._peers)
-            answers, failures = self._gather(peers, mine, plan, n_threads, True)
+            answers, lost = self._gather(peers, mine, plan, n_threads, True)
+            failures |= lost
             _put(found, rows, self._merge(answers, mine))
             used = [before or _used(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]
         return found, [name or self.transports[at] for at, name in enumerate(used)], failures
 
-    def _ask_home(self, peer: Peer, job: SearchJob) -> Merged:
+    def _places(self, peer: Peer, images: tuple[int, ...]) -> npt.NDArray[np.int32]:
+        """The position here of each shard that another owner numbers as it likes. Raises `FormatError` for one that is none."""
+        known = {image: at for at, image in enumerate(self.images)}
+        if not set(images) <= known.keys():
+            raise FormatError(f"{peer}: it searches other shards than these", shard=peer.index)
+        return np.array([known[image] for image in images], np.int32)
+
+    def _ask_home(self, peer: Peer, job: SearchJob) -> CollectionAnswer:
         """Has an owner search all shards, or another of the same shard where it fails."""
         while True:
             try:

@@ -11,24 +11,15 @@ from typing import Any, Self
 
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
 from cotra_rdma.errors import ClosedError, CotraError, DeadlineError, FormatError, InvalidInputError, TransportError
-from cotra_rdma.rpc import ClientKeys, connect_dealer, parse_address
+from cotra_rdma.rpc import ClientKeys, close_dealer, connect_dealer, parse_address, why_ended
 from cotra_rdma.wire import Buffer, VShardEnvelope
 
 Place = int | tuple[int, int]
 """A node's number, or a shard's (node_id, vshard_id)."""
 
 _ID = struct.Struct("<Q")
-_ENDS: dict[int, str] = {
-    zmq.EVENT_CLOSED: "nobody listens there",
-    zmq.EVENT_DISCONNECTED: "the connection broke",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed (does it want CURVE keys?)",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the handshake failed (does it want CURVE keys?)",
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused the CURVE key",
-}
-_EVENTS = sum(_ENDS)
 
 
 class _Connection:
@@ -42,15 +33,7 @@ class _Connection:
         self.broken = False
         self._waiting: dict[bytes, asyncio.Future[list[zmq.Frame]]] = {}
         self._socket = context.socket(zmq.DEALER)
-        self._socket.immediate = True  # nothing is queued for an owner that is not there
-        self._socket.reconnect_ivl = -1
-        self._monitor = self._socket.get_monitor_socket(_EVENTS)
-        self._monitor.linger = 0
-        try:
-            connect_dealer(self._socket, address, keys)
-        except zmq.ZMQError as error:
-            self._close_sockets()
-            raise TransportError(f"{address} cannot be reached: {error}") from error
+        self._monitor = connect_dealer(self._socket, address, keys)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
     async def call(self, number: bytes, frames: list[Buffer]) -> list[zmq.Frame]:
@@ -78,8 +61,8 @@ class _Connection:
                 waiting.set_result(answer)
 
     async def _watch(self) -> None:
-        event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
-        self.close(TransportError(f"{self.address} cannot be reached: {_ENDS[event]}"))
+        why = why_ended(await self._monitor.recv_multipart())
+        self.close(TransportError(f"{self.address} cannot be reached: {why}"))
 
     def close(self, why: CotraError) -> None:
         """Fails what waits, and closes the socket."""
@@ -92,16 +75,11 @@ class _Connection:
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        self._close_sockets()
+        close_dealer(self._socket, self._monitor)
 
     async def wait_closed(self) -> None:
         """Waits until its tasks have ended, after `close`."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _close_sockets(self) -> None:
-        self._socket.disable_monitor()
-        self._monitor.close()
-        self._socket.close()
 
 
 class ZmqDispatch:

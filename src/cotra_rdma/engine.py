@@ -13,6 +13,7 @@ from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.arena import Arena
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
 from cotra_rdma.errors import CotraError, FormatError, InvalidInputError
+from cotra_rdma.expansions import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
 from cotra_rdma.queries import check_rows, check_search
 
 Source = Channel | Arena | None
@@ -40,30 +41,9 @@ process's own memory, and nodes that their shards' owners expanded. (A READ repe
 COUNTS = ("reads", "expansions", "cache_hits", "cached_records", "own", "pushed", "read_bytes")
 """Those of `STATS_DTYPE` that are summed over shards; of rounds and latency_ns a query has its slowest shard's."""
 OWNER_STATS_DTYPE = np.dtype([(name, STATS_DTYPE[name]) for name in (STATS_DTYPE.names or ())[:6]])
-"""What an owner that searches tells of each query, without what a cache did: it has none."""
-PUSH_DTYPE = np.dtype([("query", "<u4"), ("row", "<u4"), ("limit", "<f4"), ("reserved", "<u4")])
-"""A node that its shard's owner is asked to expand: the row of the query that goes with it, the node's row in its shard, and the
-limit that estimates must be below to be of use."""
-EXPANSION_DTYPE = np.dtype(
-    [("distance", "<f4"), ("norm2", "<f4"), ("label", "<i8"), ("flags", "<u4"), ("count", "<u4")]
-)
-"""What the owner tells of it: the exact distance, for inner products the squared length of its vector, label and flags, and of
-how many neighbours it tells."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Expansions:
-    """What an owner makes of pushed nodes.
-
-    Attributes:
-        found: `EXPANSION_DTYPE`[n], one for each push, in their order.
-        numbers: uint32[t], of the neighbours in the graph: those of the first node, then of the next; t: the sum of the counts.
-        estimates: float32[t] of their distances.
-    """
-
-    found: npt.NDArray[np.void]
-    numbers: npt.NDArray[np.uint32]
-    estimates: npt.NDArray[np.float32]
+"""What an owner that searches its shard tells of each query, without what a cache did: it has none."""
+MORE_STATS_DTYPE = np.dtype([(name, STATS_DTYPE[name]) for name in (STATS_DTYPE.names or ())[6:]])
+"""What it tells beside of a search of the whole collection."""
 
 
 class Helper(Protocol):
@@ -492,13 +472,27 @@ def pack_stats(stats: npt.NDArray[np.void]) -> memoryview:
     return told.view(np.uint8).data
 
 
-def unpack_stats(data: bytes | memoryview, n_queries: int) -> npt.NDArray[np.void]:
+def pack_more_stats(stats: npt.NDArray[np.void]) -> memoryview:
+    """The rest of them, where it is asked for: `MORE_STATS_DTYPE`[n] as raw bytes."""
+    told = np.empty(len(stats), MORE_STATS_DTYPE)
+    for name in MORE_STATS_DTYPE.names or ():
+        told[name] = stats[name]
+    return told.view(np.uint8).data
+
+
+def unpack_stats(
+    data: bytes | memoryview, n_queries: int, more: bytes | memoryview | None = None
+) -> npt.NDArray[np.void]:
     """The other way round: `STATS_DTYPE`[n_queries]. Raises `FormatError` where they are of another number of queries."""
-    if len(data) != n_queries * OWNER_STATS_DTYPE.itemsize:
-        raise FormatError(f"{len(data)} bytes of stats to {n_queries} queries")
-    told, stats = np.frombuffer(data, OWNER_STATS_DTYPE), np.zeros(n_queries, STATS_DTYPE)
-    for name in OWNER_STATS_DTYPE.names or ():
-        stats[name] = told[name]
+    stats = np.zeros(n_queries, STATS_DTYPE)
+    for raw, dtype in ((data, OWNER_STATS_DTYPE), (more, MORE_STATS_DTYPE)):
+        if raw is None:
+            continue
+        if len(raw) != n_queries * dtype.itemsize:
+            raise FormatError(f"{len(raw)} bytes of stats to {n_queries} queries")
+        told = np.frombuffer(raw, dtype)
+        for name in dtype.names or ():
+            stats[name] = told[name]
     return stats
 
 

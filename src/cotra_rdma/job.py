@@ -13,6 +13,25 @@ Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.vo
 `engine.STATS_DTYPE` record for each query."""
 
 
+class CollectionAnswer(NamedTuple):
+    """What a peer that searched the whole collection answers, merged over its shards.
+
+    Attributes:
+        labels: int64[n_queries, k], -1 in empty places. distances: float32 likewise, inf there.
+        shards: int32[n_queries, k]: the place in `images` of the shard of each; -1 there.
+        images: the checksums of the shards' images, which name them: the peer numbers them as it likes.
+        stats: `engine.STATS_DTYPE`[n_queries]: the peer's, but for latency_ns, which is this side's.
+        failures: the places in `images` of shards that did not answer, and why.
+    """
+
+    labels: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+    shards: npt.NDArray[np.int32]
+    images: tuple[int, ...]
+    stats: npt.NDArray[np.void]
+    failures: dict[int, str]
+
+
 class SearchJob(NamedTuple):
     """A batch of queries.
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.channel import Channel
-from cotra_rdma.engine import STATS_DTYPE, Engine, Expansions, Source, View
+from cotra_rdma.engine import STATS_DTYPE, Engine, Source, View
 from cotra_rdma.errors import CotraError, InvalidInputError
+from cotra_rdma.expansions import Expansions
 from cotra_rdma.ivf import MAX_PROBE, SpireEngine
 from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.peer import Peer

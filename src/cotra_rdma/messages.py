@@ -1,143 +1,27 @@
 """The payloads: search (50, 51), coarse routing (52, 53), exchange at build (54, 55) and memory regions (56, 57).
 
-The page is docs/reference/wire.md.
+The page is docs/reference/wire.md. Nodes that are expanded for a peer (58, 59) are in `expansion_messages`, and the
+answer to a search of the whole collection is in `collection_messages`.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.payload import FLOAT32, FLOAT32_MARKER, Reader, array_prefix, bin_prefix, binary
 from cotra_rdma.wire import Buffer, Payload, decode_array, encode_array, join
 
 DEFAULT_BEAM = 8
-_FLOAT32 = np.dtype([("marker", "u1"), ("value", ">f4")])
-_FLOAT32_MARKER = 0xCA
+OWN_SHARD, WHOLE_COLLECTION = range(2)
+"""What a search is about: the owner's own shard, or the collection as the owner sees it."""
 _ANSWER_FIELDS = 7
-
-
-def _length_prefix(length: int, fix: tuple[int, int], wide: tuple[tuple[int, str], ...]) -> bytes:
-    """A MessagePack length: `fix` is (marker, limit) of the one-byte form, `wide` the larger ones."""
-    if length < fix[1]:
-        return bytes([fix[0] | length])
-    for marker, code in wide:
-        if length < 256 ** struct.calcsize(code):
-            return bytes([marker]) + struct.pack(">" + code, length)
-    raise InvalidInputError(f"MessagePack cannot hold {length} items")
-
-
-def _array_prefix(length: int) -> bytes:
-    return _length_prefix(length, (0x90, 16), ((0xDC, "H"), (0xDD, "I")))
-
-
-def _bin_prefix(length: int) -> bytes:
-    return _length_prefix(length, (0, 0), ((0xC4, "B"), (0xC5, "H"), (0xC6, "I")))
-
-
-class _Reader:
-    """Reads MessagePack items one after the other; large `bin` fields are not copied when a buffer holds them whole."""
-
-    def __init__(self, payload: Payload, what: str) -> None:
-        self._buffers = [memoryview(part) for part in (payload if isinstance(payload, tuple) else (payload,))]
-        self._what = what
-
-    def take(self, n: int) -> memoryview:
-        """The next n bytes."""
-        while self._buffers and not self._buffers[0]:
-            self._buffers.pop(0)
-        if n == 0:
-            return memoryview(b"")
-        if self._buffers and len(self._buffers[0]) >= n:
-            head, self._buffers[0] = self._buffers[0][:n], self._buffers[0][n:]
-            return head
-        if sum(map(len, self._buffers)) < n:
-            raise FormatError(f"{self._what}: it ends too early")
-        self._buffers = [memoryview(b"".join(self._buffers))]
-        return self.take(n)
-
-    def at_end(self) -> bool:
-        """Whether everything was read."""
-        return not any(self._buffers)
-
-    def number(self, code: str) -> int:
-        """A bare big-endian integer of struct's format `code`."""
-        return int(struct.unpack(">" + code, self.take(struct.calcsize(code)))[0])
-
-    def _length(self, fix: tuple[int, int] | None, wide: dict[int, str], kind: str) -> int:
-        marker = self.number("B")
-        if fix and fix[0] <= marker < fix[0] + fix[1]:
-            return marker - fix[0]
-        if marker not in wide:
-            raise FormatError(f"{self._what}: {kind} was expected, not the MessagePack marker 0x{marker:02x}")
-        return self.number(wide[marker])
-
-    def array(self) -> int:
-        """An array's length."""
-        return self._length((0x90, 16), {0xDC: "H", 0xDD: "I"}, "an array")
-
-    def text(self) -> str:
-        """A string."""
-        length = self._length((0xA0, 32), {0xD9: "B", 0xDA: "H", 0xDB: "I"}, "a string")
-        try:
-            return bytes(self.take(length)).decode()
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{self._what}: a string is not UTF-8: {error}") from error
-
-    def binary(self) -> memoryview:
-        """A bin field."""
-        return self.take(self._length(None, {0xC4: "B", 0xC5: "H", 0xC6: "I"}, "a binary field"))
-
-    def _unsigned(self, codes: dict[int, str], kind: str) -> int:
-        marker = self.number("B")
-        if marker < 0x80:
-            return marker
-        if marker not in codes:
-            raise FormatError(f"{self._what}: a {kind} was expected, not the MessagePack marker 0x{marker:02x}")
-        return self.number(codes[marker])
-
-    def unsigned(self) -> int:
-        """A u32 in any of its encodings."""
-        return self._unsigned({0xCC: "B", 0xCD: "H", 0xCE: "I"}, "u32")
-
-    def unsigned64(self) -> int:
-        """A u64 in any of its encodings."""
-        return self._unsigned({0xCC: "B", 0xCD: "H", 0xCE: "I", 0xCF: "Q"}, "u64")
-
-    def vector(self, kind: str, n: int) -> npt.NDArray[Any]:
-        """A bin field that holds n numbers of numpy's `kind`; a view where a buffer holds it whole."""
-        field, wanted = self.binary(), n * np.dtype(kind).itemsize
-        if len(field) != wanted:
-            raise FormatError(f"{self._what}: a field of {len(field)} bytes where {n} numbers take {wanted}")
-        return np.frombuffer(field, kind)
-
-    def rest(self) -> bytes:
-        """All that is left."""
-        return bytes(self.take(sum(map(len, self._buffers))))
-
-    def end(self) -> None:
-        """Raises when anything is left."""
-        if not self.at_end():
-            raise FormatError(f"{self._what}: bytes are left over")
-
-    def boolean(self) -> bool:
-        """True or false."""
-        marker = self.number("B")
-        if marker not in (0xC2, 0xC3):
-            raise FormatError(f"{self._what}: a boolean was expected, not the MessagePack marker 0x{marker:02x}")
-        return marker == 0xC3
-
-    def floats(self, n: int) -> npt.NDArray[np.float32]:
-        """n float32 items. (Other encodings of numbers are not NodeDB's, and refused.)"""
-        items = np.frombuffer(self.take(5 * n), _FLOAT32)
-        if (items["marker"] != _FLOAT32_MARKER).any():
-            raise FormatError(f"{self._what}: the query vector holds something else than float32 numbers")
-        return items["value"].astype(np.float32)
 
 
 # ---- 50, 51: search ----
@@ -156,14 +40,15 @@ def queries_per_message(dim: int, k: int, ef: int, *, filtered: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """Type 50, NodeDB's VectorScatterPayload: a MessagePack array, then the filter, then (ours) the beam.
+    """Type 50, NodeDB's VectorScatterPayload: a MessagePack array, then the filter, then (ours) beam and scope.
 
     Attributes:
         collection: a name; "" where the owner serves one shard.
         queries: float32[n * dim]: one query, or several one after the other; the owner knows dim.
         top_k, ef_search: as `Cluster.search`'s k and ef.
         filter_bitmap: bit i (of byte i // 8, lowest first) = local row i may be returned; None for no filter.
-        beam: expansions a round; only written when it is not the default, 8.
+        beam: expansions a round; only written when it is not the default, 8, or the scope follows.
+        scope: `OWN_SHARD`, or `WHOLE_COLLECTION`, which is answered with a `CollectionResponse`.
     """
 
     collection: str
@@ -172,16 +57,17 @@ class SearchRequest:
     ef_search: int
     filter_bitmap: bytes | None = None
     beam: int = DEFAULT_BEAM
+    scope: int = OWN_SHARD
 
     def encode(self) -> bytes:
         """The payload."""
         flat = np.ascontiguousarray(self.queries, np.float32).reshape(-1)
-        items = np.empty(len(flat), _FLOAT32)
-        items["marker"], items["value"] = _FLOAT32_MARKER, flat
+        items = np.empty(len(flat), FLOAT32)
+        items["marker"], items["value"] = FLOAT32_MARKER, flat
         parts = [
             b"\x95",
             encode_array(self.collection),
-            _array_prefix(len(flat)),
+            array_prefix(len(flat)),
             items.tobytes(),
             encode_array(self.top_k),
             encode_array(self.ef_search),
@@ -189,14 +75,16 @@ class SearchRequest:
         ]
         if self.filter_bitmap is not None:
             parts += [struct.pack("<I", len(self.filter_bitmap)), self.filter_bitmap]
-        if self.beam != DEFAULT_BEAM:
+        if self.scope != OWN_SHARD:
+            parts.append(encode_array([self.beam, self.scope]))
+        elif self.beam != DEFAULT_BEAM:
             parts.append(encode_array([self.beam]))
         return b"".join(parts)
 
     @classmethod
     def decode(cls, payload: Payload) -> SearchRequest:
         """Reads a payload. Raises `FormatError`."""
-        reader = _Reader(payload, "search request")
+        reader = Reader(payload, "search request")
         if reader.array() != 5:
             raise FormatError("search request: an array of 5 was expected")
         collection = reader.text()
@@ -205,14 +93,17 @@ class SearchRequest:
         bitmap = None
         if has_filter:
             bitmap = bytes(reader.take(struct.unpack("<I", reader.take(4))[0]))
-        beam = DEFAULT_BEAM
+        beam, scope = DEFAULT_BEAM, OWN_SHARD
         if not reader.at_end():
-            if reader.array() != 1:
-                raise FormatError("search request: its extension must be an array of 1")
+            length = reader.array()
+            if length not in (1, 2):
+                raise FormatError("search request: its extension must be an array of 1 or 2")
             beam = reader.unsigned()
-        if not reader.at_end():
-            raise FormatError("search request: bytes are left over")
-        return cls(collection, queries, top_k, ef_search, bitmap, beam)
+            scope = reader.unsigned() if length > 1 else OWN_SHARD
+        if scope not in (OWN_SHARD, WHOLE_COLLECTION):
+            raise FormatError(f"search request: scope {scope} is unknown")
+        reader.end()
+        return cls(collection, queries, top_k, ef_search, bitmap, beam, scope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +130,10 @@ class SearchResponse:
             self.stats,
         ]
         numbers = b"".join(encode_array(value) for value in (self.code, self.message, n, k))
-        head = _array_prefix(_ANSWER_FIELDS) + numbers
-        parts: list[Buffer] = [head + _bin_prefix(len(fields[0])), fields[0]]
+        head = array_prefix(_ANSWER_FIELDS) + numbers
+        parts: list[Buffer] = [head + bin_prefix(len(fields[0])), fields[0]]
         for field in fields[1:]:
-            parts += [_bin_prefix(len(field)), field]
+            parts += [bin_prefix(len(field)), field]
         return tuple(parts)
 
     @classmethod
@@ -253,12 +144,19 @@ class SearchResponse:
     @classmethod
     def decode(cls, payload: Payload) -> SearchResponse:
         """Reads a payload; the arrays are views of it where it came in parts. Raises `FormatError`."""
-        reader = _Reader(payload, "search response")
+        reader = Reader(payload, "search response")
+        answer = cls.read(reader)
+        reader.end()
+        return answer
+
+    @classmethod
+    def read(cls, reader: Reader) -> SearchResponse:
+        """Reads the array, after which something may follow. Raises `FormatError`."""
         if reader.array() != _ANSWER_FIELDS:
             raise FormatError(f"search response: an array of {_ANSWER_FIELDS} was expected")
         code, message, n, k = reader.unsigned(), reader.text(), reader.unsigned(), reader.unsigned()
         labels, distances, stats = reader.binary(), reader.binary(), reader.binary()
-        if not reader.at_end() or len(labels) != 8 * n * k or len(distances) != 4 * n * k:
+        if len(labels) != 8 * n * k or len(distances) != 4 * n * k:
             raise FormatError(
                 f"search response: fields of {len(labels)} and {len(distances)} bytes for {n} x {k} answers"
             )
@@ -341,10 +239,10 @@ class CentroidTable:
         """The part of a payload that 53 and 54 share: dim, n_lists, centroid_type, centroids, sizes, radii."""
         n_lists, dim = self.centroids.shape
         numbers = [encode_array(value) for value in (dim, n_lists, self.centroid_type)]
-        return [*numbers, *(_binary(field) for field in (self.centroids, self.sizes, self.radii))]
+        return [*numbers, *(binary(field) for field in (self.centroids, self.sizes, self.radii))]
 
     @classmethod
-    def read(cls, reader: _Reader, what: str) -> CentroidTable:
+    def read(cls, reader: Reader, what: str) -> CentroidTable:
         """Reads that part. Raises `FormatError`."""
         dim, n_lists, kind = reader.unsigned(), reader.unsigned(), reader.text()
         if kind not in CENTROID_TYPES:
@@ -358,10 +256,6 @@ class CentroidTable:
         return table
 
 
-def _binary(field: npt.NDArray[Any]) -> bytes:
-    return _bin_prefix(field.nbytes) + field.tobytes()
-
-
 @dataclass(frozen=True, slots=True)
 class CoarseRouteRequest:
     """Type 52: [collection str]. "" where the owner serves one shard."""
@@ -370,12 +264,12 @@ class CoarseRouteRequest:
 
     def encode(self) -> bytes:
         """The payload."""
-        return _array_prefix(_COARSE_REQUEST_FIELDS) + encode_array(self.collection)
+        return array_prefix(_COARSE_REQUEST_FIELDS) + encode_array(self.collection)
 
     @classmethod
     def decode(cls, payload: Payload) -> CoarseRouteRequest:
         """Reads a payload. Raises `FormatError`."""
-        reader = _Reader(payload, "coarse route request")
+        reader = Reader(payload, "coarse route request")
         if reader.array() != _COARSE_REQUEST_FIELDS:
             raise FormatError(f"coarse route request: an array of {_COARSE_REQUEST_FIELDS} was expected")
         request = cls(reader.text())
@@ -407,7 +301,7 @@ class CoarseRouteResponse:
 
     def encode(self) -> bytes:
         """The payload."""
-        head = [_array_prefix(_COARSE_FIELDS), encode_array(self.code), encode_array(self.message)]
+        head = [array_prefix(_COARSE_FIELDS), encode_array(self.code), encode_array(self.message)]
         tail = [] if self.collection is None else [encode_array(self.collection)]
         return b"".join([*head, *self.table.fields(), *tail])
 
@@ -415,7 +309,7 @@ class CoarseRouteResponse:
     def decode(cls, payload: Payload) -> CoarseRouteResponse:
         """Reads a payload. Raises `FormatError`."""
         what = "coarse route response"
-        reader = _Reader(payload, what)
+        reader = Reader(payload, what)
         if reader.array() != _COARSE_FIELDS:
             raise FormatError(f"{what}: an array of {_COARSE_FIELDS} was expected")
         code, message, table = reader.unsigned(), reader.text(), CentroidTable.read(reader, what)
@@ -449,8 +343,8 @@ class BuildExchangeRequest:
         offsets, lengths = np.ascontiguousarray(self.offsets, "<u8"), np.ascontiguousarray(self.lengths, "<u4")
         if why := _misplaced(self.table, offsets, lengths, self.region_offset):
             raise InvalidInputError(f"build exchange: {why}")
-        parts = [_array_prefix(_EXCHANGE_REQUEST_FIELDS), encode_array(self.shard), *self.table.fields()]
-        parts += [_binary(offsets), _binary(lengths), encode_array(self.region_offset), encode_array(self.generation)]
+        parts = [array_prefix(_EXCHANGE_REQUEST_FIELDS), encode_array(self.shard), *self.table.fields()]
+        parts += [binary(offsets), binary(lengths), encode_array(self.region_offset), encode_array(self.generation)]
         return b"".join(parts)
 
     @classmethod
@@ -460,7 +354,7 @@ class BuildExchangeRequest:
         Raises `FormatError`.
         """
         what = "build exchange request"
-        reader = _Reader(payload, what)
+        reader = Reader(payload, what)
         if reader.array() != _EXCHANGE_REQUEST_FIELDS:
             raise FormatError(f"{what}: an array of {_EXCHANGE_REQUEST_FIELDS} was expected")
         shard, table = reader.unsigned(), CentroidTable.read(reader, what)
@@ -497,12 +391,12 @@ class BuildExchangeResponse:
 
     def encode(self) -> bytes:
         """The payload."""
-        return _array_prefix(_EXCHANGE_FIELDS) + encode_array(self.code) + encode_array(self.message)
+        return array_prefix(_EXCHANGE_FIELDS) + encode_array(self.code) + encode_array(self.message)
 
     @classmethod
     def decode(cls, payload: Payload) -> BuildExchangeResponse:
         """Reads a payload. Raises `FormatError`."""
-        reader = _Reader(payload, "build exchange response")
+        reader = Reader(payload, "build exchange response")
         if reader.array() != _EXCHANGE_FIELDS:
             raise FormatError(f"build exchange response: an array of {_EXCHANGE_FIELDS} was expected")
         response = cls(reader.unsigned(), reader.text())
@@ -512,7 +406,12 @@ class BuildExchangeResponse:
 
 # ---- 56, 57: memory regions, and what it takes to read them ----
 
-WANT_CAPABILITIES, WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_RELEASE, WANT_LEASE = range(5)
+WANT_CAPABILITIES, WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_RELEASE, WANT_LEASE, WANT_VIEW = range(6)
+VIEW_PIECE_BYTES = 4 << 20
+"""Of a view's bytes in one message, at most."""
+
+
+_U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class QueuePairFields(msgspec.Struct, array_like=True, frozen=True):
@@ -536,7 +435,12 @@ class RegionFields(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ShardFields(msgspec.Struct, array_like=True, frozen=True):
-    """What a reader must know of a shard before it reads it."""
+    """What a reader must know of a shard before it reads it. Owners of earlier versions end with `record_bytes`.
+
+    Attributes:
+        graph_id, graph_base, graph_count: as in the image's header.
+        image_checksum: likewise; it names the shard wherever it is. None: not told, and such an owner expands nothing for peers.
+    """
 
     dim: int
     metric: str
@@ -544,10 +448,10 @@ class ShardFields(msgspec.Struct, array_like=True, frozen=True):
     generation: int
     image_bytes: int
     record_bytes: int
-    graph_id: int = 0
-    graph_base: int = 0
-    graph_count: int = 0
-    image_checksum: int = 0
+    graph_id: _U64 = 0
+    graph_base: _U64 = 0
+    graph_count: _U64 = 0
+    image_checksum: _U64 | None = None
 
 
 class SharedMemoryFields(msgspec.Struct, array_like=True, frozen=True):
@@ -558,25 +462,35 @@ class SharedMemoryFields(msgspec.Struct, array_like=True, frozen=True):
     boot_id: str
 
 
+class ViewFields(msgspec.Struct, array_like=True, frozen=True):
+    """A piece of a shard's header and navigation section, which are `length` bytes, one after the other."""
+
+    length: int
+    data: bytes
+
+
 class RegionRequest(msgspec.Struct, array_like=True, frozen=True):
-    """Type 56: [want u32, peer str, queue_pair array | nil, lane u64].
+    """Type 56: [want u32, peer str, queue_pair array | nil, lane u64, offset u64].
 
     Attributes:
         want: 0 capabilities, 1 a queue pair for one lane, 2 the shared memory's socket, 3 to release a lane (0: all of
-            this peer's), 4 to keep the peer's lanes alive.
+            this peer's), 4 to keep the peer's lanes alive, 5 a piece of header and navigation section.
         peer: a random name that the reader chose for itself; its lanes hang on it.
         queue_pair: with want 1, the reader's attributes.
         lane: with want 3, which one.
+        offset: with want 5, where the piece begins.
     """
 
     want: int
     peer: str
     queue_pair: QueuePairFields | None = None
     lane: int = 0
+    offset: int = 0
 
 
 class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
-    """Type 57: [code u32, message str, shard | nil, transports map, region | nil, queue_pair | nil, lane u64, shared | nil].
+    """Type 57: [code u32, message str, shard | nil, transports map, region | nil, queue_pair | nil, lane u64, shared | nil,
+    view | nil].
 
     Attributes:
         code, message: as in `SearchResponse`.
@@ -585,6 +499,7 @@ class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
         region: what exposed_region() gives; nil where no verbs device exists.
         queue_pair, lane: with want 1, the owner's attributes and the lane's number.
         shared_memory: with want 2.
+        view: with want 5.
     """
 
     code: int = 0
@@ -595,6 +510,7 @@ class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
     queue_pair: QueuePairFields | None = None
     lane: int = 0
     shared_memory: SharedMemoryFields | None = None
+    view: ViewFields | None = None
 
 
 def encode_region(message: RegionRequest | RegionResponse) -> bytes:

@@ -20,6 +20,7 @@ from cotra_rdma import handover, messages
 from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel, FabricModel
 from cotra_rdma.coarse import CoarseTable
+from cotra_rdma.collection_messages import CollectionResponse
 from cotra_rdma.compass import Calibration
 from cotra_rdma.cost import Link
 from cotra_rdma.engine import STATS_DTYPE, ImageInfo, RecordCache, Source, View, unpack_stats
@@ -32,8 +33,10 @@ from cotra_rdma.errors import (
     TransportError,
     VerbsUnavailableError,
 )
+from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse, split_pushes
+from cotra_rdma.expansions import EXPANSION_DTYPE, Expansions
 from cotra_rdma.ivf import IvfTable
-from cotra_rdma.job import Answer, SearchJob
+from cotra_rdma.job import Answer, CollectionAnswer, SearchJob
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys, RpcClient, parse_address
 from cotra_rdma.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
@@ -138,14 +141,16 @@ class Peer:
                 return
         client.close()
 
-    def _call(self, kind: VShardMessageType, payload: bytes, timeout_ms: int) -> VShardEnvelope:
+    def _call(self, kind: VShardMessageType, payload: Payload, timeout_ms: int) -> VShardEnvelope:
         envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self.index, payload)
         try:
             with self._client() as client:
                 return client.call(envelope, timeout_ms)
-        except DeadlineError as error:
-            hint = " (is it an owner of cotra-rdma, and does it want CURVE keys?)" if not hasattr(self, "shard") else ""
-            raise DeadlineError(f"{self}: {error}{hint}", shard=self.index) from None
+        except TransportError as error:
+            late = isinstance(error, DeadlineError)
+            hint = " (is it an owner of cotra-rdma, and does it want CURVE keys?)"
+            hint = hint if late and not hasattr(self, "shard") else ""
+            raise type(error)(f"{self}: {error}{hint}", shard=self.index) from None
 
     def _ask(
         self,
@@ -153,8 +158,9 @@ class Peer:
         queue_pair: messages.QueuePairFields | None = None,
         lane: int = 0,
         timeout_ms: int | None = None,
+        offset: int = 0,
     ) -> messages.RegionResponse:
-        request = messages.RegionRequest(want, self._name, queue_pair, lane)
+        request = messages.RegionRequest(want, self._name, queue_pair, lane, offset)
         reply = self._call(
             VShardMessageType.VECTOR_MEM_REGION_REQUEST, messages.encode_region(request), timeout_ms or self._timeout_ms
         )
@@ -354,6 +360,115 @@ class Peer:
         stats["read_bytes"] = (len(request) + reply.payload_len) // len(queries)
         stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's: nobody has an answer before that
         return answer.labels, answer.distances, stats
+
+    def search_all(self, job: SearchJob) -> CollectionAnswer:
+        """The owner searches the whole collection, as it sees it; messages as of `search`.
+
+        Args:
+            job: without filters and mask.
+
+        Raises `PeerError` where the owner has no connection to the other shards, or is of an earlier version.
+        """
+        if job.filters is not None or job.mask is not None:
+            raise InvalidInputError(
+                "a search that a peer makes of the whole collection takes neither filters nor a mask"
+            )
+        rows = messages.queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=False)
+        starts = range(0, max(len(job.queries), 1), rows)
+        parts = [self._search_all_part(job, job.queries[begin : begin + rows]) for begin in starts]
+        if any(part.images != parts[0].images for part in parts):
+            raise FormatError(f"{self}: its shards changed during the search", shard=self.index)
+        failures = {shard: why for part in parts for shard, why in part.failures.items()}
+        columns = zip(*((part.labels, part.distances, part.shards, part.stats) for part in parts), strict=True)
+        labels, distances, shards, stats = (np.concatenate(column) for column in columns)
+        return CollectionAnswer(labels, distances, shards, parts[0].images, stats, failures)
+
+    def _search_all_part(self, job: SearchJob, queries: npt.NDArray[np.float32]) -> CollectionAnswer:
+        scope = messages.WHOLE_COLLECTION
+        request = messages.SearchRequest("", queries, job.k, job.ef, None, job.beam, scope).encode()
+        begin = time.perf_counter_ns()
+        reply = self._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(job.timeout_s * 1000)))
+        told = CollectionResponse.decode(reply.payload)
+        answer = told.answer
+        if answer.code:
+            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        if answer.labels.shape != (len(queries), job.k):
+            raise FormatError(f"{self}: an answer of {answer.labels.shape} to {len(queries)} queries", shard=self.index)
+        try:
+            stats = unpack_stats(answer.stats, len(queries), told.more_stats)
+        except FormatError as error:
+            raise FormatError(f"{self}: {error}", shard=self.index) from None
+        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's, as in `search`
+        images = tuple(told.images.tolist())
+        return CollectionAnswer(answer.labels, answer.distances, told.shards, images, stats, told.failures)
+
+    # ---- pushed expansions: of a shard that cannot be read ----
+
+    def load_view(self) -> View:
+        """Header and upper layers over RPC, in pieces; the caller closes the view.
+
+        Raises `PeerError` where the owner does not offer it, `FormatError` and `ChecksumError` for what is not the shard's.
+        """
+        self._check_expands()
+        data, length = bytearray(), 0
+        while not data or len(data) < length:
+            piece = self._ask(messages.WANT_VIEW, offset=len(data)).view
+            length = length or (piece.length if piece is not None else 0)
+            left = length - len(data)
+            if piece is None or piece.length != length or not 0 < len(piece.data) <= left <= self.shard.image_bytes:
+                raise FormatError(f"{self}: a piece that does not fit its upper layers", shard=self.index)
+            data += piece.data
+        view = View.load(data)
+        info = view.info
+        if any(getattr(info, name) != value for name, value in fields_of(self.shard).items()):
+            view.close()
+            raise FormatError(f"{self}: its upper layers are of another shard than it announced", shard=self.index)
+        return view
+
+    def expand(self, queries: npt.NDArray[np.float32], pushes: npt.NDArray[np.void], timeout_s: float) -> Expansions:
+        """The owner expands nodes; one message for the round (several where one would be too large).
+
+        Args:
+            queries: float32[n_queries, dim], of which those travel that occur in `pushes`.
+            pushes: `PUSH_DTYPE`[n]; those of one query follow each other.
+            timeout_s: for each message.
+
+        Raises `TransportError` where the owner is gone, `PeerError` where it refuses, `FormatError` for an answer that does not
+        fit. The view must be there (`load_view`).
+        """
+        self._check_expands()
+        assert self.view is not None
+        degree = self.view.info.degree
+        parts = [
+            self._expand_part(ExpandRequest.of(queries, pushes[part]), degree, timeout_s)
+            for part in split_pushes(pushes, queries.shape[1], degree)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        nothing = Expansions(np.empty(0, EXPANSION_DTYPE), np.empty(0, np.uint32), np.empty(0, np.float32))
+        columns = zip(*((part.found, part.numbers, part.estimates) for part in [nothing, *parts]), strict=True)
+        return Expansions(*(np.concatenate(column) for column in columns))
+
+    def _expand_part(self, request: ExpandRequest, degree: int, timeout_s: float) -> Expansions:
+        kind = VShardMessageType.VECTOR_EXPAND_REQUEST
+        reply = self._call(kind, request.encode(), max(1, round(timeout_s * 1000)))
+        answer = ExpandResponse.decode(reply.payload)
+        if answer.code:
+            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        found = answer.told.found
+        if len(found) != len(request.pushes) or (found["count"] > degree).any():
+            raise FormatError(
+                f"{self}: {len(found)} expansions of up to {found['count'].max(initial=0)} neighbours to "
+                f"{len(request.pushes)} nodes of {degree}",
+                shard=self.index,
+            )
+        return answer.told
+
+    def _check_expands(self) -> None:
+        if self.shard.image_checksum is None:
+            raise PeerError(
+                f"{self}: its owner is of an earlier version, which expands no nodes for others", shard=self.index
+            )
 
     def close(self) -> None:
         """Closes everything; lanes that were opened on it must be closed before."""

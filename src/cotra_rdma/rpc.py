@@ -2,6 +2,9 @@
 
 A message is [request id, envelope...]: 8 bytes that the client chose, then one or more frames whose concatenation is one
 `VShardEnvelope`. The answer carries the same id, so an answer that comes after its deadline is told apart and dropped.
+
+A connection that ends fails the calls in progress at once: the kernel tells of an owner that died, ZeroMQ's heartbeats of a
+host that vanished or hangs.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import parse_monitor_message
 
 from cotra_rdma.errors import ClosedError, CotraError, DeadlineError, FormatError, InvalidInputError, TransportError
-from cotra_rdma.wire import HEADER_BYTES, MAX_PAYLOAD_BYTES, VShardEnvelope
+from cotra_rdma.wire import HEADER_BYTES, MAX_PAYLOAD_BYTES, Buffer, VShardEnvelope
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +36,22 @@ DEFAULT_TIMEOUT_MS = 5000
 _ID = struct.Struct("<Q")
 _ZERO_COPY_BYTES = 64 * 1024
 _ZAP_DOMAIN = "cotra"  # where it is empty, ZeroMQ asks no authenticator
+_HEARTBEAT_MS = 1000
+_HEARTBEAT_TIMEOUT_MS = 2000
+"""An owner is asked for a sign of life every second, and has two to give it, which ZeroMQ's thread does however busy Python is:
+zmq_setsockopt(3), ZMQ_HEARTBEAT_IVL and ZMQ_HEARTBEAT_TIMEOUT."""
+_ENDS: dict[int, str] = {
+    zmq.EVENT_CLOSED: "nobody listens there",
+    zmq.EVENT_DISCONNECTED: "the connection broke",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed (does it want CURVE keys?)",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the handshake failed (does it want CURVE keys?)",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused the CURVE key",
+}
 
-Handler = Callable[[VShardEnvelope], VShardEnvelope]
+Later = Callable[[], VShardEnvelope]
+"""What makes an answer that needs those of other owners. It runs in threads of its own: were all threads of owners that ask each
+other busy waiting, none would be left to answer."""
+Handler = Callable[[VShardEnvelope], VShardEnvelope | Later]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +93,51 @@ def _limit(socket: zmq.Socket[Any], host: str) -> None:
     socket.ipv6 = ":" in host
 
 
-def connect_dealer(dealer: zmq.Socket[Any], address: str, keys: ClientKeys | None) -> None:
-    """Connects a DEALER, of any kind of context, to an owner. Raises `InvalidInputError` for a bad address."""
+_Dealer = TypeVar("_Dealer", bound=zmq.Socket[Any])
+
+
+def connect_dealer(dealer: _Dealer, address: str, keys: ClientKeys | None) -> _Dealer:
+    """Connects a DEALER, of any kind of context, to an owner: once, for it does not connect again by itself.
+
+    Returns:
+        A monitor: a PAIR that becomes readable when the connection has ended, `why_ended` tells why. `close_dealer` closes both.
+
+    Raises `InvalidInputError` for a bad address, and `TransportError` where none can be made; the DEALER is then closed.
+    """
     host, port = parse_address(address)
-    _limit(dealer, host)
-    if keys:
-        dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
-        dealer.curve_serverkey = keys.server
-    dealer.connect(_endpoint(host, port))
+    monitor = dealer.get_monitor_socket(sum(_ENDS))
+    monitor.linger = 0
+    try:
+        _limit(dealer, host)
+        dealer.immediate = True  # nothing is queued for an owner that is not there
+        dealer.reconnect_ivl = -1
+        dealer.heartbeat_ivl, dealer.heartbeat_timeout = _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS
+        if keys:
+            dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
+            dealer.curve_serverkey = keys.server
+        dealer.connect(_endpoint(host, port))
+    except zmq.ZMQError as error:
+        close_dealer(dealer, monitor)
+        raise TransportError(f"{address} cannot be reached: {error}") from error
+    return monitor
+
+
+def close_dealer(dealer: zmq.Socket[Any], monitor: zmq.Socket[Any]) -> None:
+    """Closes a DEALER and its monitor."""
+    dealer.disable_monitor()
+    monitor.close()
+    dealer.close()
+
+
+def why_ended(event: list[bytes]) -> str:
+    """What a message of the monitor says about the connection's end."""
+    return _ENDS[parse_monitor_message(event)["event"]]
 
 
 class RpcServer:
     """Answers envelopes: one I/O thread owns the ROUTER, `n_workers` threads run the handler, so that a long search does not
-    hold up the control plane. A malformed message is dropped and logged; it never ends the server."""
+    hold up the control plane, and as many run what it makes of answers that come `Later`. A malformed message is dropped and
+    logged; it never ends the server."""
 
     def __init__(self, address: str, handler: Handler, *, keys: ServerKeys | None = None, n_workers: int = 4) -> None:
         host, port = parse_address(address)
@@ -115,6 +165,7 @@ class RpcServer:
         self._stopping = False
         self._closed = False
         self._workers = ThreadPoolExecutor(n_workers, "cotra-rpc-worker")
+        self._waiters = ThreadPoolExecutor(n_workers, "cotra-rpc-waiter")
         self._thread = threading.Thread(target=self._run, name="cotra-rpc", daemon=True)
         self._thread.start()
 
@@ -144,13 +195,15 @@ class RpcServer:
                 self._workers.submit(self._answer, [frame.buffer for frame in frames])
 
     def _answer(self, frames: list[memoryview]) -> None:
+        self._reply(frames, lambda: self._handler(_request(frames)))
+
+    def _reply(self, frames: list[memoryview], work: Callable[[], VShardEnvelope | Later]) -> None:
         try:
-            if len(frames) < 3 or len(frames[1]) != _ID.size:
-                raise FormatError("a message is a request id and an envelope")
-            request = VShardEnvelope.from_frames(frames[2:])
-            if not request.msg_type.is_request:
-                raise FormatError(f"message type {request.msg_type} is no request")
-            reply = self._handler(request).frames()
+            made = work()
+            if not isinstance(made, VShardEnvelope):
+                self._waiters.submit(self._reply, frames, made)
+                return
+            reply = made.frames()
         except CotraError as error:
             log.warning("%s: a message was dropped: %s", self.address, error)
             return
@@ -172,6 +225,7 @@ class RpcServer:
         os.eventfd_write(self._wake, 1)
         self._thread.join()
         self._workers.shutdown(cancel_futures=True)
+        self._waiters.shutdown(cancel_futures=True)
         self._router.close()
         self._stop_authenticator()
         self._context.term()
@@ -182,6 +236,15 @@ class RpcServer:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _request(frames: list[memoryview]) -> VShardEnvelope:
+    if len(frames) < 3 or len(frames[1]) != _ID.size:
+        raise FormatError("a message is a request id and an envelope")
+    request = VShardEnvelope.from_frames(frames[2:])
+    if not request.msg_type.is_request:
+        raise FormatError(f"message type {request.msg_type} is no request")
+    return request
 
 
 class _AllowedKeys:
@@ -201,54 +264,100 @@ def _authenticate(context: zmq.Context[zmq.Socket[bytes]], keys: ServerKeys) -> 
     return authenticator
 
 
+class _Connection:
+    """A DEALER to an owner, until it ends."""
+
+    def __init__(self, address: str, keys: ClientKeys | None) -> None:
+        self._address = address
+        self._dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._monitor: zmq.Socket[bytes] = connect_dealer(self._dealer, address, keys)
+        self._poller = zmq.Poller()
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def has_ended(self) -> bool:
+        """Whether it ended; a call then needs a new one."""
+        return bool(self._monitor.poll(0))
+
+    def _wait(self, event: int, deadline: float) -> bool:
+        """Until the DEALER can do it; False when time is up. Raises `TransportError` when the connection ends before."""
+        self._poller.register(self._dealer, event)
+        left = deadline - time.monotonic()
+        ready = dict(self._poller.poll(max(1, round(left * 1000)))) if left > 0 else {}
+        if self._monitor in ready and self._dealer not in ready:
+            why = why_ended(self._monitor.recv_multipart())
+            raise TransportError(f"{self._address} cannot be reached: {why}")
+        return self._dealer in ready
+
+    def send(self, frames: list[Buffer], deadline: float) -> bool:
+        """Sends a message once there is a connection; False when time is up."""
+        while self._wait(zmq.POLLOUT, deadline):
+            try:
+                self._dealer.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < _ZERO_COPY_BYTES)
+            except zmq.Again:  # it ended in between
+                continue
+            return True
+        return False
+
+    def receive(self, deadline: float) -> list[zmq.Frame]:
+        """The next message; empty when time is up."""
+        return self._dealer.recv_multipart(copy=False) if self._wait(zmq.POLLIN, deadline) else []
+
+    def close(self) -> None:
+        close_dealer(self._dealer, self._monitor)
+
+
 class RpcClient:
-    """Calls one owner, from one thread at a time."""
+    """Calls one owner, from one thread at a time. It connects at the first call, and anew at a call that finds the connection
+    ended: once, so that an owner that is gone is an error at once."""
 
     _ids = itertools.count(1)
 
     def __init__(self, address: str, *, keys: ClientKeys | None = None) -> None:
         parse_address(address)
         self.address = address
-        dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        connect_dealer(dealer, address, keys)
-        self._socket: zmq.Socket[bytes] | None = dealer
+        self._keys = keys
+        self._connection: _Connection | None = None
+        self._closed = False
 
     def call(self, envelope: VShardEnvelope, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> VShardEnvelope:
         """Sends a request and waits for its answer.
 
-        Raises `DeadlineError` when there is none in time, `FormatError` when it is malformed or of another type.
+        Raises:
+            TransportError: nobody listens there, or the connection ended during the call. DeadlineError: no answer in time.
+            FormatError: it is malformed or of another type. ClosedError: the client was closed.
         """
-        if self._socket is None:
+        if self._closed:
             raise ClosedError(f"the client of {self.address} is closed")
-        number = _ID.pack(next(self._ids))
         deadline = time.monotonic() + timeout_ms / 1000
+        number = _ID.pack(next(self._ids))
         frames = [number, *envelope.frames()]
-        self._socket.sndtimeo = timeout_ms
+        if self._connection is not None and self._connection.has_ended():
+            self._disconnect()
+        if self._connection is None:
+            self._connection = _Connection(self.address, self._keys)
         try:
-            for i, frame in enumerate(frames):
-                more = zmq.SNDMORE if i + 1 < len(frames) else 0
-                self._socket.send(frame, more, copy=len(frame) < _ZERO_COPY_BYTES)
-        except zmq.Again:
-            raise self._late(timeout_ms) from None
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._socket.poll(max(1, round(left * 1000))):
-                raise self._late(timeout_ms)
-            answer = self._socket.recv_multipart(copy=False)
-            if len(answer) >= 2 and answer[0].bytes == number:
-                reply = VShardEnvelope.from_frames([frame.buffer for frame in answer[1:]])
-                if reply.msg_type != envelope.msg_type.response:
-                    raise FormatError(f"{self.address} answered type {envelope.msg_type} with type {reply.msg_type}")
-                return reply
+            answer = self._connection.send(frames, deadline) and self._connection.receive(deadline)
+            while answer and not (len(answer) > 1 and answer[0].bytes == number):
+                answer = self._connection.receive(deadline)
+        except TransportError:
+            self._disconnect()
+            raise
+        if not answer:
+            raise DeadlineError(f"{self.address} did not answer within {timeout_ms} ms")
+        reply = VShardEnvelope.from_frames([frame.buffer for frame in answer[1:]])
+        if reply.msg_type != envelope.msg_type.response:
+            raise FormatError(f"{self.address} answered type {envelope.msg_type} with type {reply.msg_type}")
+        return reply
 
-    def _late(self, timeout_ms: int) -> DeadlineError:
-        return DeadlineError(f"{self.address} did not answer within {timeout_ms} ms")
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def close(self) -> None:
-        """Closes the connection."""
-        socket, self._socket = self._socket, None
-        if socket is not None:
-            socket.close()
+        """Closes the connection. Idempotent."""
+        self._closed = True
+        self._disconnect()
 
     def __enter__(self) -> Self:
         return self

@@ -11,18 +11,26 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from cotra_rdma import messages
 from cotra_rdma.arena import Arena
-from cotra_rdma.engine import pack_stats
+from cotra_rdma.collection_messages import CollectionResponse
+from cotra_rdma.engine import pack_more_stats, pack_stats
 from cotra_rdma.errors import CotraError, InvalidInputError, MemlockError, VerbsUnavailableError
+from cotra_rdma.expander import Expander
+from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse, check_fits
 from cotra_rdma.handover import HandOver, boot_id
 from cotra_rdma.region import MemoryRegion
-from cotra_rdma.rpc import RpcServer, ServerKeys
+from cotra_rdma.rpc import Later, RpcServer, ServerKeys
 from cotra_rdma.shard import Shard
 from cotra_rdma.verbs import Device, MemoryRegistration, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma.wire import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
+
+if TYPE_CHECKING:
+    from cotra_rdma.cluster import Cluster
 
 log = logging.getLogger(__name__)
 
@@ -121,17 +129,20 @@ class Server:
         self._coarse = coarse
         self._exchange = exchange
         self._counts: Counter[VShardMessageType] = Counter()
-        self._answers: dict[VShardMessageType, Callable[[VShardEnvelope], Payload]] = {
-            VShardMessageType.VECTOR_SCATTER_REQUEST: lambda request: self._search(request).encode(),
+        self._cluster: Cluster | None = None
+        self._answers: dict[VShardMessageType, Callable[[VShardEnvelope], Payload | Callable[[], Payload]]] = {
+            VShardMessageType.VECTOR_SCATTER_REQUEST: self._search,
             VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST: self._describe_coarsely,
             VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST: self._take_table,
             VShardMessageType.VECTOR_MEM_REGION_REQUEST: lambda request: messages.encode_region(self._region(request)),
+            VShardMessageType.VECTOR_EXPAND_REQUEST: self._expand,
         }
         options = queue_pair or QueuePairOptions()
         self._options = options if gid_index is None else replace(options, gid_index=gid_index)
         self._device: Device | None = None
         self._registration: MemoryRegistration | None = None
         self._handover: HandOver | None = None
+        self._expander: Expander | None = None
         self._lanes: dict[int, _Lane] = {}
         self._lane_numbers = itertools.count(1)
         self._heard: dict[str, float] = {}
@@ -145,6 +156,9 @@ class Server:
                 self._open_verbs(device)
             if "shm" in transports:
                 self._handover = HandOver(self._pinned())
+            if "rpc" in transports:  # of the pinned copy, where there is one: that is in memory already
+                unread = self._registration is None and self._handover is None
+                self._expander = Expander(shard.arena if unread else self._pinned(), shard.info)
             if not self.transports:
                 raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
             self._rpc = RpcServer(address, self._handle, keys=keys, n_workers=n_workers)
@@ -220,20 +234,22 @@ class Server:
         with self._lock:
             return dict(self._counts)
 
+    def search_with(self, cluster: Cluster | None) -> None:
+        """From now on, answers searches of the whole collection as well, by `cluster`: this process's connection to all of its
+        shards. It stays the caller's: close it after the server, or after `search_with(None)`, which ends that."""
+        if cluster is not None and (cluster.dim, cluster.metric) != (self._shard.dim, self._shard.metric):
+            raise InvalidInputError(
+                f"a shard of {self._shard.metric}[{self._shard.dim}] in a collection of {cluster.metric}[{cluster.dim}]"
+            )
+        self._cluster = cluster
+
     # ---- requests ----
 
-    def _handle(self, request: VShardEnvelope) -> VShardEnvelope:
+    def _handle(self, request: VShardEnvelope) -> VShardEnvelope | Later:
         with self._lock:
             self._counts[request.msg_type] += 1
-        payload = self._answers[request.msg_type](request)
-        return VShardEnvelope(
-            WIRE_VERSION,
-            request.msg_type.response,
-            request.target_node,
-            request.source_node,
-            request.vshard_id,
-            payload,
-        )
+        made = self._answers[request.msg_type](request)
+        return (lambda: _answer(request, made())) if callable(made) else _answer(request, made)
 
     def _describe_coarsely(self, request: VShardEnvelope) -> bytes:
         try:
@@ -257,20 +273,58 @@ class Server:
             log.exception("%s: the exchange callback failed", self.address)
             return messages.BuildExchangeResponse(1, f"{type(error).__name__}: {error}").encode()
 
-    def _search(self, request: VShardEnvelope) -> messages.SearchResponse:
-        if "rpc" in self.unavailable:
-            return messages.SearchResponse.failed(1, "this owner does not offer rpc")
+    def _search(self, request: VShardEnvelope) -> Payload | Callable[[], Payload]:
         try:
+            self._offered()
             wanted = messages.SearchRequest.decode(request.payload)
             if len(wanted.queries) % self._shard.dim:
                 raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {self._shard.dim}")
+            if wanted.scope == messages.WHOLE_COLLECTION:
+                return lambda: self._search_collection(wanted)
             queries = wanted.queries.reshape(-1, self._shard.dim)
             labels, distances, stats = self._shard.search(
                 queries, wanted.top_k, wanted.ef_search, wanted.beam, rows=wanted.filter_bitmap
             )
-            return messages.SearchResponse(0, "", labels, distances, pack_stats(stats))
+            return messages.SearchResponse(0, "", labels, distances, pack_stats(stats)).encode()
         except (CotraError, MemoryError) as error:
-            return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}")
+            return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+
+    def _search_collection(self, wanted: messages.SearchRequest) -> Payload:
+        """The search is this process's own: what it asks of other owners is about their shards, so none routes it on."""
+        try:
+            cluster = self._cluster
+            if cluster is None:
+                raise InvalidInputError("this owner searches its own shard only: it has no connection to the others")
+            if wanted.filter_bitmap is not None:
+                raise InvalidInputError(
+                    "a filter is for the rows of one shard, and this search is of the whole collection"
+                )
+            queries = wanted.queries.reshape(-1, self._shard.dim)
+            found = cluster.search(queries, wanted.top_k, wanted.ef_search, wanted.beam, allow_partial=True)
+            return CollectionResponse(
+                messages.SearchResponse(0, "", found.ids, found.distances, pack_stats(found.stats)),
+                np.array(cluster.images, np.uint64),
+                found.shards,
+                pack_more_stats(found.stats),
+                {shard: str(error) for shard, error in found.failures.items()},
+            ).encode()
+        except (CotraError, MemoryError) as error:
+            return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+
+    def _expand(self, request: VShardEnvelope) -> Payload:
+        try:
+            expander = self._offered()
+            wanted = ExpandRequest.decode(request.payload)
+            check_fits(len(wanted.pushes), self._shard.info.degree)
+            return ExpandResponse(0, "", expander.expand(wanted.queries, wanted.pushes)).encode()
+        except (CotraError, MemoryError) as error:
+            return ExpandResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+
+    def _offered(self) -> Expander:
+        """What works for peers that ask over RPC."""
+        if self._expander is None:
+            raise InvalidInputError("this owner does not offer rpc")
+        return self._expander
 
     def _region(self, request: VShardEnvelope) -> messages.RegionResponse:
         try:
@@ -280,6 +334,8 @@ class Server:
                 return self._open_lane(wanted)
             if wanted.want == messages.WANT_SHARED_MEMORY:
                 return self._offer_memory()
+            if wanted.want == messages.WANT_VIEW:
+                return self._offer_view(wanted.offset)
             if wanted.want == messages.WANT_RELEASE:
                 self._release(lambda number, lane: lane.peer == wanted.peer and wanted.lane in (0, number))
             elif wanted.want not in (messages.WANT_CAPABILITIES, messages.WANT_LEASE):
@@ -294,6 +350,7 @@ class Server:
         queue_pair: messages.QueuePairFields | None = None,
         lane: int = 0,
         shared_memory: messages.SharedMemoryFields | None = None,
+        view: messages.ViewFields | None = None,
     ) -> messages.RegionResponse:
         region = self.exposed_region()
         return messages.RegionResponse(
@@ -303,6 +360,7 @@ class Server:
             queue_pair=queue_pair,
             lane=lane,
             shared_memory=shared_memory,
+            view=view,
         )
 
     def _offer_memory(self) -> messages.RegionResponse:
@@ -311,6 +369,11 @@ class Server:
         return self._describe(
             shared_memory=messages.SharedMemoryFields(self._handover.name, self._handover.length, boot_id())
         )
+
+    def _offer_view(self, offset: int) -> messages.RegionResponse:
+        expander = self._offered()
+        piece = expander.read_view(offset, messages.VIEW_PIECE_BYTES)
+        return self._describe(view=messages.ViewFields(expander.view_bytes, piece))
 
     def _open_lane(self, wanted: messages.RegionRequest) -> messages.RegionResponse:
         if self._device is None:
@@ -363,7 +426,7 @@ class Server:
         with self._lock:
             self._closed = True
         self._release(lambda _number, _lane: True)
-        for part in (self._registration, self._device, self._handover):
+        for part in (self._registration, self._device, self._handover, self._expander):
             if part is not None:
                 part.close()
         self._registration = self._device = self._handover = None
@@ -380,3 +443,14 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _answer(request: VShardEnvelope, payload: Payload) -> VShardEnvelope:
+    return VShardEnvelope(
+        WIRE_VERSION,
+        request.msg_type.response,
+        request.target_node,
+        request.source_node,
+        request.vshard_id,
+        payload,
+    )

@@ -27,7 +27,7 @@ Payload = Buffer | tuple[Buffer, ...]
 
 
 class VShardMessageType(enum.IntEnum):
-    """The message types of the vector seam. A response is its request plus one."""
+    """The message types of the vector seam; 58 and 59 are this project's. A response is its request plus one."""
 
     VECTOR_SCATTER_REQUEST = 50
     VECTOR_SCATTER_RESPONSE = 51
@@ -37,6 +37,8 @@ class VShardMessageType(enum.IntEnum):
     VECTOR_BUILD_EXCHANGE_RESPONSE = 55
     VECTOR_MEM_REGION_REQUEST = 56
     VECTOR_MEM_REGION_RESPONSE = 57
+    VECTOR_EXPAND_REQUEST = 58
+    VECTOR_EXPAND_RESPONSE = 59
 
     @property
     def is_request(self) -> bool:

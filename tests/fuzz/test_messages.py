@@ -12,6 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cotra_rdma import FormatError
+from cotra_rdma.collection_messages import CollectionResponse
+from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse
+from cotra_rdma.expansions import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
 from cotra_rdma.messages import (
     BuildExchangeRequest,
     BuildExchangeResponse,
@@ -26,6 +29,7 @@ from cotra_rdma.messages import (
     SearchResponse,
     ShardFields,
     SharedMemoryFields,
+    ViewFields,
     decode_region_request,
     decode_region_response,
     encode_region,
@@ -39,25 +43,46 @@ _PAIR = QueuePairFields(bytes(range(16)), 17, 2**24 - 1, 3, 4096, 16, 16)
 _TABLE = CentroidTable(
     np.arange(6, dtype=np.float32).reshape(3, 2), np.array([1, 2, 300], np.uint32), np.array([0, 1, 2.5], np.float32)
 )
+_FOUND = np.zeros(3, EXPANSION_DTYPE)
+_FOUND["count"] = 2, 0, 1
+_PUSHES = np.zeros(3, PUSH_DTYPE)
+_PUSHES["query"] = 0, 0, 1
+_ANSWER = SearchResponse(0, "", np.ones((2, 1), np.int64), np.ones((2, 1), np.float32), bytes(64))
 SEEDS: dict[Decoder, list[bytes]] = {
     SearchRequest.decode: [
         SearchRequest("docs", np.arange(20, dtype=np.float32), 10, 300, b"\xff" * 9).encode(),
-        SearchRequest("", np.empty(0, np.float32), 1, 1, beam=8).encode(),
+        SearchRequest("", np.empty(0, np.float32), 1, 1, scope=1).encode(),
     ],
     SearchResponse.decode: [
         b"".join(SearchResponse(0, "", np.ones((3, 4), np.int64), np.ones((3, 4), np.float32), bytes(96)).encode()),
         b"".join(SearchResponse.failed(4, "no such shard").encode()),
     ],
-    decode_region_request: [encode_region(RegionRequest(1, "peer", _PAIR, 2**40))],
+    CollectionResponse.decode: [
+        b"".join(
+            CollectionResponse(
+                _ANSWER, np.arange(3, dtype=np.uint64), np.full((2, 1), 2, np.int32), bytes(32), {1: "gone"}
+            ).encode()
+        ),
+        b"".join(SearchResponse.failed(1, "no connection").encode()),
+    ],
+    ExpandRequest.decode: [b"".join(ExpandRequest("docs", np.ones((2, 4), np.float32), _PUSHES).encode())],
+    ExpandResponse.decode: [
+        b"".join(
+            ExpandResponse(0, "", Expansions(_FOUND, np.arange(3, dtype=np.uint32), np.ones(3, np.float32))).encode()
+        ),
+        b"".join(ExpandResponse.failed(1, "no such row").encode()),
+    ],
+    decode_region_request: [encode_region(RegionRequest(1, "peer", _PAIR, 2**40, 2**41))],
     decode_region_response: [
         encode_region(
             RegionResponse(
-                shard=ShardFields(100, "cosine", 10**6, 1, 10**9, 1344),
+                shard=ShardFields(100, "cosine", 10**6, 1, 10**9, 1344, 2**63, 10**7, 10**8, 2**64 - 1),
                 transports={"shm": "", "verbs": "no device"},
                 region=RegionFields(2**47, 0x1234, 10**9),
                 queue_pair=_PAIR,
                 lane=3,
                 shared_memory=SharedMemoryFields("\0cotra", 10**9, "boot"),
+                view=ViewFields(10**6, b"header"),
             )
         )
     ],
@@ -143,7 +168,7 @@ def test_every_byte_and_every_length(decode: Decoder) -> None:
     for data in SEEDS[decode]:
         decode(data)
         for n in range(len(data)):
-            if data[n:] != b"\x91\x08":  # the extension may be left out
+            if data[n:] != b"\x92\x08\x01":  # the extension may be left out
                 with pytest.raises(FormatError):
                     decode(data[:n])
             for value in (0x00, 0x80, 0x91, 0xC0, 0xC6, 0xDD, 0xFF):

@@ -210,7 +210,7 @@ def test_queries_go_home(
             servers.append(stack.enter_context(cotra_rdma.serve(shard, transports=("shm", "rpc"), coarse=coarse)))
         addresses = [server.address for server in servers]
         reader = stack.enter_context(cotra_rdma.connect(addresses, transport="shm"))
-        with pytest.raises(cotra_rdma.PeerError, match="collection"):
+        with pytest.raises(cotra_rdma.PeerError, match="its own shard only"):
             reader.search(queries, k=10, ef=48, algorithm="home")
         for at, server in enumerate(servers):
             own = [*addresses[:at], server, *addresses[at + 1 :]]

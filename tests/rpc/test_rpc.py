@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,6 +20,7 @@ from cotra_rdma import (
     InvalidInputError,
     ServerKeys,
     TransportError,
+    rpc,
 )
 from cotra_rdma.rpc import RpcClient, RpcServer, parse_address
 from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, join
@@ -72,9 +75,50 @@ def test_a_deadline_is_kept_and_a_late_answer_is_not_mistaken(serve: Serve) -> N
             assert join(client.call(envelope(b"%d" % number)).payload) == b"%d" % number
 
 
-def test_nobody_there_is_a_deadline() -> None:
-    with RpcClient("127.0.0.1:1") as client, pytest.raises(DeadlineError):
-        client.call(envelope(b""), 50)
+def test_nobody_there_is_said_before_the_deadline() -> None:
+    with RpcClient("127.0.0.1:1") as client:
+        for _ in range(2):
+            with pytest.raises(TransportError, match=r"127.0.0.1:1 cannot be reached: nobody listens there") as caught:
+                client.call(envelope(b""), 55_000)
+            assert not isinstance(caught.value, DeadlineError)
+
+
+def test_a_connection_that_breaks_fails_the_call_and_is_made_anew() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as owner:
+        owner.linger = 0
+        client = RpcClient(f"127.0.0.1:{owner.bind_to_random_port('tcp://127.0.0.1')}")
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(client.call, envelope(b"x"), 55_000)
+            owner.recv_multipart()
+            owner.close()
+            with pytest.raises(TransportError, match=f"{client.address} cannot be reached: the connection broke"):
+                call.result()
+    with client:
+        with pytest.raises(TransportError, match="nobody listens there"):
+            client.call(envelope(b"gone"), 55_000)
+        for name in (b"back", b"again"):  # the first owner's connection ends between two calls
+            with RpcServer(client.address, echo):
+                assert join(client.call(envelope(name), 5000).payload) == name
+
+
+def test_a_host_that_is_silent_is_noticed_before_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts the connection and greets as ZeroMQ does, and then vanishes without a word."""
+    monkeypatch.setattr(rpc, "_HEARTBEAT_MS", 50)
+    monkeypatch.setattr(rpc, "_HEARTBEAT_TIMEOUT_MS", 100)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        ThreadPoolExecutor(1) as pool,
+        RpcClient(f"127.0.0.1:{listener.getsockname()[1]}") as client,
+    ):
+        call = pool.submit(client.call, envelope(b"x"), 55_000)
+        connection, _ = listener.accept()
+        with connection:
+            ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER"  # ZMTP 3.1, RFC 37
+            connection.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32))
+            connection.sendall(b"\x04" + bytes([len(ready)]) + ready)
+            with pytest.raises(TransportError, match="the connection broke") as caught:
+                call.result(50)
+        assert not isinstance(caught.value, DeadlineError)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +221,15 @@ class TestKeys:
         with RpcClient(server.address, keys=ClientKeys(*friend, server=owner[0])) as client:
             assert join(client.call(envelope(b"hello")).payload) == b"hello"
         for keys in (None, ClientKeys(*stranger, server=owner[0]), ClientKeys(*friend, server=stranger[0])):
-            with RpcClient(server.address, keys=keys) as client, pytest.raises(DeadlineError):
-                client.call(envelope(b"hello"), 300)
+            with RpcClient(server.address, keys=keys) as client, pytest.raises(TransportError, match="CURVE key"):
+                client.call(envelope(b"hello"), 5000)
+
+    def test_a_malformed_key_is_said(self, serve: Serve) -> None:
+        with (
+            RpcClient(serve().address, keys=ClientKeys(b"x", b"y", b"z")) as client,
+            pytest.raises(TransportError, match="cannot be reached"),
+        ):
+            client.call(envelope(b""), 300)
 
     def test_no_list_lets_every_key_in(self, serve: Serve) -> None:
         owner, anyone = zmq.curve_keypair(), zmq.curve_keypair()

@@ -22,6 +22,7 @@ from cotra_rdma.messages import (
     SearchResponse,
     ShardFields,
     SharedMemoryFields,
+    ViewFields,
     as_fields,
     decode_region_request,
     decode_region_response,
@@ -67,7 +68,7 @@ def test_the_header_is_28_bytes() -> None:
 
 
 def test_message_types() -> None:
-    assert [int(kind) for kind in VShardMessageType] == list(range(50, 58))
+    assert [int(kind) for kind in VShardMessageType] == list(range(50, 60))
     for kind in VShardMessageType:
         assert kind.is_request == (kind % 2 == 0)
         if kind.is_request:
@@ -108,7 +109,7 @@ def test_envelopes_round_trip(
         (b"\x03" + HEADER[1:] + b"abc", "wire version 3"),
         (b"\x02\x01" + HEADER[2:] + b"abc", "wire version 258"),
         (HEADER[:2] + b"\x31\x00" + HEADER[4:] + b"abc", "type 49"),
-        (HEADER[:2] + b"\x3a\x00" + HEADER[4:] + b"abc", "type 58"),
+        (HEADER[:2] + b"\x3c\x00" + HEADER[4:] + b"abc", "type 60"),
         (HEADER[:2] + b"\x32\x01" + HEADER[4:] + b"abc", "type 306"),
         (HEADER, "should be 3 bytes and is 0"),
         (HEADER + b"ab", "should be 3 bytes and is 2"),
@@ -159,14 +160,23 @@ def test_a_search_request_byte_for_byte() -> None:
     filtered = dataclasses.replace(request, filter_bitmap=b"\x05\x80")
     assert filtered.encode() == golden[:-1] + bytes.fromhex("c3 02000000 0580")
     assert dataclasses.replace(filtered, beam=4).encode() == filtered.encode() + bytes.fromhex("91 04")
+    assert dataclasses.replace(request, scope=1).encode() == golden + bytes.fromhex("92 08 01")
 
 
 @fixed(200)
-@given(name=TEXT, queries=FLOATS, top_k=U32, ef=U32, bitmap=st.none() | st.binary(max_size=40), beam=U32)
+@given(
+    name=TEXT,
+    queries=FLOATS,
+    top_k=U32,
+    ef=U32,
+    bitmap=st.none() | st.binary(max_size=40),
+    beam=U32,
+    scope=st.integers(0, 1),
+)
 def test_search_requests_round_trip(
-    name: str, queries: np.ndarray, top_k: int, ef: int, bitmap: bytes | None, beam: int
+    name: str, queries: np.ndarray, top_k: int, ef: int, bitmap: bytes | None, beam: int, scope: int
 ) -> None:
-    sent = SearchRequest(name, queries, top_k, ef, bitmap, beam)
+    sent = SearchRequest(name, queries, top_k, ef, bitmap, beam, scope)
     data = sent.encode()
     for payload in (data, memoryview(data), (data[:3], data[3:3], data[3:])):
         found = SearchRequest.decode(payload)
@@ -220,7 +230,10 @@ GOOD = SearchRequest("docs", np.array([1.0, -2.5], np.float32), 10, 128).encode(
         (GOOD.replace(b"\xcc\x80", b"\xcf" + bytes(8)), "a u32 was expected"),
         (GOOD[:-1] + b"\x00", "a boolean was expected"),
         (GOOD + b"\x00", "an array was expected"),
-        (GOOD + b"\x92\x08\x08", "array of 1"),
+        (GOOD + b"\x93\x08\x00\x00", "array of 1 or 2"),
+        (GOOD + b"\x90", "array of 1 or 2"),
+        (GOOD + b"\x92\x08\x02", "scope 2 is unknown"),
+        (GOOD + b"\x92\x08", "too early"),
         (GOOD + b"\x91\x08\x08", "left over"),
         (GOOD[:-1] + b"\xc3\xff\xff\xff\xff", "too early"),
         (GOOD.replace(b"\x92\xca", b"\xdd\xff\xff\xff\xff\xca"), "too early"),
@@ -299,17 +312,18 @@ def test_malformed_search_responses(data: bytes) -> None:
 # ---- 56, 57: memory regions ----
 
 QUEUE_PAIR = st.builds(QueuePairFields, st.binary(min_size=16, max_size=16), U32, U32, U32, U32, U32, U32)
-REQUEST = st.builds(RegionRequest, U32, TEXT, st.none() | QUEUE_PAIR, U64)
+REQUEST = st.builds(RegionRequest, U32, TEXT, st.none() | QUEUE_PAIR, U64, U64)
 RESPONSE = st.builds(
     RegionResponse,
     U32,
     TEXT,
-    st.none() | st.builds(ShardFields, U32, TEXT, U64, U64, U64, U32),
+    st.none() | st.builds(ShardFields, U32, TEXT, U64, U64, U64, U32, U64, U64, U64, st.none() | U64),
     st.dictionaries(TEXT, TEXT, max_size=4),
     st.none() | st.builds(RegionFields, U64, U32, U64),
     st.none() | QUEUE_PAIR,
     U64,
     st.none() | st.builds(SharedMemoryFields, TEXT, U64, TEXT),
+    st.none() | st.builds(ViewFields, U64, st.binary(max_size=40)),
 )
 
 
@@ -323,10 +337,25 @@ def test_region_messages_round_trip(request: RegionRequest, response: RegionResp
 
 
 def test_region_messages_byte_for_byte() -> None:
-    assert encode_region(RegionRequest(1, "p", None, 2)) == bytes.fromhex("94 01 a170 c0 02")
+    assert encode_region(RegionRequest(1, "p", None, 2)) == bytes.fromhex("95 01 a170 c0 02 00")
     response = RegionResponse(shard=None, transports={"shm": ""}, region=RegionFields(2**63, 7, 4096), lane=1)
-    golden = bytes.fromhex("98 00 a0 c0 81a373686da0 93 cf8000000000000000 07 cd1000 c0 01 c0")
+    golden = bytes.fromhex("99 00 a0 c0 81a373686da0 93 cf8000000000000000 07 cd1000 c0 01 c0 c0")
     assert encode_region(response) == golden
+
+
+def test_region_messages_of_other_versions() -> None:
+    """Fields that are missing at the end, or more than are known."""
+    old = bytes.fromhex("98 00 a0 96 64 a26c32 05 01 cd1000 40 80 c0 c0 00 c0")
+    shard = decode_region_response(old).shard
+    assert shard == ShardFields(100, "l2", 5, 1, 4096, 64)
+    assert shard is not None
+    assert shard.image_checksum is None
+    new = bytes.fromhex("9a 00 a0 9c 64 a26c32 05 01 cd1000 40 07 08 09 0a 0b 0c 80 c0 c0 00 c0 92 0c c402aabb c3")
+    found = decode_region_response(new)
+    assert found.shard == ShardFields(100, "l2", 5, 1, 4096, 64, 7, 8, 9, 10)
+    assert found.view == ViewFields(12, b"\xaa\xbb")
+    assert decode_region_request(bytes.fromhex("94 01 a170 c0 02")) == RegionRequest(1, "p", None, 2)
+    assert decode_region_request(bytes.fromhex("96 05 a170 c0 00 09 c0")) == RegionRequest(5, "p", None, 0, 9)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +386,7 @@ def test_malformed_region_requests(data: bytes) -> None:
         b"\x94\x00\xa0\xc0\xc0",
         b"\x94\x00\xa0\xc0\x81\x00\xa0",
         b"\x95\x00\xa0\xc0\x80\x92\x00\x00",
+        b"\x93\x00\xa0\x9a\x01\xa0\x01\x01\x01\x01\x00\x00\x00\xff",  # an image_checksum of -1
         pytest.param(b"\x99\x00\xa0\xc0\x80\xc0\xc0\x00\xc0" + b"\x91" * 100_000, id="deep"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,7 +118,7 @@ def check_one_walk_over_four_owners(
     assert reads < 1.2
     assert rounds < 1.1
     figure(
-        f"one graph of 20,000 vectors over 4 owners, over verbs, beside one shard of all: recall@10 {recall(found.ids, truth):.3f} "
+        f"one graph of 20,000 vectors over 4 owners, over verbs, beside one shard: recall@10 {recall(found.ids, truth):.3f} "
         f"and {recall(single.ids, truth):.3f}, {found.stats['reads'].mean():.1f} READs ({reads:.2f} x), "
         f"{found.stats['rounds'].mean():.1f} rounds ({rounds:.2f} x), {len(queries) / found.elapsed_s:.0f} and "
         f"{len(queries) / single.elapsed_s:.0f} queries/s"
@@ -196,6 +195,6 @@ def check_an_owner_killed_in_the_middle_of_a_search_is_walked_around(
     ratio = min(result.elapsed_s for result in after) / whole
     assert fell < share + 0.02
     figure(
-        f"an owner of 4 killed in mid-search, without a replica: it held {share:.1%} of the answers, recall@10 fell by {fell:.3f}; "
-        f"a search after it took {ratio:.2f} x the time before"
+        f"an owner of 4 killed in mid-search, without a replica: it held {share:.1%} of the answers, recall@10 fell by "
+        f"{fell:.3f}; a search after it took {ratio:.2f} x the time before"
     )
