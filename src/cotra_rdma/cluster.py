@@ -55,6 +55,7 @@ Merged = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.in
 
 TRANSPORTS = ("auto", "verbs", "shm", "rpc")
 _LEASE_RENEWAL_S = 15.0
+_DEAF_S = 10.0  # in which an owner that did not answer is sent no queries
 _LOOK_S = 5.0  # between looks for owners that are away
 _MAX_THREADS = 256
 _FEW = 1024  # queries whose stats may be kept until somebody asks about them
@@ -145,6 +146,7 @@ class Cluster:
         self._pool: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._attendant: threading.Thread | None = None
+        self._deaf: weakref.WeakKeyDictionary[Peer, float] = weakref.WeakKeyDictionary()
         try:
             self._replicas = replicas = Replicas(owners, reach.connect, reach.choose, self._forget)
             check_alike(replicas.known)
@@ -595,15 +597,20 @@ class Cluster:
         return np.array([known[image] for image in images], np.int32)
 
     def _ask_home(self, peer: Peer, job: SearchJob) -> CollectionAnswer:
-        """Has an owner search all shards, or another of the same shard where it fails."""
-        while True:
+        """Has an owner search all shards, or another of the same shard where it does not answer. One that does not is not asked
+        for a while; its memory may be as good as ever."""
+        assert self._replicas is not None
+        failed: TransportError | None = None
+        for owner in self._replicas.owners(peer.index):
+            if self._deaf.get(owner, 0.0) > time.monotonic():
+                continue
             try:
-                return peer.search_all(job)
+                return owner.search_all(job)
             except TransportError as error:
-                other = self._fail_over(peer, error)
-                if other is None or other.transport == "own":
-                    raise
-                peer = other
+                log.warning("%s: its queries are walked elsewhere: %s", owner, error)
+                self._deaf[owner] = time.monotonic() + _DEAF_S
+                failed = error
+        raise failed or TransportError(f"{peer} did not answer a moment ago", shard=peer.index)
 
     def _note(
         self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float

@@ -67,6 +67,7 @@ class Replicas:
         """
         self._reach, self._choose, self._changed = reach, choose, changed
         self._lock = threading.Lock()
+        self._reviving = threading.Lock()
         self._closed = False
         self._standby: list[list[Peer]] = []
         self._away: list[tuple[int, Owner]] = []  # to be tried again
@@ -164,12 +165,21 @@ class Replicas:
             peer = self.peers[shard]
             return None if peer.transport == LOST else peer
 
+    def owners(self, shard: int) -> list[Peer]:
+        """The owners of a shard that are there, that in use first."""
+        with self._lock:
+            return [self.peers[shard], *self._standby[shard]]
+
     def has_more(self, peer: Peer) -> bool:
         """Whether another owner could take a peer's place, or has taken it."""
         return bool(self._standby[peer.index]) or self.peers[peer.index] is not peer
 
     def revive(self) -> list[str]:
         """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile."""
+        with self._reviving:
+            return self._revive()
+
+    def _revive(self) -> list[str]:
         with self._lock:
             away, self._away = self._away, []
         back = []

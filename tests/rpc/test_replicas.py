@@ -83,8 +83,9 @@ def test_the_other_owner_takes_over_in_the_middle_of_a_query(
             assert (cluster.addresses[shard] != before[shard]) == (shard in (1, 3))
             assert cluster.addresses[shard] in groups[shard]
         assert_same(cluster.search(queries, k=10, ef=48, n_threads=n_threads), wanted)
-        assert sorted(cluster.revive()) == sorted([before[1], before[3]])
-        assert cluster.revive() == []
+        cluster.revive()  # unless its own thread was quicker
+        assert cluster._replicas is not None
+        assert cluster._replicas.are_all_here
         break_channel(cluster, 1)  # and back again
         assert_same(cluster.search(queries, k=10, ef=48), wanted)
         assert cluster.addresses[1] == before[1]
@@ -138,7 +139,8 @@ def test_a_shard_without_an_owner_is_told_and_walked_around(
             for algorithm in ("scatter-gather", "auto"):
                 assert cluster.search(queries, k=10, ef=48, algorithm=algorithm).missing == (2,)
             with OwnerProcess(paths[2:3], listen=dies.addresses[0], transports=("shm", "rpc")) as back:
-                assert cluster.revive() == back.addresses
+                back.wait_ready()
+                cluster.revive()  # unless its own thread was quicker
                 assert cluster.lost == {}
                 assert_same(cluster.search(queries, k=10, ef=48), wanted)
 
