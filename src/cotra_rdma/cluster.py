@@ -413,7 +413,7 @@ class Cluster:
             plan.algorithm,
             plan.predictions,
         )
-        if failures and (not lenient or len(failures) == n_shards):
+        if failures and (not lenient or (allow_partial is None and len(failures) == n_shards)):
             first = failures[min(failures)]
             if len(failures) == n_shards:
                 raise first
