@@ -412,6 +412,11 @@ int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cot
         return cotra_at_shard(err, shard,
                               cotra_fail(err, COTRA_ERR_FORMAT, "%llu expansions of %llu neighbours to %u pushes",
                                          (unsigned long long)n, (unsigned long long)n_neighbours, lane->n_pushes));
+    for (uint64_t i = 0; i < n_neighbours; i++)
+        if (numbers[i] >= lane->view->info.graph_count)
+            return cotra_at_shard(err, shard,
+                                  cotra_fail(err, COTRA_ERR_FORMAT, "an expansion links to node %u of %llu", numbers[i],
+                                             (unsigned long long)lane->view->info.graph_count));
     for (uint64_t p = 0; p < n; p++) {
         int status = make_told(engine, &engine->walks[lane->pushed[p] / engine->width], err);
         if (status)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from cotra_rdma.algorithms import Compass, Spire
 from cotra_rdma.arena import Arena
 from cotra_rdma.channel import FabricModel
-from cotra_rdma.cluster import Cluster, SearchResult, connect
+from cotra_rdma.cluster import Cluster, connect
 from cotra_rdma.cotra import CoTraRdma
 from cotra_rdma.dispatch import ZmqDispatch
 from cotra_rdma.errors import (
@@ -29,6 +29,7 @@ from cotra_rdma.errors import (
     VerbsUnavailableError,
 )
 from cotra_rdma.region import MemoryRegion
+from cotra_rdma.result import SearchResult
 from cotra_rdma.rpc import ClientKeys, ServerKeys
 from cotra_rdma.scatter_gather import ScatterGather, SeamResult, ShardOutcome, ShardStatus
 from cotra_rdma.seam import VectorShardSeam

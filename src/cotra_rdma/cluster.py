@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import socket
+import math
+import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -17,9 +19,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma.channel import DEFAULT_TIMEOUT_S, FabricModel
+from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel, FabricModel
+from cotra_rdma.collection import Collection, collection_directory
 from cotra_rdma.compass import DEFAULT_TARGET, Router
-from cotra_rdma.cost import Prediction, needs_of_asking, needs_of_reading
+from cotra_rdma.cost import needs_of_asking, needs_of_reading
 from cotra_rdma.engine import COUNTS, STATS_DTYPE, CacheInfo, merge
 from cotra_rdma.errors import (
     ClosedError,
@@ -27,61 +30,39 @@ from cotra_rdma.errors import (
     FormatError,
     InvalidInputError,
     PartialResultError,
+    PeerError,
     TransportError,
 )
-from cotra_rdma.job import Answer, SearchJob
+from cotra_rdma.halo import fill_halo
+from cotra_rdma.job import Answer, CollectionAnswer, SearchJob
 from cotra_rdma.lanes import LanePool
-from cotra_rdma.peer import ONE_SIDED, Peer, check_alike
+from cotra_rdma.owners import addresses_of, misfit
+from cotra_rdma.peer import LOST, ONE_SIDED, Peer, check_alike
 from cotra_rdma.plan import Plan, Planner
 from cotra_rdma.queries import check_queries, check_search, check_timeout, pack_filter
+from cotra_rdma.reach import Reach
 from cotra_rdma.region import MemoryRegion
-from cotra_rdma.rpc import ClientKeys, parse_address
-from cotra_rdma.verbs import Device, QueuePairOptions
+from cotra_rdma.replicas import Owner, Replicas
+from cotra_rdma.result import SearchResult
+from cotra_rdma.rpc import ClientKeys
+from cotra_rdma.verbs import QueuePairOptions
 from cotra_rdma.wire import fields_of
 
 log = logging.getLogger(__name__)
 
+Merged = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]
+"""ids int64[n_queries, k], distances float32 likewise, the shard of each int32, and one `STATS_DTYPE` record for each query."""
+
 TRANSPORTS = ("auto", "verbs", "shm", "rpc")
 _LEASE_RENEWAL_S = 15.0
+_DEAF_S = 10.0  # in which an owner that did not answer is sent no queries
+_LOOK_S = 5.0  # between looks for owners that are away
 _MAX_THREADS = 256
 _FEW = 1024  # queries whose stats may be kept until somebody asks about them
 
 
-@dataclass(frozen=True, slots=True)
-class SearchResult:
-    """The answers to a batch of queries.
-
-    Attributes:
-        ids: int64[n_queries, k], nearest first; -1 where there are fewer.
-        distances: float32[n_queries, k], inf there.
-        shards: int32[n_queries, k]: the position of the shard of each, in the order given to `connect`; -1 there.
-        stats: `cotra_rdma.engine.STATS_DTYPE`[n_queries]: reads, rounds (of the shard with most), expansions, cache_hits
-            (upper-layer nodes looked at without a READ), cached_records (taken from the cache of `cache_bytes` in place of
-            as many READs), read_bytes, latency_ns; all else summed over the shards.
-        transports: for each shard the transport that was really used: "verbs", "shm" or "rpc".
-        elapsed_s: of the whole call, in seconds.
-        coverage: the share of the shards that answered: 1.0 unless a partial answer was asked for.
-        failures: the shards that did not answer, and why.
-        asked: int32[n_queries]: how many shards each query was for.
-        algorithm: what was done: "cotra", "compass+spire"...
-        predictions: what the cost model expected of each way, the one taken first; empty where it was not asked.
-    """
-
-    ids: npt.NDArray[np.int64]
-    distances: npt.NDArray[np.float32]
-    shards: npt.NDArray[np.int32]
-    stats: npt.NDArray[np.void]
-    transports: tuple[str, ...]
-    elapsed_s: float
-    coverage: float
-    failures: dict[int, CotraError]
-    asked: npt.NDArray[np.int32]
-    algorithm: str
-    predictions: tuple[Prediction, ...]
-
-
 def connect(
-    addresses: str | Sequence[str],
+    addresses: Owner | os.PathLike[str] | Sequence[Owner | Sequence[Owner]],
     transport: str = "auto",
     *,
     device: str | None = None,
@@ -91,11 +72,16 @@ def connect(
     fabric: FabricModel | None = None,
     queue_pair: QueuePairOptions | None = None,
     cache_bytes: int = 0,
+    halo: float = 0.0,
+    allow_partial: bool = False,
 ) -> Cluster:
     """Connects to the owners of shards, and reads each shard's header and upper layers once.
 
     Args:
-        addresses: HOST:PORT of each shard's server; their order numbers the shards.
+        addresses: for each shard the HOST:PORT of its server, or several of them, whose owners hold the same image: the nearest
+            is used, and another takes over where it fails. Their order numbers the shards. In place of an address, a `Shard`
+            that this process holds, or a `Server` of it: its records are used in place, without READs. A path: the shards of
+            the collection there, whose owners its `owners.json` names (`cotra serve`); the files themselves need not be there.
         transport: "auto" takes verbs, else shm on the same host, else rpc, for each shard by itself; which, and why not a
             better one, is in `Cluster.transports` and `Cluster.passed_over`, and logged once. A name is binding.
         device, gid_index: of verbs on this side; None for the first active device and the GID that ranks best.
@@ -106,21 +92,37 @@ def connect(
         cache_bytes: a bound for the memory in which the cluster keeps records that its walks read most often, beside
             headers and upper layers; 0 keeps none. All threads share it; each shard that is read has a part, by its size.
             It changes how much is read, and no answer. Of no use over shm, where a READ is a pointer.
+        halo: where this process holds shards of one graph: records of the other shards that they link to most are read now and
+            kept in a cache, so that walks near the border stay at home; as a share of the bytes of the own images.
+        allow_partial: go on without shards that no owner can be reached of, as long as there is one.
 
     Raises:
         TransportError: a shard cannot be reached. VerbsUnavailableError: verbs was asked for and cannot be had, and why.
-        InvalidInputError: shards that differ in dim or metric; a shard's part of `cache_bytes` that holds no record.
+        InvalidInputError: shards that differ in dim or metric; owners of one shard that hold different images; a shard's part of
+        `cache_bytes` that holds no record.
     """
-    given = [addresses] if isinstance(addresses, str) else list(addresses)
-    if not given:
-        raise InvalidInputError("connect needs at least one address")
+    fits = None
+    if isinstance(addresses, os.PathLike):
+        collection = Collection.load(collection_directory(addresses), shard_files=False)
+        fits = partial(misfit, collection)
+        addresses = addresses_of(addresses)
+    elif isinstance(addresses, str) or not isinstance(addresses, Sequence):
+        addresses = [addresses]
+    owners = [list(of) if isinstance(of, Sequence) and not isinstance(of, str) else [of] for of in addresses]
+    if not any(owners) or not (allow_partial or all(owners)):
+        empty = [at for at, of in enumerate(owners) if not of]
+        raise InvalidInputError(f"connect needs at least one address for each shard; without: {empty or 'all'}")
     check_timeout(timeout_s)
     if cache_bytes < 0:
         raise InvalidInputError(f"cache_bytes must be 0 or more, not {cache_bytes}")
+    if not 0 <= halo < math.inf:
+        raise InvalidInputError(f"halo must be a share, 0 or more, not {halo}")
+    if halo and cache_bytes:
+        raise InvalidInputError("halo is a cache: it takes the place of cache_bytes")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
-    options = queue_pair or QueuePairOptions()
-    return Cluster(given, transport, device, gid_index, keys, timeout_s, fabric, options, cache_bytes)
+    reach = Reach(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions(), fits)
+    return Cluster(owners, reach, cache_bytes, halo, allow_partial)
 
 
 class Cluster:
@@ -128,85 +130,89 @@ class Cluster:
 
     Attributes:
         dim, metric: of the vectors.
-        transports: for each shard the path to it; `passed_over` says why not a better one.
-        one_graph: whether the shards that can be read are of one graph, and are walked together.
+        one_graph: whether several shards are of one graph, and are walked together.
     """
 
     def __init__(
-        self,
-        addresses: list[str],
-        transport: str,
-        device: str | None,
-        gid_index: int | None,
-        keys: ClientKeys | None,
-        timeout_s: float,
-        fabric: FabricModel | None,
-        options: QueuePairOptions,
-        cache_bytes: int,
+        self, owners: list[list[Owner]], reach: Reach, cache_bytes: int, halo: float, allow_partial: bool
     ) -> None:
         self._lock = threading.Lock()
         self._closed = False
-        self._lanes = LanePool(self._executor)
+        self._reach = reach
+        self._planner: Planner | None = None
+        self._replicas: Replicas | None = None
+        self._lanes = LanePool(self._executor, self._fail_over)
         self._ef: int | None = None
         self._pool: ThreadPoolExecutor | None = None
-        self._stop_leases = threading.Event()
-        self._leases: threading.Thread | None = None
-        self._device: Device | None = None
-        self._peers: list[Peer] = []
+        self._stop = threading.Event()
+        self._attendant: threading.Thread | None = None
+        self._deaf: weakref.WeakKeyDictionary[Peer, float] = weakref.WeakKeyDictionary()
         try:
-            for index, address in enumerate(addresses):
-                towards = replace(options, peer_address=options.peer_address or _ip_of(address))
-                peer = Peer(
-                    index,
-                    address,
-                    keys=keys,
-                    timeout_ms=max(1, round(timeout_s * 1000)),
-                    options=towards if gid_index is None else replace(towards, gid_index=gid_index),
-                    fabric=fabric,
-                )
-                self._peers.append(peer)
-            check_alike(self._peers)
-            no_device = self._open_device(transport, device)
-            for peer in self._peers:
-                peer.choose(transport, self._device, no_device)
-            self._one_sided = [peer for peer in self._peers if peer.transport in ONE_SIDED]
+            self._replicas = replicas = Replicas(owners, reach.connect, reach.choose, self._forget)
+            check_alike(replicas.known)
+            reach.open_device(replicas.known)
+            replicas.settle(allow_partial=allow_partial)
             if cache_bytes:
                 self._make_caches(cache_bytes)
+            first = next(peer for peer in replicas.peers if peer.transport != LOST)
+            self.dim: int = first.shard.dim
+            self.metric: str = first.shard.metric
+            self._planner = Planner(replicas.peers, self.dim, _router(replicas.peers), self._walked())
+            self.one_graph: bool = len(self._walked()) > 1
+            if halo:
+                fill_halo(replicas.peers, halo)
         except BaseException:
             self.close()
             raise
-        self.dim: int = self._peers[0].shard.dim
-        self.metric: str = self._peers[0].shard.metric
-        self.transports: tuple[str, ...] = tuple(peer.transport for peer in self._peers)
-        self.passed_over: tuple[dict[str, str], ...] = tuple(peer.passed_over for peer in self._peers)
-        self._links = [peer.link for peer in self._peers]
-        graphs = {0 if peer.info is None else peer.info.graph_id for peer in self._one_sided}
-        self.one_graph: bool = len(self._one_sided) > 1 and len(graphs) == 1 and graphs != {0}
-        n_walked = len(self._one_sided) if self.one_graph else 1
-        self._planner = Planner(self._peers, self.dim, _router(self._peers), n_walked)
-        if self.one_graph and len(self._one_sided) < len(self._peers):
-            asked = ", ".join(str(peer) for peer in self._peers if peer.transport not in ONE_SIDED)
-            log.info("not all of the graph can be read: %s: the owner searches its shard by itself", asked)
-        if "verbs" in self.transports:
-            # The thread must not keep a cluster that nobody else holds: that one's leases run out.
-            weakref.finalize(self, self._stop_leases.set)
-            self._leases = threading.Thread(
-                target=_keep_leases, args=(weakref.ref(self), self._stop_leases), name="cotra-leases", daemon=True
-            )
-            self._leases.start()
+        if "verbs" in self.transports or not replicas.are_all_here:
+            self._attend()
 
-    def _open_device(self, transport: str, name: str | None) -> str:
-        """Opens this side's device where it is needed; returns why there is none."""
-        offered = any(peer.capabilities.transports.get("verbs") == "" for peer in self._peers)
-        if transport not in ("auto", "verbs") or (not offered and transport == "auto"):
-            return "not asked for"
-        try:
-            self._device = Device(name)
-        except CotraError as error:
-            if transport == "verbs" or name is not None:
-                raise
-            return str(error)
-        return ""
+    @property
+    def _peers(self) -> list[Peer]:
+        """The owner of each shard that is in use now."""
+        return [] if self._replicas is None else self._replicas.peers
+
+    @property
+    def _one_sided(self) -> list[Peer]:
+        return [peer for peer in self._peers if peer.transport in ONE_SIDED]
+
+    def _walked(self) -> frozenset[int]:
+        """Positions of the shards that are walked together: of one graph, and read or pushed to."""
+        there = [peer for peer in self._peers if peer.transport in ONE_SIDED or peer.view is not None]
+        graphs = {peer.shard.graph_id for peer in there}
+        return frozenset(peer.index for peer in there) if len(graphs) == 1 and graphs != {0} else frozenset()
+
+    # ---- owners that come and go ----
+
+    def _fail_over(self, failed: Peer, error: CotraError) -> Peer | None:
+        assert self._replicas is not None
+        return self._replicas.replace(failed, error)
+
+    def _forget(self, gone: Peer) -> None:
+        """What there was of an owner that is not used any more."""
+        self._lanes.drop(gone)
+        if self._planner is not None:
+            self._planner.refresh(self._walked())
+            self._attend()
+
+    def _attend(self) -> None:
+        """Starts the thread that renews leases, and looks for owners that are away."""
+        with self._lock:
+            if self._attendant is not None or self._closed:
+                return
+            # The thread must not keep a cluster that nobody else holds: that one's leases run out.
+            weakref.finalize(self, self._stop.set)
+            self._attendant = threading.Thread(
+                target=_attend, args=(weakref.ref(self), self._stop), name="cotra-attendant", daemon=True
+            )
+            self._attendant.start()
+
+    def revive(self) -> list[str]:
+        """Tries owners that failed, or were not there at `connect`, again now; the addresses of those that are back.
+
+        A thread does it every few seconds as long as any is away."""
+        assert self._replicas is not None
+        return [] if self._replicas.are_all_here else self._replicas.revive()
 
     def _make_caches(self, budget_bytes: int) -> None:
         sizes = [peer.info.image_bytes for peer in self._one_sided if peer.info is not None]
@@ -215,7 +221,7 @@ class Cluster:
 
     def renew_leases(self) -> None:
         """Keeps the queue pairs that owners hold for this reader. A thread does it, as long as the cluster is open."""
-        for peer in self._peers:
+        for peer in list(self._peers):
             if peer.transport != "verbs":
                 continue
             try:
@@ -227,8 +233,23 @@ class Cluster:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The shards' addresses, in order."""
+        """The address of the owner in use of each shard, in order; "own" for one that this process holds and does not serve."""
         return tuple(peer.address for peer in self._peers)
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """For each shard the path to the owner in use: "own" memory, "verbs", "shm", "rpc"; "lost" where it has none left."""
+        return tuple(peer.transport for peer in self._peers)
+
+    @property
+    def passed_over(self) -> tuple[dict[str, str], ...]:
+        """For each shard why a better path was not taken, by its name."""
+        return tuple(peer.passed_over for peer in self._peers)
+
+    @property
+    def lost(self) -> dict[int, CotraError]:
+        """The shards that have no owner left, and why."""
+        return {} if self._replicas is None else dict(self._replicas.lost)
 
     def __len__(self) -> int:
         """Vectors in all shards."""
@@ -281,6 +302,19 @@ class Cluster:
                 latencies.append(channel.read_loop(np.zeros(n_reads, np.uint64), n_bytes)[1])
         return tuple(latencies)
 
+    @contextmanager
+    def channel(self, shard: int) -> Iterator[Channel]:
+        """A channel of its own to the region of one shard, for one thread; closed at the end, before the cluster is.
+
+        Raises `TransportError` for a shard that is only asked over RPC.
+        """
+        peer = self._peers[shard]
+        if peer.transport not in ONE_SIDED:
+            raise TransportError(f"{peer} cannot be read: {peer.passed_over or 'rpc was asked for'}", shard=shard)
+        channel, parts = peer.open_channel()
+        with parts:
+            yield channel
+
     # ---- searching ----
 
     def search(
@@ -295,7 +329,7 @@ class Cluster:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
         shards: npt.ArrayLike | None = None,
-        allow_partial: bool = False,
+        allow_partial: bool | None = None,
         algorithm: str = "cotra",
         target_recall: float = DEFAULT_TARGET,
         owner_cpu: bool = False,
@@ -305,7 +339,11 @@ class Cluster:
 
         Each shard is searched by itself, and the answers are merged by distance, then shard, then id; an id that several
         shards hold is returned once. Shards of one graph (`cotra build --graph global`; `one_graph`) that can be read are
-        searched together, by one walk a query, whose READs go to whichever shard holds the next node.
+        searched together, by one walk a query, whose READs go to whichever shard holds the next node. So are those whose owners
+        can only be asked: they expand nodes for it ("push").
+
+        Where an owner fails in the middle, the search goes on over another of the same shard, and where there is none without
+        the shard.
 
         Args:
             queries: float32[n_queries, dim] or float32[dim].
@@ -320,8 +358,11 @@ class Cluster:
                 i // 8, lowest first, is local row i). Under a selective filter more of the graph is walked, or just the
                 rows that it lets through are read.
             shards: bool[n_queries, n_shards]: which shards each query is for; None: all.
-            allow_partial: leave out a shard that fails, and say so in the result, in place of raising.
-            algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others;
+            allow_partial: leave out a shard that has no owner left, and say so in the result, in place of raising. None: where
+                the shards are one graph, of which the rest is as good as before.
+            algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others; "home" sends
+                each query to the owner of most of its neighbourhood, which walks the whole graph, its own records in place
+                (`Server.search_with`);
                 "scatter-gather" asks all owners; "spire" reads inverted lists, in two rounds (`Shard.build(n_lists=)`).
                 "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
                 the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
@@ -341,15 +382,22 @@ class Cluster:
         begin = time.perf_counter()
         job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards)
         self._check_open(n_threads)
+        assert self._planner is not None
         plan = self._planner.plan(
             algorithm, job, n_threads, target_recall=target_recall, owner_cpu=owner_cpu, explain=explain
         )
         if plan.mask is not job.mask:
             job = job._replace(mask=plan.mask)
-        answers, failures = self._gather(job, plan, n_threads, allow_partial)
-        self._note(plan, job, answers, n_threads, time.perf_counter() - begin)
-        ids, distances, owners, stats = self._merge(answers, job)
-        n_shards = len(self._peers)
+        lenient = self.one_graph if allow_partial is None else allow_partial
+        peers = list(self._peers)
+        if plan.homes is None:
+            answers, failures = self._gather(peers, job, plan, n_threads, lenient)
+            self._note(plan, job, answers, n_threads, time.perf_counter() - begin)
+            ids, distances, owners, stats = self._merge(answers, job)
+            used = [_used(peer, plan, failures) for peer in peers]
+        else:
+            (ids, distances, owners, stats), used, failures = self._search_homes(peers, job, plan.homes, n_threads)
+        n_shards = len(peers)
         asked = np.empty(len(job.queries), np.int32)
         asked[:] = n_shards if job.mask is None else job.mask.sum(axis=1)
         result = SearchResult(
@@ -357,7 +405,7 @@ class Cluster:
             distances,
             owners,
             stats,
-            tuple("rpc" if at in plan.asked else name for at, name in enumerate(self.transports)),
+            tuple(used),
             time.perf_counter() - begin,
             (n_shards - len(failures)) / n_shards,
             failures,
@@ -365,7 +413,7 @@ class Cluster:
             plan.algorithm,
             plan.predictions,
         )
-        if failures and not allow_partial:
+        if failures and (not lenient or len(failures) == n_shards):
             first = failures[min(failures)]
             if len(failures) == n_shards:
                 raise first
@@ -400,7 +448,8 @@ class Cluster:
         if not self._one_sided:
             shape = (0, len(job.queries), k)
             return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(job.queries), STATS_DTYPE)
-        return self._lanes.search(self._one_sided, job.of_shards([peer.index for peer in self._one_sided]), n_threads)
+        peers = self._one_sided
+        return self._lanes.search(peers, job.of_shards([peer.index for peer in peers]), n_threads)[0]
 
     def _check_open(self, n_threads: int) -> None:
         if not 1 <= n_threads <= _MAX_THREADS:
@@ -436,27 +485,24 @@ class Cluster:
         return SearchJob(rows, k, ef, beam, inflight, timeout_s, packed, mask)
 
     def _gather(
-        self, job: SearchJob, plan: Plan, n_threads: int, allow_partial: bool
+        self, peers: list[Peer], job: SearchJob, plan: Plan, n_threads: int, lenient: bool
     ) -> tuple[list[tuple[list[int], Answer]], dict[int, CotraError]]:
         """Asks every shard: the answers with the shards that they are of, and the failures."""
         answers: list[tuple[list[int], Answer]] = []
-        failures: dict[int, CotraError] = {}
+        failures = self.lost
         calls = []
         for at in sorted(plan.asked):
-            calls.append((at, self._executor().submit(self._peers[at].search, job.of_shards([at]))))
+            calls.append((at, self._executor().submit(self._ask, peers[at], job.of_shards([at]))))
         try:
-            near = [peer for peer in self._peers if peer.index not in plan.asked]
-            while near:
+            near = [peer for peer in peers if peer.index not in plan.asked and peer.transport != LOST]
+            if near and plan.lists:
+                answers += self._probe(near, job, n_threads, failures, lenient)
+            elif near:
                 numbers = [peer.index for peer in near]
-                try:
-                    part = job.of_shards(numbers)
-                    answers.append((numbers, self._lanes.search(near, part, n_threads, lists=plan.lists)))
-                    break
-                except CotraError as error:
-                    if not allow_partial or error.shard not in numbers:
-                        raise
-                    failures[error.shard] = error
-                    near = [peer for peer in near if peer.index != error.shard]
+                pushed = frozenset(peers[at] for at in plan.pushed)
+                answer, lost = self._lanes.search(near, job.of_shards(numbers), n_threads, pushed, lenient=lenient)
+                answers.append((numbers, answer))
+                failures |= lost
         finally:
             for shard, call in calls:
                 try:
@@ -466,29 +512,135 @@ class Cluster:
                     failures[shard] = error
         return answers, failures
 
+    def _ask(self, peer: Peer, job: SearchJob) -> Answer:
+        """Has an owner search its shard, or another of the same shard where it fails."""
+        assert self._replicas is not None
+        while True:
+            try:
+                return peer.search(job)
+            except TransportError as error:
+                other = self._fail_over(peer, error) if self._replicas.has_more(peer) else None
+                if other is None:
+                    raise
+                peer = other
+
+    def _probe(
+        self, near: list[Peer], job: SearchJob, n_threads: int, failures: dict[int, CotraError], lenient: bool
+    ) -> list[tuple[list[int], Answer]]:
+        """Reads inverted lists; a shard that fails is read anew over another owner, or noted in `failures`."""
+        while near:
+            numbers = [peer.index for peer in near]
+            try:
+                return [(numbers, self._lanes.probe(near, job.of_shards(numbers), n_threads))]
+            except CotraError as error:
+                if error.shard not in numbers:
+                    raise
+                at = numbers.index(error.shard)
+                other = self._fail_over(near[at], error)
+                if other is None and not lenient:
+                    raise
+                if other is None:
+                    failures[error.shard] = error
+                near[at : at + 1] = [] if other is None else [other]
+        return []
+
+    def _search_homes(
+        self, peers: list[Peer], job: SearchJob, homes: npt.NDArray[np.int64], n_threads: int
+    ) -> tuple[Merged, list[str], dict[int, CotraError]]:
+        """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
+        here, and those whose home was lost meanwhile too."""
+        ids = np.full((len(homes), job.k), -1, np.int64)
+        found = (
+            ids,
+            np.full(ids.shape, np.inf, np.float32),
+            np.full(ids.shape, -1, np.int32),
+            np.zeros(len(ids), STATS_DTYPE),
+        )
+        here = np.array([peer.transport in ("own", LOST) for peer in peers])[homes]
+        used = ["" for _ in peers]
+        calls = {}
+        for home in np.unique(homes[~here]).tolist():
+            rows = np.flatnonzero(homes == home)
+            calls[home] = (
+                rows,
+                self._executor().submit(self._ask_home, peers[home], job._replace(queries=job.queries[rows])),
+            )
+        failures = self.lost
+        for home, (rows, call) in calls.items():
+            try:
+                told: CollectionAnswer = call.result()
+            except TransportError:
+                here[rows] = True
+                continue
+            used[home] = "home"
+            places = self._places(peers[home], told.images)
+            shards = np.where(told.shards < 0, -1, places[told.shards])
+            _put(found, rows, (told.labels, told.distances, shards, told.stats))
+            for at, why in told.failures.items():
+                failures.setdefault(int(places[at]), PeerError(f"{peers[home]}: {why}", shard=int(places[at])))
+        rows = np.flatnonzero(here)
+        if len(rows):
+            assert self._planner is not None
+            plan = self._planner.plan("cotra", job, n_threads, target_recall=1.0, owner_cpu=False, explain=False)
+            mine, peers = job._replace(queries=job.queries[rows]), list(self._peers)
+            answers, lost = self._gather(peers, mine, plan, n_threads, True)
+            failures |= lost
+            _put(found, rows, self._merge(answers, mine))
+            used = [before or _used(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]
+        return found, [name or self.transports[at] for at, name in enumerate(used)], failures
+
+    def _places(self, peer: Peer, images: tuple[int, ...]) -> npt.NDArray[np.int32]:
+        """The position here of each shard that another owner numbers as it likes. Raises `FormatError` for one that is none."""
+        known = {image: at for at, image in enumerate(self.images)}
+        if not set(images) <= known.keys():
+            raise FormatError(f"{peer}: it searches other shards than these", shard=peer.index)
+        return np.array([known[image] for image in images], np.int32)
+
+    def _ask_home(self, peer: Peer, job: SearchJob) -> CollectionAnswer:
+        """Has an owner search all shards, or another of the same shard where it does not answer. One that does not is not asked
+        for a while; its memory may be as good as ever."""
+        assert self._replicas is not None
+        failed: TransportError | None = None
+        for owner in self._replicas.owners(peer.index):
+            if self._deaf.get(owner, 0.0) > time.monotonic():
+                continue
+            try:
+                return owner.search_all(job)
+            except TransportError as error:
+                log.warning("%s: its queries are walked elsewhere: %s", owner, error)
+                self._deaf[owner] = time.monotonic() + _DEAF_S
+                failed = error
+        raise failed or TransportError(f"{peer} did not answer a moment ago", shard=peer.index)
+
     def _note(
         self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
     ) -> None:
         """Tells the cost model what a shard needed: after searches of one kind only, for others say less."""
         n = len(job.queries)
-        if len(plan.asked) not in (0, len(self._peers)) or job.filters is not None or not answers or not n:
+        if (
+            len(plan.asked) not in (0, len(self._peers))
+            or plan.pushed
+            or job.filters is not None
+            or not answers
+            or not n
+        ):
             return
         searches = n * len(self._peers) if job.mask is None else int(job.mask.sum())
         if plan.lists:  # a query reads as many lists however many shards it is for
             searches = n
         if not searches:
             return
+        links = [peer.link for peer in self._peers if peer.transport != LOST]
+        assert self._planner is not None
         if plan.asked:
             method, beam = "asked", job.beam
-            told = partial(needs_of_asking, self._links, answers[0][1][2], searches, seconds)
+            told = partial(needs_of_asking, links, answers[0][1][2], searches, seconds)
         else:
             method, beam = ("lists", 0) if plan.lists else ("walk", job.beam)
-            told = partial(needs_of_reading, self._links, answers[0][1][2], searches, seconds, min(n_threads, n))
+            told = partial(needs_of_reading, links, answers[0][1][2], searches, seconds, min(n_threads, n))
         self._planner.experience.note(method, job.k, job.ef, beam, told if n <= _FEW else told())
 
-    def _merge(
-        self, answers: list[tuple[list[int], Answer]], job: SearchJob
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]:
+    def _merge(self, answers: list[tuple[list[int], Answer]], job: SearchJob) -> Merged:
         if len(answers) == 1 and len(answers[0][0]) == len(self._peers):
             labels, distances, stats = answers[0][1]
             return *merge(labels, distances), stats
@@ -541,16 +693,15 @@ class Cluster:
             if self._closed:
                 return
             self._closed = True
-        self._stop_leases.set()
-        if self._leases is not None:
-            self._leases.join()
+        self._stop.set()
+        if self._attendant is not None and self._attendant is not threading.current_thread():
+            self._attendant.join()
         if self._pool is not None:
             self._pool.shutdown()
         self._lanes.close()
-        for peer in self._peers:
-            peer.close()
-        if self._device is not None:
-            self._device.close()
+        if self._replicas is not None:
+            self._replicas.close()
+        self._reach.close()
 
     def __enter__(self) -> Self:
         return self
@@ -563,12 +714,29 @@ class Cluster:
         return f"<Cluster of {len(self._peers)} shards: {paths}>"
 
 
-def _keep_leases(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
-    while not stop.wait(_LEASE_RENEWAL_S):
+def _attend(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
+    renewed = time.monotonic()
+    while not stop.wait(_LOOK_S):
         alive = cluster()
         if alive is not None:
-            alive.renew_leases()
+            with contextlib.suppress(ClosedError):
+                alive.revive()
+            if time.monotonic() - renewed >= _LEASE_RENEWAL_S:
+                alive.renew_leases()
+                renewed = time.monotonic()
         del alive
+
+
+def _put(found: Merged, rows: npt.NDArray[np.intp], part: Merged) -> None:
+    """Writes some queries' answers to their places."""
+    found[0][rows], found[1][rows], found[2][rows], found[3][rows] = part
+
+
+def _used(peer: Peer, plan: Plan, failures: dict[int, CotraError]) -> str:
+    """What a search used to reach a shard."""
+    if peer.index in failures:
+        return LOST
+    return "rpc" if peer.index in plan.asked else "push" if peer.index in plan.pushed else peer.transport
 
 
 def _router(peers: list[Peer]) -> Router | None:
@@ -584,12 +752,3 @@ def _router(peers: list[Peer]) -> Router | None:
     except FormatError as error:
         log.info("Compass is off: %s", error)
         return None
-
-
-def _ip_of(address: str) -> str | None:
-    """The IP address that a shard is reached at, for the choice of the GID."""
-    host, port = parse_address(address)
-    try:
-        return str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]).partition("%")[0]
-    except OSError as error:
-        raise TransportError(f"{address}: {error}") from error

@@ -89,8 +89,15 @@ class Collection:
     calibration: Calibration | None = field(default=None, repr=False)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Self:
-        """Reads the manifest in `directory`. Raises `FormatError` when it is not one, or a shard file is missing."""
+    def load(cls, directory: str | os.PathLike[str], *, shard_files: bool = True) -> Self:
+        """Reads the manifest in `directory`.
+
+        Args:
+            shard_files: whether the files that it names must be there too. A reader needs none of them, and the owner of
+                some shards only those.
+
+        Raises `FormatError` when it is not a manifest, or a file is missing.
+        """
         path = Path(directory) / MANIFEST
         try:
             raw = json.loads(path.read_bytes())
@@ -107,7 +114,9 @@ class Collection:
                 f"{path}: is {form[0]} version {form[1]}, and this release reads {FORMAT} {FORMAT_VERSION}"
             )
         for name in (name for shard in shards for name in (shard.name, shard.coarse_name) if name is not None):
-            if not isinstance(name, str) or Path(name).name != name or not (path.parent / name).is_file():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise FormatError(f"{path}: names {name!r}, which is not a file beside it")
+            if shard_files and not (path.parent / name).is_file():
                 raise FormatError(f"{path}: names {name!r}, which is not a file beside it")
         if loaded.partition not in PARTITIONS:
             raise FormatError(f"{path}: its partition {loaded.partition!r} is not one of {', '.join(PARTITIONS)}")
@@ -290,29 +299,70 @@ def build_collection(
     return collection
 
 
-def coarse_of(path: str | os.PathLike[str]) -> tuple[CoarseTable, dict[str, Any]] | None:
-    """The coarse table of a shard's file, and what goes with it on the wire (type 53): its number in the collection that it
-    lies in, and that one's calibration. None where it is in none.
+def collection_directory(path: str | os.PathLike[str]) -> Path:
+    """The directory of the collection that `path` names: itself, or its manifest. Raises `FormatError` for any other."""
+    given = Path(path)
+    if given.is_dir():
+        return given
+    if given.name == MANIFEST and given.is_file():
+        return given.parent
+    raise FormatError(f"{given}: is neither a directory that `cotra build` made nor its {MANIFEST}")
 
-    Raises `FormatError` for a collection that is broken.
+
+def place_of(path: str | os.PathLike[str]) -> tuple[Collection, int] | None:
+    """The collection in whose directory a shard's file lies, and the shard's number in it; None where it is in none.
+
+    Raises `FormatError` for a manifest that is malformed.
     """
     file = Path(path)
     if not (file.parent / MANIFEST).is_file():
         return None
-    collection = Collection.load(file.parent)
+    collection = Collection.load(file.parent, shard_files=False)
     numbers = [number for number, shard in enumerate(collection.shards) if shard.name == file.name]
-    table = collection.coarse_table(file.parent, numbers[0]) if numbers else None
+    return (collection, numbers[0]) if numbers else None
+
+
+def coarse_of(path: str | os.PathLike[str]) -> tuple[CoarseTable, dict[str, Any]] | None:
+    """The coarse table of a shard's file, and what goes with it on the wire (type 53): its number in the collection that it
+    lies in, and that one's calibration. None where it is in none.
+
+    Raises `FormatError` for a collection that is broken, OSError where the table is missing.
+    """
+    place = place_of(path)
+    if place is None:
+        return None
+    collection, number = place
+    table = collection.coarse_table(Path(path).parent, number)
     if table is None:
         return None
     calibration = collection.calibration
-    return table, {"shard": numbers[0], "calibration": None if calibration is None else calibration.to_json()}
+    return table, {"shard": number, "calibration": None if calibration is None else calibration.to_json()}
 
 
-def shard_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The shard files that `paths` name: files as they are, directories by their manifest. Raises `FormatError`."""
+def shard_paths(paths: Iterable[str | os.PathLike[str]], shards: Sequence[int] | None = None) -> list[Path]:
+    """The shard files that `paths` name: files as they are, collections by their directory or manifest.
+
+    Args:
+        paths: files and collections.
+        shards: of collections only those with these numbers; None: all. The files of others need not be there.
+
+    Raises:
+        FormatError: no collection, a malformed one, or one with files missing. InvalidInputError: a number that it does not
+        have, or numbers for what is no collection.
+    """
     found: list[Path] = []
     for path in map(Path, paths):
-        found += [path / shard.name for shard in Collection.load(path).shards] if path.is_dir() else [path]
+        if not path.is_dir() and path.name != MANIFEST:
+            if shards is not None:
+                raise InvalidInputError(f"{path}: is no collection, and shards cannot be chosen of it")
+            found.append(path)
+            continue
+        directory = collection_directory(path)
+        entries = Collection.load(directory, shard_files=shards is None).shards
+        for number in range(len(entries)) if shards is None else shards:
+            if not 0 <= number < len(entries):
+                raise InvalidInputError(f"{path}: has no shard {number}: its shards are 0 to {len(entries) - 1}")
+            found.append(directory / entries[number].name)
     return found
 
 

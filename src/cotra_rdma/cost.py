@@ -19,6 +19,7 @@ ESTIMATE_S = 1e-8  # of one entry of an inverted list
 READS_OF_EF = 0.8  # READs of a walk for each of ef, until they were counted
 ENTRY_ROUNDS = 2.0
 RERANKED_OF_K = 4.0
+TOLD_BYTES = 200.0  # of a node that an owner expanded: 24, and 8 for each neighbour below the limit
 _KEPT = 8  # searches that are noted and not asked about: older ones would count for 1 / 256
 
 
@@ -142,6 +143,26 @@ def predict_asked(
     slowest = max(link.rpc_s + n_queries * share * needs.cpu_s for link, share in zip(links, shares, strict=True))
     asked = sum(shares)
     return Prediction(algorithm, slowest, 0.0, 1.0, needs.bytes * asked, needs.cpu_s * asked, asked)
+
+
+def pushed(walk: Needs, dim: int) -> Needs:
+    """A walk's needs of a shard whose owner expands its nodes: a message a round each way, with the query in the one, and in the
+    other what is told of each node."""
+    return replace(walk, bytes=4.0 * dim * walk.rounds + TOLD_BYTES * walk.reads, cpu_s=walk.reads * EXPANSION_S)
+
+
+def predict_pushed(
+    algorithm: str, needs: Needs, links: Sequence[Link], shares: Sequence[float], n_queries: int
+) -> Prediction:
+    """Rounds of one message to each owner for the whole batch, all at once; each expands its nodes with one thread.
+
+    After CoTra's rule of thumb (arXiv 2507.06653): to read is quicker while the other side has two or so of the nodes of a round,
+    for a READ is a round trip and a message two; with more, READs on a link that carries few of them take longer.
+    """
+    busy = max(n_queries * share * needs.cpu_s for share in shares)
+    asked = sum(shares)
+    seconds = needs.rounds * max(link.rpc_s for link in links) + busy
+    return Prediction(algorithm, seconds, 0.0, needs.rounds, needs.bytes * asked, needs.cpu_s * asked, asked)
 
 
 def forbidden(prediction: Prediction, why: str) -> Prediction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cotra_rdma.cluster import SearchResult
+    from cotra_rdma.result import SearchResult
     from cotra_rdma.scatter_gather import SeamResult
 
 

@@ -4,35 +4,71 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from cotra_rdma.channel import Channel
-from cotra_rdma.engine import STATS_DTYPE, Engine, View
+from cotra_rdma.engine import STATS_DTYPE, Engine, Source, View
 from cotra_rdma.errors import CotraError, InvalidInputError
+from cotra_rdma.expansions import Expansions
 from cotra_rdma.ivf import MAX_PROBE, SpireEngine
 from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.peer import Peer
 
+Executor = Callable[[], ThreadPoolExecutor]
+_Key = tuple[tuple[Peer, ...], frozenset[Peer]]
+Replace = Callable[[Peer, CotraError], Peer | None]
+"""What tells a failed owner, and gets the one to go on with: `Replicas.replace`."""
 
-@dataclass(slots=True)
+_PUSHING_SLOTS = 8192  # of a channel beside owners that are sent messages: as many walks then share one
+
+
 class _Lane:
-    """A channel to each of some shards, and engines over them: one thread's at a time."""
+    """The way to each of some shards, and engines over them: one thread's at a time. It is what an engine turns to
+    (`engine.Helper`) where owners have to expand nodes, or one fails."""
 
-    peers: Sequence[Peer]
-    channels: Sequence[Channel]
-    views: Sequence[View]
-    engine: Engine
-    stack: ExitStack = field(default_factory=ExitStack)
-    spire: SpireEngine | None = None
+    def __init__(self, peers: Sequence[Peer], pushed: frozenset[Peer], replace: Replace, executor: Executor) -> None:
+        """`pushed`: those whose owners expand nodes."""
+        self._peers = list(peers)
+        self._replace, self._executor = replace, executor
+        self._spire: SpireEngine | None = None
+        self._unopened: dict[int, CotraError] = {}
+        self._job: SearchJob | None = None
+        self._lenient = False
+        self._told_bytes = 0
+        self.lost: dict[int, CotraError] = {}
+        self.is_broken = False
+        self._slots = _PUSHING_SLOTS if pushed else 0
+        with ExitStack() as stack:
+            sources: list[Source] = []
+            for at, peer in enumerate(peers):
+                source: Source = None
+                if peer not in pushed:
+                    try:
+                        source, parts = peer.open_source(self._slots)
+                        stack.push(parts)
+                    except CotraError as error:  # told when the first node of it is wanted
+                        self._unopened[at] = error
+                sources.append(source)
+            self._sources = sources
+            self._engine = Engine.create(self._views, sources, [peer.cache for peer in peers])
+            self._stack = stack.pop_all()
 
-    def walk(self, job: SearchJob) -> Answer:
-        """Walks the graphs."""
-        return self.engine.search(
+    @property
+    def _views(self) -> list[View]:
+        views = [peer.view for peer in self._peers]
+        assert all(view is not None for view in views)
+        return [view for view in views if view is not None]
+
+    def walk(self, job: SearchJob, lenient: bool) -> Answer:
+        """Walks the graphs. Where a shard failed and has no other owner, that is an error at once; or `lenient`ly the answer is
+        without it, and `lost` says why."""
+        self._job, self._told_bytes, self.lost, self._lenient = job, 0, {}, lenient
+        answer = self._engine.search(
             job.queries,
             job.k,
             job.ef,
@@ -41,15 +77,63 @@ class _Lane:
             timeout_s=job.timeout_s,
             filters=job.filters,
             mask=job.mask,
+            helper=self,
         )
+        if self._told_bytes:
+            answer[2]["read_bytes"] += np.uint64(self._told_bytes // len(job.queries))
+        return answer
+
+    def expand(self, pushes: Mapping[int, npt.NDArray[np.void]]) -> dict[int, Expansions | CotraError]:
+        """As `engine.Helper`: one message to each owner, all at once."""
+        calls = {}
+        for at, wanted in pushes.items():
+            if at not in self._unopened:
+                calls[at] = self._executor().submit(self._push, self._peers[at], wanted) if len(pushes) > 1 else None
+        told: dict[int, Expansions | CotraError] = {at: e for at, e in self._unopened.items() if at in pushes}
+        for at, call in calls.items():
+            try:
+                told[at] = self._push(self._peers[at], pushes[at]) if call is None else call.result()
+            except CotraError as error:
+                told[at] = error
+        return told
+
+    def _push(self, peer: Peer, wanted: npt.NDArray[np.void]) -> Expansions:
+        assert self._job is not None
+        queries, rows = np.unique(wanted["query"], return_inverse=True)
+        asked = wanted.copy()
+        asked["query"] = rows
+        told = peer.expand(self._job.queries[queries], asked, self._job.timeout_s)
+        self._told_bytes += asked.nbytes + queries.nbytes + told.found.nbytes + 8 * len(told.numbers)
+        return told
+
+    def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
+        """As `engine.Helper`."""
+        failed = self._peers[shard]
+        self.is_broken = True
+        self._unopened.pop(shard, None)
+        error = named(error, failed)
+        while (peer := self._replace(failed, error)) is not None:
+            self._peers[shard] = peer
+            assert peer.view is not None
+            try:
+                source, parts = peer.open_source(self._slots)
+            except CotraError as unopened:
+                failed, error = peer, named(unopened, peer)
+                continue
+            self._stack.push(parts)
+            return peer.view, source
+        if not self._lenient:
+            raise error
+        self.lost[failed.index] = error
+        return None
 
     def probe(self, job: SearchJob) -> Answer:
         """Searches the inverted lists. What each shard found is told apart, as a walk's answer is."""
-        if self.spire is None:
-            tables = [peer.lists for peer in self.peers]
+        if self._spire is None:
+            tables = [peer.lists for peer in self._peers]
             assert all(table is not None for table in tables)
-            self.spire = SpireEngine.create(self.views, [t for t in tables if t is not None], self.channels)
-        labels, distances, shards, told = self.spire.search(
+            self._spire = SpireEngine.create(self._views, [t for t in tables if t is not None], self._channels())
+        labels, distances, shards, told = self._spire.search(
             job.queries,
             job.k,
             min(math.ceil(job.ef / self._let_through(job)), MAX_PROBE),
@@ -58,7 +142,7 @@ class _Lane:
             filters=job.filters,
             mask=job.mask,
         )
-        apart = np.arange(len(self.peers))[:, np.newaxis, np.newaxis] == shards
+        apart = np.arange(len(self._peers))[:, np.newaxis, np.newaxis] == shards
         stats = np.zeros(len(labels), STATS_DTYPE)
         for name in ("reads", "rounds", "read_bytes", "latency_ns"):
             stats[name] = told[name]
@@ -70,11 +154,21 @@ class _Lane:
             stats,
         )
 
+    def _channels(self) -> list[Channel]:
+        """Those that walks READ through, and one over the own memory."""
+        channels = []
+        for peer, source in zip(self._peers, self._sources, strict=True):
+            if not isinstance(source, Channel):
+                source, parts = peer.open_channel()
+                self._stack.push(parts)
+            channels.append(source)
+        return channels
+
     def _let_through(self, job: SearchJob) -> float:
         """The share of the rows that the job's filters let through: so many more lists hold as many of them."""
         if job.filters is None:
             return 1.0
-        counts = [peer.shard.count for peer in self.peers]
+        counts = [peer.shard.count for peer in self._peers]
         through = 0
         for bitmap, count in zip(job.filters, counts, strict=True):
             bits = None if bitmap is None else np.frombuffer(bitmap, np.uint8)
@@ -82,67 +176,110 @@ class _Lane:
         return max(through, 1) / max(sum(counts), 1)
 
     def close(self) -> None:
-        if self.spire is not None:
-            self.spire.close()
-        self.engine.close()
-        self.stack.close()
+        if self._spire is not None:
+            self._spire.close()
+        self._engine.close()
+        self._stack.close()
 
 
 class LanePool:
     """The lanes of a cluster, by the shards that they reach."""
 
-    def __init__(self, executor: Callable[[], ThreadPoolExecutor]) -> None:
+    def __init__(self, executor: Executor, replace: Replace) -> None:
+        """`executor`: gives the threads that share a search. `replace`: asked for another owner where one fails."""
         self._executor = executor
+        self._replace = replace
         self._lock = threading.Lock()
         self._closed = False
-        self._idle: dict[tuple[Peer, ...], list[_Lane]] = {}
+        self._idle: dict[_Key, list[_Lane]] = {}
 
-    def search(self, peers: Sequence[Peer], job: SearchJob, n_threads: int, *, lists: bool = False) -> Answer:
-        """Walks the shards of `peers`, to which the job's filters and mask belong; or probes their inverted lists.
+    def search(
+        self,
+        peers: Sequence[Peer],
+        job: SearchJob,
+        n_threads: int,
+        pushed: frozenset[Peer] = frozenset(),
+        *,
+        lenient: bool = False,
+    ) -> tuple[Answer, dict[int, CotraError]]:
+        """Walks the shards of `peers`, to which the job's filters and mask belong; `pushed`: those whose owners expand nodes.
 
-        Raises an error whose `shard` is the position in the cluster.
+        Returns the answer, and why it is without which shards, by their positions in the cluster: only `lenient`ly; else it
+        raises the first such error.
         """
+        lost: dict[int, CotraError] = {}
+
+        def walk(part: SearchJob) -> Answer:
+            lane = self._take(peers, pushed)
+            try:
+                answer = lane.walk(part, lenient)
+            except InvalidInputError:
+                self._give_back(peers, pushed, lane)
+                raise
+            except BaseException:
+                lane.close()  # READs of the failed search may still be on their way into its buffers
+                raise
+            if lane.is_broken:
+                lost.update(lane.lost)
+                lane.close()
+            else:
+                self._give_back(peers, pushed, lane)
+            return answer
+
+        return self._share(walk, job, n_threads), lost
+
+    def probe(self, peers: Sequence[Peer], job: SearchJob, n_threads: int) -> Answer:
+        """Searches the inverted lists of `peers`. Raises an error whose `shard` is the position in the cluster."""
+
+        def probe(part: SearchJob) -> Answer:
+            lane = self._take(peers, frozenset())
+            try:
+                answer = lane.probe(part)
+            except InvalidInputError:
+                self._give_back(peers, frozenset(), lane)
+                raise
+            except CotraError as error:
+                lane.close()
+                raise error if error.shard is None else named(error, peers[error.shard]) from None
+            except BaseException:
+                lane.close()
+                raise
+            self._give_back(peers, frozenset(), lane)
+            return answer
+
+        return self._share(probe, job, n_threads)
+
+    def _share(self, search: Callable[[SearchJob], Answer], job: SearchJob, n_threads: int) -> Answer:
         n_parts = min(n_threads, len(job.queries))
         if n_parts <= 1:
-            return self._search_part(peers, job, lists)
-        parts = job.split(n_parts)
-        running = [self._executor().submit(self._search_part, peers, part, lists) for part in parts]
+            return search(job)
+        running = [self._executor().submit(search, part) for part in job.split(n_parts)]
         for error in [part.exception() for part in running]:
             if error is not None:
                 raise error
         labels, distances, stats = zip(*(part.result() for part in running), strict=True)
         return np.concatenate(labels, axis=1), np.concatenate(distances, axis=1), np.concatenate(stats)
 
-    def _search_part(self, peers: Sequence[Peer], job: SearchJob, lists: bool) -> Answer:
-        key = tuple(peers)
+    def _take(self, peers: Sequence[Peer], pushed: frozenset[Peer]) -> _Lane:
         with self._lock:
-            idle = self._idle.get(key)
+            idle = self._idle.get((tuple(peers), pushed))
             lane = idle.pop() if idle else None
-        lane = lane or _open(peers)
-        try:
-            answer = lane.probe(job) if lists else lane.walk(job)
-        except InvalidInputError:
-            self._give_back(key, lane)
-            raise
-        except CotraError as error:
-            lane.close()  # READs of the failed search may still be on their way into its buffers
-            if error.shard is not None:  # the engine counts its own shards
-                peer = peers[error.shard]
-                error.shard = peer.index
-                error.args = (f"{peer}: {error}",)
-            raise
-        except BaseException:
-            lane.close()
-            raise
-        self._give_back(key, lane)
-        return answer
+        return lane or _Lane(peers, pushed, self._replace, self._executor)
 
-    def _give_back(self, key: tuple[Peer, ...], lane: _Lane) -> None:
+    def _give_back(self, peers: Sequence[Peer], pushed: frozenset[Peer], lane: _Lane) -> None:
         with self._lock:
             if not self._closed:
-                self._idle.setdefault(key, []).append(lane)
+                self._idle.setdefault((tuple(peers), pushed), []).append(lane)
                 return
         lane.close()
+
+    def drop(self, peer: Peer) -> None:
+        """Closes the idle lanes to an owner that is not used any more."""
+        with self._lock:
+            keys = [key for key in self._idle if peer in key[0]]
+            lanes = [lane for key in keys for lane in self._idle.pop(key)]
+        for lane in lanes:
+            lane.close()
 
     def close(self) -> None:
         """Closes the idle lanes, and those in use when they come back."""
@@ -154,15 +291,9 @@ class LanePool:
             lane.close()
 
 
-def _open(peers: Sequence[Peer]) -> _Lane:
-    with ExitStack() as stack:
-        channels, views = [], []
-        for peer in peers:
-            channel, parts = peer.open_channel()
-            stack.push(parts)
-            channels.append(channel)
-            assert peer.view is not None
-            views.append(peer.view)
-        return _Lane(
-            peers, channels, views, Engine.create(views, channels, [peer.cache for peer in peers]), stack.pop_all()
-        )
+def named(error: CotraError, peer: Peer) -> CotraError:
+    """An error of a peer's, that says whose it is."""
+    if error.shard != peer.index or str(peer) not in str(error):
+        error.args = (f"{peer}: {error}",)
+        error.shard = peer.index
+    return error

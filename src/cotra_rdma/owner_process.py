@@ -28,8 +28,11 @@ class OwnerProcess:
         transports: Sequence[str] = ("verbs", "shm", "rpc"),
         device: str | None = None,
         gid_index: int | None = None,
+        shards: Sequence[int] = (),
+        announce: bool = False,
     ) -> None:
-        """Starts it; `wait_ready` tells when it serves. Arguments as `cotra serve`."""
+        """Starts it; `wait_ready` tells when it serves. Arguments as `cotra serve`, whose `owners.json` is written only where
+        `announce` asks for it."""
         command = [
             sys.executable,
             "-P",
@@ -42,6 +45,8 @@ class OwnerProcess:
         command += ["--until-stdin-closes", "--listen", listen, "--transport", ",".join(transports)]
         command += ["--device", device] if device is not None else []
         command += ["--gid-index", str(gid_index)] if gid_index is not None else []
+        command += [f"--shard={number}" for number in shards]
+        command += [] if announce else ["--no-announce"]
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr)
         self._ready: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from cotra_rdma.coarse import CoarseTable
 from cotra_rdma.collection_messages import CollectionResponse
 from cotra_rdma.compass import Calibration
 from cotra_rdma.cost import Link
-from cotra_rdma.engine import STATS_DTYPE, ImageInfo, RecordCache, View, unpack_stats
+from cotra_rdma.engine import STATS_DTYPE, ImageInfo, RecordCache, Source, View, unpack_stats
 from cotra_rdma.errors import (
     CotraError,
     DeadlineError,
@@ -43,7 +44,10 @@ from cotra_rdma.wire import WIRE_VERSION, Payload, VShardEnvelope, VShardMessage
 
 log = logging.getLogger(__name__)
 
-ONE_SIDED = ("verbs", "shm")
+ONE_SIDED = ("own", "verbs", "shm")
+"""The paths that need nothing of an owner's process: this process's own memory, READs, a mapping."""
+LOST = "lost"
+"""In the place of a path, where a shard has no owner left."""
 _RELEASE_TIMEOUT_MS = 300
 _SLOT_BYTES = 4096
 _LIST_SLOT_BYTES = 16384  # as many of a list's blocks as fit are one READ
@@ -51,7 +55,7 @@ _PROBES = 32
 
 
 class Peer:
-    """A shard at an address. `transport` is the path in use, `passed_over` says why the better ones are not."""
+    """One of a shard's owners. `transport` is the path to it that is in use, `passed_over` says why the better ones are not."""
 
     def __init__(
         self,
@@ -63,6 +67,29 @@ class Peer:
         options: QueuePairOptions,
         fabric: FabricModel | None,
     ) -> None:
+        self._begin(index, address, timeout_ms, fabric)
+        self._keys = keys
+        self._options = options
+        self._reach()
+        try:
+            self._introduce()
+        except BaseException:
+            self.close()
+            raise
+
+    def _introduce(self) -> None:
+        self.capabilities = self._ask(messages.WANT_CAPABILITIES)
+        shard = self.capabilities.shard
+        if shard is None:
+            raise FormatError(f"{self}: the answer does not describe the shard")
+        self.shard = shard
+        begin = time.perf_counter()
+        self._ask_coarse()
+        self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
+
+    link: Link
+
+    def _begin(self, index: int, address: str, timeout_ms: int, fabric: FabricModel | None = None) -> None:
         self.index = index
         self.address = address
         self.transport = ""
@@ -74,9 +101,7 @@ class Peer:
         self.calibration: Calibration | None = None
         self.number: int | None = None  # in its collection
         self.link = Link(math.inf, 0.0, 0.0, math.inf)
-        self._keys = keys
         self._timeout_ms = timeout_ms
-        self._options = options
         self._fabric = fabric
         self._name = secrets.token_hex(8)
         self._clients: list[RpcClient] = []
@@ -85,16 +110,8 @@ class Peer:
         self._arena: Arena | None = None
         self._first: tuple[Channel, ExitStack] | None = None
         self._gone = False
+        self._retired = False
         self._slot_bytes = _SLOT_BYTES
-        self._reach()
-        self.capabilities = self._ask(messages.WANT_CAPABILITIES)
-        shard = self.capabilities.shard
-        if shard is None:
-            raise FormatError(f"{self}: the answer does not describe the shard")
-        self.shard = shard
-        begin = time.perf_counter()
-        self._ask_coarse()
-        self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
 
     def __str__(self) -> str:
         return f"shard {self.index} ({self.address})"
@@ -119,7 +136,10 @@ class Peer:
             client.close()
             raise
         with self._lock:
-            self._clients.append(client)
+            if not self._retired:
+                self._clients.append(client)
+                return
+        client.close()
 
     def _call(self, kind: VShardMessageType, payload: Payload, timeout_ms: int) -> VShardEnvelope:
         envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self.index, payload)
@@ -153,7 +173,10 @@ class Peer:
         """The shard from afar, where its owner tells: what Compass chooses by."""
         request = messages.CoarseRouteRequest().encode()
         reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._timeout_ms)
-        answer = messages.CoarseRouteResponse.decode(reply.payload)
+        self._take_coarse(reply.payload)
+
+    def _take_coarse(self, payload: Payload) -> None:
+        answer = messages.CoarseRouteResponse.decode(payload)
         if answer.code == 0:
             table = answer.table
             self.coarse = CoarseTable(
@@ -207,14 +230,7 @@ class Peer:
     def _connect_view(self) -> None:
         channel, stack = self.open_channel()
         try:
-            self.view = View.open(channel, timeout_s=self._timeout_ms / 1000)
-            info, told = self.view.info, self.shard
-            if (info.dim, info.metric, info.generation) != (told.dim, told.metric, told.generation):
-                raise FormatError(f"{self}: its region holds another shard than it announced", shard=self.index)
-            self.link = replace(self.link, **_measure(channel))
-            if info.ivf_bytes:
-                self.lists = IvfTable.open(channel, self.view, timeout_s=self._timeout_ms / 1000)
-                self._slot_bytes = max(_LIST_SLOT_BYTES, self.lists.info.block_bytes)
+            self._read_view(channel)
         except BaseException:
             stack.close()
             raise
@@ -223,6 +239,32 @@ class Peer:
         else:  # made now, for a search must not need the owner
             stack.close()
             self._first = self.open_channel()
+
+    def _read_view(self, channel: Channel) -> None:
+        """Reads what is kept of the shard, and times some READs."""
+        self.view = View.open(channel, timeout_s=self._timeout_ms / 1000)
+        info, told = self.view.info, self.shard
+        if (info.dim, info.metric, info.generation) != (told.dim, told.metric, told.generation):
+            raise FormatError(f"{self}: its region holds another shard than it announced", shard=self.index)
+        self.link = replace(self.link, **_measure(channel))
+        if info.ivf_bytes:
+            self.lists = IvfTable.open(channel, self.view, timeout_s=self._timeout_ms / 1000)
+            self._slot_bytes = max(_LIST_SLOT_BYTES, self.lists.info.block_bytes)
+
+    @property
+    def owner(self) -> Any:
+        """What this peer was made of: an address, or what this process holds."""
+        return self.address
+
+    def take_over(self, failed: Peer) -> None:
+        """Goes on with what was kept of another owner's records, which are the same."""
+        if self.cache is None and self.transport != "own":
+            self.cache, failed.cache = failed.cache, None
+
+    def open_source(self, slots: int = 0) -> tuple[Source, ExitStack]:
+        """How an engine comes by the records, for one lane, and the stack that closes it: a channel where they can be READ, with
+        so many slots (0: as many as usual)."""
+        return self.open_channel(slots) if self.transport in ONE_SIDED else (None, ExitStack())
 
     @property
     def info(self) -> ImageInfo | None:
@@ -239,23 +281,23 @@ class Peer:
         except InvalidInputError as error:
             raise InvalidInputError(f"{self}: {error}", shard=self.index) from None
 
-    def open_channel(self) -> tuple[Channel, ExitStack]:
-        """A new channel for one lane, and the stack that closes it and all it hangs on."""
-        if self._first is not None:
+    def open_channel(self, slots: int = 0) -> tuple[Channel, ExitStack]:
+        """A new channel for one lane, and the stack that closes it and all it hangs on. `slots`: READs at once, 0 as usual."""
+        if self._first is not None and not slots:
             first, self._first = self._first, None
             return first
         with ExitStack() as stack:
             slot_bytes = max(self._slot_bytes, self.shard.record_bytes)
             if self.transport == "shm":
                 assert self._arena is not None
-                channel = stack.enter_context(Channel.shm(self._arena, slot_bytes=slot_bytes))
+                channel = stack.enter_context(Channel.shm(self._arena, slots=slots, slot_bytes=slot_bytes))
             else:
-                channel = self._open_verbs(stack, slot_bytes)
+                channel = self._open_verbs(stack, slots, slot_bytes)
             if self._fabric is not None:
                 channel = stack.enter_context(Channel.model(channel, self._fabric))
             return channel, stack.pop_all()
 
-    def _open_verbs(self, stack: ExitStack, slot_bytes: int) -> Channel:
+    def _open_verbs(self, stack: ExitStack, slots: int, slot_bytes: int) -> Channel:
         assert self._device is not None
         queue_pair = stack.enter_context(QueuePair(self._device, self._options))
         answer = self._ask(messages.WANT_QUEUE_PAIR, messages.as_fields(messages.QueuePairFields, queue_pair.local))
@@ -264,7 +306,7 @@ class Peer:
             raise FormatError(f"{self}: the answer has no queue pair", shard=self.index)
         queue_pair.connect(QueuePairAttributes(**fields_of(answer.queue_pair)))
         region = MemoryRegion(**fields_of(answer.region))
-        return stack.enter_context(Channel.verbs(queue_pair, region, slot_bytes=slot_bytes))
+        return stack.enter_context(Channel.verbs(queue_pair, region, slots=slots, slot_bytes=slot_bytes))
 
     def _release(self, lane: int) -> None:
         """Best effort: an owner that is gone holds nothing, and one that missed it takes the lane back with the lease."""
@@ -435,7 +477,12 @@ class Peer:
         for part in (self.lists, self.cache, self.view, self._arena):
             if part is not None:
                 part.close()
+        self.retire()
+
+    def retire(self) -> None:
+        """Lets the owner go. What other threads' searches still read through stays until they let go of it."""
         with self._lock:
+            self._retired = True
             clients, self._clients = self._clients, []
         for client in clients:
             client.close()
@@ -459,8 +506,8 @@ def _measure(channel: Channel) -> dict[str, float]:
 
 def check_alike(peers: list[Peer]) -> None:
     """Raises `InvalidInputError` when shards differ in what a search needs alike."""
-    first = peers[0]
     for peer in peers[1:]:
+        first = peers[0]
         for what in ("dim", "metric"):
             a, b = getattr(first.shard, what), getattr(peer.shard, what)
             if a != b:

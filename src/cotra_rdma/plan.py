@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,13 +20,15 @@ from cotra_rdma.cost import (
     guess_walk,
     over_rpc,
     predict_asked,
+    predict_pushed,
     predict_read,
+    pushed,
 )
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.job import SearchJob
-from cotra_rdma.peer import ONE_SIDED, Peer
+from cotra_rdma.peer import LOST, ONE_SIDED, Peer
 
-ALGORITHMS = ("auto", "cotra", "scatter-gather", "spire", "compass", "compass+scatter-gather", "compass+spire")
+ALGORITHMS = ("auto", "cotra", "home", "scatter-gather", "spire", "compass", "compass+scatter-gather", "compass+spire")
 _FULL = 0.9  # of the shards: a selection of more is not worth having
 
 
@@ -36,7 +39,9 @@ class Plan(NamedTuple):
         algorithm: the name of it.
         mask: bool[n_queries, n_shards]: which shards each query asks; None: all.
         lists: whether inverted lists are read and not graphs.
-        asked: positions of the shards that are asked over RPC; the others are read.
+        asked: positions of the shards whose owners search them, over RPC.
+        pushed: positions of the shards of one graph whose owners expand nodes for the walk, over RPC; the others are read.
+        homes: int64[n_queries]: the shard whose owner searches all shards for the query; None where this side does.
         predictions: of every way that was considered, the one taken first; empty unless "auto" or an explanation wanted them.
     """
 
@@ -44,21 +49,35 @@ class Plan(NamedTuple):
     mask: npt.NDArray[np.bool_] | None
     lists: bool
     asked: frozenset[int]
+    pushed: frozenset[int] = frozenset()
+    homes: npt.NDArray[np.int64] | None = None
     predictions: tuple[Prediction, ...] = ()
 
 
 class Planner:
     """Makes plans for one cluster's shards."""
 
-    def __init__(self, peers: Sequence[Peer], dim: int, router: Router | None, n_walked: int = 1) -> None:
-        """`n_walked`: shards that one walk goes through."""
+    def __init__(
+        self, peers: Sequence[Peer], dim: int, router: Router | None, walked: frozenset[int] = frozenset()
+    ) -> None:
+        """Args:
+        peers: of all shards; looked at again by `refresh`.
+        walked: positions of the shards of one graph that are walked together.
+        """
         self._peers = peers
         self._dim = dim
         self.router = router
         self.experience = Experience()
-        self._walked = n_walked
-        self._every = frozenset(range(len(peers)))
-        self._closed = frozenset(at for at in self._every if peers[at].transport not in ONE_SIDED)
+        self.refresh(walked)
+
+    def refresh(self, walked: frozenset[int]) -> None:
+        """After owners were replaced, or lost."""
+        here = range(len(self._peers))
+        self._n_walked = max(1, len(walked))
+        self._every = frozenset(at for at in here if self._peers[at].transport != LOST)
+        unread = frozenset(at for at in self._every if self._peers[at].transport not in ONE_SIDED)
+        self._pushed = unread & walked
+        self._closed = unread - walked
 
     def plan(
         self, algorithm: str, job: SearchJob, n_threads: int, *, target_recall: float, owner_cpu: bool, explain: bool
@@ -66,10 +85,12 @@ class Planner:
         """Plans a search. Raises `InvalidInputError` for an algorithm that is unknown, or that these shards cannot have."""
         if algorithm not in ALGORITHMS:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
+        if algorithm == "home":
+            return Plan(algorithm, job.mask, False, frozenset(), homes=self._homes(job))
         if algorithm == "cotra" and not explain:  # nothing to plan
-            return Plan(algorithm, job.mask, False, self._closed)
+            return Plan(algorithm, job.mask, False, self._closed, self._pushed)
         mask = job.mask
-        routes = self._walked == 1 and self._calibrated_for(job)  # a walk over one graph leaves out shards by itself
+        routes = self._n_walked == 1 and self._calibrated_for(job)  # a walk over one graph leaves out shards by itself
         if algorithm.startswith("compass") or (algorithm == "auto" and routes):
             mask = self._selection(job, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()
@@ -85,10 +106,23 @@ class Planner:
             base = chosen.algorithm
             if algorithm == "auto" and base == "spire":
                 mask = job.mask  # its lists are chosen over all shards: Compass in front would only cost recall
-        asked = self._asked(base, job, mask, n_threads, owner_cpu and algorithm == "auto")
+        asked, others = self._asked(base, job, mask, n_threads, owner_cpu and algorithm == "auto")
         routed = mask is not job.mask
         name = ("compass" if base == "cotra" else f"compass+{base}") if routed else base
-        return Plan(name, mask, base == "spire", asked, predictions)
+        return Plan(name, mask, base == "spire", asked, others, predictions=predictions)
+
+    def _homes(self, job: SearchJob) -> npt.NDArray[np.int64]:
+        """The shard that has most of each query's neighbourhood, of those that have an owner."""
+        if self.router is None:
+            raise InvalidInputError(
+                "home: these shards are not the whole of a collection with coarse tables: cotra build makes them"
+            )
+        if self._n_walked == 1 or job.filters is not None or job.mask is not None:
+            raise InvalidInputError("home: takes shards of one graph, and neither filters nor a mask of shards")
+        shares = self.router.shares(job.queries)[:, [peer.number or 0 for peer in self._peers]]
+        shares[:, [at for at in range(len(self._peers)) if at not in self._every]] = -1.0
+        homes: npt.NDArray[np.int64] = shares.argmax(axis=1)
+        return homes
 
     def _selection(self, job: SearchJob, target_recall: float, *, required: bool) -> npt.NDArray[np.bool_] | None:
         """The shards that Compass takes, of those that the job is for; the job's own mask where it would take almost all."""
@@ -113,7 +147,7 @@ class Planner:
 
     def _no_lists(self) -> str:
         """Why inverted lists cannot be searched; "" when they can."""
-        for peer in self._peers:
+        for peer in (self._peers[at] for at in self._every):
             if peer.transport not in ONE_SIDED:
                 return f"{peer} cannot be read"
             if peer.lists is None:
@@ -123,11 +157,11 @@ class Planner:
     def _walk(self, job: SearchJob) -> Needs:
         record = float(np.mean([peer.shard.record_bytes for peer in self._peers]))
         known = self.experience.of("walk", job.k, job.ef, job.beam)
-        return known or guess_walk(job.k, job.ef, job.beam, record).shared_by(self._walked)
+        return known or guess_walk(job.k, job.ef, job.beam, record).shared_by(self._n_walked)
 
     def _over_rpc(self, job: SearchJob, walk: Needs) -> Needs:
         known = self.experience.of("asked", job.k, job.ef, job.beam)
-        return known or over_rpc(walk.shared_by(1 / self._walked), self._dim, job.k)
+        return known or over_rpc(walk.shared_by(1 / self._n_walked), self._dim, job.k)
 
     def _lists(self, job: SearchJob) -> Needs:
         """Of a query, over all shards: however many it is for, it reads as many lists."""
@@ -160,16 +194,23 @@ class Planner:
         n, shares, walk = len(job.queries), self._shares(mask), self._walk(job)
         links = [peer.link for peer in self._peers]
         readable = any(peer.transport in ONE_SIDED for peer in self._peers)
-        others = sorted(self._asked("cotra", job, mask, n_threads, mixed))
-        read = [at for at in range(len(links)) if at not in others]
+        others, by_push = map(sorted, self._asked("cotra", job, mask, n_threads, mixed))
+        read = sorted(self._every.difference(others, by_push))
         rpc = self._over_rpc(job, walk)
         found = []
-        parts = []
+        walked, parts = [], []
         if read:
-            parts.append(predict_read("cotra", walk, [links[at] for at in read], shares[read].tolist(), n, n_threads))
+            walked.append(predict_read("cotra", walk, [links[at] for at in read], shares[read].tolist(), n, n_threads))
+        if by_push:
+            told = pushed(walk, self._dim)
+            walked.append(predict_pushed("cotra", told, [links[at] for at in by_push], shares[by_push].tolist(), n))
+        if walked:
+            parts.append(_in_turn(walked))
         if others:
             parts.append(predict_asked("cotra", rpc, [links[at] for at in others], shares[others].tolist(), n))
         found.append(_together(parts))
+        every = sorted(self._every)
+        links, shares = [links[at] for at in every], shares[every]
         gathered = predict_asked("scatter-gather", rpc, links, shares.tolist(), n)
         refusing = [str(peer) for peer in self._peers if peer.capabilities.transports.get("rpc")]
         if refusing:
@@ -178,7 +219,7 @@ class Planner:
             gathered = forbidden(gathered, "the owners' CPU is not to be used")
         found.append(gathered)
         if not (why := self._no_lists()):
-            whole, parts_of = self._lists(job), self._shares(lists_mask)
+            whole, parts_of = self._lists(job), self._shares(lists_mask)[every]
             asked = max(float(parts_of.sum()), 1e-9)
             each = Needs(whole.reads / asked, whole.rounds, whole.bytes / asked, whole.cpu_s / asked)
             found.append(predict_read("spire", each, links, parts_of.tolist(), n, n_threads))
@@ -188,23 +229,29 @@ class Planner:
 
     def _asked(
         self, base: str, job: SearchJob, mask: npt.NDArray[np.bool_] | None, n_threads: int, mixed: bool
-    ) -> frozenset[int]:
-        """The shards that are asked over RPC. `mixed`: also those of which reading takes longer than asking would."""
-        every, closed = self._every, self._closed
+    ) -> tuple[frozenset[int], frozenset[int]]:
+        """The shards that are asked over RPC, and those of one graph that nodes are pushed to. `mixed`: also those of which
+        reading takes longer."""
+        every = self._every
         if base == "scatter-gather":
-            return every
+            return every, frozenset()
         if not mixed or base != "cotra":
-            return closed
+            return self._closed, self._pushed
         walk, shares, n = self._walk(job), self._shares(mask), len(job.queries)
-        rpc = self._over_rpc(job, walk)
-        slow = set(closed)
-        for at in every - closed:
+        one_walk = self._n_walked > 1
+        needs = pushed(walk, self._dim) if one_walk else self._over_rpc(job, walk)
+        slow = set()
+        for at in every - self._closed - self._pushed:
             share, link = [float(shares[at])], [self._peers[at].link]
             offered = not self._peers[at].capabilities.transports.get("rpc")
             read = predict_read("", walk, link, share, n, n_threads)
-            if offered and predict_asked("", rpc, link, share, n).seconds < read.seconds:
+            other = predict_pushed("", needs, link, share, n) if one_walk else predict_asked("", needs, link, share, n)
+            if offered and other.seconds < read.seconds:
                 slow.add(at)
-        return closed if slow == every else frozenset(slow)  # to ask all of them is "scatter-gather"
+        if one_walk:
+            return self._closed, self._pushed | slow
+        # To ask all of them is "scatter-gather".
+        return (self._closed if slow | self._closed == every else self._closed | slow), self._pushed
 
 
 def _may_answer(job: SearchJob) -> npt.NDArray[np.bool_] | None:
@@ -213,6 +260,11 @@ def _may_answer(job: SearchJob) -> npt.NDArray[np.bool_] | None:
         return job.mask
     some = np.array([bitmap is None or any(bitmap) for bitmap in job.filters])
     return np.tile(some, (len(job.queries), 1)) if job.mask is None else job.mask & some
+
+
+def _in_turn(parts: Sequence[Prediction]) -> Prediction:
+    """Parts of one walk, whose rounds wait for all of them: for READs first, then for messages."""
+    return replace(_together(parts), seconds=sum(part.seconds for part in parts))
 
 
 def _together(parts: Sequence[Prediction]) -> Prediction:

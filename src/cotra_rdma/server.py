@@ -199,6 +199,16 @@ class Server:
     # ---- what it offers ----
 
     @property
+    def shard(self) -> Shard:
+        """The shard that it serves; the caller's."""
+        return self._shard
+
+    @property
+    def coarse(self) -> bytes | None:
+        """What it tells of the shard from afar: a payload of type 53."""
+        return self._coarse
+
+    @property
     def address(self) -> str:
         """HOST:PORT that peers connect to."""
         return self._rpc.address

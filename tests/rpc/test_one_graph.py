@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import FabricModel, TransportError
+from cotra_rdma import CompletionError, FabricModel, PartialResultError
 from cotra_rdma.benchmark import Plan, run
 from cotra_rdma.benchmark_data import DataSet
 from cotra_rdma.benchmark_systems import Split, open_systems
@@ -65,7 +65,7 @@ def test_nothing_else_is_to_be_said(index: Path, queries: Floats, truth: npt.NDA
     assert recall(routed.ids, truth) > 0.9
 
 
-def test_shards_that_cannot_be_read_are_asked(
+def test_nodes_of_shards_that_cannot_be_read_are_pushed(
     index: Path, queries: Floats, truth: npt.NDArray[np.int64], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = shard_paths([index])
@@ -79,12 +79,17 @@ def test_shards_that_cannot_be_read_are_asked(
             assert cluster.transports == ("shm", "shm", "rpc")
             found = cluster.search(queries, k=10, ef=48)
         with cotra_rdma.connect(addresses, transport="rpc") as cluster:
-            assert not cluster.one_graph
+            assert cluster.one_graph
             everything = cluster.search(queries, k=10, ef=48)
-    assert f"not all of the graph can be read: shard 2 ({addresses[2]})" in caplog.text
-    for result in (found, everything):
-        assert recall(result.ids, truth) > 0.93
-        assert set(result.shards.ravel()) == set(range(N_SHARDS))
+    assert f"shard 2 ({addresses[2]}) is reached over rpc" in caplog.text
+    assert found.transports == ("shm", "shm", "push")
+    assert everything.transports == ("push",) * N_SHARDS
+    assert recall(found.ids, truth) > 0.95
+    assert (found.stats["pushed"].sum(), found.stats["reads"].sum()) > (0, 0)
+    np.testing.assert_array_equal(everything.ids, found.ids)  # how a record is come by changes nothing
+    np.testing.assert_array_equal(everything.distances, found.distances)
+    np.testing.assert_array_equal(everything.stats["expansions"], found.stats["expansions"])
+    assert (everything.stats["reads"] == 0).all()
 
 
 def test_a_shard_that_fails_is_named_or_left_out(index: Path, queries: Floats) -> None:
@@ -95,12 +100,18 @@ def test_a_shard_that_fails_is_named_or_left_out(index: Path, queries: Floats) -
         second = cluster._peers[1]
         second._fabric = FabricModel(fail_after_reads=20, fail_status=-10, fail_wc_status=12)
         second._first = None  # the channel that connect made, without the fabric
-        with pytest.raises(TransportError) as caught:
-            cluster.search(queries, k=10, ef=50)
+        found = cluster.search(queries, k=10, ef=50)
+        assert (found.missing, found.coverage, found.transports) == ((1,), 2 / 3, ("shm", "lost", "shm"))
+        with pytest.raises(PartialResultError, match="1 of 3 shards failed: shard 1") as caught:
+            cluster.search(queries, k=10, ef=50, allow_partial=False)
         assert caught.value.shard == 1
-        found = cluster.search(queries, k=10, ef=50, allow_partial=True)
-    assert list(found.failures) == [1]
-    assert set(found.shards.ravel()) == {0, 2}
+        assert set(cluster.lost) == {1}
+        cluster.revive()  # its owner is well
+        assert cluster.lost == {}
+        whole = cluster.search(queries, k=10, ef=50)
+    assert isinstance(found.failures[1], CompletionError)
+    assert set(found.shards[:, -1]) >= {0, 2}  # and what was read of the lost one before
+    assert (whole.missing, whole.transports) == ((), ("shm",) * N_SHARDS)
 
 
 def test_bench_measures_it(words: Floats, queries: Floats, tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ def load_vm() -> ModuleType:
 
 
 def prepare(out: Path, words: npt.NDArray[np.float32], queries: npt.NDArray[np.float32]) -> None:
-    """Two shards of all 20,000 words, the queries, and a collection of 4,000 words with inverted lists."""
+    """Two shards of all 20,000 words, the queries, and a collection of 4,000 words with inverted lists; and all words as one
+    graph, in one shard and in four."""
     np.save(out / "small.npy", words[:4000])
     with open_vectors(out / "small.npy") as vectors:
         build_collection(vectors, out / "collection", 4, metric="cosine", partition="kmeans", n_lists=40)
@@ -90,6 +91,10 @@ def prepare(out: Path, words: npt.NDArray[np.float32], queries: npt.NDArray[np.f
         rows = np.arange(10_000 * part, 10_000 * (part + 1))
         with Shard.build(words[rows], ids=rows, metric="cosine") as shard:
             shard.save(out / "shards" / f"shard-{part}.cotra")
+    np.save(out / "all.npy", words)
+    for n_shards in (1, 4):
+        with open_vectors(out / "all.npy") as vectors:
+            build_collection(vectors, out / f"graph-{n_shards}", n_shards, metric="cosine", graph="global")
     np.save(out / "queries.npy", queries)
 
 

@@ -15,7 +15,7 @@ from cotra_rdma.cli import app, options
 from cotra_rdma.collection import Collection
 from cotra_rdma.diagnosis import Check, Host, Status
 
-VERBS = ("build", "serve", "search", "doctor", "demo", "bench")
+VERBS = ("build", "serve", "search", "info", "doctor", "demo", "bench")
 
 
 def cotra(*arguments: object) -> Result:
@@ -65,10 +65,21 @@ def test_version_and_no_arguments() -> None:
         (("build", __file__, "out", "--vector-type", "int4"), "int4"),
         (("serve", __file__, "--listen", "7700"), "not HOST:PORT"),
         (("serve", __file__, "--listen", "localhost:70000"), "not HOST:PORT"),
+        (("serve", __file__, "--shard", "-1"), "--shard"),
+        (("serve", __file__, "--announce", "a:b:c"), "not HOST or HOST:PORT"),
+        (("serve", __file__, "--announce", "0.0.0.0"), "nobody else reaches this host at 0.0.0.0"),
+        (("serve", __file__, "--announce", "[::]:7700"), "nobody else reaches this host at [::]"),
+        (("serve", __file__, "--announce", "a", "--no-announce"), "contradicts --no-announce"),
         (("serve", __file__, "--transport", "verbs,tcp"), "'tcp' is not one of verbs, shm, rpc"),
         (("search", "127.0.0.1:1"), "--queries"),
         (("search", "127.0.0.1:1", "--queries", __file__, "--out", "answers.csv"), "must end in .npy or .npz"),
         (("search", "127.0.0.1:1", "--queries", __file__, "--transport", "tcp"), "'tcp' is not one of"),
+        (("search", "127.0.0.1:0", "--queries", __file__), "'127.0.0.1:0' is neither HOST:PORT"),
+        (("search", "a:1,", "b:1,nowhere", "--queries", __file__), "'b:1,nowhere' is neither HOST:PORT"),
+        (("info",), "Missing argument"),
+        (("info", "nowhere"), "'nowhere' is neither HOST:PORT"),
+        (("info", __file__, "127.0.0.1:1"), "shard files or addresses, not both"),
+        (("info", ".", __file__), "one collection, and nothing else"),
         (("bench",), "give --dataset"),
         (("bench", "--dataset", "x", "--ef", "16,many"), "'16,many' is not a list"),
         (("bench", "--dataset", "x", "--ef", "8"), "8 is less than k = 10"),
@@ -147,6 +158,50 @@ def test_serve_tells_bad_shards(shard: Path, tmp_path: Path) -> None:
         result = cotra("serve", path, "--json")
         assert result.exit_code == 1
         assert json.loads(result.stderr)["error"]["type"] == "FormatError"
+
+
+def test_serve_tells_bad_numbers_of_shards(shard: Path) -> None:
+    for path, reason in ((shard.parent, "has no shard 1: its shards are 0 to 0"), (shard, "is no collection")):
+        result = cotra("serve", path, "--shard", 0, "--shard", 1, "--json")
+        assert result.exit_code == 1
+        assert reason in json.loads(result.stderr)["error"]["message"]
+
+
+def test_search_of_a_collection_that_nobody_serves(shard: Path, vectors: Path) -> None:
+    for more in ((), ("--allow-partial",)):
+        result = cotra("search", shard.parent, "--queries", vectors, *more, "--json")
+        assert result.exit_code == 1
+        message = json.loads(result.stderr)["error"]["message"]
+        assert message == "1 of 1 shards have no owner that answers: shard 0: no owner is noted in owners.json"
+
+
+def test_info(shard: Path) -> None:
+    """What is in it is tested in test_inspection.py: here is how it is shown."""
+    shown = cotra("info", shard.parent)
+    assert shown.exit_code == 0
+    for cell in ("200 in 1 shard", "dim 8, l2, M 16, generation 1", "none, as far as is noted"):
+        assert cell in shown.stdout
+    report = json.loads(cotra("info", shard.parent, "--json").stdout)
+    assert (report["count"], report["balance"], report["cross_share"], report["problems"]) == (200, 1.0, 0.0, [])
+    assert (report["collection"]["metric"], report["graph_ids"]) == ("l2", ["0x0000000000000000"])
+    (told,) = report["shards"]
+    assert (told["here"], told["count"], told["owners"]) == (True, 200, [])
+    assert told["image_bytes"] == shard.stat().st_size == pytest.approx(200 * told["bytes_per_vector"])
+    assert sum(told["degrees"]) == told["levels"][0] == 200
+    assert sum(told["links_to"]) + told["links_elsewhere"] == told["links"]
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8").partition("## info")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("## doctor")[0], re.MULTILINE))
+    assert list(rows) == list(report)
+    assert re.findall(r"\w+", " ".join(re.findall(r"`(.*?)`", rows["shards"]))) == list(told)
+    assert re.findall(r"\w+", re.findall(r"`(format_version, .*?)`", page)[0]) == list(told["header"])
+    shard.write_bytes(shard.read_bytes()[:-64])
+    broken = cotra("info", shard.parent)
+    assert broken.exit_code == 1
+    assert "does not fit: " in broken.stdout
+    assert json.loads(cotra("info", shard, "--json").stdout)["problems"]
+    empty = cotra("info", shard.parent.parent)
+    assert empty.exit_code == 1
+    assert "collection.json" in empty.stderr
 
 
 def test_search_of_nobody(vectors: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cotra_rdma.cli import bench, build, demo, doctor, search, serve
+from cotra_rdma.cli import bench, build, demo, doctor, info, search, serve
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("build", epilog=build.EPILOG)(build.build)
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("search", epilog=search.EPILOG)(search.search)
+app.command("info", epilog=info.EPILOG)(info.info)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("bench", epilog=bench.EPILOG)(bench.bench)

@@ -50,6 +50,11 @@ def print_error(error: Exception, *, as_json: bool) -> None:
         err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
 
 
+def print_warning(message: str) -> None:
+    """One line on stderr."""
+    err.print(f"[yellow]warning:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """One line of JSON on stdout, at once."""
     print(json.dumps(value, allow_nan=False), flush=True)

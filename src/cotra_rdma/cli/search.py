@@ -14,17 +14,26 @@ import typer
 from cotra_rdma.benchmark_data import recall
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, Timeout, input_file, transports
-from cotra_rdma.cluster import SearchResult, connect
+from cotra_rdma.cli.targets import reachable, targets
+from cotra_rdma.cluster import connect
 from cotra_rdma.compass import DEFAULT_TARGET
 from cotra_rdma.cost import Prediction
 from cotra_rdma.datasets import read_ground_truth, read_queries
 from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.result import SearchResult
 
 EPILOG = """**Examples**
 
+cotra search index --queries queries.fvecs
+
 cotra search 10.0.0.1:7700 10.0.0.1:7701 --queries queries.fvecs --k 10 --ef 128 --out answers.npz
 
+cotra search 10.0.0.1:7700,10.0.0.2:7700 10.0.0.3:7700 --queries queries.fvecs
+
 cotra search 127.0.0.1:7700 --queries sift.hdf5 --ground-truth sift.hdf5 --transport shm --json
+
+The third has two owners of the first shard: the first that answers is read. A collection is searched at the addresses that
+`cotra serve` noted in its owners.json; of the collection itself only collection.json is needed.
 """
 
 SHOWN_QUERIES, SHOWN_ANSWERS = 3, 10
@@ -32,7 +41,14 @@ SHOWN_QUERIES, SHOWN_ANSWERS = 3, 10
 
 @output.verb
 def search(
-    addresses: Annotated[list[str], typer.Argument(metavar="ADDRESS", help="HOST:PORT of each shard's owner.")],
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADDRESS|COLLECTION",
+            help="HOST:PORT of each shard's owner, with commas between several owners of one shard; or a directory that "
+            "`cotra build` made, or its collection.json, for all its shards.",
+        ),
+    ],
     queries: Annotated[Path, input_file('Vectors to search for; of an HDF5 file its "test" set.')],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Answers to each query.")] = 10,
     ef: Annotated[
@@ -78,7 +94,8 @@ def search(
         ),
     ] = False,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Answer without the shards that fail, and name them.")
+        bool,
+        typer.Option("--allow-partial", help="Answer without the shards that fail or have no owner, and name them."),
     ] = False,
     cache_bytes: Annotated[
         int,
@@ -95,13 +112,17 @@ def search(
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"{out.parent} is no directory", param_hint="--out")
     transports([transport], ("auto", *TRANSPORTS))
+    wanted = targets(shards)
     vectors = read_queries(queries)
     truth = None if ground_truth is None else read_ground_truth(ground_truth)
     if truth is not None and (len(truth) != len(vectors) or truth.shape[1] < k):
         raise InvalidInputError(
             f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
         )
-    with connect(addresses, transport=transport, timeout_s=timeout, cache_bytes=cache_bytes) as cluster:
+    owners, missing = reachable(wanted, timeout, allow_partial=allow_partial)
+    with connect(
+        owners, transport=transport, timeout_s=timeout, cache_bytes=cache_bytes, allow_partial=allow_partial
+    ) as cluster:
         begin = time.perf_counter()
         result = cluster.search(
             vectors,
@@ -110,16 +131,18 @@ def search(
             beam=beam,
             n_threads=threads,
             timeout_s=timeout,
-            allow_partial=allow_partial,
+            allow_partial=allow_partial or None,
             algorithm=algorithm,
             target_recall=target_recall,
             owner_cpu=owner_cpu,
             explain=explain,
         )
         seconds = time.perf_counter() - begin
+        names = [address or shard.name for address, shard in zip(cluster.addresses, wanted, strict=True)]
     if out is not None:
         _write(out, result)
-    summary = _summary(result, seconds, addresses)
+    failures = {names[at]: missing.get(at) or str(error) for at, error in sorted(result.failures.items())}
+    summary = _summary(result, seconds, names, failures)
     summary = {"recall": None if truth is None else recall(result.ids, truth), **summary}
     if as_json:
         output.print_json({**summary, "queries": len(vectors), "k": k, "ef": ef, "beam": beam, "n_threads": threads})
@@ -136,7 +159,8 @@ def _write(path: Path, result: SearchResult) -> None:
     np.save(path, answers)
 
 
-def _summary(result: SearchResult, seconds: float, addresses: list[str]) -> dict[str, Any]:
+def _summary(result: SearchResult, seconds: float, names: list[str], failures: dict[str, str]) -> dict[str, Any]:
+    """`names`: of all shards, their owners' addresses mostly; `failures`: why some are missing."""
     p50, p99 = np.percentile(result.stats["latency_ns"] / 1e3, (50, 99))
     return {
         "qps": len(result.ids) / seconds,
@@ -146,9 +170,10 @@ def _summary(result: SearchResult, seconds: float, addresses: list[str]) -> dict
         "cached_records_per_query": float(result.stats["cached_records"].mean()),
         "rounds_per_query": float(result.stats["rounds"].mean()),
         "bytes_per_query": float(result.stats["read_bytes"].mean()),
-        "transports": dict(zip(addresses, result.transports, strict=True)),
+        "pushed_per_query": float(result.stats["pushed"].mean()),
+        "transports": dict(zip(names, result.transports, strict=True)),
         "coverage": result.coverage,
-        "failures": {addresses[shard]: str(error) for shard, error in sorted(result.failures.items())},
+        "failures": failures,
         "algorithm": result.algorithm,
         "shards_per_query": float(result.asked.mean()),
         "predictions": [
@@ -198,6 +223,7 @@ def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int)
             ("latency", f"p50 {summary['p50_us']:,.0f} us, p99 {summary['p99_us']:,.0f} us"),
             ("READs per query", f"{summary['reads_per_query']:.1f}"),
             ("records from the cache", f"{summary['cached_records_per_query']:.1f} per query"),
+            ("expanded by owners", f"{summary['pushed_per_query']:.1f} per query"),
             ("rounds per query", f"{summary['rounds_per_query']:.1f}"),
             ("read per query", output.human_bytes(summary["bytes_per_query"])),
             *((f"path to {address}", path) for address, path in summary["transports"].items()),

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from cotra_rdma.cli import output
+from cotra_rdma.cli.announce import announce_owners, announced_at
 from cotra_rdma.cli.options import TRANSPORTS, Device, GidIndex, Json, transports
 from cotra_rdma.collection import coarse_of, shard_paths
 from cotra_rdma.errors import InvalidInputError
@@ -26,9 +27,13 @@ EPILOG = """**Examples**
 
 cotra serve index --listen 0.0.0.0:7700
 
+cotra serve index --shard 2 --shard 3 --listen 0.0.0.0:7702 --announce 10.0.0.1
+
 cotra serve index/shard-000.cotra --listen 10.0.0.1:7700 --device mlx5_0 --gid-index 3 --transport verbs,rpc
 
-The first shard listens on PORT, the next on PORT + 1, and so on. SIGTERM and Ctrl-C end it cleanly, with status 0.
+The first shard listens on PORT, the next on PORT + 1, and so on. Shards of a collection are noted in owners.json beside
+its manifest while they are served, so that `cotra search index` finds them. SIGTERM and Ctrl-C end it cleanly, with
+status 0.
 """
 
 
@@ -38,6 +43,15 @@ def serve(
         list[Path],
         typer.Argument(metavar="SHARD", exists=True, help="Shard files, or directories that `cotra build` made."),
     ],
+    shard: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            show_default=False,
+            help="Of a collection only this shard, counted from 0; may be repeated. The files of others need not be here.",
+        ),
+    ] = None,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where peers connect; PORT 0: a free one for each shard.")
     ] = "127.0.0.1:0",
@@ -46,6 +60,18 @@ def serve(
     transport: Annotated[
         list[str], typer.Option(metavar="NAME[,NAME...]", help="Ways to offer: verbs, shm, rpc. May be repeated.")
     ] = list(TRANSPORTS),  # noqa: B006 (typer copies it)
+    announce: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST[:PORT]",
+            show_default=False,
+            help="Where others reach this owner, where that is not --listen: noted in owners.json. PORT: of the first shard.",
+        ),
+    ] = None,
+    no_announce: Annotated[
+        bool,
+        typer.Option("--no-announce", help="Leave owners.json alone: readers are told the address some other way."),
+    ] = False,
     until_stdin_closes: Annotated[
         bool, typer.Option("--until-stdin-closes", hidden=True, help="End when stdin does: with the parent process.")
     ] = False,
@@ -57,19 +83,27 @@ def serve(
     """
     offered = transports(transport)
     host, port = _host_port(listen)
+    if announce is not None and no_announce:
+        raise typer.BadParameter("contradicts --no-announce", param_hint="--announce")
+    reached = None if announce is None else announced_at(announce)
     with _StopSignals() as stop, contextlib.ExitStack() as stack:
         served = []
-        paths = shard_paths(shards)
+        paths = shard_paths(shards, None if shard is None else list(dict.fromkeys(shard)))
         if port and port + len(paths) - 1 > 65535:
             raise typer.BadParameter(f"{len(paths)} shards from port {port} on pass port 65535", param_hint="--listen")
         for position, path in enumerate(paths):
-            shard = stack.enter_context(Shard.open(path))
+            opened = stack.enter_context(Shard.open(path))
             coarse = _coarse(path)
             address = f"{host}:{port + position if port else 0}"
             server = stack.enter_context(
-                serve_shard(shard, address, transports=offered, device=device, gid_index=gid_index, coarse=coarse)
+                serve_shard(opened, address, transports=offered, device=device, gid_index=gid_index, coarse=coarse)
             )
-            served.append(_describe(path, shard, server))
+            served.append(_describe(path, opened, server))
+        noted: list[str | None] = [None] * len(paths)
+        if not no_announce:
+            noted = announce_owners(stack, paths, [entry["address"] for entry in served], reached)
+        for entry, at in zip(served, noted, strict=True):
+            entry["announced"] = at
         _print_ready(served, as_json=as_json)
         stop.wait(until_stdin_closes)
 
