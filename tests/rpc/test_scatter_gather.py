@@ -204,7 +204,7 @@ class TestOwnersThatGoAway:
                 os.waitid(os.P_PID, dies.pid, os.WEXITED | os.WNOWAIT)
                 for _ in range(2):  # in the second round there is no connection to the dead one any more
                     with pytest.raises(PartialResultError) as caught:
-                        gatherer.search_sync(queries, 5, timeout_s=1.0)
+                        gatherer.search_sync(queries, 5, timeout_s=0.5)  # before a stopped one's silence is noticed
                     result = caught.value.result
                     assert result.answered == (ShardRef(0, 0),)
                     assert result.timed_out == (ShardRef(0, 1),)

@@ -22,6 +22,8 @@ from cotra_rdma.benchmark_build import BuildPoint
 from cotra_rdma.benchmark_environment import Environment
 from cotra_rdma.benchmark_summary import Comparison
 from cotra_rdma.cli import app
+from cotra_rdma.collection_messages import CollectionResponse
+from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse
 from cotra_rdma.messages import (
     BuildExchangeRequest,
     BuildExchangeResponse,
@@ -75,12 +77,19 @@ def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytes
         assert promised in lines, promised
 
 
+def search_response(payload: bytes) -> bytes:
+    """Of one shard, or of the whole collection."""
+    with contextlib.suppress(errors.FormatError):
+        return b"".join(SearchResponse.decode(payload).encode())
+    return b"".join(CollectionResponse.decode(payload).encode())
+
+
 def test_the_hex_of_the_wire_page() -> None:
     """Each Python block makes `message`; the hex block after it is what that encodes to, and decodes back to it."""
     namespace: dict[str, Any] = {}
     decoders = {
         VShardMessageType.VECTOR_SCATTER_REQUEST: lambda payload: SearchRequest.decode(payload).encode(),
-        VShardMessageType.VECTOR_SCATTER_RESPONSE: lambda payload: b"".join(SearchResponse.decode(payload).encode()),
+        VShardMessageType.VECTOR_SCATTER_RESPONSE: search_response,
         VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST: lambda payload: CoarseRouteRequest.decode(payload).encode(),
         VShardMessageType.VECTOR_COARSE_ROUTE_RESPONSE: lambda payload: CoarseRouteResponse.decode(payload).encode(),
         VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST: lambda payload: BuildExchangeRequest.decode(payload).encode(),
@@ -89,6 +98,8 @@ def test_the_hex_of_the_wire_page() -> None:
         ).encode(),
         VShardMessageType.VECTOR_MEM_REGION_REQUEST: lambda payload: encode_region(decode_region_request(payload)),
         VShardMessageType.VECTOR_MEM_REGION_RESPONSE: lambda payload: encode_region(decode_region_response(payload)),
+        VShardMessageType.VECTOR_EXPAND_REQUEST: lambda payload: b"".join(ExpandRequest.decode(payload).encode()),
+        VShardMessageType.VECTOR_EXPAND_RESPONSE: lambda payload: b"".join(ExpandResponse.decode(payload).encode()),
     }
     seen = set()
     for language, text in blocks(DOCS / "reference" / "wire.md", "python", "hex"):
