@@ -3,8 +3,8 @@
 A message is [request id, envelope...]: 8 bytes that the client chose, then one or more frames whose concatenation is one
 `VShardEnvelope`. The answer carries the same id, so an answer that comes after its deadline is told apart and dropped.
 
-A connection that ends fails the calls in progress at once: the kernel tells of an owner that died, ZeroMQ's heartbeats of a
-host that vanished or hangs.
+A connection that ends fails the calls in progress at once: the kernel tells of an owner that died, and by TCP's keep-alives of
+a host that vanished. ZeroMQ's own heartbeats would tell of an owner that hangs, too, but they cost the CPU of idle owners.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ DEFAULT_TIMEOUT_MS = 5000
 _ID = struct.Struct("<Q")
 _ZERO_COPY_BYTES = 64 * 1024
 _ZAP_DOMAIN = "cotra"  # where it is empty, ZeroMQ asks no authenticator
-_HEARTBEAT_MS = 1000
-_HEARTBEAT_TIMEOUT_MS = 2000
-"""An owner is asked for a sign of life every second, and has two to give it, which ZeroMQ's thread does however busy Python is:
-zmq_setsockopt(3), ZMQ_HEARTBEAT_IVL and ZMQ_HEARTBEAT_TIMEOUT."""
+_IDLE_S, _PROBE_S, _PROBES = 2, 1, 3
+"""A host that is silent for so long is probed so often, kernel to kernel: tcp(7), TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT."""
+_UNANSWERED_MS = 5000
+"""What was sent to a host must be acknowledged by its kernel in this time: tcp(7), TCP_USER_TIMEOUT."""
 _ENDS: dict[int, str] = {
     zmq.EVENT_CLOSED: "nobody listens there",
     zmq.EVENT_DISCONNECTED: "the connection broke",
@@ -111,7 +111,8 @@ def connect_dealer(dealer: _Dealer, address: str, keys: ClientKeys | None) -> _D
         _limit(dealer, host)
         dealer.immediate = True  # nothing is queued for an owner that is not there
         dealer.reconnect_ivl = -1
-        dealer.heartbeat_ivl, dealer.heartbeat_timeout = _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS
+        dealer.tcp_keepalive, dealer.tcp_keepalive_idle = 1, _IDLE_S
+        dealer.tcp_keepalive_intvl, dealer.tcp_keepalive_cnt, dealer.tcp_maxrt = _PROBE_S, _PROBES, _UNANSWERED_MS
         if keys:
             dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
             dealer.curve_serverkey = keys.server

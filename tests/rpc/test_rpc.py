@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ from cotra_rdma import (
     InvalidInputError,
     ServerKeys,
     TransportError,
-    rpc,
 )
 from cotra_rdma.rpc import RpcClient, RpcServer, parse_address
 from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, join
@@ -101,24 +100,15 @@ def test_a_connection_that_breaks_fails_the_call_and_is_made_anew() -> None:
                 assert join(client.call(envelope(name), 5000).payload) == name
 
 
-def test_a_host_that_is_silent_is_noticed_before_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It accepts the connection and greets as ZeroMQ does, and then vanishes without a word."""
-    monkeypatch.setattr(rpc, "_HEARTBEAT_MS", 50)
-    monkeypatch.setattr(rpc, "_HEARTBEAT_TIMEOUT_MS", 100)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        ThreadPoolExecutor(1) as pool,
-        RpcClient(f"127.0.0.1:{listener.getsockname()[1]}") as client,
-    ):
-        call = pool.submit(client.call, envelope(b"x"), 55_000)
-        connection, _ = listener.accept()
-        with connection:
-            ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER"  # ZMTP 3.1, RFC 37
-            connection.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32))
-            connection.sendall(b"\x04" + bytes([len(ready)]) + ready)
-            with pytest.raises(TransportError, match="the connection broke") as caught:
-                call.result(50)
-        assert not isinstance(caught.value, DeadlineError)
+def test_the_kernel_probes_a_silent_host(serve: Serve) -> None:
+    """proc(5), /proc/net/tcp: the timer of an idle connection of a reader's is TCP's keep-alive, 2."""
+    server = serve()
+    with RpcClient(server.address) as client:
+        client.call(envelope(b"x"))
+        port = f"{int(server.address.rpartition(':')[2]):04X}"
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        timers = [row[5].partition(":")[0] for row in rows if row[2].endswith(f":{port}") and row[3] == "01"]
+    assert timers == ["02"]
 
 
 @pytest.mark.parametrize(
