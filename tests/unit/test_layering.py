@@ -28,11 +28,11 @@ LAYERS = (
     ("ivf", "global_graph"),
     ("cost",),
     ("shard", "peer", "scatter_gather", "benchmark_clock", "benchmark_data", "benchmark_transports"),
-    ("lanes", "plan", "benchmark"),
+    ("lanes", "plan", "benchmark", "benchmark_prediction"),
     ("collection", "server", "cluster", "diagnosis", "benchmark_libraries", "benchmark_summary"),
     ("benchmark_systems", "benchmark_build", "benchmark_plot", "verbs_diagnosis", "cotra", "algorithms"),
-    ("benchmark_environment", "benchmark_tables"),
-    ("benchmark_report",),
+    ("benchmark_environment", "benchmark_tables", "benchmark_scaling"),
+    ("benchmark_report", "benchmark_scaling_tables", "benchmark_scaling_plot"),
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}
