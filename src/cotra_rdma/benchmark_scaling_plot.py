@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cotra_rdma.benchmark_prediction import (
+    FASTER,
     MACHINES,
     ONE_GRAPH,
     PUBLISHED,
@@ -17,14 +18,16 @@ from cotra_rdma.benchmark_prediction import (
     SYSTEMS,
     VECTORS,
     Published,
+    faster,
+    predict,
 )
 from cotra_rdma.benchmark_scaling import Study
+from cotra_rdma.benchmark_transports import parse_transport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLES = {ROUTED: ("C0", "-"), ONE_GRAPH: ("C1", "-"), SCATTER_GATHER: ("C3", "-")}
-_LINES = dict(zip(VECTORS, (":", "--", "-"), strict=True))
+_COLORS = {ROUTED: "C0", ONE_GRAPH: "C1", SCATTER_GATHER: "C3"}
 
 
 def draw_study(study: Study, path: str | os.PathLike[str]) -> None:
@@ -44,7 +47,8 @@ def draw_study(study: Study, path: str | os.PathLike[str]) -> None:
         axes.grid(visible=True, which="major", alpha=0.3)
         axes.legend(fontsize="x-small")
     figure.suptitle(f"{study.dataset}, recall@{study.workload.k} {study.recall}".replace("$", r"\$"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cotra"}):
+    small = {"svg.fonttype": "none", "svg.hashsalt": "cotra", "font.sans-serif": ["DejaVu Sans"]}
+    with matplotlib.rc_context(small):  # the same study, the same bytes
         figure.savefig(path, metadata={"Date": None} if os.fspath(path).lower().endswith(".svg") else None)
 
 
@@ -60,12 +64,12 @@ def _draw_shards(study: Study, axes: Axes) -> None:
         axes.plot(n, ratios, "x--", color=color, label=f"{name}: distances")
     axes.set(title="Measured: cost of a query", xlabel="shards", ylabel="over that in one shard")
     _doublings(axes, [row.shards for row in study.rows if row.one_graph])
-    axes.set_yscale("log", base=2)
+    _ratios(axes)
 
 
 def _draw_vectors(study: Study, axes: Axes) -> None:
     """READs and rounds by vectors: measured, the fit, and two standard errors beside it."""
-    n = np.geomspace(study.sizes[0].vectors, VECTORS[-1], 40)
+    n = np.geomspace(study.sizes[0].vectors, VECTORS[-1], 16)
     fits = (("READs", study.workload.expansions, "reads", "C0"), ("rounds", study.workload.rounds, "rounds", "C2"))
     for name, fit, field, color in fits:
         measured = [getattr(row.cost, field) for row in study.sizes]
@@ -75,36 +79,42 @@ def _draw_vectors(study: Study, axes: Axes) -> None:
         axes.fill_between(n, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(title="Measured, then extrapolated: cost by vectors", xlabel="vectors", ylabel="a query", xscale="log")
     axes.set_ylim(bottom=0)
+    axes.minorticks_off()
 
 
 def _draw_machines(study: Study, axes: Axes) -> None:
     """Throughput over one machine's, by machines; beside it what was published."""
-    known = {(row.system, row.machines, row.vectors): row.qps for row in study.predictions}
-    n = VECTORS[1]
+    n, one = VECTORS[1], _qps(study, ONE_GRAPH, 1)
     axes.plot(MACHINES, MACHINES, ":", color="grey", label="linear")
+    fabric = parse_transport(study.fabric)[1]
+    assert fabric is not None
+    quick = [predict(ROUTED, study.workload, study.machine, faster(fabric), m, n).qps / one for m in MACHINES]
+    axes.plot(MACHINES, quick, "--", color=_COLORS[ROUTED], label=f"{ROUTED}, {FASTER}")
     for system in SYSTEMS:
-        color, line = _STYLES[system]
-        ratios = [known[system, m, n] / known[ONE_GRAPH, 1, n] for m in MACHINES]
-        axes.plot(MACHINES, ratios, line, marker=".", color=color, label=system)
+        ratios = [_qps(study, system, m) / one for m in MACHINES]
+        axes.plot(MACHINES, ratios, ".-", color=_COLORS[system], label=system)
     _draw_published(axes, [line for line in PUBLISHED if line.than == "one machine"])
     axes.set(title=f"Predicted: throughput, {n:,} vectors", xlabel="machines", ylabel="over one machine")
-    axes.set_yscale("log", base=2)
     _doublings(axes, MACHINES)
+    _ratios(axes)
 
 
 def _draw_others(study: Study, axes: Axes) -> None:
     """Throughput over scatter-gather's on as many machines."""
-    known = {(row.system, row.machines, row.vectors): row.qps for row in study.predictions}
-    for n in VECTORS:
-        for system in (ROUTED, ONE_GRAPH):
-            ratios = [known[system, m, n] / known[SCATTER_GATHER, m, n] for m in MACHINES]
-            axes.plot(
-                MACHINES, ratios, _LINES[n], color=_STYLES[system][0], label=f"{system}, {n:.0e}".replace("+", "")
-            )
+    for system in (ROUTED, ONE_GRAPH):
+        ratios = [_qps(study, system, m) / _qps(study, SCATTER_GATHER, m) for m in MACHINES]
+        axes.plot(MACHINES, ratios, ".-", color=_COLORS[system], label=system)
     _draw_published(axes, [line for line in PUBLISHED if line.than != "one machine"])
-    axes.set(title="Predicted: throughput", xlabel="machines", ylabel="over scatter-gather's")
-    axes.set_yscale("log", base=2)
+    what = f"Predicted: throughput, {VECTORS[1]:,} vectors"
+    axes.set(title=what, xlabel="machines", ylabel="over scatter-gather on as many")
     _doublings(axes, MACHINES)
+    _ratios(axes)
+
+
+def _qps(study: Study, system: str, machines: int) -> float:
+    """As predicted, with the vectors that are drawn."""
+    wanted = (system, machines, VECTORS[1])
+    return next(row.qps for row in study.predictions if (row.system, row.machines, row.vectors) == wanted)
 
 
 def _draw_published(axes: Axes, lines: Sequence[Published]) -> None:
@@ -123,3 +133,9 @@ def _draw_published(axes: Axes, lines: Sequence[Published]) -> None:
 def _doublings(axes: Axes, numbers: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(numbers), [str(n) for n in numbers])
+
+
+def _ratios(axes: Axes) -> None:
+    """Doublings as plain numbers."""
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
