@@ -54,7 +54,7 @@ def scale_of(transports: list[str] | None, shards: list[int], machine: str, loca
 
 def run_study(data: DataSet, scale: Scale, plan: Plan, cache: Path, *, plot: Path | None, as_json: bool) -> None:
     """Measures, predicts, draws and prints."""
-    plan = replace(plan, efs=sorted({plan.k, *plan.efs}))
+    plan = replace(plan, efs=sorted({plan.k, *plan.efs}), beams=plan.beams[:1])
     environment = Environment.now(sys.argv)
     with output.progress_bar("", disable=as_json) as bar:
         task = bar.add_task("", total=1)
