@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from cotra_rdma.benchmark import Plan, Point, System, run
+from cotra_rdma.benchmark import Plan, Point, run
 from cotra_rdma.benchmark_data import DataSet, Queries
 from cotra_rdma.benchmark_libraries import Progress
 from cotra_rdma.benchmark_prediction import (
@@ -79,7 +79,7 @@ class ShardsRow:
 
 @dataclass(frozen=True, slots=True)
 class SizeRow:
-    """The first so many vectors in one shard."""
+    """So many of the vectors in one shard."""
 
     vectors: int
     cost: Cost
@@ -184,7 +184,7 @@ def study(
     ef = _ef_at(points, scale)
     shares = {n: home_share(directories[n], data.queries, plan, ef) for n in scale.n_shards}
     rows = shards_rows(points, scale, shares)
-    sizes = _sizes(data, scale, plan, cache, progress, rows[0].cost)
+    sizes = _sizes(data, plan, cache, progress)
     infos = _infos(directories[scale.n_shards[-1]])
     workload = workload_of(points, scale, plan, rows, sizes, infos)
     fabric = parse_transport(scale.fabric)[1]
@@ -271,20 +271,17 @@ def _ef_at(points: Sequence[Point], scale: Scale) -> int:
     return min((point.ef for point in ours if point.recall >= RECALL), default=max(point.ef for point in ours))
 
 
-def _sizes(data: DataSet, scale: Scale, plan: Plan, cache: Path, progress: Progress, whole: Cost) -> list[SizeRow]:
-    """Counts do not vary, and CPU times are not fitted: each is measured once."""
-    once = Plan(plan.k, plan.efs, plan.beams, repeats=1, M=plan.M, ef_construction=plan.ef_construction)
+def _sizes(data: DataSet, plan: Plan, cache: Path, progress: Progress) -> list[SizeRow]:
+    """One shard, mapped in this process, of every 16th vector, every 8th and so on: the beginning of a file says little of the rest
+    where it is sorted. Counts do not vary, and CPU times are not fitted: each is measured once."""
+    once = replace(plan, threads=(1,), repeats=1)
     rows = []
-    for halvings in range(SIZES - 1, 0, -1):
-        part = data.first(data.vectors.count >> halvings)
-        split = Split(("cotra",), (1,), graph="global")
-        systems: list[System]
-        with open_systems(
-            part, [scale.transport], once, cache, libraries=(), split=split, progress=progress
-        ) as systems:
+    for halvings in range(SIZES - 1, -1, -1):
+        part = data.every(1 << halvings) if halvings else data
+        with open_systems(part, ["local"], once, cache, libraries=(), progress=progress) as systems:
             points = run(part, systems, once, lambda done, total: progress("measuring sizes", done, total))
         rows.append(SizeRow(part.vectors.count, cost_at(points)))
-    return [*rows, SizeRow(data.vectors.count, whole)]
+    return rows
 
 
 def fit_sizes(sizes: Sequence[SizeRow]) -> tuple[Fit, Fit]:

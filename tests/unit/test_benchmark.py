@@ -179,6 +179,13 @@ def test_the_first_rows_have_a_ground_truth_of_their_own(tmp_path: Path) -> None
         assert (data.ground_truth == truth).all()
         assert data.digest() != whole.digest()
         assert whole.first(15).ground_truth.shape == (30, 15)
+        third = whole.every(3)
+        assert third.vectors.shape == (100, 8)
+        assert (third.vectors.read() == np.load(f"{stem}_base.npy")[::3]).all()
+        assert (third.vectors.read(98) == np.load(f"{stem}_base.npy")[294::3]).all()
+        assert (
+            third.ground_truth[:, 0] == [distances(metric, q, third.vectors.read()).argmin() for q in whole.queries]
+        ).all()
     with pytest.raises(InvalidInputError, match="has 300 vectors"):
         whole.first(301)
 

@@ -52,7 +52,7 @@ QPS is the median of the repeats for the whole batch of queries; p50 and p99 are
 configuration is measured once a repeat, in turn. With --json: first {"environment": ...}, then one row a line, and last
 {"summary": ...}, or {"scaling": ...}.
 
---scaling measures one graph and independent shards at each number of --shards, and one shard of a 16th of the vectors up to
+--scaling measures one graph and independent shards at each number of --shards, and one shard of every 16th vector up to
 all of them; reads all off at recall 0.95, beside one hnswlib index of everything; and predicts from that, by a model whose
 assumptions the documentation names, what 1 to 64 machines would do with 10^8 to 10^10 vectors.
 """
