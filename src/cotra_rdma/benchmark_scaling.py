@@ -272,8 +272,8 @@ def _ef_at(points: Sequence[Point], scale: Scale) -> int:
 
 
 def _sizes(data: DataSet, plan: Plan, cache: Path, progress: Progress) -> list[SizeRow]:
-    """One shard, mapped in this process, of every 16th vector, every 8th and so on: the beginning of a file says little of the rest
-    where it is sorted. Counts do not vary, and CPU times are not fitted: each is measured once."""
+    """One shard, mapped in this process, of every 16th vector, every 8th and so on: where a file is sorted, its beginning says
+    little of the rest. Counts do not vary, and CPU times are not fitted: each is measured once."""
     once = replace(plan, threads=(1,), repeats=1)
     rows = []
     for halvings in range(SIZES - 1, -1, -1):

@@ -77,7 +77,7 @@ def sizes_table(study: Study) -> Table:
     ]
     far = [(f"{n:,}", "-", "-", _with_error(reads, n, 1), "-", _with_error(rounds, n, 2), "-", "-") for n in VECTORS]
     return Table(
-        "Vectors: one shard; fits a + b log2 n, and beyond what was measured: +- 2 standard errors",
+        "Vectors: one shard of some of them; fits a + b log2 n; beyond what was measured +- 2 standard errors",
         columns,
         measured + far,
     )
