@@ -312,6 +312,7 @@ def test_bench_scaling(data: Path, tmp_path: Path) -> None:
     assert [row["vectors"] for row in study["sizes"]] == [100, 200, 400, 800, 1600]
     assert reads == sorted(reads)
     assert study["targets"][0]["measured"] == pytest.approx(ours["cost"]["reads"] / one["cost"]["reads"])
+    assert all(target["met"] == (target["measured"] <= target["limit"]) for target in study["targets"])
     assert study["machine"] == {"cores": 8, "memory_bytes": 64e9}
     assert study["workload"]["remote_per_doubling"] == pytest.approx(0.25)
     assert len(study["predictions"]) == 63
