@@ -104,6 +104,9 @@ class Point:
     p50_us, p99_us: latency of calls with one query; by the engine's own clock, of other libraries by the wall clock.
     call_us: median wall clock of such a call. overhead_us: median of wall clock less the engine's clock of the same call.
     latency_model_ratio: p50 / (median rounds x RTT + p50 over the same fabric without a round trip).
+    distances_per_query: of graph walks without a filter: estimates of the expanded records' neighbours (every place of a record
+    is estimated, whether it is new or not) and exact distances, of records and of upper nodes.
+    cpu_us_per_query: CPU time of this process while the batch is searched; the median.
     """
 
     system: str
@@ -136,7 +139,9 @@ class Point:
     cached_records_per_query: float | None
     rounds_per_query: float | None
     bytes_per_query: float | None
+    distances_per_query: float | None
     shards_per_query: float | None
+    cpu_us_per_query: float
     owner_cpu_us_per_query: float | None
     M: int
     ef_construction: int
@@ -172,6 +177,7 @@ class _Samples:
 
     qps: list[float] = field(default_factory=list)
     overhead: list[float] = field(default_factory=list)
+    cpu_us: list[float] = field(default_factory=list)
     owner_cpu_s: float = 0.0
     owner: bool = False
     answer: Answer | None = None
@@ -186,11 +192,12 @@ class _Samples:
         system.forget()
         before = system.owner_cpu_s()
         with engine_clock() as clock:
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             self.answer = system.search(queries, setting, rows)
-            seconds = time.perf_counter() - begin
+            seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
         after = system.owner_cpu_s()
         self.qps.append(len(queries) / seconds)
+        self.cpu_us.append(1e6 * cpu_s / len(queries))
         if clock.seconds:
             self.overhead.append(seconds / clock.seconds - 1)
         if before is not None and after is not None:
@@ -291,7 +298,9 @@ def _point(
         cached_records_per_query=_mean(stats, "cached_records"),
         rounds_per_query=_mean(stats, "rounds"),
         bytes_per_query=_mean(stats, "read_bytes"),
+        distances_per_query=_distances(stats, plan.M) if system.beams and share is None else None,
         shards_per_query=None if stats is None else answer.shards,
+        cpu_us_per_query=float(np.median(sample.cpu_us)),
         owner_cpu_us_per_query=(
             sample.owner_cpu_s * 1e6 / (plan.repeats * len(data.queries)) if sample.owner else None
         ),
@@ -303,3 +312,9 @@ def _point(
 
 def _mean(stats: npt.NDArray[np.void] | None, name: str) -> float | None:
     return None if stats is None else float(stats[name].mean())
+
+
+def _distances(stats: npt.NDArray[np.void] | None, M: int) -> float | None:
+    """See `Point`. A record has 2 M places, in blocks of 32."""
+    expansions, upper = _mean(stats, "expansions"), _mean(stats, "cache_hits")
+    return None if expansions is None or upper is None else expansions * (1 + -(-2 * M // 32) * 32) + upper

@@ -85,8 +85,15 @@ class DataSet:
         """
         if n > self.vectors.count:
             raise InvalidInputError(f"{self.name} has {self.vectors.count} vectors, and the first {n} are wanted")
-        vectors = self.vectors.first(n)
-        truth = nearest(self.metric, self.queries, vectors.read(), min(n, self.ground_truth.shape[1]))
+        return self._among(self.vectors.first(n))
+
+    def every(self, step: int) -> DataSet:
+        """Every so many-th vector with the same queries, and exact neighbours as of `first`."""
+        return self._among(self.vectors.every(step))
+
+    def _among(self, vectors: VectorFile) -> DataSet:
+        """The same queries over others of the vectors."""
+        truth = nearest(self.metric, self.queries, vectors.read(), min(vectors.count, self.ground_truth.shape[1]))
         return replace(self, vectors=vectors, ground_truth=truth)
 
     def drawn(self, exponent: float, n: int) -> DataSet:

@@ -96,13 +96,13 @@ def compare(points: Sequence[Point], targets: Sequence[float] = TARGETS) -> list
             Comparison(
                 *key,
                 recall=target,
-                qps=_at(curve, target, [point.qps for point in curve]),
+                qps=at_recall(curve, target, [point.qps for point in curve]),
                 qps_ratios={name: ratio for name, ratio in ratios.items() if ratio is not None},
                 threads_ratio=ratio_at(curve, alone, target),
                 zero_rtt_ratio=ratio_at(curve, ideal, target),
-                reads_per_query=_at(curve, target, [point.reads_per_query for point in curve]),
-                rounds_per_query=_at(curve, target, [point.rounds_per_query for point in curve]),
-                bytes_per_query=_at(curve, target, [point.bytes_per_query for point in curve]),
+                reads_per_query=at_recall(curve, target, [point.reads_per_query for point in curve]),
+                rounds_per_query=at_recall(curve, target, [point.rounds_per_query for point in curve]),
+                bytes_per_query=at_recall(curve, target, [point.bytes_per_query for point in curve]),
             )
         )
     return found
@@ -112,14 +112,14 @@ def ratio_at(curve: Sequence[Point], reference: Sequence[Point], target: float) 
     """The ratio of two curves' QPS at one recall, repeat by repeat; None where one of them does not reach it."""
     ratios = []
     for repeat in range(len(curve[0].qps_repeats)):
-        ours, theirs = (_at(both, target, [p.qps_repeats[repeat] for p in both]) for both in (curve, reference))
+        ours, theirs = (at_recall(both, target, [p.qps_repeats[repeat] for p in both]) for both in (curve, reference))
         if ours is None or theirs is None:
             return None
         ratios.append(ours / theirs)
     return Ratio(float(np.median(ratios)), min(ratios), max(ratios)) if ratios else None
 
 
-def _at(curve: Sequence[Point], target: float, values: Sequence[float | None]) -> float | None:
+def at_recall(curve: Sequence[Point], target: float, values: Sequence[float | None]) -> float | None:
     """The value where the curve passes the recall `target`: linear between the two points around it."""
     for (low, a), (high, b) in itertools.pairwise(zip(curve, values, strict=True)):
         if low.recall <= target <= high.recall and a is not None and b is not None:

@@ -145,6 +145,7 @@ class Collective:
                 "algorithms over several shards are measured over shm, verbs, rpc or a model of a fabric"
             )
         path = "shm" if kind == "model" else kind
+        self.directory = directory
         self.transport = transport
         self.cache_bytes = cache_bytes
         self.rtt_s = 0.0 if fabric is None else fabric.round_trip_s
@@ -182,6 +183,7 @@ class Algorithm:
         self._collective = collective
         self._cluster = ideal or collective.cluster
         self._searched_by = algorithm
+        self.directory = collective.directory
         self.algorithm = f"{algorithm}, one graph" if collective.cluster.one_graph else algorithm
         self.transport = "rpc" if asks else collective.transport
         self.n_shards = len(collective.labels)

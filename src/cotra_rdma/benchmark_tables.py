@@ -73,8 +73,8 @@ def speed_table(points: Sequence[Point]) -> Table:
 
 def cost_table(points: Sequence[Point]) -> Table:
     """What a query cost on average, where it is counted."""
-    columns = ["system", ">ef", f">recall@{points[0].k}", ">READs", ">cached", ">rounds", ">KiB", ">shards"]
-    columns += [">owner CPU us"]
+    columns = ["system", ">ef", f">recall@{points[0].k}", ">READs", ">cached", ">rounds", ">KiB", ">distances"]
+    columns += [">shards", ">CPU us", ">owner CPU us"]
     rows = [
         (
             label(point),
@@ -84,7 +84,9 @@ def cost_table(points: Sequence[Point]) -> Table:
             number(point.cached_records_per_query if point.cache_bytes else None),
             number(point.rounds_per_query),
             kib(point.bytes_per_query),
+            number(point.distances_per_query, 0),
             number(point.shards_per_query, 2),
+            number(point.cpu_us_per_query),
             number(point.owner_cpu_us_per_query),
         )
         for point in _in_order(points)

@@ -77,6 +77,12 @@ class VectorFile:
         """The first n rows, n <= count. Of an HDF5 file they are read into memory."""
         return replace(self, count=n, _rows=self._rows[:n])
 
+    def every(self, step: int) -> VectorFile:
+        """Rows 0, step, 2 step and so on: a sample without regard to how the file is sorted. Of an HDF5 file they are read into
+        memory."""
+        rows = self._rows[::step]
+        return replace(self, count=len(rows), _rows=rows)
+
     def chunks(self, rows: int) -> Iterator[npt.NDArray[Any]]:
         """All rows, `rows` at a time."""
         for begin in range(0, self.count, rows):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from cotra_rdma.benchmark_data import distances
+from cotra_rdma.benchmark_scaling import FABRIC
 from cotra_rdma.errors import PeerError
 from cotra_rdma.owner_process import OwnerProcess
 
@@ -284,6 +285,61 @@ def test_bench_beside_every_library(data: Path, tmp_path: Path, monkeypatch: pyt
     assert "Recall and speed" in shown
     assert "x usearch" in shown
     assert "of them padding" in shown
+
+
+def test_bench_scaling(data: Path, tmp_path: Path) -> None:
+    command = ["bench", "--scaling", "--dataset", data / "small", "--rows", 1600, "--shards", 2, "--ef", "16,32,64,128"]
+    command += ["--repeats", 1, "--ef-construction", 60, "--machine", "8:64", "--local-share", 0.75]
+    command += ["--cache", tmp_path / "cache", "--plot", tmp_path / "scaling.svg"]
+    first, *rows, last = map(json.loads, cotra(*command, "--json").stdout.splitlines())
+    assert first["environment"]["command"].startswith("cotra bench --scaling")
+    graph = ("cotra, one graph", 2)
+    assert {(row["algorithm"], row["shards"], row["transport"]) for row in rows} == {
+        (None, 1, None),
+        *((name, n, path) for name, n in (("cotra", 1), graph) for path in ("shm", FABRIC, "model:rtt=0")),
+        ("cotra", 2, "shm"),
+    }
+    study = last["scaling"]
+    one, ours, alone = study["rows"]
+    assert [(row["shards"], row["one_graph"]) for row in study["rows"]] == [(1, True), (2, True), (2, False)]
+    assert one["home_share"] == 1
+    assert 0.5 < ours["home_share"] < 1
+    assert alone["cost"]["reads"] > 1.2 * ours["cost"]["reads"]
+    assert alone["cost"]["distances"] > 1.2 * ours["cost"]["distances"]
+    assert ours["fabric"]["reads"] == ours["cost"]["reads"]  # over any transport the same
+    assert ours["fabric"]["p50_us"] > 2 * ours["fabric"]["rounds"]
+    reads = [row["cost"]["reads"] for row in study["sizes"]]
+    assert [row["vectors"] for row in study["sizes"]] == [100, 200, 400, 800, 1600]
+    assert reads == sorted(reads)
+    assert study["targets"][0]["measured"] == pytest.approx(ours["cost"]["reads"] / one["cost"]["reads"])
+    assert all(target["met"] == (target["measured"] <= target["limit"]) for target in study["targets"])
+    assert study["machine"] == {"cores": 8, "memory_bytes": 64e9}
+    assert study["workload"]["remote_per_doubling"] == pytest.approx(0.25)
+    assert len(study["predictions"]) == 63
+    assert (tmp_path / "scaling.svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--filter", 0.5, "--threads", "1,2"), "leave out --filter, --threads"),
+        (("--transport", "shm,verbs"), "one path and one modelled fabric"),
+        (("--transport", "shm,model:rtt=0"), "a model with a round trip"),
+        (("--machine", "16"), "is not CORES:GB"),
+        (("--shards", "1"), "several numbers of shards"),
+        (("--rows", 900), "900 vectors are too few"),
+        (("--plot", "curves.gif"), "its name must end in .png"),
+    ],
+)
+def test_bench_refuses_a_study_before_it_measures(
+    data: Path, tmp_path: Path, options: tuple[object, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    command = (*COTRA, "bench", "--scaling", "--dataset", data / "small", "--cache", tmp_path / "none", *options)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (1, 2)
+    assert reason in done.stderr
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

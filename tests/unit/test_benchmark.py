@@ -43,6 +43,7 @@ class Oracle:
         stats = np.zeros(len(queries), STATS_DTYPE)
         rounds = setting.ef // setting.beam
         stats["reads"], stats["rounds"], stats["read_bytes"] = setting.ef, rounds, 1024 * setting.ef
+        stats["expansions"], stats["cache_hits"] = setting.ef, 7
         stats["latency_ns"] = 1000 + 1e9 * self.rtt_s * rounds
         return Answer(ids, stats if self.beams else None)
 
@@ -111,6 +112,8 @@ def test_a_run_has_a_row_for_every_configuration(tmp_path: Path) -> None:
         theirs.reads_per_query is theirs.owner_cpu_us_per_query is theirs.overhead_us is theirs.batch_overhead is None
     )
     assert (ours.reads_per_query, ours.rounds_per_query, ours.bytes_per_query) == (16, 4, 16384)
+    assert (theirs.distances_per_query, ours.distances_per_query) == (None, 16 * (1 + 32) + 7)
+    assert ours.cpu_us_per_query >= 0
     assert ours.owner_cpu_us_per_query == pytest.approx(1.0)
     assert all(p.qps_min <= p.qps <= p.qps_max and 0 < p.p50_us <= p.p99_us for p in points)
     assert all(len(p.qps_repeats) == 3 and p.qps == sorted(p.qps_repeats)[1] for p in points)
@@ -176,6 +179,13 @@ def test_the_first_rows_have_a_ground_truth_of_their_own(tmp_path: Path) -> None
         assert (data.ground_truth == truth).all()
         assert data.digest() != whole.digest()
         assert whole.first(15).ground_truth.shape == (30, 15)
+        third = whole.every(3)
+        assert third.vectors.shape == (100, 8)
+        assert (third.vectors.read() == np.load(f"{stem}_base.npy")[::3]).all()
+        assert (third.vectors.read(98) == np.load(f"{stem}_base.npy")[294::3]).all()
+        assert (
+            third.ground_truth[:, 0] == [distances(metric, q, third.vectors.read()).argmin() for q in whole.queries]
+        ).all()
     with pytest.raises(InvalidInputError, match="has 300 vectors"):
         whole.first(301)
 

@@ -29,13 +29,13 @@ LAYERS = (
     ("ivf", "global_graph", "graph_stats", "expander"),
     ("cost",),
     ("shard", "peer", "result", "scatter_gather", "benchmark_clock", "benchmark_data", "benchmark_transports"),
-    ("lanes", "plan", "own", "halo", "benchmark", "collection"),
+    ("lanes", "plan", "own", "halo", "benchmark", "benchmark_prediction", "collection"),
     ("owners", "replicas"),
     ("reach",),
     ("server", "cluster", "diagnosis", "benchmark_libraries", "benchmark_summary"),
     ("benchmark_systems", "benchmark_build", "benchmark_plot", "verbs_diagnosis", "cotra", "algorithms", "inspection"),
-    ("benchmark_environment", "benchmark_tables"),
-    ("benchmark_report",),
+    ("benchmark_environment", "benchmark_tables", "benchmark_scaling"),
+    ("benchmark_report", "benchmark_scaling_tables", "benchmark_scaling_plot"),
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}

@@ -23,6 +23,7 @@ from cotra_rdma.benchmark_systems import Budget, Split, open_systems
 from cotra_rdma.benchmark_tables import builds_table, cost_table, speed_table, summary_table, title
 from cotra_rdma.benchmark_transports import parse_transport
 from cotra_rdma.cli import output
+from cotra_rdma.cli.bench_scaling import SHARDS, refuse_others, run_study, scale_of
 from cotra_rdma.cli.options import (
     ConstructionEf,
     GraphM,
@@ -45,9 +46,15 @@ cotra bench --dataset data/sift128 --compare hnswlib,faiss,usearch --threads 1,2
 
 cotra bench --dataset glove-100-angular.hdf5 --rows 20000 --build --json > rows.jsonl
 
+cotra bench --scaling --dataset data/sift128 --shards 1,2,4,8,16 --ef 12,16,20,24,32,48 --plot scaling.svg
+
 QPS is the median of the repeats for the whole batch of queries; p50 and p99 are of calls with one query. Every
 configuration is measured once a repeat, in turn. With --json: first {"environment": ...}, then one row a line, and last
-{"summary": ...}.
+{"summary": ...}, or {"scaling": ...}.
+
+--scaling measures one graph and independent shards at each number of --shards, and one shard of every 16th vector up to
+all of them; reads all off at recall 0.95, beside one hnswlib index of everything; and predicts from that, by a model whose
+assumptions the documentation names, what 1 to 64 machines would do with 10^8 to 10^10 vectors.
 """
 
 FOUR = ("scatter-gather", "compass", "spire", "cotra")
@@ -133,7 +140,8 @@ def bench(
             metavar="FILE",
             dir_okay=False,
             show_default=False,
-            help="Draw recall against QPS, and against bytes a query: .png, .svg or .pdf (needs matplotlib).",
+            help="Draw recall against QPS, and against bytes a query; with --scaling, what it found: .png, .svg or .pdf "
+            "(needs matplotlib).",
         ),
     ] = None,
     report: Annotated[
@@ -155,8 +163,13 @@ def bench(
         ),
     ] = None,
     shards: Annotated[
-        str, typer.Option(metavar="N[,N...]", help="With --algorithm: shards to split the vectors over.")
-    ] = "16",
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            show_default="16; with --scaling 1,2,4,8,16",
+            help="With --algorithm or --scaling: shards to split the vectors over.",
+        ),
+    ] = None,
     graph: Annotated[
         GraphName, typer.Option(help="With --algorithm: how the shards are linked, as for `cotra build`.")
     ] = GraphName.INDEPENDENT,
@@ -186,6 +199,29 @@ def bench(
             help="Search for N queries that are drawn from the set by Zipf's law, some often: 1.0:20000. 0: all alike.",
         ),
     ] = None,
+    scaling: Annotated[
+        bool,
+        typer.Option(
+            "--scaling",
+            help="Study how cost grows with shards and with vectors, and predict what many machines would do. --transport is "
+            "then one path, and the fabric of the predictions.",
+        ),
+    ] = False,
+    machine: Annotated[
+        str,
+        typer.Option(
+            metavar="CORES:GB", help="With --scaling: a machine's cores that search, and its 10^9 bytes of memory."
+        ),
+    ] = "16:512",
+    local_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            show_default="measured",
+            help="With --scaling: the part of a query's expansions that its home peer owns, at the most --shards.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure recall, speed and cost over a sweep of ef and beam, beside other libraries.
@@ -204,6 +240,20 @@ def bench(
     )
     if plan.efs[0] < k:
         raise typer.BadParameter(f"{plan.efs[0]} is less than k = {k}", param_hint="--ef")
+    counts = numbers(shards, "--shards") if shards else list(SHARDS if scaling else (16,))
+    scale = scale_of(comma_list(transport or []), counts, machine, local_share) if scaling else None
+    if scaling:
+        refuse_others(
+            ("--algorithm", algorithm),
+            ("--filter", filter),
+            ("--build", build),
+            ("--report", report),
+            ("--queries-zipf", queries_zipf),
+            ("--cache-bytes", cache_bytes != "0"),
+            ("--compare", compare_with != "hnswlib"),
+            ("--threads", threads != "1"),
+            ("--inflight", inflight != "0"),
+        )
     shares = _shares(filter or [])
     budgets = _budgets(cache_bytes)
     stream = None if queries_zipf is None else _stream(queries_zipf)
@@ -227,9 +277,12 @@ def bench(
         data = data.drawn(*stream)
     if data.ground_truth.shape[1] < k:
         raise typer.BadParameter(f"the ground truth has {data.ground_truth.shape[1]} for each query", param_hint="--k")
+    if scale is not None:
+        run_study(data, scale, plan, cache or _cache(), plot=plot, as_json=as_json)
+        return
     split = None
     if algorithm:
-        names, counts = _algorithms(algorithm), numbers(shards, "--shards")
+        names = _algorithms(algorithm)
         lists = data.vectors.count // 100 if ivf is None else ivf
         split = Split(names, counts, partition.value, lists, graph.value)
     environment = Environment.now(sys.argv)
