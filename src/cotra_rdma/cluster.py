@@ -184,9 +184,9 @@ class Cluster:
 
     # ---- owners that come and go ----
 
-    def _fail_over(self, failed: Peer, error: CotraError) -> Peer | None:
+    def _fail_over(self, failed: Peer, error: CotraError, give_up: bool) -> Peer | None:
         assert self._replicas is not None
-        return self._replicas.replace(failed, error)
+        return self._replicas.replace(failed, error, give_up=give_up)
 
     def _forget(self, gone: Peer) -> None:
         """What there was of an owner that is not used any more."""
@@ -519,7 +519,7 @@ class Cluster:
             try:
                 return peer.search(job)
             except TransportError as error:
-                other = self._fail_over(peer, error) if self._replicas.has_more(peer) else None
+                other = self._fail_over(peer, error, False)
                 if other is None:
                     raise
                 peer = other
@@ -536,7 +536,7 @@ class Cluster:
                 if error.shard not in numbers:
                     raise
                 at = numbers.index(error.shard)
-                other = self._fail_over(near[at], error)
+                other = self._fail_over(near[at], error, lenient)
                 if other is None and not lenient:
                     raise
                 if other is None:

@@ -21,8 +21,9 @@ from cotra_rdma.peer import Peer
 
 Executor = Callable[[], ThreadPoolExecutor]
 _Key = tuple[tuple[Peer, ...], frozenset[Peer]]
-Replace = Callable[[Peer, CotraError], Peer | None]
-"""What tells a failed owner, and gets the one to go on with: `Replicas.replace`."""
+Replace = Callable[[Peer, CotraError, bool], Peer | None]
+"""What tells a failed owner, and gets the one to go on with; the last argument: whether its shard is given up if there is none
+(`Replicas.replace`)."""
 
 _PUSHING_SLOTS = 8192  # of a channel beside owners that are sent messages: as many walks then share one
 
@@ -112,7 +113,7 @@ class _Lane:
         self.is_broken = True
         self._unopened.pop(shard, None)
         error = named(error, failed)
-        while (peer := self._replace(failed, error)) is not None:
+        while (peer := self._replace(failed, error, self._lenient)) is not None:
             self._peers[shard] = peer
             assert peer.view is not None
             try:

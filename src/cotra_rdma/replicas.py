@@ -140,19 +140,24 @@ class Replicas:
             return None
         return error
 
-    def replace(self, failed: Peer, error: CotraError) -> Peer | None:
+    def replace(self, failed: Peer, error: CotraError, *, give_up: bool) -> Peer | None:
         """The owner to go on with where one failed in a search; None where none is left.
 
-        The owner that failed is not used again until `revive` found it well. Raises `ClosedError` once closed.
+        The owner that failed is not used again until `revive` found it well; without another one that is so only where searches
+        are to give the shard up, else it stays in use, for whoever sees the error and tries again. Raises `ClosedError` once
+        closed.
         """
         with self._lock:
             shard = failed.index
             if self._closed:
                 raise ClosedError("the cluster is closed")
             if self.peers[shard] is failed:
-                self._away.append((shard, failed.owner))
-                self.peers[shard] = AbsentPeer(shard, failed.address, failed.shard)
                 self._promote(shard)
+                if self.peers[shard] is failed and not give_up:
+                    return None
+                self._away.append((shard, failed.owner))
+                if self.peers[shard] is failed:
+                    self.peers[shard] = AbsentPeer(shard, failed.address, failed.shard)
                 peer = self.peers[shard]
                 if peer.transport == LOST:
                     self.lost[shard] = error
@@ -169,10 +174,6 @@ class Replicas:
         """The owners of a shard that are there, that in use first."""
         with self._lock:
             return [self.peers[shard], *self._standby[shard]]
-
-    def has_more(self, peer: Peer) -> bool:
-        """Whether another owner could take a peer's place, or has taken it."""
-        return bool(self._standby[peer.index]) or self.peers[peer.index] is not peer
 
     def revive(self) -> list[str]:
         """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile."""

@@ -27,7 +27,7 @@ class SearchResult:
             walk), "rpc" (its owner searched), or "lost" (it has no owner left).
         elapsed_s: of the whole call, in seconds.
         coverage: the share of the shards that the answer is of: 1.0 unless some are missing.
-        failures: the shards that are missing, and why.
+        failures: the shards that are missing, and why. What was read of one before it failed is kept.
         asked: int32[n_queries]: how many shards each query was for.
         algorithm: what was done: "cotra", "compass+spire"...
         predictions: what the cost model expected of each way, the one taken first; empty where it was not asked.

@@ -28,6 +28,8 @@ from cotra_rdma import (
     seam,
     wire,
 )
+from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse
+from cotra_rdma.expansions import PUSH_DTYPE
 from cotra_rdma.messages import (
     WANT_CAPABILITIES,
     BuildExchangeRequest,
@@ -378,16 +380,30 @@ GOLDEN: list[tuple[str, int, str, Any, Callable[[bytes], Any]]] = [
     (
         "region request",
         56,
-        "94 00 a1 70 c0 00",
+        "95 00 a1 70 c0 00 00",
         encode_region(RegionRequest(WANT_CAPABILITIES, "p")),
         lambda data: encode_region(decode_region_request(data)),
     ),
     (
         "region response",
         57,
-        "98 01 a2 6e 6f c0 80 c0 c0 00 c0",
+        "99 01 a2 6e 6f c0 80 c0 c0 00 c0 c0",
         encode_region(RegionResponse(1, "no")),
         lambda data: encode_region(decode_region_response(data)),
+    ),
+    (
+        "expand request",
+        58,
+        "94 a0 02 c4 08 00 00 80 3f 00 00 00 c0 c4 10 00 00 00 00 07 00 00 00 00 00 80 3f 00 00 00 00",
+        ExpandRequest("", QUERY[np.newaxis], np.array([(0, 7, 1.0, 0)], PUSH_DTYPE)).encode(),
+        lambda data: ExpandRequest.decode(data).encode(),
+    ),
+    (
+        "expand response",
+        59,
+        "95 01 a2 6e 6f c4 00 c4 00 c4 00",
+        ExpandResponse.failed(1, "no").encode(),
+        lambda data: ExpandResponse.decode(data).encode(),
     ),
 ]
 
