@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S
 from cotra_rdma.cluster import Cluster
 from cotra_rdma.engine import merge
-from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.errors import DeadlineError, InvalidInputError
 from cotra_rdma.messages import DEFAULT_BEAM
 from cotra_rdma.peer import ONE_SIDED
 from cotra_rdma.queries import pack_filter
@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 
 
 class CoTraRdma(VectorShardSeam):
-    """Walks the graphs of shards whose memory can be read, and asks the owners of the others by `ScatterGather`.
+    """Walks the graphs of shards whose memory can be read, and asks the owners of the others by `ScatterGather`; of one graph
+    over all shards, has them expand nodes for the one walk.
 
     Which shard was reached how is in `SeamResult.transports`, in `by_rpc`, and logged once.
     """
@@ -105,13 +106,18 @@ class CoTraRdma(VectorShardSeam):
             queries, k, ef, beam, n_threads, inflight: as `Cluster.search`.
             timeout_s: the longest wait for one READ, and for all answers over RPC.
             filters: as `Cluster.search`.
-            allow_partial: return what there is when shards that are asked over RPC fail. A READ that fails raises anyway.
+            allow_partial: return what there is when shards that are asked over RPC fail. A READ that fails raises anyway,
+                but for one graph, which is walked around a shard that has no owner left.
 
         Raises:
             PartialResultError: as `ScatterGather.search`. Others as `Cluster.search`.
         """
         if self._cluster is None:
             raise InvalidInputError("this CoTraRdma has no cluster to search, only a region to expose")
+        if self._cluster.one_graph:
+            return self._walk_one_graph(
+                queries, k, ef, beam, n_threads, inflight, timeout_s, filters, allow_partial=allow_partial
+            )
         begin = time.perf_counter()
         asking = None
         if self._fallback is not None and self._asked:
@@ -138,6 +144,53 @@ class CoTraRdma(VectorShardSeam):
             time.perf_counter() - begin,
             gathered.coverage(),
             tuple(gathered.outcomes),
+        )
+        if not allow_partial:
+            result.require_whole()
+        return result
+
+    def _walk_one_graph(
+        self,
+        queries: npt.ArrayLike,
+        k: int,
+        ef: int,
+        beam: int,
+        n_threads: int,
+        inflight: int,
+        timeout_s: float,
+        filters: Sequence[npt.ArrayLike | bytes | None] | None,
+        *,
+        allow_partial: bool,
+    ) -> SeamResult:
+        """One walk over all shards: there is nothing for a fallback to gather, owners that cannot be read expand nodes for it."""
+        assert self._cluster is not None
+        found = self._cluster.search(
+            queries,
+            k,
+            ef,
+            beam,
+            n_threads,
+            inflight=inflight,
+            timeout_s=timeout_s,
+            filters=filters,
+            allow_partial=True,
+        )
+        outcomes = []
+        for at in range(len(found.transports)):
+            error = found.failures.get(at)
+            late = isinstance(error, DeadlineError)
+            status = ShardStatus.ANSWERED if error is None else ShardStatus.TIMED_OUT if late else ShardStatus.FAILED
+            reason = "" if error is None else str(error)
+            outcomes.append(ShardOutcome(ShardRef(0, at), status, len(found.ids), reason, error, found.elapsed_s))
+        result = SeamResult(
+            found.ids,
+            found.distances,
+            found.shards,
+            found.stats,
+            found.transports,
+            found.elapsed_s,
+            found.coverage,
+            tuple(outcomes),
         )
         if not allow_partial:
             result.require_whole()

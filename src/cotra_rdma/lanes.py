@@ -100,11 +100,10 @@ class _Lane:
 
     def _push(self, peer: Peer, wanted: npt.NDArray[np.void]) -> Expansions:
         assert self._job is not None
-        queries, rows = np.unique(wanted["query"], return_inverse=True)
-        asked = wanted.copy()
-        asked["query"] = rows
-        told = peer.expand(self._job.queries[queries], asked, self._job.timeout_s)
-        self._told_bytes += asked.nbytes + queries.nbytes + told.found.nbytes + 8 * len(told.numbers)
+        told = peer.expand(self._job.queries, wanted, self._job.timeout_s)
+        n_queries = 1 + np.count_nonzero(np.diff(wanted["query"]))
+        sent = wanted.nbytes + n_queries * self._job.queries.itemsize * self._job.queries.shape[1]
+        self._told_bytes += sent + told.found.nbytes + told.numbers.nbytes + told.estimates.nbytes
         return told
 
     def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:

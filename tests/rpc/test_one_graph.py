@@ -16,6 +16,7 @@ from cotra_rdma.benchmark_systems import Split, open_systems
 from cotra_rdma.collection import build_collection, shard_paths
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.owner_process import OwnerProcess
+from cotra_rdma.seam import ShardRef
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 3000, 3
@@ -112,6 +113,27 @@ def test_a_shard_that_fails_is_named_or_left_out(index: Path, queries: Floats) -
     assert isinstance(found.failures[1], CompletionError)
     assert set(found.shards[:, -1]) >= {0, 2}  # and what was read of the lost one before
     assert (whole.missing, whole.transports) == ((), ("shm",) * N_SHARDS)
+
+
+def test_the_seams_algorithm_walks_it_too(index: Path, queries: Floats) -> None:
+    files = shard_paths([index])
+    with (
+        OwnerProcess(files[:2], transports=("shm", "rpc")) as near,
+        OwnerProcess(files[2:], transports=("rpc",)) as far,
+        cotra_rdma.connect([*near.addresses, *far.addresses]) as cluster,
+        cotra_rdma.CoTraRdma(cluster) as algorithm,
+    ):
+        wanted = cluster.search(queries, k=10, ef=48)
+        found = algorithm.search(queries, k=10, ef=48)
+        np.testing.assert_array_equal(found.ids, wanted.ids)
+        assert (found.transports, found.coverage) == (("shm", "shm", "push"), 1.0)
+        far.close()
+        with pytest.raises(PartialResultError, match="shard 2 of node 0 failed") as caught:
+            algorithm.search(queries, k=10, ef=48)
+        partial = algorithm.search(queries, k=10, ef=48, allow_partial=True)
+    for result in (partial, caught.value.result):
+        assert result.failed == (ShardRef(0, 2),)
+        assert result.transports == ("shm", "shm", "lost")
 
 
 def test_bench_measures_it(words: Floats, queries: Floats, tmp_path: Path) -> None:

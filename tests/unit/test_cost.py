@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotra_rdma.cost import (
+    EXPANSION_S,
     Experience,
     Link,
     Needs,
@@ -25,7 +26,9 @@ from cotra_rdma.cost import (
     guess_walk,
     over_rpc,
     predict_asked,
+    predict_pushed,
     predict_read,
+    pushed,
 )
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.job import SearchJob
@@ -275,6 +278,7 @@ def test_threads_may_share_experience() -> None:
 def peer(link: Link, transport: str = "verbs", *, rpc: str = "", lists: bool = False) -> Any:
     info = SimpleNamespace(n_lists=250, list_bytes=10e6, entries=250_000)
     return SimpleNamespace(
+        index=0,
         link=link,
         transport=transport,
         shard=SimpleNamespace(record_bytes=1024),
@@ -363,6 +367,48 @@ class TestAuto:
         assert plan(peer(NEAR), work=job(0)).algorithm == "cotra"
         made = plan(peer(NEAR), peer(FAR), work=job(2, np.zeros((2, 2), bool)))
         assert made.predictions[0].shards == 0.0
+
+
+class TestOneGraph:
+    """Shards that are walked together: their owners never search, they expand nodes."""
+
+    def made(self, *peers: Any, algorithm: str = "auto", owner_cpu: bool = False, n: int = 1) -> Plan:
+        planner = Planner(peers, DIM, None, frozenset(range(len(peers))))
+        return planner.plan(algorithm, job(n), 1, target_recall=0.99, owner_cpu=owner_cpu, explain=False)
+
+    def test_what_cannot_be_read_is_pushed_to(self) -> None:
+        closed = peer(Link(math.inf, 0.0, 0.0, 1e-3), "rpc")
+        for algorithm, owner_cpu in (("auto", False), ("cotra", False), ("cotra", True)):
+            plan = self.made(closed, peer(NEAR), peer(NEAR), algorithm=algorithm, owner_cpu=owner_cpu)
+            assert (plan.algorithm, plan.pushed, plan.asked) == ("cotra", {0}, frozenset())
+
+    def test_few_nodes_a_round_are_read_and_many_are_pushed(self) -> None:
+        """CoTra's rule of thumb, on a link whose READs are few a second: 64 queries put more nodes into a round than one does."""
+        slow = Link(rtt_s=170e-6, reads_per_s=5000, bytes_per_s=5e6, rpc_s=600e-6)
+        reads = WALK.reads / 2
+        for n, owner_cpu, is_pushed in ((1, True, False), (64, True, True), (64, False, False)):
+            way = ways(self.made(peer(slow), peer(NEAR), owner_cpu=owner_cpu, n=n))["cotra"]
+            assert way.owner_cpu_s == pytest.approx(reads * EXPANSION_S if is_pushed else 0)
+            assert way.reads == pytest.approx(reads if is_pushed else 2 * reads)
+
+    def test_a_lost_shard_is_in_no_plan(self) -> None:
+        peers = [peer(NEAR), peer(NEAR, "lost"), peer(NEAR)]
+        planner = Planner(peers, DIM, None, frozenset({0, 2}))
+        for algorithm in ("auto", "cotra", "scatter-gather"):
+            plan = planner.plan(algorithm, job(), 1, target_recall=0.99, owner_cpu=True, explain=True)
+            assert 1 not in plan.asked | plan.pushed
+        assert (
+            planner.plan("cotra", job(), 1, target_recall=0.99, owner_cpu=False, explain=True).predictions[0].shards
+            == 2
+        )
+
+    def test_a_prediction_of_pushes_is_of_owners_cpu(self) -> None:
+        needs = pushed(WALK, DIM)
+        expected = predict_pushed("cotra", needs, [NEAR, NEAR], [1.0, 1.0], 10)
+        assert expected.reads == 0
+        assert expected.owner_cpu_s == pytest.approx(2 * WALK.reads * EXPANSION_S)
+        assert expected.seconds == pytest.approx(WALK.rounds * NEAR.rpc_s + 10 * WALK.reads * EXPANSION_S)
+        assert expected.bytes < read(NEAR, n_shards=2).bytes / 2
 
 
 class TestByName:
