@@ -124,7 +124,7 @@ class _Lane:
             return peer.view, source
         if not self._lenient:
             raise error
-        self.lost[failed.index] = error
+        self.lost[failed.index] = error.with_traceback(None)  # results keep it, and should keep nothing else alive
         return None
 
     def probe(self, job: SearchJob) -> Answer:
