@@ -69,7 +69,7 @@ int cotra_view_expand(const cotra_view *view, const cotra_arena *arena, const fl
         }
         if (pushes[i].query != query) {
             query = pushes[i].query;
-            cotra_query_set(&self.query, view, queries + query * info->dim);
+            cotra_query_copy(view, queries + query * info->dim, self.query.vector);
             cotra_query_encode(&self.query, view);
         }
         status = expand(&self, &pushes[i], &out[i], err);

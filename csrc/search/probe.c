@@ -1,6 +1,7 @@
 #include "search/probe.h"
 
 #include "base/status.h"
+#include "search/query.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -63,21 +64,6 @@ void cotra_probe_destroy(cotra_probe *probe)
     memset(probe, 0, sizeof *probe);
 }
 
-static void take_query(cotra_probe *probe, const float *query)
-{
-    const uint32_t dim = probe->shards[0].view->info.dim;
-    memcpy(probe->query, query, dim * sizeof *query);
-    memset(probe->query + dim, 0, (padded(dim, 32) - dim) * sizeof *query);
-    if (probe->shards[0].view->info.metric == COTRA_METRIC_COSINE) { /* as hnswlib normalises */
-        float norm = 0;
-        for (uint32_t i = 0; i < dim; i++)
-            norm += query[i] * query[i];
-        norm = 1.0f / (sqrtf(norm) + 1e-30f);
-        for (uint32_t i = 0; i < dim; i++)
-            probe->query[i] *= norm;
-    }
-}
-
 static void choose_lists(cotra_probe *probe, const uint8_t *mask)
 {
     probe->nearest.count = 0;
@@ -116,7 +102,7 @@ void cotra_probe_begin(cotra_probe *probe, const float *query, const uint8_t *ma
     memset(&probe->stats, 0, sizeof probe->stats);
     probe->candidates.count = probe->tau.count = probe->hits.count = 0;
     probe->n_lists = probe->n_pieces = 0;
-    take_query(probe, query);
+    cotra_query_copy(probe->shards[0].view, query, probe->query);
     choose_lists(probe, mask);
     for (uint32_t s = 0; s < probe->n_shards; s++)
         probe->codes[s].scale = 0;

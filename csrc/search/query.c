@@ -37,18 +37,18 @@ void cotra_query_destroy(cotra_query *query)
     memset(query, 0, sizeof *query);
 }
 
-void cotra_query_set(cotra_query *query, const cotra_view *view, const float *vector)
+void cotra_query_copy(const cotra_view *view, const float *vector, float *to)
 {
     const uint32_t dim = view->info.dim;
-    memcpy(query->vector, vector, dim * sizeof *vector);
-    memset(query->vector + dim, 0, (padded_dim(dim) - dim) * sizeof *vector);
+    memcpy(to, vector, dim * sizeof *vector);
+    memset(to + dim, 0, (padded_dim(dim) - dim) * sizeof *vector);
     if (view->info.metric == COTRA_METRIC_COSINE) { /* as hnswlib normalises */
         float norm = 0;
         for (uint32_t i = 0; i < dim; i++)
             norm += vector[i] * vector[i];
         norm = 1.0f / (sqrtf(norm) + 1e-30f);
         for (uint32_t i = 0; i < dim; i++)
-            query->vector[i] *= norm;
+            to[i] *= norm;
     }
 }
 

@@ -16,8 +16,8 @@ typedef struct cotra_query {
 
 int cotra_query_create(cotra_query *query, uint32_t max_dim, cotra_error *err);
 void cotra_query_destroy(cotra_query *query);
-/* Takes float32[dim] in. */
-void cotra_query_set(cotra_query *query, const cotra_view *view, const float *vector);
+/* Copies float32[dim] to where there is room for it padded to 32 floats, as the view's metric wants it. */
+void cotra_query_copy(const cotra_view *view, const float *vector, float *to);
 /* Makes the look-up table; it serves all shards of one graph. */
 void cotra_query_encode(cotra_query *query, const cotra_view *view);
 /* The squared length of a record's own vector. */

@@ -184,7 +184,7 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
     walk->kernels = kernels;
     walk->hit_count = walk->frontier_count = walk->beam = 0;
     memset(&walk->stats, 0, sizeof walk->stats);
-    cotra_query_set(&walk->query, view, query);
+    cotra_query_copy(view, query, walk->query.vector);
     walk->limit = INFINITY;
     walk->query_norm2 = view->info.metric == COTRA_METRIC_IP
                             ? kernels->dot[COTRA_VECTOR_F32](walk->query.vector, walk->query.vector, view->info.dim)
