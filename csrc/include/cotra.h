@@ -89,6 +89,9 @@ int cotra_arena_map_file(const char *path, cotra_arena **out, cotra_error *err);
 int cotra_arena_seal(cotra_arena *arena, cotra_error *err);
 int cotra_arena_lock(cotra_arena *arena, cotra_error *err);
 void cotra_arena_get_info(const cotra_arena *arena, cotra_arena_info *out);
+/* Lets go of the pages of a read-only mapping, a file's or a peer's: they are read again when they are needed, and do
+ * not count as this process's memory meanwhile. Nothing happens to memory of any other kind. */
+void cotra_arena_forget(cotra_arena *arena);
 void cotra_arena_destroy(cotra_arena *arena);
 
 /* ---- graph image: layout, validator, packer (csrc/layout/) ---- */
@@ -186,16 +189,20 @@ typedef struct cotra_relink_far {
     uint32_t width;
 } cotra_relink_far;
 
-/* Begins a copy of a valid image of a shard's own graph, without inverted lists, as a part of the graph over all
- * shards. The image must outlive the relinker. */
+/* Begins to make a copy of a valid image of a shard's own graph, without inverted lists, as a part of the graph over
+ * all shards. The image must outlive the relinker. */
 int cotra_relinker_create(const void *data, uint64_t length_bytes, const cotra_relink_params *params,
                           cotra_relinker **out, cotra_error *err);
-/* Chooses the neighbours of nodes [begin, end) anew, among those that they have and the far candidates: ranges may be
- * relinked by several threads at once. */
-int cotra_relinker_link(cotra_relinker *relinker, uint64_t begin, uint64_t end, const cotra_relink_far *far,
-                        cotra_error *err);
-/* Writes the checksums of the whole and hands the arena over. The relinker can only be destroyed after it. */
-int cotra_relinker_finish(cotra_relinker *relinker, cotra_arena **out, cotra_error *err);
+/* Chooses the neighbours of nodes [begin, end) anew, among those that they have and the far candidates, and writes
+ * their records to `records` ([end - begin] of record_bytes): ranges may be relinked by several threads at once. */
+int cotra_relinker_link(const cotra_relinker *relinker, uint64_t begin, uint64_t end, const cotra_relink_far *far,
+                        void *records, cotra_error *err);
+/* Takes what link() made of nodes [begin, end) into the checksum of the whole: in the order of the nodes, one thread.
+ */
+int cotra_relinker_append(cotra_relinker *relinker, uint64_t begin, uint64_t end, const void *records,
+                          cotra_error *err);
+/* Writes the copy's header, of records_offset bytes. Records follow it, then the navigation section as it was. */
+int cotra_relinker_finish(cotra_relinker *relinker, void *header_bytes, cotra_error *err);
 void cotra_relinker_destroy(cotra_relinker *relinker);
 
 /* ---- inverted lists beside the graph (csrc/layout/ivf.c, ivf_pack.c) ---- */

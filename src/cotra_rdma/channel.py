@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
+from cotra_rdma.arena import Arena
 from cotra_rdma.region import MemoryRegion
 
 if TYPE_CHECKING:
-    from cotra_rdma.arena import Arena
     from cotra_rdma.verbs import QueuePair
 
 DEFAULT_TIMEOUT_S = 5.0
@@ -94,6 +94,12 @@ class Channel(Handle):
 
     def _destroy(self, ptr: Any) -> None:
         lib.cotra_channel_close(ptr)
+
+    def forget(self) -> None:
+        """Lets go of what was read of a mapped region (`Arena.forget`); over verbs nothing is mapped, and nothing happens."""
+        for part in self._keep_alive:
+            if isinstance(part, Arena | Channel):
+                part.forget()
 
     @property
     def info(self) -> ChannelInfo:

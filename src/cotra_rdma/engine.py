@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
+from cotra_rdma.arena import Arena
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
 from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.queries import check_rows, check_search
@@ -72,6 +73,13 @@ class ImageInfo:
     graph_id: int
     graph_count: int
     graph_base: int
+
+    @classmethod
+    def of_arena(cls, arena: Arena, *, full: bool = False) -> Self:
+        """Of the image in an arena, which is validated: `full`: every record too. Raises `FormatError`, `ChecksumError`."""
+        raw, err, info = ffi.new("cotra_image_info *"), new_error(), arena.info
+        check(lib.cotra_image_validate(ffi.cast("void *", info.addr), info.len, full, raw, err), err)
+        return cls.from_c(raw)
 
     @classmethod
     def from_c(cls, raw: Any) -> Self:
