@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,18 +128,11 @@ class ShardBuilder:
         return self.scratch / f"shard-{self.number if number is None else number:03d}{suffix}"
 
     def _tell(self, content: msgspec.Struct, to: int | None = None, table: CentroidTable | None = None) -> None:
-        table = table or CentroidTable.empty()
-        none = np.zeros(len(table.sizes), np.uint64)
-        request = BuildExchangeRequest(
-            self.number,
-            table,
-            none,
-            none.astype(np.uint32),
-            0,
-            self.spec.generation,
-            msgspec.to_builtins(content, builtin_types=(bytes,)),
-        )
-        self.mail.tell(request, to)
+        message = BuildExchangeRequest.empty(self.number, msgspec.to_builtins(content, builtin_types=(bytes,)))
+        if table is not None:
+            none = np.zeros(len(table.sizes), np.uint64)
+            message = replace(message, table=table, offsets=none, lengths=none.astype(np.uint32))
+        self.mail.tell(replace(message, generation=self.spec.generation), to)
 
     def _hear(self, step: str, kind: type[T], sender: int) -> T:
         return told(self.mail.hear(step, sender), kind)
@@ -154,8 +147,9 @@ class ShardBuilder:
     def run(self, step: str) -> None:
         """A step, where builders share the directory: own images are files in it."""
         if step == "build":
-            with self.build() as shard:
+            with self.build_image() as shard:
                 shard.save(self.path(".own"))
+                self.tell_image(shard)
         elif step == "link":
             with Arena.map_file(self.path(".own")) as own:
                 self.link(own, lambda other, info: channel_of_file(self.path(".own", other), info.record_bytes))
@@ -243,8 +237,8 @@ class ShardBuilder:
 
     # ---- its own graph ----
 
-    def build(self) -> Shard:
-        """Builds the shard by itself; the shard is the caller's."""
+    def build_image(self) -> Shard:
+        """Builds the shard by itself; it is the caller's."""
         spec, ids = self.spec, self._ids()
         mean = self._counts()[1]
         own_rows = self.scratch / f"rows-{self.number}.npy"
@@ -270,16 +264,20 @@ class ShardBuilder:
             )
         own_rows.unlink()
         self._tell(evidence, 0)
+        return shard
+
+    def tell_image(self, shard: Shard) -> None:
+        """Tells all what `build_image` made: it can be READ from now on."""
         info, centroid = shard.info, self._model().centroids[self.number]
+        table = CoarseTable.decode(self.path(".coarse").read_bytes())
         names = [name for name in ToldImage.__struct_fields__ if hasattr(info, name)]
         image = ToldImage(
             "build",
-            first_id=int(ids[0]),
+            first_id=int(shard.labels().min()),
             centroid=centroid.astype("<f4").tobytes(),
             **{name: getattr(info, name) for name in names},
         )
-        self._tell(image, table=CentroidTable.of(CoarseTable.decode(table.encode())))
-        return shard
+        self._tell(image, table=CentroidTable.of(table))
 
     def _rows_done(self, count: int) -> Callable[[str, int, int], None] | None:
         progress = self.progress
@@ -340,7 +338,7 @@ class ShardBuilder:
         """Writes the shard as a part of the graph.
 
         Args:
-            own: what `build` made.
+            own: what `build_image` made.
             open_image: a channel to another shard's own image, which is like this one's.
         """
         spec, (images, _, plan) = self.spec, self.images()

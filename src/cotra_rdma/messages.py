@@ -446,6 +446,12 @@ class BuildExchangeRequest:
     generation: int
     told: dict[str, Any] | None = None
 
+    @classmethod
+    def empty(cls, shard: int, told: dict[str, Any]) -> BuildExchangeRequest:
+        """A builder's message without a table."""
+        none = np.empty(0, np.uint64)
+        return cls(shard, CentroidTable.empty(), none, none.astype(np.uint32), 0, 0, told)
+
     def encode(self) -> bytes:
         """The payload. Raises `InvalidInputError` when offsets and lengths do not fit the table."""
         offsets, lengths = np.ascontiguousarray(self.offsets, "<u8"), np.ascontiguousarray(self.lengths, "<u4")
