@@ -307,12 +307,6 @@ int cotra_arena_grow(cotra_arena *arena, uint64_t length_bytes, cotra_error *err
     return COTRA_OK;
 }
 
-void cotra_arena_forget(cotra_arena *arena)
-{
-    if (arena->mapped && !arena->writable && !arena->locked)
-        madvise(arena->data, arena->mapped, MADV_DONTNEED);
-}
-
 uint8_t *cotra_arena_data(const cotra_arena *arena)
 {
     return arena->data;

@@ -89,9 +89,6 @@ int cotra_arena_map_file(const char *path, cotra_arena **out, cotra_error *err);
 int cotra_arena_seal(cotra_arena *arena, cotra_error *err);
 int cotra_arena_lock(cotra_arena *arena, cotra_error *err);
 void cotra_arena_get_info(const cotra_arena *arena, cotra_arena_info *out);
-/* Lets go of the pages of a read-only mapping, a file's or a peer's: they are read again when they are needed, and do
- * not count as this process's memory meanwhile. Nothing happens to memory of any other kind. */
-void cotra_arena_forget(cotra_arena *arena);
 void cotra_arena_destroy(cotra_arena *arena);
 
 /* ---- graph image: layout, validator, packer (csrc/layout/) ---- */
@@ -391,6 +388,10 @@ typedef struct cotra_model_params {
     uint64_t corrupt_every;    /* one bit of every n-th READ is flipped; 0: never */
 } cotra_model_params;
 
+/* Reads the first length_bytes of an open file (a memfd too) with pread(2), so that nothing is mapped: for who must not
+ * have the memory of others count as its own. The file descriptor stays the caller's. */
+int cotra_channel_open_file(int fd, uint64_t length_bytes, uint32_t slots, uint32_t slot_bytes, cotra_channel **out,
+                            cotra_error *err);
 /* shm: a region that is mapped here. The arena must outlive the channel. slots 0: 1,024; slot_bytes 0: 64 KiB */
 int cotra_channel_open_shm(const cotra_arena *arena, uint32_t slots, uint32_t slot_bytes, cotra_channel **out,
                            cotra_error *err);

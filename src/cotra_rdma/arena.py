@@ -107,11 +107,6 @@ class Arena(Handle):
         err = new_error()
         check(lib.cotra_arena_lock(self.ptr, err), err)
 
-    def forget(self) -> None:
-        """Lets go of the pages of a read-only mapping (`map_fd`, `map_file`) that were read: they come back when they are read
-        again, and do not count as this process's memory meanwhile. Other arenas keep theirs."""
-        lib.cotra_arena_forget(self.ptr)
-
     def view(self) -> memoryview:
         """The arena's bytes (writable when the arena is). Valid until `close`: do not keep it longer."""
         info = self.info

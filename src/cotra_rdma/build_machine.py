@@ -25,6 +25,7 @@ from cotra_rdma.collection import Collection, Publication, check_build, of_graph
 from cotra_rdma.datasets import VectorFile
 from cotra_rdma.engine import ImageInfo
 from cotra_rdma.errors import CotraError, InvalidInputError, PeerError, VerbsUnavailableError
+from cotra_rdma.global_graph import channel_of_fd
 from cotra_rdma.graph_build import BuildSpec, ShardBuilder, result_of
 from cotra_rdma.messages import BuildExchangeRequest
 from cotra_rdma.peer import Peer
@@ -105,7 +106,7 @@ def build_on_machine(
         mail = NetworkMail(shard, peers, timeout_s=timeout_s, keys=client_keys)
         stack.callback(mail.close)
         address = listen or peers[shard]
-        first = stack.enter_context(RpcServer(address, mail.answer, keys=server_keys))
+        rpc = stack.enter_context(RpcServer(address, mail.answer, keys=server_keys))
         try:
             spec = BuildSpec(
                 vectors.count,
@@ -128,10 +129,7 @@ def build_on_machine(
             builder.count()
             builder.divide()
             own = stack.enter_context(builder.build_image())
-            first.close()  # the server takes its place; who calls in between calls again
-            stack.enter_context(
-                serve(own, address, _TRANSPORTS, device, gid_index, keys=server_keys, exchange=mail.take)
-            )
+            stack.enter_context(serve(own, address, _TRANSPORTS, device, gid_index, exchange=mail.take, rpc=rpc))
             builder.tell_image(own)
             with _Images(peers, client_keys, device, gid_index) as images:
                 builder.link(own.arena, images.open)
@@ -198,12 +196,17 @@ class _Images:
         self._renewing.start()
 
     @contextlib.contextmanager
-    def open(self, number: int, _like: ImageInfo) -> Iterator[Channel]:
+    def open(self, number: int, like: ImageInfo) -> Iterator[Channel]:
         """A channel to a shard's own image. Raises `TransportError` where it can be READ in no way."""
         with self._lock:
             peer = self._peers.get(number) or self._connect(number)
-            channel, stack = peer.open_channel()
+            arena = peer.memory
+            channel, stack = peer.open_channel() if arena is None else (None, ExitStack())
         with stack:
+            if arena is not None:  # of this host: read, not mapped, for it is not this builder's memory
+                assert arena.info.fd is not None
+                channel = stack.enter_context(channel_of_fd(arena.info.fd, like.record_bytes))
+            assert channel is not None
             yield channel
 
     def _connect(self, number: int) -> Peer:

@@ -130,7 +130,7 @@ class ToldCalibration(msgspec.Struct, frozen=True):
 def told(message: BuildExchangeRequest, kind: type[T]) -> T:
     """A message's map as `kind`. Raises `FormatError`."""
     try:
-        return msgspec.convert(message.told, kind)
+        return msgspec.convert(message.told, kind, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         raise FormatError(f"shard {message.shard}, {kind.__name__}: {error}") from error
 

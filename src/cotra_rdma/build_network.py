@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import msgspec
 from cotra_rdma.build_mail import told
 from cotra_rdma.errors import CotraError, DeadlineError, FormatError, InvalidInputError, PeerError, TransportError
 from cotra_rdma.messages import BuildExchangeRequest, BuildExchangeResponse
-from cotra_rdma.rpc import ClientKeys, RpcClient
+from cotra_rdma.rpc import ClientKeys, RpcClient, parse_address
 from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, decode_array, encode_array
 
 PART_BYTES = 32 << 20
@@ -28,6 +29,7 @@ _CALL_S = 2.0
 _ASK_S = 1.0  # between two questions to a peer that is waited for
 _LAST_WORD_MS = 500
 _ALIVE, _FAILED = "alive", "failed"
+_LAST = ("link", "calibrate")
 _ONCE = ("divide", "evidence")  # that are heard once, and are large
 
 
@@ -39,6 +41,13 @@ class _Part(msgspec.Struct, frozen=True):
     part: int
     parts: int
     data: bytes
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    """The content of `failed`: the shard that it is about, if one, and what went wrong."""
+
+    shard: int | None
+    message: str
 
 
 @dataclass(slots=True)
@@ -95,8 +104,9 @@ class NetworkMail:
                 )
             self._heard[sender] = time.monotonic()
             if part.step == _FAILED:
-                why = part.data[:1000].decode("utf-8", "replace")
-                self._failure = PeerError(f"{self._name(sender)} gave up: {why}", shard=sender)
+                why = decode_array(part.data, _Failure, "a builder's last word")
+                culprit = sender if why.shard is None else why.shard
+                self._failure = PeerError(f"{self._name(sender)} gave up: {why.message}", shard=culprit)
             elif part.step != _ALIVE and (part.step, sender) not in self._whole:
                 incoming = self._incoming.setdefault((part.step, sender), _Incoming())
                 incoming.parts[part.part] = part.data
@@ -131,7 +141,7 @@ class NetworkMail:
         """Waits for a message.
 
         Raises:
-            DeadlineError: the sender was silent for too long. PeerError: a builder gave up. Both name the shard.
+            DeadlineError: the sender was silent for too long. PeerError: it ended, or a builder gave up. Both name the shard.
         """
         key = (step, sender)
         while True:
@@ -146,12 +156,23 @@ class NetworkMail:
             self._check_silence(sender)
 
     def _check_silence(self, number: int) -> None:
+        if number in self._runs and self._refuses(number):
+            raise PeerError(f"{self._name(number)}: its builder ended: nobody listens there any more", shard=number)
         silent_s = time.monotonic() - self._heard[number]
         if silent_s > self._timeout_s:
             raise DeadlineError(
                 f"{self._name(number)} has been silent for {silent_s:.0f} s: its builder ended, or cannot be reached",
                 shard=number,
             )
+
+    def _refuses(self, number: int) -> bool:
+        try:
+            socket.create_connection(parse_address(self._addresses[number]), _CALL_S).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        return False
 
     # ---- telling ----
 
@@ -180,8 +201,12 @@ class NetworkMail:
             for part in range(parts):
                 piece = data[part * PART_BYTES : (part + 1) * PART_BYTES]
                 payload = self._part(step, piece, part, parts, message)
-                while not self._delivered(receiver, payload):
+                while not self._delivered(receiver, payload) and not self._is_done(receiver, step):
                     self._check_silence(receiver)
+
+    def _is_done(self, receiver: int, step: str) -> bool:
+        """Whether a builder that does not answer has ended because it heard all that it waited for: its answer was lost."""
+        return step in _LAST and ("link", receiver) in self._whole and self._refuses(receiver)
 
     def _delivered(self, receiver: int, payload: bytes) -> bool:
         with self._changed:
@@ -213,7 +238,8 @@ class NetworkMail:
 
     def fail(self, why: BaseException) -> None:
         """Tells the others that this builder gives up; those that do not answer at once find out by themselves."""
-        payload = self._part(_FAILED, f"{type(why).__name__}: {why}".encode()[:1000])
+        last = _Failure(getattr(why, "shard", None), f"{type(why).__name__}: {why}"[:1000])
+        payload = self._part(_FAILED, msgspec.msgpack.encode(last))
         for receiver in range(len(self._addresses)):
             if receiver != self._number:
                 with contextlib.suppress(CotraError):

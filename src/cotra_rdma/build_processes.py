@@ -125,12 +125,15 @@ class _Process:
     def __init__(self, spec: BuildSpec, vectors: VectorFile, directory: Path) -> None:
         source = {"path": os.path.abspath(vectors.path), "dataset": vectors.dataset, "count": vectors.count}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+        # Threads of BLAS that wait spin: with one for each core in each process they cost as much again.
+        blas = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(spec.n_threads))
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "cotra_rdma.build_processes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
+            env=blas | dict(os.environ),
         )
         self._send({"spec": asdict(spec), "source": source, "directory": os.path.abspath(directory)})
 

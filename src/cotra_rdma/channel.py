@@ -1,4 +1,4 @@
-"""Channels: one-sided READs of one region, from one thread. One contract, three implementations: shm, verbs, model."""
+"""Channels: one-sided READs of one region, from one thread. One contract, four implementations: shm, file, verbs, model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
-from cotra_rdma.arena import Arena
 from cotra_rdma.region import MemoryRegion
 
 if TYPE_CHECKING:
+    from cotra_rdma.arena import Arena
     from cotra_rdma.verbs import QueuePair
 
 DEFAULT_TIMEOUT_S = 5.0
@@ -55,12 +55,18 @@ class FabricModel:
 
 
 class Channel(Handle):
-    """One-sided READs of one region, from one thread at a time. Make one with `shm`, `verbs` or `model`."""
+    """One-sided READs of one region, from one thread at a time. Make one with `shm`, `file`, `verbs` or `model`."""
 
     @classmethod
     def shm(cls, arena: Arena, *, slots: int = 0, slot_bytes: int = 0) -> Self:
         """Reads a region that is mapped in this process: an own arena, or a same-host peer's (`Arena.map_fd`)."""
         return cls._opened(lambda out, err: lib.cotra_channel_open_shm(arena.ptr, slots, slot_bytes, out, err), arena)
+
+    @classmethod
+    def file(cls, fd: int, length: int, *, slots: int = 0, slot_bytes: int = 0) -> Self:
+        """Reads the first `length` bytes of a file, or of a memfd, with pread(2): nothing is mapped, so what is read never counts
+        as this process's memory, as touched pages of `shm` do. `fd` stays the caller's."""
+        return cls._opened(lambda out, err: lib.cotra_channel_open_file(fd, length, slots, slot_bytes, out, err))
 
     @classmethod
     def verbs(cls, qp: QueuePair, region: MemoryRegion, *, slots: int = 0, slot_bytes: int = 0) -> Self:
@@ -94,12 +100,6 @@ class Channel(Handle):
 
     def _destroy(self, ptr: Any) -> None:
         lib.cotra_channel_close(ptr)
-
-    def forget(self) -> None:
-        """Lets go of what was read of a mapped region (`Arena.forget`); over verbs nothing is mapped, and nothing happens."""
-        for part in self._keep_alive:
-            if isinstance(part, Arena | Channel):
-                part.forget()
 
     @property
     def info(self) -> ChannelInfo:

@@ -316,11 +316,11 @@ def calibrate(
     )
 
 
-def held_out_rows(count: int, seed: int) -> tuple[Ids, Ids]:
-    """The rows of a data set that Compass is calibrated with: int64[n] ascending, and the order to use them in, for the first
-    model is fitted to the first of them."""
+def held_out_rows(count: int, seed: int, most: int = N_HELD_OUT) -> tuple[Ids, Ids]:
+    """The rows of a data set that Compass is calibrated with, `most` at most: int64[n] ascending, and the order to use them
+    in, for the first model is fitted to the first of them."""
     generator = np.random.default_rng(seed)
-    rows = np.sort(generator.choice(count, min(N_HELD_OUT, count), replace=False, shuffle=False))
+    rows = np.sort(generator.choice(count, min(most, count), replace=False, shuffle=False))
     return rows, generator.permutation(len(rows))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,14 +25,16 @@ import numpy.typing as npt
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel
-from cotra_rdma.engine import Engine, ImageInfo, View
+from cotra_rdma.engine import Engine, ImageInfo, RecordCache, View
 from cotra_rdma.errors import FormatError, InvalidInputError
 
 MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)
 _ROWS = 1024  # that are searched for in one call
-_LINK_ROWS = 256  # whose candidates' vectors are in memory at once, for each thread
+_LINK_ROWS = 1024  # that are linked in one call, fewer where their candidates' vectors are more than ...
+_LINK_BYTES = 4 << 20
 _FAR_SIGHTED = 8
+_CACHE_BYTES = 16 << 20  # for the records of the shard that is searched
 _RECORD_HEAD_BYTES = 32
 _TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
 
@@ -162,11 +165,19 @@ def link_shard(
         return ImageInfo.of_arena(made)
 
 
+_SLOTS = 128  # of a channel to another shard, and so much landing memory
+
+
 @contextmanager
 def channel_of_file(path: str | os.PathLike[str], record_bytes: int) -> Iterator[Channel]:
-    """A channel to an image in a file."""
-    with Arena.map_file(path) as arena, Channel.shm(arena, slot_bytes=max(record_bytes, 4096)) as channel:
+    """A channel to an image in a file, which is not mapped."""
+    with Path(path).open("rb") as file, channel_of_fd(file.fileno(), record_bytes) as channel:
         yield channel
+
+
+def channel_of_fd(fd: int, record_bytes: int) -> Channel:
+    """The same of an open file or memfd."""
+    return Channel.file(fd, os.fstat(fd).st_size, slots=_SLOTS, slot_bytes=max(record_bytes, 4096))
 
 
 class _Relinker(Handle):
@@ -273,12 +284,10 @@ def _search_border(
             if not len(rows):
                 continue
 
-            def search(first: int, part: npt.NDArray[np.intp], other: int = other) -> None:
-                with ExitStack() as stack:
-                    channel = stack.enter_context(open_channel(other))
-                    view = stack.enter_context(View.open(channel))
-                    _check_other(view.info, own.info, other, plan)
-                    engine = stack.enter_context(Engine.create([view], [channel]))
+            def search(
+                first: int, part: npt.NDArray[np.intp], view: View, cache: RecordCache, other: int = other
+            ) -> None:
+                with open_channel(other) as channel, Engine.create([view], [channel], [cache]) as engine:
                     k = min(border.k, view.info.count)
                     for begin, end in _ranges(len(part)):
                         numbers = np.full((end - begin, border.k), _NONE, np.uint32)
@@ -286,11 +295,13 @@ def _search_border(
                         known = nodes >= 0
                         numbers[:, :k][known] = (nodes[known] + plan.bases[other]).astype(np.uint32)
                         found.write(other, first + begin, numbers)
-                        channel.forget()
 
             parts = np.array_split(rows, min(threads, len(rows)))
             firsts = np.cumsum([0, *map(len, parts[:-1])]).tolist()
-            list(pool.map(search, firsts, parts))
+            with open_channel(other) as channel, View.open(channel) as view:
+                _check_other(view.info, own.info, other, plan)
+                with RecordCache.create(view, _CACHE_BYTES) as cache:
+                    list(pool.map(search, firsts, parts, repeat(view), repeat(cache)))
             done += len(rows)
             if progress:
                 progress("border", done * own.info.count // found.total, own.info.count)
@@ -328,7 +339,8 @@ def _relink(
             if progress:
                 progress("relink", end, own.info.count)
 
-        for begin, end in _ranges(own.info.count, _LINK_ROWS):
+        rows = max(16, min(_LINK_ROWS, _LINK_BYTES // (found.near.shape[1] * found.k * stride)))
+        for begin, end in _ranges(own.info.count, rows):
             numbers, candidates = np.unique(found.read(begin, end), return_inverse=True)
             far = candidates.reshape(end - begin, -1).astype(np.uint32)
             if len(numbers) and numbers[-1] == _NONE:
@@ -343,7 +355,6 @@ def _relink(
                 offsets = own.info.records_offset + _RECORD_HEAD_BYTES
                 offsets = offsets + (numbers[mine].astype(np.int64) - plan.bases[other]) * own.info.record_bytes
                 vectors[mine] = channels[other].gather(offsets.astype(np.uint64), stride)
-                channels[other].forget()
             if len(running) > threads:  # one range waits
                 append()
             job = pool.submit(_relink_range, relinker, own, begin, end, numbers, vectors, far)

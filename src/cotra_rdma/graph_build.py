@@ -66,7 +66,8 @@ FIRST_ALONE = ("train", "calibrate")
 """Steps that only the builder of shard 0 takes."""
 PACK_SHARE = 0.1  # of the time that a shard takes, about
 
-_TAKEN_ROWS = 16_384
+_COPY_BYTES = 4 << 20  # of rows, at once
+_HELD_OUT = 1000  # fewer than where each shard is walked by itself: Compass has little to save before one walk over all
 _SCATTER_ROWS = 2048  # of a shard, that tell in which directions lists are wide
 
 Progress = Callable[[str, int], None]
@@ -292,7 +293,7 @@ class ShardBuilder:
         return report
 
     def _evidence(self, rows: VectorFile, ids: npt.NDArray[np.int64], clusters: Clusters) -> ToldEvidence:
-        held, _ = held_out_rows(self.spec.count, self.spec.seed)
+        held, _ = held_out_rows(self.spec.count, self.spec.seed, _HELD_OUT)
         queries = self.vectors.take(held).astype(np.float32)
         place = np.searchsorted(ids, held)
         place[place == len(ids)] = 0
@@ -376,7 +377,7 @@ class ShardBuilder:
     def calibrate(self) -> None:
         """Fits Compass to what all found."""
         spec, tables = self.spec, self.images()[1]
-        held, order = held_out_rows(spec.count, spec.seed)
+        held, order = held_out_rows(spec.count, spec.seed, _HELD_OUT)
         k, shape = CALIBRATION_K, (len(held), CALIBRATION_K)
         total, start = np.zeros((spec.dim, spec.dim)), 0
         lists = np.full(len(held), -1, np.int64)
@@ -511,5 +512,6 @@ def _copy_rows(vectors: VectorFile, ids: npt.NDArray[np.int64], path: Path) -> N
     header = {"descr": np.lib.format.dtype_to_descr(vectors.dtype), "fortran_order": False}
     with path.open("wb") as file:
         np.lib.format.write_array_header_2_0(file, header | {"shape": (len(ids), vectors.dim)})
-        for start in range(0, len(ids), _TAKEN_ROWS):
-            file.write(vectors.take(ids[start : start + _TAKEN_ROWS]).tobytes())
+        step = max(1, _COPY_BYTES // (vectors.dim * vectors.dtype.itemsize))
+        for start in range(0, len(ids), step):
+            file.write(vectors.take(ids[start : start + step]).data)

@@ -87,11 +87,14 @@ def connect_dealer(dealer: zmq.Socket[Any], address: str, keys: ClientKeys | Non
 
 class RpcServer:
     """Answers envelopes: one I/O thread owns the ROUTER, `n_workers` threads run the handler, so that a long search does not
-    hold up the control plane. A malformed message is dropped and logged; it never ends the server."""
+    hold up the control plane. A malformed message is dropped and logged; it never ends the server.
+
+    `handler` may be replaced while it listens.
+    """
 
     def __init__(self, address: str, handler: Handler, *, keys: ServerKeys | None = None, n_workers: int = 4) -> None:
         host, port = parse_address(address)
-        self._handler = handler
+        self.handler = handler
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = _authenticate(self._context, keys) if keys else None
         self._router = self._context.socket(zmq.ROUTER)
@@ -150,7 +153,7 @@ class RpcServer:
             request = VShardEnvelope.from_frames(frames[2:])
             if not request.msg_type.is_request:
                 raise FormatError(f"message type {request.msg_type} is no request")
-            reply = self._handler(request).frames()
+            reply = self.handler(request).frames()
         except CotraError as error:
             log.warning("%s: a message was dropped: %s", self.address, error)
             return

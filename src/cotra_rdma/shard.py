@@ -38,7 +38,7 @@ progress("cluster" | "encode", steps or lists done, in all)."""
 
 MIN_DIM, MAX_DIM, MAX_M = 1, 4096, 512
 _STATE_TIMEOUT_S = 60.0
-_ADD_ROWS = 4096
+_ADD_BYTES = 2 << 20  # of rows as float32, at once
 _PACK_ROWS = 2048
 
 
@@ -121,14 +121,15 @@ class Shard:
         index = hnswlib.Index(space=metric, dim=dim)
         index.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=seed % 2**64)
         threads = _threads(n_threads)
-        for begin in range(0, count, _ADD_ROWS):
+        step = max(256, _ADD_BYTES // (4 * dim))
+        for begin in range(0, count, step):
             with np.errstate(over="ignore"):  # what overflows float32 is then infinite, and refused
-                part = np.asarray(rows.read(begin, min(begin + _ADD_ROWS, count)), np.float32)
+                part = np.asarray(rows.read(begin, min(begin + step, count)), np.float32)
             check_finite(part, "vector", begin)
             # hnswlib knows vectors by their rows: its own numbers follow the order in which its threads came by.
             index.add_items(part, np.arange(begin, begin + len(part)), num_threads=threads)
             if progress:
-                progress("build", min(begin + _ADD_ROWS, count), count)
+                progress("build", min(begin + step, count), count)
         kind = rows.read(0, 1).dtype
         stored = {np.dtype(np.uint8): "uint8", np.dtype(np.float16): "float16"}.get(kind, "float32")
         if metric == "cosine":
