@@ -157,6 +157,7 @@ class NetworkMail:
 
     def _check_silence(self, number: int) -> None:
         if number in self._runs and self._refuses(number):
+            self._check_failure()  # it may have said why
             raise PeerError(f"{self._name(number)}: its builder ended: nobody listens there any more", shard=number)
         silent_s = time.monotonic() - self._heard[number]
         if silent_s > self._timeout_s:
@@ -208,10 +209,13 @@ class NetworkMail:
         """Whether a builder that does not answer has ended because it heard all that it waited for: its answer was lost."""
         return step in _LAST and ("link", receiver) in self._whole and self._refuses(receiver)
 
-    def _delivered(self, receiver: int, payload: bytes) -> bool:
+    def _check_failure(self) -> None:
         with self._changed:
             if self._failure:
                 raise self._failure
+
+    def _delivered(self, receiver: int, payload: bytes) -> bool:
+        self._check_failure()
         try:
             self._call(receiver, payload, _CALL_S)
         except DeadlineError:
