@@ -186,16 +186,20 @@ typedef struct cotra_relink_far {
     uint32_t width;
 } cotra_relink_far;
 
-/* Begins a copy of a valid image of a shard's own graph, without inverted lists, as a part of the graph over all
- * shards. The image must outlive the relinker. */
+/* Begins to make a copy of a valid image of a shard's own graph, without inverted lists, as a part of the graph over
+ * all shards. The image must outlive the relinker. */
 int cotra_relinker_create(const void *data, uint64_t length_bytes, const cotra_relink_params *params,
                           cotra_relinker **out, cotra_error *err);
-/* Chooses the neighbours of nodes [begin, end) anew, among those that they have and the far candidates: ranges may be
- * relinked by several threads at once. */
-int cotra_relinker_link(cotra_relinker *relinker, uint64_t begin, uint64_t end, const cotra_relink_far *far,
-                        cotra_error *err);
-/* Writes the checksums of the whole and hands the arena over. The relinker can only be destroyed after it. */
-int cotra_relinker_finish(cotra_relinker *relinker, cotra_arena **out, cotra_error *err);
+/* Chooses the neighbours of nodes [begin, end) anew, among those that they have and the far candidates, and writes
+ * their records to `records` ([end - begin] of record_bytes): ranges may be relinked by several threads at once. */
+int cotra_relinker_link(const cotra_relinker *relinker, uint64_t begin, uint64_t end, const cotra_relink_far *far,
+                        void *records, cotra_error *err);
+/* Takes what link() made of nodes [begin, end) into the checksum of the whole: in the order of the nodes, one thread.
+ */
+int cotra_relinker_append(cotra_relinker *relinker, uint64_t begin, uint64_t end, const void *records,
+                          cotra_error *err);
+/* Writes the copy's header, of records_offset bytes. Records follow it, then the navigation section as it was. */
+int cotra_relinker_finish(cotra_relinker *relinker, void *header_bytes, cotra_error *err);
 void cotra_relinker_destroy(cotra_relinker *relinker);
 
 /* ---- inverted lists beside the graph (csrc/layout/ivf.c, ivf_pack.c) ---- */
@@ -384,6 +388,10 @@ typedef struct cotra_model_params {
     uint64_t corrupt_every;    /* one bit of every n-th READ is flipped; 0: never */
 } cotra_model_params;
 
+/* Reads the first length_bytes of an open file (a memfd too) with pread(2), so that nothing is mapped: for who must not
+ * have the memory of others count as its own. The file descriptor stays the caller's. */
+int cotra_channel_open_file(int fd, uint64_t length_bytes, uint32_t slots, uint32_t slot_bytes, cotra_channel **out,
+                            cotra_error *err);
 /* shm: a region that is mapped here. The arena must outlive the channel. slots 0: 1,024; slot_bytes 0: 64 KiB */
 int cotra_channel_open_shm(const cotra_arena *arena, uint32_t slots, uint32_t slot_bytes, cotra_channel **out,
                            cotra_error *err);

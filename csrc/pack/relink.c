@@ -1,11 +1,12 @@
 /* One graph over all shards: the level-0 links of a shard's own graph, and those that lead into other shards.
  *
- *   create -> link (any threads, disjoint ranges that cover all nodes) -> finish
+ *   create -> link (any threads, any ranges), each followed by append (in the order of the nodes) -> finish
  *
- * A node's neighbours are chosen anew, from those that it has and from candidates in other shards, by the rule that
- * fills lists (pack/link.h). The source image is only read, so that the order of nodes and threads does not matter.
+ * Records are written where the caller wants them, some at a time: a second image beside the first would double a
+ * builder's memory. A node's neighbours are chosen anew, from those that it has and from candidates in other shards, by
+ * the rule that fills lists (pack/link.h). The source image is only read, so that the order of nodes and threads does
+ * not matter.
  */
-#include "base/arena.h"
 #include "base/ranked.h"
 #include "base/status.h"
 #include "distance/kernels.h"
@@ -14,7 +15,6 @@
 #include "pack/link.h"
 
 #include <math.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -26,8 +26,8 @@ struct cotra_relinker {
     cotra_record_layout layout;
     cotra_rotation rotation;
     const cotra_kernels *kernels;
-    cotra_arena *arena;
-    atomic_uint_fast64_t linked;
+    uint64_t appended; /* nodes */
+    uint32_t chain;    /* over their checksums */
 };
 
 /* What one thread needs. */
@@ -68,13 +68,10 @@ int cotra_relinker_create(const void *data, uint64_t length_bytes, const cotra_r
     relinker->kernels = cotra_kernels_get(cotra_simd_best());
     cotra_record_layout_make(&info, &relinker->layout);
     status = cotra_rotation_create(info.seed, info.dim, &relinker->rotation, err);
-    if (!status)
-        status = cotra_arena_create(info.image_bytes, COTRA_ARENA_HUGE, &relinker->arena, err);
     if (status) {
         cotra_relinker_destroy(relinker);
         return status;
     }
-    memcpy(cotra_arena_data(relinker->arena) + info.nav_offset, relinker->source + info.nav_offset, info.nav_bytes);
     *out = relinker;
     return COTRA_OK;
 }
@@ -84,7 +81,6 @@ void cotra_relinker_destroy(cotra_relinker *relinker)
     if (!relinker)
         return;
     cotra_rotation_destroy(&relinker->rotation);
-    cotra_arena_destroy(relinker->arena);
     free(relinker);
 }
 
@@ -190,12 +186,11 @@ static void write_record(const cotra_relinker *relinker, work *w, uint32_t count
 }
 
 static int link_node(const cotra_relinker *relinker, work *w, uint64_t node, const uint32_t *candidates,
-                     const cotra_relink_far *far, cotra_error *err)
+                     const cotra_relink_far *far, uint8_t *record, cotra_error *err)
 {
     const cotra_image_info *info = &relinker->info;
     const uint8_t *records = relinker->source + info->records_offset;
     const uint8_t *source = records + node * info->record_bytes;
-    uint8_t *record = cotra_arena_data(relinker->arena) + info->records_offset + node * info->record_bytes;
     cotra_record_head *head = (cotra_record_head *)record;
     memcpy(record, source, info->record_bytes);
     if (head->count > info->degree)
@@ -235,12 +230,11 @@ static int link_node(const cotra_relinker *relinker, work *w, uint64_t node, con
     return COTRA_OK;
 }
 
-int cotra_relinker_link(cotra_relinker *relinker, uint64_t begin, uint64_t end, const cotra_relink_far *far,
-                        cotra_error *err)
+int cotra_relinker_link(const cotra_relinker *relinker, uint64_t begin, uint64_t end, const cotra_relink_far *far,
+                        void *records, cotra_error *err)
 {
     const cotra_image_info *info = &relinker->info;
-    if (!relinker->arena || begin > end || end > info->count || far->width > MAX_WIDTH ||
-        far->stride_bytes < relinker->layout.vector_bytes)
+    if (begin > end || end > info->count || far->width > MAX_WIDTH || far->stride_bytes < relinker->layout.vector_bytes)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "relinker: nodes [%llu, %llu) of %llu, %u candidates each",
                           (unsigned long long)begin, (unsigned long long)end, (unsigned long long)info->count,
                           far->width);
@@ -248,33 +242,38 @@ int cotra_relinker_link(cotra_relinker *relinker, uint64_t begin, uint64_t end, 
     int status = work_make(&w, info, far->width, err);
     if (status)
         return status;
-    for (uint64_t node = begin; node < end && !status; node++)
-        status = link_node(relinker, &w, node, far->candidates + (node - begin) * far->width, far, err);
+    for (uint64_t i = 0; i < end - begin && !status; i++)
+        status = link_node(relinker, &w, begin + i, far->candidates + i * far->width, far,
+                           (uint8_t *)records + i * info->record_bytes, err);
     work_free(&w);
-    if (!status)
-        atomic_fetch_add(&relinker->linked, end - begin);
     return status;
 }
 
-int cotra_relinker_finish(cotra_relinker *relinker, cotra_arena **out, cotra_error *err)
+int cotra_relinker_append(cotra_relinker *relinker, uint64_t begin, uint64_t end, const void *records, cotra_error *err)
 {
-    *out = NULL;
+    const cotra_image_info *info = &relinker->info;
+    if (begin != relinker->appended || begin > end || end > info->count)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "relinker: nodes [%llu, %llu) where [%llu, %llu) are left",
+                          (unsigned long long)begin, (unsigned long long)end, (unsigned long long)relinker->appended,
+                          (unsigned long long)info->count);
+    const uint8_t *record = records;
+    for (; relinker->appended < end; relinker->appended++, record += info->record_bytes)
+        relinker->chain = cotra_image_chain(relinker->chain, ((const cotra_record_head *)record)->checksum);
+    return COTRA_OK;
+}
+
+int cotra_relinker_finish(cotra_relinker *relinker, void *header_bytes, cotra_error *err)
+{
     cotra_image_info *info = &relinker->info;
-    if (!relinker->arena || atomic_load(&relinker->linked) != info->count)
+    if (relinker->appended != info->count)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "relinker: %llu of %llu nodes were linked",
-                          (unsigned long long)atomic_load(&relinker->linked), (unsigned long long)info->count);
-    uint8_t *image = cotra_arena_data(relinker->arena);
-    uint32_t chain = 0;
-    for (uint64_t i = 0; i < info->count; i++)
-        chain = cotra_image_chain(
-            chain, ((const cotra_record_head *)(image + info->records_offset + i * info->record_bytes))->checksum);
-    info->image_checksum = (uint64_t)info->nav_checksum << 32 | chain;
-    cotra_image_header *header = (cotra_image_header *)image;
+                          (unsigned long long)relinker->appended, (unsigned long long)info->count);
+    info->image_checksum = (uint64_t)info->nav_checksum << 32 | relinker->chain;
+    memset(header_bytes, 0, COTRA_HEADER_BYTES);
+    cotra_image_header *header = header_bytes;
     header->magic = COTRA_IMAGE_MAGIC;
     header->format_version = COTRA_FORMAT_VERSION;
     header->info = *info;
     header->header_checksum = cotra_header_checksum(header);
-    *out = relinker->arena;
-    relinker->arena = NULL;
     return COTRA_OK;
 }

@@ -1,4 +1,4 @@
-"""Channels: one-sided READs of one region, from one thread. One contract, three implementations: shm, verbs, model."""
+"""Channels: one-sided READs of one region, from one thread. One contract, four implementations: shm, file, verbs, model."""
 
 from __future__ import annotations
 
@@ -55,12 +55,18 @@ class FabricModel:
 
 
 class Channel(Handle):
-    """One-sided READs of one region, from one thread at a time. Make one with `shm`, `verbs` or `model`."""
+    """One-sided READs of one region, from one thread at a time. Make one with `shm`, `file`, `verbs` or `model`."""
 
     @classmethod
     def shm(cls, arena: Arena, *, slots: int = 0, slot_bytes: int = 0) -> Self:
         """Reads a region that is mapped in this process: an own arena, or a same-host peer's (`Arena.map_fd`)."""
         return cls._opened(lambda out, err: lib.cotra_channel_open_shm(arena.ptr, slots, slot_bytes, out, err), arena)
+
+    @classmethod
+    def file(cls, fd: int, length: int, *, slots: int = 0, slot_bytes: int = 0) -> Self:
+        """Reads the first `length` bytes of a file, or of a memfd, with pread(2): nothing is mapped, so what is read never counts
+        as this process's memory, as touched pages of `shm` do. `fd` stays the caller's."""
+        return cls._opened(lambda out, err: lib.cotra_channel_open_file(fd, length, slots, slot_bytes, out, err))
 
     @classmethod
     def verbs(cls, qp: QueuePair, region: MemoryRegion, *, slots: int = 0, slot_bytes: int = 0) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,27 +16,24 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma.arena import Arena
-from cotra_rdma.channel import Channel
+from cotra_rdma.build_processes import BuildProcesses, Usage
 from cotra_rdma.coarse import N_LISTS, CoarseTable
-from cotra_rdma.compass import CALIBRATION_K, N_HELD_OUT, Calibration, HeldOut, Router, calibrate, exact_neighbours
+from cotra_rdma.compass import CALIBRATION_K, Calibration, HeldOut, Router, calibrate, exact_neighbours, held_out_rows
 from cotra_rdma.datasets import VectorFile
-from cotra_rdma.engine import ImageInfo
 from cotra_rdma.errors import FormatError, InvalidInputError
-from cotra_rdma.global_graph import GraphPlan, channel_of_file, link_shard
-from cotra_rdma.kmeans import balanced_partition, normalised
+from cotra_rdma.graph_build import PACK_SHARE, BuildSpec, GraphResult, build_here, lists_of, scatter
+from cotra_rdma.partition import balanced_partition
 from cotra_rdma.shard import Shard
 
 MANIFEST = "collection.json"
 FORMAT = "cotra-collection"
-FORMAT_VERSION = 2  # 1 had no partition, coarse tables or calibration, and is read still
+FORMAT_VERSION = 3
+"""1 had no partition, coarse tables or calibration, 2 no graph's name, and of shards no bases, generations, checksums and
+centroids; both are read still."""
 
 PARTITIONS = ("range", "kmeans")
 GRAPHS = ("independent", "global")
-PACK_SHARE = 0.1  # of the time that a shard takes, about
-
 _READ_ROWS = 65_536
-_OWN = ".own"  # of a shard's image until it is linked to the others
 _SCATTER_ROWS = 2048  # of a shard, that tell in which directions lists are wide
 
 Progress = Callable[[int, str, int], None]
@@ -54,6 +52,9 @@ class ShardFile:
         count: vectors.
         image_bytes: the file's length.
         coarse_name: of the file of its coarse table; None in a collection of version 1.
+        base: the number of its first node in the graph over all shards; 0 where each has a graph of its own.
+        generation, image_checksum: of the image; None in collections of versions 1 and 2.
+        centroid: dim numbers, of the partition (for cosine of normalised vectors); None where that has none.
     """
 
     name: str
@@ -61,6 +62,10 @@ class ShardFile:
     count: int
     image_bytes: int
     coarse_name: str | None = None
+    base: int = 0
+    generation: int | None = None
+    image_checksum: int | None = None
+    centroid: tuple[float, ...] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class Collection:
         partition: how the rows were split: "range" or "kmeans".
         graph: "independent": each shard has a graph of its own; "global": they make one graph (`cotra_rdma.global_graph`).
         calibration: of Compass; None where there is one shard, or too few vectors to learn from.
+        graph_id: names the graph over all shards, as their images do; 0 where there is none, or the version does not tell.
     """
 
     dim: int
@@ -87,6 +93,7 @@ class Collection:
     partition: str = "range"
     graph: str = "independent"
     calibration: Calibration | None = field(default=None, repr=False)
+    graph_id: int = 0
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, shard_files: bool = True) -> Self:
@@ -102,14 +109,14 @@ class Collection:
         try:
             raw = json.loads(path.read_bytes())
             form = raw.pop("format"), raw.pop("format_version")
-            shards = tuple(ShardFile(**shard) for shard in raw.pop("shards"))
+            shards = tuple(_shard_file(shard) for shard in raw.pop("shards"))
             calibration = raw.pop("calibration", None)
             loaded = cls(**raw, shards=shards)
         except FileNotFoundError:
             raise FormatError(f"{directory}: holds no {MANIFEST}: not a directory that `cotra build` made") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise FormatError(f"{path}: malformed manifest: {error}") from error
-        if form not in ((FORMAT, 1), (FORMAT, FORMAT_VERSION)):
+        if form not in [(FORMAT, version) for version in range(1, FORMAT_VERSION + 1)]:
             raise FormatError(
                 f"{path}: is {form[0]} version {form[1]}, and this release reads {FORMAT} {FORMAT_VERSION}"
             )
@@ -122,6 +129,8 @@ class Collection:
             raise FormatError(f"{path}: its partition {loaded.partition!r} is not one of {', '.join(PARTITIONS)}")
         if loaded.graph not in GRAPHS:
             raise FormatError(f"{path}: its graph {loaded.graph!r} is not one of {', '.join(GRAPHS)}")
+        if why := _fault(loaded, form[1]):
+            raise FormatError(f"{path}: {why}")
         if calibration is not None:
             try:
                 loaded = replace(loaded, calibration=Calibration.from_json(calibration))
@@ -132,8 +141,14 @@ class Collection:
     def save(self, directory: Path) -> None:
         """Writes the manifest."""
         raw = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.summary(), "calibration": None}
-        text = json.dumps(raw, indent=2)
-        if self.calibration is not None:  # on one line: nobody reads these numbers
+        shards = []
+        for number, shard in enumerate(self.shards):
+            text = json.dumps(raw["shards"][number] | {"centroid": None}, indent=2)
+            shards.append(text.removesuffix("null\n}") + json.dumps(shard.centroid) + "\n}")
+        text = json.dumps(raw | {"shards": []}, indent=2).replace(
+            '"shards": []', '"shards": [' + ",".join(f"\n{shard}" for shard in shards).replace("\n", "\n    ") + "\n  ]"
+        )
+        if self.calibration is not None:  # on one line, as centroids are: nobody reads these numbers
             text = text.removesuffix("null\n}") + json.dumps(self.calibration.to_json()) + "\n}"
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -179,17 +194,20 @@ def build_collection(
     vector_type: str = "auto",
     force: bool = False,
     progress: Progress | None = None,
+    processes: int = 0,
+    usage: Callable[[Usage], None] | None = None,
 ) -> Collection:
     """Splits a file's rows into `n_shards` parts, builds each and writes them to `directory`, with their coarse tables.
 
-    One shard is in memory at a time, and 8 bytes for each row. Files are written aside and renamed when all are whole: a
-    failed run leaves the directory as it was.
+    One shard is in memory at a time: its vectors while hnswlib builds, then its image; and for shards with graphs of their
+    own 8 bytes for each row. Inverted lists take a second copy of the image. Files are written aside and renamed when all
+    are whole: a failed run leaves the directory as it was.
 
     Args:
         vectors: the data set; row numbers become ids.
         directory: made when it is missing.
         n_shards: at most one a row.
-        metric, M, ef_construction, seed, n_threads: as `Shard.build`.
+        metric, M, ef_construction, seed, n_threads: as `Shard.build`; with `processes`, threads of each of them.
         partition: "range": equal ranges of rows; "kmeans": neighbours together, and no shard larger than 1.1 times the
             mean, so that Compass can leave shards out. None: "kmeans" for one graph, else "range".
         graph: "independent": each shard has a graph of its own, and is searched by itself; "global": the shards' graphs are
@@ -199,11 +217,49 @@ def build_collection(
         vector_type: how own vectors are held, as `Shard.build`.
         force: replace a collection that is there already.
         progress: told how far each shard is.
+        processes: so many builder processes on this host, each with one shard at a time, for one graph; 0: this process
+            builds. With one thread each the result is the same. On a machine for each shard: `build_machine.build_on_machine`.
+        usage: told what each of these processes used, when it ended.
 
     Raises:
         InvalidInputError: there is a collection already, or a value is out of its range.
+        PeerError: a builder process ended before its work was done.
     """
-    out = Path(directory)
+    partition = check_build(vectors, n_shards, partition, graph, n_lists, processes)
+    with Publication(directory, force=force) as publication:
+        aside = publication.aside
+        spec = BuildSpec(
+            vectors.count,
+            vectors.dim,
+            n_shards,
+            metric,
+            M,
+            ef_construction,
+            seed,
+            n_threads,
+            n_lists,
+            ivf_bits,
+            vector_type,
+            publication.generation,
+        )
+        if graph == "independent" or n_shards == 1:
+            collection = _build_independent(spec, vectors, aside, partition, graph, progress)
+        else:
+            overall = progress and _Overall(progress)
+            if processes:
+                with BuildProcesses(processes, spec, vectors, aside, usage=usage) as pool:
+                    result = pool.run(overall)
+            else:
+                result = build_here(spec, vectors, aside, overall)
+            collection = of_graph(spec, result)
+        publication.publish(collection)
+    return collection
+
+
+def check_build(
+    vectors: VectorFile, n_shards: int, partition: str | None, graph: str, n_lists: int, processes: int = 0
+) -> str:
+    """The partition that is meant. Raises `InvalidInputError` for values that do not fit each other."""
     if n_lists and not n_shards <= n_lists <= vectors.count:
         raise InvalidInputError(f"n_lists must be 0 or in [{n_shards}, {vectors.count}], not {n_lists}")
     if graph not in GRAPHS:
@@ -211,92 +267,169 @@ def build_collection(
     partition = partition or ("kmeans" if graph == "global" else "range")
     if partition not in PARTITIONS:
         raise InvalidInputError(f"partition must be one of {', '.join(PARTITIONS)}, not {partition!r}")
-    one_graph = graph == "global" and n_shards > 1
-    if one_graph and partition != "kmeans":
-        raise InvalidInputError("one graph over all shards needs neighbours together: partition kmeans")
     if not 1 <= n_shards <= vectors.count:
         raise InvalidInputError(f"{vectors.count} rows cannot be split into {n_shards} shards")
-    if out.exists() and not out.is_dir():
-        raise InvalidInputError(f"{out}: exists and is not a directory")
-    old = sorted([*out.glob("shard-*.cotra"), *out.glob("shard-*.coarse"), *out.glob(MANIFEST)])
-    if old and not force:
-        raise InvalidInputError(
-            f"{out}: holds a collection already ({old[0].name}); it is replaced only with force (--force)"
-        )
-    generation = _generation(out) + 1
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".building-", dir=out))
-    try:
-        part, centroids = _partition(vectors, n_shards, partition, metric, seed, n_threads, progress)
-        mean = _mean(vectors, metric) if one_graph else None
-        infos: list[ImageInfo] = []
-        shards: list[ShardFile] = []
-        tables: list[CoarseTable] = []
-        done = 0
-        lists = np.empty(vectors.count, np.int32)  # of each row, counted over all shards
-        scatter = np.zeros((vectors.dim, vectors.dim))
-        for number in range(n_shards):
-            ids = np.flatnonzero(part == number)
-            rows = _gather(vectors, ids)
-            name = f"shard-{number:03d}"
-            with Shard.build(
-                rows,
-                ids=ids,
-                metric=metric,
-                M=M,
-                ef_construction=ef_construction,
-                seed=seed,
-                n_threads=n_threads,
-                progress=progress and _rows_done(progress, number, done, len(ids)),
-                generation=generation,
-                n_lists=0 if one_graph else _lists_of(n_lists, len(ids), vectors.count),
-                ivf_bits=ivf_bits,
-                vector_type=vector_type,
-                mean=mean,
-            ) as shard:
-                shard.save(aside / f"{name}{_OWN if one_graph else '.cotra'}")
-                infos.append(shard.info)
-            table, clusters = CoarseTable.build(rows, N_LISTS, metric=metric, seed=seed, n_threads=n_threads)
-            (aside / f"{name}.coarse").write_bytes(table.encode())
-            lists[ids] = clusters.assignment + sum(map(len, tables))
-            scatter += _scatter(rows, clusters.centroids, clusters.assignment, metric)
-            tables.append(CoarseTable.decode(table.encode()))
-            shards.append(ShardFile(f"{name}.cotra", int(ids[0]), len(ids), infos[-1].image_bytes, f"{name}.coarse"))
-            done += len(ids)
-        if one_graph:
-            plan = GraphPlan.of(infos, centroids)
-            for number, entry in enumerate(shards):
-                lists_here = _lists_of(n_lists, entry.count, vectors.count)
-                report = progress and _links_done(progress, number, int(plan.bases[number]))
-                with _linked(aside, number, infos, plan, lists_here, ivf_bits, seed, n_threads, report) as shard:
-                    shard.save(aside / entry.name)
-                    shards[number] = replace(entry, image_bytes=shard.info.image_bytes)
-        collection = Collection(
-            vectors.dim,
-            metric,
-            vectors.count,
-            M,
-            ef_construction,
-            seed,
-            generation,
-            tuple(shards),
-            partition,
-            graph,
-            _calibration(vectors, tables, lists, scatter, metric, seed, progress),
-        )
-        collection.save(aside)
-        made_names = [name for shard in shards for name in (shard.name, shard.coarse_name) if name is not None]
-        for name in [*made_names, MANIFEST]:
-            (aside / name).replace(out / name)
-        for path in set(old) - {out / name for name in [MANIFEST, *made_names]}:
-            path.unlink()
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if made:
+    if graph == "global" and n_shards > 1 and partition != "kmeans":
+        raise InvalidInputError("one graph over all shards needs neighbours together: partition kmeans")
+    if processes < 0:
+        raise InvalidInputError(f"processes must be >= 0, not {processes}")
+    if processes and (graph != "global" or n_shards < 2):
+        raise InvalidInputError("builder processes are for one graph over several shards")
+    return partition
+
+
+class Publication:
+    """Where a collection is made: aside, until all is whole. A context manager.
+
+    Attributes:
+        aside: a directory inside that of the collection, for what is made; gone at the end.
+        generation: that the new collection gets.
+
+    Raises:
+        InvalidInputError: there is a collection already and it is not to be replaced, or a file is in the way.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, force: bool) -> None:
+        self._out = out = Path(directory)
+        if out.exists() and not out.is_dir():
+            raise InvalidInputError(f"{out}: exists and is not a directory")
+        old = sorted([*out.glob("shard-*.cotra"), *out.glob("shard-*.coarse"), *out.glob(MANIFEST)])
+        if old and not force:
+            raise InvalidInputError(
+                f"{out}: holds a collection already ({old[0].name}); it is replaced only with force (--force)"
+            )
+        self._old = {path: path.stat().st_ino for path in old}
+        try:
+            self.generation = Collection.load(out).generation + 1
+        except FormatError:
+            self.generation = 1
+        self._made = not out.exists()
+
+    def __enter__(self) -> Self:
+        self._out.mkdir(parents=True, exist_ok=True)
+        self.aside = Path(tempfile.mkdtemp(prefix=".building-", dir=self._out))
+        return self
+
+    def publish(self, collection: Collection, numbers: Iterable[int] | None = None) -> None:
+        """Renames the shards' files into place, then the manifest; what was there before and is no part of it goes.
+
+        Args:
+            numbers: of the shards that were made here; None: all. Others may be made in the same directory meanwhile.
+        """
+        collection.save(self.aside)
+        here = range(len(collection.shards)) if numbers is None else numbers
+        shards = [collection.shards[number] for number in here]
+        made = [name for shard in shards for name in (shard.name, shard.coarse_name) if name is not None]
+        for name in [*made, MANIFEST]:
+            (self.aside / name).replace(self._out / name)
+        for path in set(self._old) - {self._out / name for name in [MANIFEST, *made]}:
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == self._old[path]:  # else another builder's, and new
+                    path.unlink()
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.aside, ignore_errors=True)
+        if self._made:
             with contextlib.suppress(OSError):  # it is not empty: the run went well
-                out.rmdir()
-    return collection
+                self._out.rmdir()
+
+
+def of_graph(spec: BuildSpec, result: GraphResult) -> Collection:
+    """The manifest of one graph."""
+    shards = tuple(
+        ShardFile(
+            f"shard-{number:03d}.cotra",
+            shard.first_id,
+            shard.count,
+            shard.image_bytes,
+            f"shard-{number:03d}.coarse",
+            shard.base,
+            spec.generation,
+            shard.image_checksum,
+            shard.centroid,
+        )
+        for number, shard in enumerate(result.shards)
+    )
+    return _collection(spec, shards, "kmeans", "global", result.calibration, result.graph_id)
+
+
+def _build_independent(
+    spec: BuildSpec, vectors: VectorFile, aside: Path, partition: str, graph: str, progress: Progress | None
+) -> Collection:
+    """Shards with graphs of their own, one after the other."""
+    part, centroids = _partition(vectors, spec, partition, progress)
+    shards: list[ShardFile] = []
+    tables: list[CoarseTable] = []
+    done = 0
+    lists = np.empty(vectors.count, np.int32)  # of each row, counted over all shards
+    total = np.zeros((vectors.dim, vectors.dim))
+    for number in range(spec.n_shards):
+        ids = np.flatnonzero(part == number)
+        rows = _gather(vectors, ids)
+        name = f"shard-{number:03d}"
+        with Shard.build(
+            rows,
+            ids=ids,
+            metric=spec.metric,
+            M=spec.M,
+            ef_construction=spec.ef_construction,
+            seed=spec.seed,
+            n_threads=spec.n_threads,
+            progress=progress and _rows_done(progress, number, done, len(ids)),
+            generation=spec.generation,
+            n_lists=lists_of(spec.n_lists, len(ids), vectors.count),
+            ivf_bits=spec.ivf_bits,
+            vector_type=spec.vector_type,
+        ) as shard:
+            shard.save(aside / f"{name}.cotra")
+            info = shard.info
+        table, clusters = CoarseTable.build(rows, N_LISTS, metric=spec.metric, seed=spec.seed, n_threads=spec.n_threads)
+        (aside / f"{name}.coarse").write_bytes(table.encode())
+        lists[ids] = clusters.assignment + sum(map(len, tables))
+        chosen = np.linspace(0, len(rows) - 1, min(_SCATTER_ROWS, len(rows))).astype(np.int64)
+        total += scatter(rows[chosen], clusters.centroids, clusters.assignment[chosen], len(rows), spec.metric)
+        tables.append(CoarseTable.decode(table.encode()))
+        centroid = tuple(map(float, centroids[number])) if len(centroids) else None
+        shards.append(
+            ShardFile(
+                f"{name}.cotra",
+                int(ids[0]),
+                len(ids),
+                info.image_bytes,
+                f"{name}.coarse",
+                0,
+                spec.generation,
+                info.image_checksum,
+                centroid,
+            )
+        )
+        done += len(ids)
+    calibration = _calibration(vectors, tables, lists, total, spec, progress)
+    return _collection(spec, shards, partition, graph, calibration)
+
+
+def _collection(
+    spec: BuildSpec,
+    shards: Sequence[ShardFile],
+    partition: str,
+    graph: str,
+    calibration: Calibration | None,
+    graph_id: int = 0,
+) -> Collection:
+    return Collection(
+        spec.dim,
+        spec.metric,
+        spec.count,
+        spec.M,
+        spec.ef_construction,
+        spec.seed,
+        spec.generation,
+        tuple(shards),
+        partition,
+        graph,
+        calibration,
+        graph_id,
+    )
 
 
 def collection_directory(path: str | os.PathLike[str]) -> Path:
@@ -366,26 +499,61 @@ def shard_paths(paths: Iterable[str | os.PathLike[str]], shards: Sequence[int] |
     return found
 
 
-def _generation(directory: Path) -> int:
-    try:
-        return Collection.load(directory).generation
-    except FormatError:
-        return 0
+def _shard_file(raw: dict[str, Any]) -> ShardFile:
+    centroid = raw.get("centroid")
+    return ShardFile(**raw | ({} if centroid is None else {"centroid": tuple(centroid)}))
+
+
+def _fault(collection: Collection, version: int) -> str:
+    """What is wrong with a manifest's numbers; "" when nothing is."""
+    shards = collection.shards
+
+    def whole(value: object, low: int, bits: int) -> bool:
+        return type(value) is int and low <= value < 1 << bits
+
+    if not whole(collection.dim, 1, 31) or not whole(collection.count, 1, 63) or not whole(collection.graph_id, 0, 64):
+        return "its dim, count or graph_id is out of range"
+    base = 0
+    for number, shard in enumerate(shards):
+        sizes = (shard.count, 1, 31), (shard.first_id, 0, 63), (shard.image_bytes, 1, 63), (shard.base, 0, 31)
+        if not all(whole(*size) for size in sizes):
+            return f"shard {number}: its count, first_id, image_bytes or base is out of range"
+        if version >= 3 and not (whole(shard.generation, 0, 64) and whole(shard.image_checksum, 0, 64)):
+            return f"shard {number}: its generation or image_checksum is out of range"
+        if shard.base != (base if collection.graph_id else 0):
+            return f"shard {number}: its base is {shard.base}, and the shards before it hold {base} nodes"
+        base += shard.count
+        place = shard.centroid
+        if place is not None and not (
+            len(place) == collection.dim
+            and all(type(value) in (int, float) and math.isfinite(value) for value in place)
+        ):
+            return f"shard {number}: its centroid is not {collection.dim} finite numbers"
+    return ""
+
+
+class _Overall:
+    """How far a build is, from how far each shard is: rows of the phase, and "build", "link" and "pack" are one."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._done: dict[str, dict[int, int]] = {}
+
+    def __call__(self, number: int, phase: str, done: int) -> None:
+        part = self._done.setdefault("build" if phase in ("link", "pack") else phase, {})
+        part[number] = done
+        self._progress(-1 if phase in ("partition", "calibrate") else number, phase, sum(part.values()))
 
 
 def _partition(
-    vectors: VectorFile,
-    n_shards: int,
-    partition: str,
-    metric: str,
-    seed: int,
-    n_threads: int,
-    progress: Progress | None,
+    vectors: VectorFile, spec: BuildSpec, partition: str, progress: Progress | None
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """The shard of each row, none of them empty; and for "kmeans" the shards' centroids, float32[n_shards, dim]."""
-    if partition == "range" or n_shards == 1:
-        bounds = np.linspace(0, vectors.count, n_shards + 1).astype(int)
-        return np.repeat(np.arange(n_shards, dtype=np.int32), np.diff(bounds)), np.empty((0, vectors.dim), np.float32)
+    if partition == "range" or spec.n_shards == 1:
+        bounds = np.linspace(0, vectors.count, spec.n_shards + 1).astype(int)
+        return np.repeat(np.arange(spec.n_shards, dtype=np.int32), np.diff(bounds)), np.empty(
+            (0, vectors.dim), np.float32
+        )
     report = None
     if progress is not None:
 
@@ -393,9 +561,9 @@ def _partition(
             progress(-1, "partition", done if phase == "assign" else 0)
 
     part, centroids = balanced_partition(
-        vectors, n_shards, seed=seed, n_threads=n_threads, metric=metric, progress=report
+        vectors, spec.n_shards, seed=spec.seed, n_threads=spec.n_threads, metric=spec.metric, progress=report
     )
-    counts = np.bincount(part, minlength=n_shards)
+    counts = np.bincount(part, minlength=spec.n_shards)
     for empty in np.flatnonzero(counts == 0):  # of equal vectors, or very few
         giver = int(counts.argmax())
         taken = np.flatnonzero(part == giver)[: max(1, counts[giver] // 2)]
@@ -403,41 +571,6 @@ def _partition(
         counts[giver] -= len(taken)
         counts[empty] += len(taken)
     return part, centroids
-
-
-def _mean(vectors: VectorFile, metric: str) -> npt.NDArray[np.float32]:
-    """The mean of all vectors, as they are stored."""
-    total = np.zeros(vectors.dim)
-    for start in range(0, vectors.count, _READ_ROWS):
-        rows = vectors.read(start, min(start + _READ_ROWS, vectors.count))
-        total += (normalised(rows) if metric == "cosine" else rows).sum(axis=0, dtype=np.float64)
-    return (total / vectors.count).astype(np.float32)
-
-
-def _lists_of(n_lists: int, count: int, total: int) -> int:
-    """A shard's part of the inverted lists."""
-    return min(count, max(1, round(n_lists * count / total))) if n_lists else 0
-
-
-def _linked(
-    aside: Path,
-    number: int,
-    infos: Sequence[ImageInfo],
-    plan: GraphPlan,
-    n_lists: int,
-    ivf_bits: int,
-    seed: int,
-    n_threads: int,
-    progress: Callable[[str, int, int], None] | None,
-) -> Shard:
-    """A shard as a part of the graph over all of them, made of the images that they built by themselves."""
-
-    def open_channel(other: int) -> contextlib.AbstractContextManager[Channel]:
-        return channel_of_file(aside / f"shard-{other:03d}{_OWN}", infos[other].record_bytes)
-
-    with Arena.map_file(aside / f"shard-{number:03d}{_OWN}") as own:
-        arena = link_shard(own, number, plan, open_channel, n_threads=n_threads, progress=progress)
-    return Shard.of_arena(arena, n_lists=n_lists, ivf_bits=ivf_bits, seed=seed, n_threads=n_threads)
 
 
 def _gather(vectors: VectorFile, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
@@ -452,48 +585,31 @@ def _gather(vectors: VectorFile, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]
     return rows
 
 
-def _scatter(
-    rows: npt.NDArray[Any], centroids: npt.NDArray[np.float32], lists: npt.NDArray[np.int32], metric: str
-) -> npt.NDArray[np.float64]:
-    """The covariance of a shard's members about their centroids, times their number: float64[dim, dim], from a sample."""
-    chosen = np.linspace(0, len(rows) - 1, min(_SCATTER_ROWS, len(rows))).astype(np.int64)
-    some = normalised(rows[chosen]) if metric == "cosine" else rows[chosen].astype(np.float32)
-    gaps = some - centroids[lists[chosen]]
-    return np.asarray((gaps.T @ gaps).astype(np.float64) * (len(rows) / len(chosen)))
-
-
 def _calibration(
     vectors: VectorFile,
     tables: list[CoarseTable],
     lists: npt.NDArray[np.int32],
-    scatter: npt.NDArray[np.float64],
-    metric: str,
-    seed: int,
+    total: npt.NDArray[np.float64],
+    spec: BuildSpec,
     progress: Progress | None,
 ) -> Calibration | None:
     k = CALIBRATION_K
     if len(tables) < 2 or vectors.count <= k:
         return None
-    generator = np.random.default_rng(seed)
-    rows = np.sort(generator.choice(vectors.count, min(N_HELD_OUT, vectors.count), replace=False, shuffle=False))
+    rows, order = held_out_rows(vectors.count, spec.seed)
     report = None
     if progress is not None:
 
         def report(done: int, total: int) -> None:
             progress(-1, "calibrate", done)
 
-    near = exact_neighbours(vectors, rows, k, metric, report)
-    order = generator.permutation(len(rows))  # the first model is fitted to the first of them
+    near = exact_neighbours(vectors, rows, k, spec.metric, report)
     held_out = HeldOut(
         _gather(vectors, rows)[order].astype(np.float32),
         lists[rows[order]].astype(np.int64),
         lists[near[order]].astype(np.int64),
     )
-    return calibrate(tables, held_out, scatter, metric)
-
-
-def _links_done(progress: Progress, number: int, start: int) -> Callable[[str, int, int], None]:
-    return lambda phase, done, total: progress(number, phase, start + done)
+    return calibrate(tables, held_out, total, spec.metric)
 
 
 def _rows_done(progress: Progress, number: int, start: int, count: int) -> Callable[[str, int, int], None]:

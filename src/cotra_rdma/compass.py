@@ -316,6 +316,14 @@ def calibrate(
     )
 
 
+def held_out_rows(count: int, seed: int, most: int = N_HELD_OUT) -> tuple[Ids, Ids]:
+    """The rows of a data set that Compass is calibrated with, `most` at most: int64[n] ascending, and the order to use them
+    in, for the first model is fitted to the first of them."""
+    generator = np.random.default_rng(seed)
+    rows = np.sort(generator.choice(count, min(most, count), replace=False, shuffle=False))
+    return rows, generator.permutation(len(rows))
+
+
 def exact_neighbours(
     vectors: VectorSource, rows: Ids, k: int, metric: str = "l2", progress: Progress | None = None
 ) -> Ids:
@@ -326,15 +334,32 @@ def exact_neighbours(
     Raises:
         InvalidInputError: k is not less than the number of vectors.
     """
-    count, dim = vectors.shape
+    count, _ = vectors.shape
     if not 1 <= k < count:
         raise InvalidInputError(f"{count} vectors have no {k} neighbours each")
     queries = np.concatenate([np.asarray(vectors.read(int(row), int(row) + 1), np.float32) for row in rows])
+    return nearest(vectors, queries, rows, k, metric, progress)[0]
+
+
+def nearest(
+    vectors: VectorSource, queries: Floats, own: Ids, k: int, metric: str = "l2", progress: Progress | None = None
+) -> tuple[Ids, Floats]:
+    """The k nearest vectors to each query, by exact distances.
+
+    Args:
+        queries: float32[n, dim].
+        own: int64[n], the row of each query, which does not count; -1 where it is not among the vectors.
+
+    Returns:
+        Rows int64[n, k], -1 where there are fewer, and float32[n, k], which ranks them (infinite where there are fewer), also
+        beside those of other vectors for the same queries.
+    """
+    count, dim = vectors.shape
     centre = np.zeros(dim, np.float32) if metric == "ip" else queries.mean(axis=0)
     queries = (normalised(queries) if metric == "cosine" else queries - centre).astype(np.float32)
-    best = np.full((len(rows), k), np.inf, np.float32)
-    found = np.full((len(rows), k), -1, np.int64)
-    step = max(256, 4 * _CHUNK_FLOATS // max(len(rows), dim))
+    best = np.full((len(queries), k), np.inf, np.float32)
+    found = np.full((len(queries), k), -1, np.int64)
+    step = max(256, 4 * _CHUNK_FLOATS // max(len(queries), dim))
     for start in range(0, count, step):
         chunk = np.asarray(vectors.read(start, min(start + step, count)), np.float32)
         chunk = normalised(chunk) if metric == "cosine" else chunk - centre
@@ -342,17 +367,18 @@ def exact_neighbours(
         gaps *= -2
         if metric != "ip":
             gaps += np.square(chunk).sum(axis=1)
-        inside = np.flatnonzero((rows >= start) & (rows < start + len(chunk)))
-        gaps[inside, rows[inside] - start] = np.inf
+        inside = np.flatnonzero((own >= start) & (own < start + len(chunk)))
+        gaps[inside, own[inside] - start] = np.inf
         if not start:
             near = np.argpartition(gaps, min(k, len(chunk)) - 1, axis=1)[:, :k]
-            query, column = np.repeat(np.arange(len(rows)), near.shape[1]), near.ravel()
+            query, column = np.repeat(np.arange(len(queries)), near.shape[1]), near.ravel()
         else:  # few are closer than the k-th so far, and ever fewer
             query, column = np.nonzero(gaps < best[:, -1:])
         _merge(best, found, query, gaps[query, column], column + start)
         if progress:
             progress(start + len(chunk), count)
-    return found
+    found[np.isinf(best)] = -1
+    return found, best
 
 
 def _merge(best: Floats, found: Ids, query: Ids, gaps: Floats, ids: Ids) -> None:

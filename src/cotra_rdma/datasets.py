@@ -1,12 +1,14 @@
 """Readers of vector files: .npy, .fvecs/.bvecs/.ivecs (corpus-texmex.irisa.fr) and ann-benchmarks HDF5.
 
-Files are mapped, never loaded whole, so that they may be larger than memory; HDF5 is read slice by slice.
+Files are mapped, never loaded whole, so that they may be larger than memory, and what was read of a mapping is let go of at
+once: its pages would count as this process's memory. HDF5 is read slice by slice.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -26,6 +28,7 @@ TEXMEX_TYPES: dict[str, np.dtype[Any]] = {
 }
 HDF5_SUFFIXES = (".hdf5", ".h5")
 MAX_DIM = 1 << 20
+_TAKEN_ROWS = 16_384
 
 _HDF5_METRICS = {"euclidean": "l2", "l2": "l2", "angular": "cosine", "cosine": "cosine", "ip": "ip", "dot": "ip"}
 
@@ -39,6 +42,7 @@ class VectorFile:
         count, dim: its shape.
         dtype: of the rows as stored (in this machine's byte order).
         metric: "l2", "ip" or "cosine" where the file says so (HDF5), else None.
+        dataset: the name of an HDF5 file's data set, else None.
     """
 
     path: Path
@@ -48,6 +52,7 @@ class VectorFile:
     metric: str | None
     _rows: Any  # a mapping, or an open HDF5 data set
     _file: h5py.File | None = None
+    dataset: str | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -58,20 +63,43 @@ class VectorFile:
         return self.count, self.dim
 
     def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Rows [start, stop) as `dtype`[n, dim]: a view of the mapping where the format allows it, else a copy.
+        """Rows [start, stop) as `dtype`[n, dim], a copy.
 
         Raises:
             FormatError: a .fvecs/.bvecs/.ivecs row in it has another dimension than the first one.
         """
-        rows = self._rows[start : self.count if stop is None else stop]
+        return self._copied(self._rows[start : self.count if stop is None else stop], lambda row: start + row)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Some rows, ascending, each once: `dtype`[n, dim]. Raises as `read`."""
+        if isinstance(self._rows, np.ndarray):
+            return self._copied(self._rows[rows], lambda row: int(rows[row]))
+        found = np.empty((len(rows), self.dim), self.dtype)
+        for start in range(0, self.count, _TAKEN_ROWS):  # HDF5 is slow at single rows
+            begin, end = np.searchsorted(rows, (start, start + _TAKEN_ROWS))
+            if begin < end:
+                found[begin:end] = self.read(start, min(start + _TAKEN_ROWS, self.count))[rows[begin:end] - start]
+        return found
+
+    def _copied(self, rows: npt.NDArray[Any], number: Callable[[int], int]) -> npt.NDArray[Any]:
         if rows.dtype.names:
             wrong = np.flatnonzero(rows["dim"] != self.dim)
             if len(wrong):
-                row = wrong[0]
+                row = int(wrong[0])
                 dim = rows["dim"][row]
-                raise FormatError(f"{self.path}: row {start + row} has dimension {dim}, and row 0 has {self.dim}")
+                raise FormatError(f"{self.path}: row {number(row)} has dimension {dim}, and row 0 has {self.dim}")
             rows = rows["row"]
-        return np.asarray(rows, self.dtype)
+        copy = np.array(rows, self.dtype)
+        self._forget()
+        return copy
+
+    def _forget(self) -> None:
+        """Lets go of the mapping's pages; they come back when they are read again."""
+        mapping: Any = self._rows
+        while isinstance(mapping, np.ndarray):
+            mapping = mapping.base
+        if isinstance(mapping, mmap.mmap):
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def first(self, n: int) -> VectorFile:
         """The first n rows, n <= count. Of an HDF5 file they are read into memory."""
@@ -205,4 +233,4 @@ def _open_hdf5(path: Path, dataset: str) -> VectorFile:
         file.close()
         raise FormatError(f"{path}: {problem}")
     metric = None if name is None else _HDF5_METRICS[name]
-    return VectorFile(path, rows.shape[0], rows.shape[1], rows.dtype.newbyteorder("="), metric, rows, file)
+    return VectorFile(path, rows.shape[0], rows.shape[1], rows.dtype.newbyteorder("="), metric, rows, file, dataset)

@@ -96,6 +96,13 @@ class ImageInfo:
     graph_base: int
 
     @classmethod
+    def of_arena(cls, arena: Arena, *, full: bool = False) -> Self:
+        """Of the image in an arena, which is validated: `full`: every record too. Raises `FormatError`, `ChecksumError`."""
+        raw, err, info = ffi.new("cotra_image_info *"), new_error(), arena.info
+        check(lib.cotra_image_validate(ffi.cast("void *", info.addr), info.len, full, raw, err), err)
+        return cls.from_c(raw)
+
+    @classmethod
     def from_c(cls, raw: Any) -> Self:
         """From a `cotra_image_info *`."""
         return cls(

@@ -9,11 +9,15 @@ No process ever holds more than one shard's vectors, and what it reads for some 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import repeat
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +25,16 @@ import numpy.typing as npt
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel
-from cotra_rdma.engine import Engine, ImageInfo, View
+from cotra_rdma.engine import Engine, ImageInfo, RecordCache, View
 from cotra_rdma.errors import FormatError, InvalidInputError
 
 MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)
 _ROWS = 1024  # that are searched for in one call
-_LINK_ROWS = 256  # whose candidates' vectors are in memory at once, for each thread
+_LINK_ROWS = 1024  # that are linked in one call, fewer where their candidates' vectors are more than ...
+_LINK_BYTES = 4 << 20
 _FAR_SIGHTED = 8
+_CACHE_BYTES = 16 << 20  # for the records of the shard that is searched
 _RECORD_HEAD_BYTES = 32
 _TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
 
@@ -73,8 +79,9 @@ class GraphPlan:
     centroids: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, infos: Sequence[ImageInfo], centroids: npt.NDArray[np.float32]) -> GraphPlan:
-        """The plan for shards with these images, in the order in which they are numbered.
+    def of(cls, infos: Sequence[Any], centroids: npt.NDArray[np.float32]) -> GraphPlan:
+        """The plan for shards with these images (`ImageInfo`s, or what has as much of their fields as is asked for here), in the
+        order in which they are numbered.
 
         Raises `InvalidInputError` where they are too many nodes, or cannot be one graph.
         """
@@ -103,47 +110,74 @@ def link_shard(
     shard: int,
     plan: GraphPlan,
     open_channel: OpenChannel,
+    path: str | os.PathLike[str],
     *,
     border: Border | None = None,
     n_threads: int = 0,
     progress: Progress | None = None,
-) -> Arena:
-    """The image of shard number `shard` as a part of the graph over all shards.
+) -> ImageInfo:
+    """Writes the image of shard number `shard` as a part of the graph over all shards, and returns its header.
+
+    Beside the image it takes some bytes a node, and what some hundred nodes found: the new image goes straight to its file,
+    and what is found to a temporary one beside it.
 
     Args:
         image: what the shard built by itself, without inverted lists: it is only read, so others may READ it meanwhile.
         shard: its number in the plan.
         open_channel: to the other shards' own images.
+        path: of the file to write. After an error it may be there, and is no image.
         border: how to look for neighbours; None: the defaults.
         n_threads: 0 for all cores. The result does not depend on it.
         progress: see `Progress`.
 
     Raises:
         InvalidInputError: an image with inverted lists, or one that is not the plan's. FormatError, TransportError: of others'
-        images.
+        images. OSError: the file cannot be written.
     """
     border = border or Border()
     threads = n_threads or len(os.sched_getaffinity(0))
     with _Own(image) as own:
-        if own.info.count != plan.counts[shard]:
-            raise InvalidInputError(f"shard {shard} has {own.info.count} nodes, and {plan.counts[shard]} in the plan")
-        found = _search_border(own, shard, plan, open_channel, border, threads, progress)
+        info = own.info
+        if info.count != plan.counts[shard]:
+            raise InvalidInputError(f"shard {shard} has {info.count} nodes, and {plan.counts[shard]} in the plan")
         params = ffi.new("cotra_relink_params *", (plan.graph_id, int(plan.counts.sum()), int(plan.bases[shard])))
         out, err = ffi.new("cotra_relinker **"), new_error()
         data = ffi.cast("void *", image.info.addr)
         check(lib.cotra_relinker_create(data, image.info.len, params, out, err), err)
-        with _Relinker(out[0], image) as relinker:
-            _relink(relinker, own, plan, found, open_channel, threads, progress)
-            made, err = ffi.new("cotra_arena **"), new_error()
-            check(lib.cotra_relinker_finish(relinker.ptr, made, err), err)
-            return Arena(made[0])
+        with (
+            _Relinker(out[0], image) as relinker,
+            tempfile.TemporaryFile(dir=Path(path).parent) as scratch,
+            Path(path).open("wb") as file,
+        ):
+            found = _Found(scratch, _near_shards(own, shard, plan, border), border.k)
+            _search_border(found, own, plan, open_channel, border, threads, progress)
+            file.seek(info.records_offset)
+            _relink(file, relinker, own, plan, found, open_channel, threads, progress)
+            with image.view() as view:
+                file.write(view[info.nav_offset : info.nav_offset + info.nav_bytes])
+            header, err = bytearray(info.records_offset), new_error()
+            check(lib.cotra_relinker_finish(relinker.ptr, ffi.from_buffer("char[]", header), err), err)
+            file.seek(0)
+            file.write(header)
+            file.flush()
+            os.fsync(file.fileno())
+    with Arena.map_file(path) as made:
+        return ImageInfo.of_arena(made)
+
+
+_SLOTS = 128  # of a channel to another shard, and so much landing memory
 
 
 @contextmanager
 def channel_of_file(path: str | os.PathLike[str], record_bytes: int) -> Iterator[Channel]:
-    """A channel to an image in a file."""
-    with Arena.map_file(path) as arena, Channel.shm(arena, slot_bytes=max(record_bytes, 4096)) as channel:
+    """A channel to an image in a file, which is not mapped."""
+    with Path(path).open("rb") as file, channel_of_fd(file.fileno(), record_bytes) as channel:
         yield channel
+
+
+def channel_of_fd(fd: int, record_bytes: int) -> Channel:
+    """The same of an open file or memfd."""
+    return Channel.file(fd, os.fstat(fd).st_size, slots=_SLOTS, slot_bytes=max(record_bytes, 4096))
 
 
 class _Relinker(Handle):
@@ -155,9 +189,7 @@ class _Own:
     """A shard's own image."""
 
     def __init__(self, image: Arena) -> None:
-        raw, err, info = ffi.new("cotra_image_info *"), new_error(), image.info
-        check(lib.cotra_image_validate(ffi.cast("void *", info.addr), info.len, 0, raw, err), err)
-        self.info = ImageInfo.from_c(raw)
+        self.info = ImageInfo.of_arena(image)
         self._view = image.view()
         self._records = np.frombuffer(
             self._view, np.uint8, self.info.count * self.info.record_bytes, self.info.records_offset
@@ -188,10 +220,10 @@ def _ranges(count: int, rows: int = _ROWS) -> list[tuple[int, int]]:
     return [(begin, min(begin + rows, count)) for begin in range(0, count, rows)]
 
 
-def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.NDArray[np.int32]:
-    """The other shards that each node looks into: int32[count, border.shards], -1 for none."""
+def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.NDArray[np.signedinteger[Any]]:
+    """The other shards that each node looks into: int[count, border.shards], -1 for none."""
     width = min(border.shards, len(plan.counts) - 1)
-    near = np.empty((own.info.count, width), np.int32)
+    near = np.empty((own.info.count, width), np.min_scalar_type(-len(plan.counts)))
     centre = plan.centroids.mean(axis=0)
     centroids = plan.centroids - centre
     for begin, end in _ranges(own.info.count):
@@ -206,45 +238,73 @@ def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.
     return near
 
 
+class _Found:
+    """What each node found in other shards, in a temporary file: one stretch for each other shard, of `k` numbers for each
+    node that looked into it, in the order of the nodes. Written by any threads, then read front to back."""
+
+    def __init__(self, file: BinaryIO, near: npt.NDArray[np.signedinteger[Any]], k: int) -> None:
+        self.near, self.k = near, k
+        self._file = file
+        n_shards = int(near.max(initial=-1)) + 1
+        searches = np.bincount(near[near >= 0], minlength=n_shards)
+        self._next = np.cumsum(searches) - searches  # the first of each shard's numbers that was not read
+        self.total = int(searches.sum())
+
+    def write(self, shard: int, first: int, numbers: npt.NDArray[np.uint32]) -> None:
+        """What `shard` gave to nodes `first`... of those that looked into it: uint32[n, k]."""
+        os.pwrite(self._file.fileno(), numbers.tobytes(), (int(self._next[shard]) + first) * 4 * self.k)
+
+    def read(self, begin: int, end: int) -> npt.NDArray[np.uint32]:
+        """Of nodes [begin, end), where the last call ended: uint32[end - begin, width k]; 0xFFFFFFFF where there are fewer."""
+        near = self.near[begin:end]
+        found = np.full((*near.shape, self.k), _NONE, np.uint32)
+        for shard in np.unique(near[near >= 0]):
+            rows, places = np.nonzero(near == shard)
+            length = len(rows) * 4 * self.k
+            raw = os.pread(self._file.fileno(), length, int(self._next[shard]) * 4 * self.k)
+            found[rows, places] = np.frombuffer(raw, np.uint32).reshape(-1, self.k)
+            self._next[shard] += len(rows)
+        return found.reshape(end - begin, -1)
+
+
 def _search_border(
+    found: _Found,
     own: _Own,
-    shard: int,
     plan: GraphPlan,
     open_channel: OpenChannel,
     border: Border,
     threads: int,
     progress: Progress | None,
-) -> npt.NDArray[np.uint32]:
-    """Near nodes of other shards, for each node: uint32[count, width] numbers in the graph; 0xFFFFFFFF where fewer."""
-    near = _near_shards(own, shard, plan, border)
-    found = np.full((own.info.count, near.shape[1], border.k), _NONE, np.uint32)
-    done, total = 0, int((near >= 0).sum())
+) -> None:
+    """Near nodes of other shards, for each node, by their numbers in the graph."""
+    done = 0
     with ThreadPoolExecutor(threads) as pool:
         for other in range(len(plan.counts)):
-            rows, places = np.nonzero(near == other)
+            rows = np.flatnonzero((found.near == other).any(axis=1))
             if not len(rows):
                 continue
 
-            def search(part: npt.NDArray[np.intp], other: int = other) -> npt.NDArray[np.uint32]:
-                with ExitStack() as stack:
-                    channel = stack.enter_context(open_channel(other))
-                    view = stack.enter_context(View.open(channel))
-                    _check_other(view.info, own.info, other, plan)
-                    engine = stack.enter_context(Engine.create([view], [channel]))
-                    numbers = np.full((len(part), border.k), _NONE, np.uint32)
+            def search(
+                first: int, part: npt.NDArray[np.intp], view: View, cache: RecordCache, other: int = other
+            ) -> None:
+                with open_channel(other) as channel, Engine.create([view], [channel], [cache]) as engine:
                     k = min(border.k, view.info.count)
                     for begin, end in _ranges(len(part)):
+                        numbers = np.full((end - begin, border.k), _NONE, np.uint32)
                         nodes = engine.search(own.vectors(part[begin:end]), k, max(border.ef, k), 4, numbers=True)[0][0]
                         known = nodes >= 0
-                        numbers[begin:end, :k][known] = (nodes[known] + plan.bases[other]).astype(np.uint32)
-                    return numbers
+                        numbers[:, :k][known] = (nodes[known] + plan.bases[other]).astype(np.uint32)
+                        found.write(other, first + begin, numbers)
 
             parts = np.array_split(rows, min(threads, len(rows)))
-            found[rows, places] = np.concatenate(list(pool.map(search, parts)))
+            firsts = np.cumsum([0, *map(len, parts[:-1])]).tolist()
+            with open_channel(other) as channel, View.open(channel) as view:
+                _check_other(view.info, own.info, other, plan)
+                with RecordCache.create(view, _CACHE_BYTES) as cache:
+                    list(pool.map(search, firsts, parts, repeat(view), repeat(cache)))
             done += len(rows)
             if progress:
-                progress("border", done * own.info.count // total, own.info.count)
-    return found.reshape(own.info.count, -1)
+                progress("border", done * own.info.count // found.total, own.info.count)
 
 
 def _check_other(info: ImageInfo, own: ImageInfo, other: int, plan: GraphPlan) -> None:
@@ -256,20 +316,32 @@ def _check_other(info: ImageInfo, own: ImageInfo, other: int, plan: GraphPlan) -
 
 
 def _relink(
+    file: BinaryIO,
     relinker: _Relinker,
     own: _Own,
     plan: GraphPlan,
-    found: npt.NDArray[np.uint32],
+    found: _Found,
     open_channel: OpenChannel,
     threads: int,
     progress: Progress | None,
 ) -> None:
+    """Appends all records to the file."""
     stride = -(-own.vector_bytes // 32) * 32
     with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
         channels: dict[int, Channel] = {}
-        running: list[Future[None]] = []
-        for begin, end in _ranges(own.info.count, _LINK_ROWS):
-            numbers, candidates = np.unique(found[begin:end], return_inverse=True)
+        running: deque[tuple[int, int, Future[npt.NDArray[np.uint8]]]] = deque()
+
+        def append() -> None:
+            begin, end, future = running.popleft()
+            records, err = future.result(), new_error()
+            check(lib.cotra_relinker_append(relinker.ptr, begin, end, ffi.from_buffer(records), err), err)
+            file.write(records.data)
+            if progress:
+                progress("relink", end, own.info.count)
+
+        rows = max(16, min(_LINK_ROWS, _LINK_BYTES // (found.near.shape[1] * found.k * stride)))
+        for begin, end in _ranges(own.info.count, rows):
+            numbers, candidates = np.unique(found.read(begin, end), return_inverse=True)
             far = candidates.reshape(end - begin, -1).astype(np.uint32)
             if len(numbers) and numbers[-1] == _NONE:
                 numbers = numbers[:-1]
@@ -284,28 +356,29 @@ def _relink(
                 offsets = offsets + (numbers[mine].astype(np.int64) - plan.bases[other]) * own.info.record_bytes
                 vectors[mine] = channels[other].gather(offsets.astype(np.uint64), stride)
             if len(running) > threads:  # one range waits
-                running.pop(0).result()
-            running.append(pool.submit(_relink_range, relinker, begin, end, numbers, vectors, far))
-            if progress:
-                progress("relink", begin, own.info.count)
-        for future in running:
-            future.result()
-        if progress:
-            progress("relink", own.info.count, own.info.count)
+                append()
+            job = pool.submit(_relink_range, relinker, own, begin, end, numbers, vectors, far)
+            running.append((begin, end, job))
+        while running:
+            append()
 
 
 def _relink_range(
     relinker: _Relinker,
+    own: _Own,
     begin: int,
     end: int,
     numbers: npt.NDArray[np.uint32],
     vectors: npt.NDArray[np.uint8],
     candidates: npt.NDArray[np.uint32],
-) -> None:
+) -> npt.NDArray[np.uint8]:
+    """The new records of nodes [begin, end): uint8[end - begin, record_bytes]."""
+    records = np.empty((end - begin, own.info.record_bytes), np.uint8)
     far, err = ffi.new("cotra_relink_far *"), new_error()
     candidates = np.ascontiguousarray(candidates)
     far.numbers = ffi.from_buffer("uint32_t[]", numbers)
     far.vectors = ffi.from_buffer("uint8_t[]", vectors)
     far.candidates = ffi.from_buffer("uint32_t[]", candidates)
     far.count, far.stride_bytes, far.width = len(numbers), vectors.shape[1], candidates.shape[1]
-    check(lib.cotra_relinker_link(relinker.ptr, begin, end, far, err), err)
+    check(lib.cotra_relinker_link(relinker.ptr, begin, end, far, ffi.from_buffer(records), err), err)
+    return records

@@ -1,4 +1,4 @@
-"""k-means over vectors in memory or in a mapped file, and partitions into parts of about the same size.
+"""k-means over vectors in memory or in a mapped file.
 
 Lloyd's algorithm (Lloyd 1982, "Least squares quantization in PCM"), trained on a sample and seeded by k-means++ (Arthur and
 Vassilvitskii 2007) where k is small; rows are then assigned a chunk at a time, so memory holds one chunk and the sample.
@@ -24,17 +24,12 @@ Counts = npt.NDArray[np.int64]
 METRICS = ("l2", "ip", "cosine")
 ROWS_PER_CENTROID = 256
 """Of the sample that centroids are trained on, at most."""
-ROWS_PER_PART = 4096
-"""The same for the parts of a balanced partition, whose shares have to be known to a percent or two."""
-
 MAX_COMPONENT = 1e15
 """Squares of larger ones, summed, do not fit float32."""
 
 _MAX_SEEDED = 256  # more centroids start as random rows: k-means++ looks at every row once a centroid
 _CHUNK_FLOATS = 1 << 22  # of a chunk's distances, and of its rows
-_SAMPLE_CHUNK = 65_536
-_PRICE_STEPS = 60
-_SPARE = 0.4  # of the room above the mean, kept for what the sample does not tell
+_SAMPLE_CHUNK = 16_384
 
 Progress = Callable[[str, int, int], None]
 """Called as progress("train" | "assign", done, in all)."""
@@ -50,6 +45,9 @@ class VectorSource(Protocol):
 
     def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Rows [start, stop)."""
+
+    def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Some rows, ascending, each once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +91,17 @@ def kmeans(
     Raises:
         InvalidInputError: no vectors, k out of range, NaN or infinity in a vector, or a component beyond 1e15.
     """
-    source = _Source(vectors, metric)
+    source = Source(vectors, metric)
     if not 1 <= k <= source.count:
         raise InvalidInputError(f"{source.count} vectors cannot make {k} clusters")
     if n_iterations < 0:
         raise InvalidInputError(f"n_iterations must be >= 0, not {n_iterations}")
     generator = np.random.default_rng(seed)
-    with ThreadPoolExecutor(_threads(n_threads)) as pool:
+    with ThreadPoolExecutor(thread_count(n_threads)) as pool:
         sample = source.sample(ROWS_PER_CENTROID * k, generator)
         centre = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
         sample -= centre
-        centroids = _initial(sample, k, generator)
+        centroids = initial_centroids(sample, k, generator)
         for iteration in range(n_iterations):
             moved = _lloyd_step(sample, centroids, pool)
             if progress:
@@ -113,7 +111,7 @@ def kmeans(
         assignment = np.empty(source.count, np.int32)
         squares = np.zeros(k)
         sizes = np.zeros(k, np.int64)
-        for start, chunk in source.chunks(_chunk_rows(k, source.dim)):
+        for start, chunk in source.chunks(chunk_rows(k, source.dim)):
             chunk -= centre
             nearest, gaps = _nearest(chunk, centroids, pool)
             assignment[start : start + len(chunk)] = nearest
@@ -125,66 +123,6 @@ def kmeans(
     return Clusters(centroids + centre, assignment, sizes, radii)
 
 
-def balanced_partition(
-    vectors: npt.ArrayLike | VectorSource,
-    n_parts: int,
-    *,
-    max_share: float = 1.1,
-    seed: int = 0,
-    n_iterations: int = 12,
-    n_threads: int = 0,
-    metric: str = "l2",
-    progress: Progress | None = None,
-) -> tuple[Parts, Floats]:
-    """Splits vectors into parts of neighbours, none larger than `max_share` times the mean.
-
-    k-means in which a full part asks a price for each further row, on top of the squared distance: the dual of the
-    transport problem with capacities (Bradley, Bennett and Demiriz 2000, "Constrained k-means clustering").
-
-    Args:
-        vectors, seed, n_iterations, n_threads, metric, progress: as for `kmeans`; the sample has at most 4096 rows a part.
-        n_parts: at most n.
-        max_share: at least 1.
-
-    Returns:
-        part int32[n], and the centroids float32[n_parts, dim] that the rows were assigned by.
-
-    Raises:
-        InvalidInputError: as `kmeans`, and for max_share < 1.
-    """
-    source = _Source(vectors, metric)
-    if not 1 <= n_parts <= source.count:
-        raise InvalidInputError(f"{source.count} vectors cannot be split into {n_parts} parts")
-    if not 1 <= max_share < np.inf:
-        raise InvalidInputError(f"max_share must be at least 1, not {max_share}")
-    generator = np.random.default_rng(seed)
-    with ThreadPoolExecutor(_threads(n_threads)) as pool:
-        sample = source.sample(ROWS_PER_PART * n_parts, generator)
-        centre = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
-        sample -= centre
-        centroids = _initial(sample[: ROWS_PER_CENTROID * n_parts], n_parts, generator)
-        prices = np.zeros(n_parts, np.float32)
-        room = (1 + (max_share - 1) * (1 - _SPARE)) * len(sample) / n_parts
-        for iteration in range(max(n_iterations, 1)):
-            costs = _squared_distances(sample, centroids, pool)
-            part = _price(costs, prices, room)
-            if progress:
-                progress("train", iteration + 1, n_iterations)
-            if iteration + 1 < n_iterations:
-                _move(sample, part, costs[np.arange(len(sample)), part], centroids)
-        # Whole numbers: every part may have the mean, rounded up, even where max_share allows less.
-        free = np.full(n_parts, max(int(max_share * source.count / n_parts), -(-source.count // n_parts)), np.int64)
-        result = np.empty(source.count, np.int32)
-        for start, chunk in source.chunks(_chunk_rows(n_parts, source.dim)):
-            chunk -= centre
-            part = _fill(_squared_distances(chunk, centroids, pool) + prices, free)
-            free -= np.bincount(part, minlength=n_parts)
-            result[start : start + len(chunk)] = part
-            if progress:
-                progress("assign", start + len(chunk), source.count)
-    return result, centroids + centre
-
-
 def nearest_centroids(
     vectors: npt.ArrayLike | VectorSource, centroids: Floats, *, metric: str = "l2", n_threads: int = 0
 ) -> tuple[Parts, Floats]:
@@ -192,13 +130,13 @@ def nearest_centroids(
 
     Raises `InvalidInputError` as `kmeans`, and for another dimension.
     """
-    source = _Source(vectors, metric)
+    source = Source(vectors, metric)
     if centroids.ndim != 2 or centroids.shape[1] != source.dim or not len(centroids):
         raise InvalidInputError(f"centroids must be float32[k, {source.dim}], not {list(centroids.shape)}")
     centre = centroids.mean(axis=0, dtype=np.float64).astype(np.float32)
     found, gaps = np.empty(source.count, np.int32), np.empty(source.count, np.float32)
-    with ThreadPoolExecutor(_threads(n_threads)) as pool:
-        for start, chunk in source.chunks(_chunk_rows(len(centroids), source.dim)):
+    with ThreadPoolExecutor(thread_count(n_threads)) as pool:
+        for start, chunk in source.chunks(chunk_rows(len(centroids), source.dim)):
             rows = slice(start, start + len(chunk))
             found[rows], gaps[rows] = _nearest(chunk - centre, centroids - centre, pool)
     return found, gaps
@@ -211,21 +149,39 @@ def normalised(rows: npt.ArrayLike) -> Floats:
     return unit
 
 
-class _Source:
+@dataclass(frozen=True, slots=True)
+class ArraySource:
+    """An array as a `VectorSource`; what is read of it are views where they can be."""
+
+    rows: npt.NDArray[Any]
+
+    @property
+    def shape(self) -> Any:
+        """The array's."""
+        return self.rows.shape
+
+    def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Rows [start, stop)."""
+        return self.rows[start:stop]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Some rows."""
+        return self.rows[rows]
+
+
+class Source:
     """Vectors as checked float32 chunks, normalised for cosine."""
 
     def __init__(self, vectors: npt.ArrayLike | VectorSource, metric: str) -> None:
         if metric not in METRICS:
             raise InvalidInputError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
-        self._read: Callable[[int, int], npt.NDArray[Any]]
-        shape: tuple[int, ...]
         if isinstance(vectors, VectorSource):
-            self._read, shape = vectors.read, vectors.shape
+            self._rows, shape = vectors, tuple(vectors.shape)
         else:
             rows = np.asarray(vectors)
             if rows.dtype.kind not in "fiu":
                 raise InvalidInputError(f"vectors must be real numbers, not {rows.dtype}")
-            self._read, shape = (lambda start, stop: rows[start:stop]), rows.shape
+            self._rows, shape = ArraySource(rows), rows.shape
         if len(shape) != 2 or not shape[0] or not shape[1]:
             raise InvalidInputError(f"vectors must be [n >= 1, dim >= 1], not {list(shape)}")
         self.count, self.dim = shape
@@ -245,7 +201,7 @@ class _Source:
         """(first row, float32[<= rows, dim], which the caller may change)."""
         for start in range(0, self.count, rows):
             stop = min(start + rows, self.count)
-            yield start, self._checked(self._read(start, stop), lambda row, start=start: start + row)  # type: ignore[misc]
+            yield start, self._checked(self._rows.read(start, stop), lambda row, start=start: start + row)  # type: ignore[misc]
 
     def sample(self, rows: int, generator: np.random.Generator) -> Floats:
         """At most so many rows, drawn without replacement, in random order."""
@@ -254,28 +210,27 @@ class _Source:
         else:
             wanted = np.sort(generator.choice(self.count, rows, replace=False, shuffle=False))
         found = np.empty((len(wanted), self.dim), np.float32)
-        for start in range(0, self.count, _SAMPLE_CHUNK):
-            begin, end = np.searchsorted(wanted, (start, start + _SAMPLE_CHUNK))
-            if begin < end:
-                here = wanted[begin:end]
-                chunk = self._read(start, min(start + _SAMPLE_CHUNK, self.count))[here - start]
-                found[begin:end] = self._checked(chunk, lambda row, here=here: int(here[row]))  # type: ignore[misc]
+        for start in range(0, len(wanted), _SAMPLE_CHUNK):
+            here = wanted[start : start + _SAMPLE_CHUNK]
+            found[start : start + len(here)] = self._checked(self._rows.take(here), here.__getitem__)
         generator.shuffle(found, axis=0)
         return found
 
 
-def _threads(n_threads: int) -> int:
+def thread_count(n_threads: int) -> int:
+    """As asked for; 0: one for each core. Raises `InvalidInputError`."""
     if n_threads < 0:
         raise InvalidInputError(f"n_threads must be >= 0, not {n_threads}")
     return n_threads or len(os.sched_getaffinity(0))
 
 
-def _chunk_rows(k: int, dim: int) -> int:
+def chunk_rows(k: int, dim: int) -> int:
+    """Rows to compare with k centroids at once."""
     return max(256, _CHUNK_FLOATS // max(k, dim))
 
 
 def _pieces(rows: Floats, k: int) -> list[Floats]:
-    step = _chunk_rows(k, rows.shape[1]) // 4
+    step = chunk_rows(k, rows.shape[1]) // 4
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
@@ -294,7 +249,7 @@ def _nearest(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> tuple
     return np.concatenate([best for best, _ in found]), np.concatenate([gaps for _, gaps in found])
 
 
-def _squared_distances(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> Floats:
+def squared_distances(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> Floats:
     """float32[n, k]."""
     squares = np.square(centroids).sum(axis=1)
 
@@ -309,7 +264,7 @@ def _squared_distances(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor
     return np.concatenate(list(pool.map(of, _pieces(rows, len(centroids)))))
 
 
-def _initial(sample: Floats, k: int, generator: np.random.Generator) -> Floats:
+def initial_centroids(sample: Floats, k: int, generator: np.random.Generator) -> Floats:
     """k rows of the sample: each drawn by its squared distance to those before it (k-means++), or at random."""
     if k > _MAX_SEEDED:
         return sample[:k].copy()
@@ -330,10 +285,10 @@ def _initial(sample: Floats, k: int, generator: np.random.Generator) -> Floats:
 def _lloyd_step(sample: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> bool:
     """Moves the centroids; whether any did."""
     nearest, gaps = _nearest(sample, centroids, pool)
-    return _move(sample, nearest, gaps, centroids)
+    return move_centroids(sample, nearest, gaps, centroids)
 
 
-def _move(sample: Floats, part: Parts, gaps: Floats, centroids: Floats) -> bool:
+def move_centroids(sample: Floats, part: Parts, gaps: Floats, centroids: Floats) -> bool:
     """Centroids become the means of their rows; an empty one becomes the row that is farthest from its own."""
     k = len(centroids)
     sizes = np.bincount(part, minlength=k)
@@ -349,41 +304,3 @@ def _move(sample: Floats, part: Parts, gaps: Floats, centroids: Floats) -> bool:
         farthest = farthest[gaps[farthest] > 0]
         centroids[empty[: len(farthest)]] = sample[farthest]
     return not np.array_equal(old, centroids)
-
-
-def _price(costs: Floats, prices: Floats, room: float) -> Parts:
-    """Changes the prices until no part has more than `room` rows, about; what each row then takes, int32[n]."""
-    step = float(costs.min(axis=1).mean()) or 1.0
-    mean = len(costs) / len(prices)
-    best = (costs + prices).argmin(axis=1)
-    last: npt.NDArray[np.floating[Any]] = np.zeros(len(prices))
-    rates = np.full(len(prices), step)
-    for _ in range(_PRICE_STEPS):
-        excess = (np.bincount(best, minlength=len(prices)) - room) / mean
-        if (excess <= 0.005).all() and ((excess >= -0.005) | (prices == 0)).all():
-            break
-        # Each part's own rate: halved where its excess changed sign, a little more where it did not (Rprop).
-        rates *= np.where(excess * last < 0, 0.5, 1.1)
-        prices += (rates * np.clip(excess, -1, 1)).astype(np.float32)
-        np.maximum(prices, 0, out=prices)
-        last = excess
-        best = (costs + prices).argmin(axis=1)
-    part: Parts = best.astype(np.int32)
-    return part
-
-
-def _fill(costs: Floats, free: Counts) -> Parts:
-    """The cheapest part of each row that has room left; who would lose least by going elsewhere goes. Changes `costs`."""
-    part: Parts = costs.argmin(axis=1).astype(np.int32)
-    while True:
-        full = np.flatnonzero(np.bincount(part, minlength=len(free)) > free)
-        if not len(full):
-            return part
-        for number in full:
-            here = np.flatnonzero(part == number)
-            others = np.delete(costs[here], number, axis=1).min(axis=1)
-            with np.errstate(invalid="ignore"):
-                loss = others - costs[here, number]
-            leaving = here[np.argsort(loss, kind="stable")[: len(here) - free[number]]]
-            costs[leaving, number] = np.inf
-            part[leaving] = costs[leaving].argmin(axis=1)

@@ -320,7 +320,7 @@ class CoarseRouteResponse:
 @dataclass(frozen=True, slots=True, eq=False)
 class BuildExchangeRequest:
     """Type 54: [shard u32, dim u32, n_lists u32, centroid_type str, centroids bin, sizes bin, radii bin, offsets bin,
-    lengths bin, region_offset u64, generation u64].
+    lengths bin, region_offset u64, generation u64], and after the array, between the builders of one graph, a MessagePack map.
 
     Attributes:
         shard: the sender's vshard id.
@@ -329,6 +329,7 @@ class BuildExchangeRequest:
         lengths: uint32[n_lists]: the bytes of each list.
         region_offset: where the lists' section begins, in bytes after the start of the sender's region.
         generation: of the shard's build; another one makes the table stale.
+        told: that map, or None.
     """
 
     shard: int
@@ -337,6 +338,13 @@ class BuildExchangeRequest:
     lengths: npt.NDArray[np.uint32]
     region_offset: int
     generation: int
+    told: dict[str, Any] | None = None
+
+    @classmethod
+    def empty(cls, shard: int, told: dict[str, Any]) -> BuildExchangeRequest:
+        """A builder's message without a table."""
+        none = np.empty(0, np.uint64)
+        return cls(shard, CentroidTable.empty(), none, none.astype(np.uint32), 0, 0, told)
 
     def encode(self) -> bytes:
         """The payload. Raises `InvalidInputError` when offsets and lengths do not fit the table."""
@@ -345,6 +353,7 @@ class BuildExchangeRequest:
             raise InvalidInputError(f"build exchange: {why}")
         parts = [array_prefix(_EXCHANGE_REQUEST_FIELDS), encode_array(self.shard), *self.table.fields()]
         parts += [binary(offsets), binary(lengths), encode_array(self.region_offset), encode_array(self.generation)]
+        parts += [] if self.told is None else [encode_array(self.told)]
         return b"".join(parts)
 
     @classmethod
@@ -360,8 +369,9 @@ class BuildExchangeRequest:
         shard, table = reader.unsigned(), CentroidTable.read(reader, what)
         n_lists = len(table.sizes)
         offsets, lengths = reader.vector("<u8", n_lists), reader.vector("<u4", n_lists)
-        request = cls(shard, table, offsets, lengths, reader.unsigned64(), reader.unsigned64())
-        reader.end()
+        numbers, rest = (reader.unsigned64(), reader.unsigned64()), reader.rest()
+        told = decode_array(rest, dict[str, Any], what) if rest else None
+        request = cls(shard, table, offsets, lengths, *numbers, told)
         if why := _misplaced(table, offsets, lengths, request.region_offset):
             raise FormatError(f"{what}: {why}")
         return request

@@ -271,6 +271,11 @@ class Peer:
         """The image's header; None for a shard that is only asked over RPC."""
         return None if self.view is None else self.view.info
 
+    @property
+    def memory(self) -> Arena | None:
+        """The owner's memory, mapped here; None where it is not of this host."""
+        return self._arena
+
     # ---- one-sided ----
 
     def make_cache(self, budget_bytes: int) -> None:

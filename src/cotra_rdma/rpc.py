@@ -138,11 +138,12 @@ def why_ended(event: list[bytes]) -> str:
 class RpcServer:
     """Answers envelopes: one I/O thread owns the ROUTER, `n_workers` threads run the handler, so that a long search does not
     hold up the control plane, and as many run what it makes of answers that come `Later`. A malformed message is dropped and
-    logged; it never ends the server."""
+    logged; it never ends the server. `handler` may be replaced while it listens.
+    """
 
     def __init__(self, address: str, handler: Handler, *, keys: ServerKeys | None = None, n_workers: int = 4) -> None:
         host, port = parse_address(address)
-        self._handler = handler
+        self.handler = handler
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = _authenticate(self._context, keys) if keys else None
         self._router = self._context.socket(zmq.ROUTER)
@@ -196,7 +197,7 @@ class RpcServer:
                 self._workers.submit(self._answer, [frame.buffer for frame in frames])
 
     def _answer(self, frames: list[memoryview]) -> None:
-        self._reply(frames, lambda: self._handler(_request(frames)))
+        self._reply(frames, lambda: self.handler(_request(frames)))
 
     def _reply(self, frames: list[memoryview], work: Callable[[], VShardEnvelope | Later]) -> None:
         try:

@@ -62,6 +62,7 @@ def serve(
     n_workers: int = 4,
     coarse: Any = None,
     exchange: Exchange | None = None,
+    rpc: RpcServer | None = None,
 ) -> Server:
     """Serves a shard until the server is closed (it is a context manager).
 
@@ -79,6 +80,7 @@ def serve(
             [n_lists, dim], `sizes` [n_lists] and `radii` [n_lists], or a whole payload of type 53 as bytes. None: peers are
             told that there is none.
         exchange: called with the table that a peer sends at build time (type 54). None: peers are told that it is not taken.
+        rpc: listens already, and answers for this server from now on; it is closed with it. None: `address` is listened on.
 
     Raises:
         InvalidInputError: an unknown transport, a bad address, or a coarse table with values that do not fit.
@@ -96,6 +98,7 @@ def serve(
         n_workers,
         _coarse_payload(coarse),
         exchange,
+        rpc,
     )
 
 
@@ -121,6 +124,7 @@ class Server:
         n_workers: int,
         coarse: bytes | None = None,
         exchange: Exchange | None = None,
+        rpc: RpcServer | None = None,
     ) -> None:
         unknown = [name for name in transports if name not in TRANSPORTS]
         if unknown or not transports:
@@ -161,7 +165,8 @@ class Server:
                 self._expander = Expander(shard.arena if unread else self._pinned(), shard.info)
             if not self.transports:
                 raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
-            self._rpc = RpcServer(address, self._handle, keys=keys, n_workers=n_workers)
+            self._rpc = rpc or RpcServer(address, self._handle, keys=keys, n_workers=n_workers)
+            self._rpc.handler = self._handle
             self._reaper.start()
         except BaseException:
             self._close_parts()

@@ -7,9 +7,10 @@ import functools
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +24,7 @@ from cotra_rdma.channel import Channel
 from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
 from cotra_rdma.errors import FormatError, InvalidInputError, LossyVectorError
 from cotra_rdma.ivf import MAX_BITS, IvfInfo, make_lists
+from cotra_rdma.kmeans import ArraySource, VectorSource
 from cotra_rdma.queries import as_array, check_finite, check_queries, check_search, pack_filter
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ progress("cluster" | "encode", steps or lists done, in all)."""
 
 MIN_DIM, MAX_DIM, MAX_M = 1, 4096, 512
 _STATE_TIMEOUT_S = 60.0
-_ADD_ROWS = 4096
+_ADD_BYTES = 2 << 20  # of rows as float32, at once
 _PACK_ROWS = 2048
 
 
@@ -58,7 +60,7 @@ class Shard:
     @classmethod
     def build(
         cls,
-        vectors: npt.ArrayLike,
+        vectors: npt.ArrayLike | VectorSource,
         ids: npt.ArrayLike | None = None,
         metric: str = "l2",
         M: int = 16,
@@ -76,7 +78,8 @@ class Shard:
         """Builds a graph with hnswlib and packs it.
 
         Args:
-            vectors: [n, dim], 1 <= dim <= 4096, of any real dtype. uint8 vectors are held as uint8, and float16 ones as
+            vectors: [n, dim], 1 <= dim <= 4096, of any real dtype; or a `kmeans.VectorSource`, a `VectorFile` say, which is read
+                some rows at a time. uint8 vectors are held as uint8, and float16 ones as
                 float16 (except for cosine, where normalised vectors are held as float32); all others as float32.
             ids: int64[n], unique and >= 0; None for 0 ... n - 1.
             metric: "l2" (squared), "ip" (1 - inner product) or "cosine" (1 - cosine), as in hnswlib.
@@ -99,8 +102,8 @@ class Shard:
         """
         import hnswlib  # only who builds needs it: it is compiled for one CPU, and a reader's may be older
 
-        rows = as_array(vectors, "vectors")
-        if rows.ndim != 2 or rows.shape[0] == 0 or not MIN_DIM <= rows.shape[1] <= MAX_DIM:
+        rows = vectors if isinstance(vectors, VectorSource) else ArraySource(as_array(vectors, "vectors"))
+        if len(rows.shape) != 2 or rows.shape[0] == 0 or not MIN_DIM <= rows.shape[1] <= MAX_DIM:
             raise InvalidInputError(f"vectors must be [n >= 1, {MIN_DIM} <= dim <= {MAX_DIM}], not {list(rows.shape)}")
         if metric not in METRICS:
             raise InvalidInputError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
@@ -118,20 +121,25 @@ class Shard:
         index = hnswlib.Index(space=metric, dim=dim)
         index.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=seed % 2**64)
         threads = _threads(n_threads)
-        for begin in range(0, count, _ADD_ROWS):
+        step = max(256, _ADD_BYTES // (4 * dim))
+        for begin in range(0, count, step):
             with np.errstate(over="ignore"):  # what overflows float32 is then infinite, and refused
-                part = np.asarray(rows[begin : begin + _ADD_ROWS], np.float32)
+                part = np.asarray(rows.read(begin, min(begin + step, count)), np.float32)
             check_finite(part, "vector", begin)
             # hnswlib knows vectors by their rows: its own numbers follow the order in which its threads came by.
             index.add_items(part, np.arange(begin, begin + len(part)), num_threads=threads)
             if progress:
-                progress("build", min(begin + _ADD_ROWS, count), count)
-        stored = {np.dtype(np.uint8): "uint8", np.dtype(np.float16): "float16"}.get(rows.dtype, "float32")
+                progress("build", min(begin + step, count), count)
+        kind = rows.read(0, 1).dtype
+        stored = {np.dtype(np.uint8): "uint8", np.dtype(np.float16): "float16"}.get(kind, "float32")
         if metric == "cosine":
             stored = "float32"
         if vector_type != "auto":
             stored = vector_type
-        return cls._packed(index, labels, seed, threads, stored, progress, generation, n_lists, ivf_bits, mean)
+        with _saved(index) as state:
+            del index  # as large as the image, or nearly: the packer needs the file alone
+            packing = _Packing(dim, metric, seed, threads, progress, generation, mean)
+            return cls._packed(state, labels, stored, packing, n_lists, ivf_bits)
 
     @classmethod
     def from_hnswlib(
@@ -171,38 +179,43 @@ class Shard:
         if vector_type == "auto":
             some = _some_vectors(index)
             candidates = [name for name in ("uint8", "float16") if _is_exact(some, name)] + ["float32"]
-        threads = _threads(n_threads)
-        for name in candidates[:-1]:
-            with suppress(LossyVectorError):
-                return cls._packed(index, None, seed, threads, name, progress, generation, n_lists, ivf_bits)
-        return cls._packed(index, None, seed, threads, candidates[-1], progress, generation, n_lists, ivf_bits)
+        packing = _Packing(index.dim, index.space, seed, _threads(n_threads), progress, generation, None)
+        with _saved(index) as state:
+            for name in candidates[:-1]:
+                with suppress(LossyVectorError):
+                    return cls._packed(state, None, name, packing, n_lists, ivf_bits)
+            return cls._packed(state, None, candidates[-1], packing, n_lists, ivf_bits)
 
     @classmethod
     def _packed(
         cls,
-        index: hnswlib.Index,
+        state: Path,
         ids: npt.NDArray[np.int64] | None,
-        seed: int,
-        threads: int,
         vector_type: str,
-        progress: Progress | None,
-        generation: int,
+        packing: _Packing,
         n_lists: int,
         ivf_bits: int,
-        mean: npt.NDArray[np.float32] | None = None,
     ) -> Self:
         """`ids`: the index's labels are rows, and these their ids; nodes are then numbered by rows."""
-        arena = _pack(index, ids, vector_type, seed, threads, progress, generation, mean)
+        arena = _pack(state, ids, vector_type, packing)
         if n_lists:
-            info = _validate(arena, full=False)
-            make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=threads, progress=progress)
-        return cls(arena, _validate(arena, full=False))
+            info = ImageInfo.of_arena(arena)
+            make_lists(
+                arena,
+                info,
+                n_lists,
+                ivf_bits,
+                seed=packing.seed,
+                n_threads=packing.threads,
+                progress=packing.progress,
+            )
+        return cls(arena, ImageInfo.of_arena(arena))
 
     @classmethod
     def of_arena(
         cls, arena: Arena, *, n_lists: int = 0, ivf_bits: int = 2, seed: int = 100, n_threads: int = 0
     ) -> Self:
-        """The shard whose image `arena` holds, which is then the shard's (`global_graph.link_shard` makes such ones).
+        """The shard whose image `arena` holds, which is then the shard's.
 
         Args:
             n_lists, ivf_bits: as for `build`, of an image that has none.
@@ -211,11 +224,11 @@ class Shard:
         Raises:
             FormatError: it holds no image.
         """
-        info = _validate(arena, full=False)
+        info = ImageInfo.of_arena(arena)
         _check_lists(n_lists, ivf_bits, info.count)
         if n_lists:
             make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=_threads(n_threads))
-        return cls(arena, _validate(arena, full=False))
+        return cls(arena, ImageInfo.of_arena(arena))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
@@ -233,7 +246,7 @@ class Shard:
             pass
         arena = Arena.map_file(path)
         try:
-            return cls(arena, _validate(arena, full=verify))
+            return cls(arena, ImageInfo.of_arena(arena, full=verify))
         except BaseException as error:
             arena.close()
             if isinstance(error, FormatError):
@@ -450,33 +463,30 @@ def _is_exact(vectors: npt.NDArray[np.float32], name: str) -> bool:
         return bool((vectors.astype(name).astype(np.float32) == vectors).all())
 
 
-def _validate(arena: Arena, *, full: bool) -> ImageInfo:
-    raw, err = ffi.new("cotra_image_info *"), new_error()
-    info = arena.info
-    check(lib.cotra_image_validate(ffi.cast("void *", info.addr), info.len, full, raw, err), err)
-    return ImageInfo.from_c(raw)
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """How an index is packed, but for the type of its vectors."""
+
+    dim: int
+    metric: str
+    seed: int
+    threads: int
+    progress: Progress | None
+    generation: int
+    mean: npt.NDArray[np.float32] | None
 
 
-def _pack(
-    index: hnswlib.Index,
-    ids: npt.NDArray[np.int64] | None,
-    vector_type: str,
-    seed: int,
-    threads: int,
-    progress: Progress | None,
-    generation: int,
-    mean: npt.NDArray[np.float32] | None,
-) -> Arena:
-    centre = None if mean is None else np.ascontiguousarray(mean, np.float32)
+def _pack(state: Path, ids: npt.NDArray[np.int64] | None, vector_type: str, packing: _Packing) -> Arena:
+    centre = None if packing.mean is None else np.ascontiguousarray(packing.mean, np.float32)
     params = ffi.new(
         "cotra_packer_params *",
         {
-            "dim": index.dim,
-            "metric": METRICS.index(index.space),
+            "dim": packing.dim,
+            "metric": METRICS.index(packing.metric),
             "vector_type": VECTOR_TYPES.index(vector_type),
             "arena_flags": lib.COTRA_ARENA_HUGE,
-            "seed": seed % 2**64,
-            "generation": generation,
+            "seed": packing.seed % 2**64,
+            "generation": packing.generation,
             "ids": ffi.NULL if ids is None else ffi.from_buffer("int64_t[]", ids),
             "n_ids": 0 if ids is None else len(ids),
             "mean": ffi.NULL if centre is None else ffi.from_buffer("float[]", centre),
@@ -486,16 +496,19 @@ def _pack(
     out, err = ffi.new("cotra_packer **"), new_error()
     check(lib.cotra_packer_create(params, out, err), err)
     with _Packer(out[0]) as packer:
-        _stream_index(index, packer)
+        with state.open("rb", buffering=0) as file:
+            err = new_error()
+            check(lib.cotra_packer_read(packer.ptr, file.fileno(), round(_STATE_TIMEOUT_S * 1e9), err), err)
         for phase, step in (("link", lib.cotra_packer_link), ("pack", lib.cotra_packer_encode)):
-            _for_all_nodes(packer, phase, step, threads, progress)
+            _for_all_nodes(packer, phase, step, packing.threads, packing.progress)
         arena_out, err = ffi.new("cotra_arena **"), new_error()
         check(lib.cotra_packer_finish(packer.ptr, arena_out, err), err)
         return Arena(arena_out[0])
 
 
-def _stream_index(index: hnswlib.Index, packer: _Packer) -> None:
-    """hnswlib writes its state into a temporary file, and the packer reads that front to back: no second copy in memory.
+@contextmanager
+def _saved(index: hnswlib.Index) -> Iterator[Path]:
+    """hnswlib's state in a temporary file, which the packer reads front to back: no second copy in memory.
 
     A pipe would spare the file, but `save_index` holds the GIL while it writes, so nobody could be sure to be reading.
     """
@@ -505,9 +518,8 @@ def _stream_index(index: hnswlib.Index, packer: _Packer) -> None:
     with tempfile.TemporaryDirectory(prefix="cotra-", dir=directory) as scratch:
         state = Path(scratch) / "state"
         index.save_index(os.fspath(state))
-        with state.open("rb", buffering=0) as file:
-            err = new_error()
-            check(lib.cotra_packer_read(packer.ptr, file.fileno(), round(_STATE_TIMEOUT_S * 1e9), err), err)
+        del index  # a context manager's arguments live until it ends
+        yield state
 
 
 def _for_all_nodes(

@@ -118,8 +118,19 @@ def test_manifests_of_other_versions_and_with_paths(source: Path, tmp_path: Path
     build(source, out, 1)
     good = json.loads((out / MANIFEST).read_text())
     for change, reason in (
-        ({"format_version": 3}, "version 3"),
-        ({"format": "other"}, "other version 2"),
+        ({"format_version": 4}, "version 4"),
+        ({"format": "other"}, "other version 3"),
+        ({"dim": "12"}, "dim, count or graph_id"),
+        ({"graph_id": -1}, "dim, count or graph_id"),
+        ({"graph_id": True}, "dim, count or graph_id"),
+        ({"shards": [{**good["shards"][0], "count": 1 << 31}]}, "shard 0: its count"),
+        ({"shards": [{**good["shards"][0], "base": 3}]}, "shard 0: its base is 3"),
+        ({"shards": [{**good["shards"][0], "generation": None}]}, "shard 0: its generation"),
+        ({"shards": [{**good["shards"][0], "image_checksum": 1 << 64}]}, "shard 0: its generation or image_checksum"),
+        ({"shards": [{**good["shards"][0], "centroid": [1.0] * 11}]}, "shard 0: its centroid is not 12"),
+        ({"shards": [{**good["shards"][0], "centroid": [1.0] * 11 + [float("inf")]}]}, "its centroid"),
+        ({"shards": [{**good["shards"][0], "centroid": 7}]}, "malformed manifest"),
+        ({"shards": [{**good["shards"][0], "centroid": ["1"] * 12}]}, "its centroid"),
         ({"partition": "round-robin"}, "round-robin"),
         ({"calibration": {}}, "calibration"),
         ({"calibration": 7}, "calibration"),
@@ -133,6 +144,20 @@ def test_manifests_of_other_versions_and_with_paths(source: Path, tmp_path: Path
             Collection.load(out)
 
 
+@pytest.mark.parametrize("partition", ["range", "kmeans"])
+def test_the_manifest_tells_what_the_images_are(source: Path, tmp_path: Path, partition: str) -> None:
+    out = tmp_path / "out"
+    built = build(source, out, 3, partition=partition)
+    assert built == Collection.load(out)
+    assert built.graph_id == 0
+    for entry in built.shards:
+        with Shard.open(out / entry.name) as shard:
+            assert entry.image_checksum == shard.info.image_checksum
+            assert entry.generation == shard.info.generation == 1
+        assert entry.base == 0
+        assert (entry.centroid is None) == (partition == "range")
+
+
 def test_collections_of_the_first_version_are_read(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build(source, out, 2)
@@ -140,8 +165,12 @@ def test_collections_of_the_first_version_are_read(source: Path, tmp_path: Path)
     del raw["partition"], raw["calibration"]
     for shard in raw["shards"]:
         (out / shard.pop("coarse_name")).unlink()
+        for name in ("base", "generation", "image_checksum", "centroid"):
+            del shard[name]
+    del raw["graph_id"]
     (out / MANIFEST).write_text(json.dumps(raw))
     old = Collection.load(out)
+    assert (old.graph_id, old.shards[1].base, old.shards[1].image_checksum) == (0, 0, None)
     assert (old.partition, old.calibration, old.coarse_table(out, 0), old.router(out)) == ("range", None, None, None)
     assert build(source, out, 3, force=True).generation == 2
     assert names(out) == files(3)

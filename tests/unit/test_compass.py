@@ -15,7 +15,8 @@ from cotra_rdma import compass
 from cotra_rdma.coarse import CoarseTable
 from cotra_rdma.compass import Calibration, HeldOut, Router, calibrate, exact_neighbours
 from cotra_rdma.errors import FormatError, InvalidInputError
-from cotra_rdma.kmeans import balanced_partition, normalised
+from cotra_rdma.kmeans import normalised
+from cotra_rdma.partition import balanced_partition
 
 Floats = npt.NDArray[np.float32]
 K = 10
@@ -30,6 +31,9 @@ class Rows:
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows.shape[0], self.rows.shape[1]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Floats:
+        return self.read()[rows]
 
     def read(self, start: int = 0, stop: int | None = None) -> Floats:
         return self.rows[start:stop]

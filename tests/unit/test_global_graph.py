@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -154,12 +155,13 @@ def own(words: Floats, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[P
 
 def linked(own: tuple[list[Path], GraphPlan], image: Path | None = None, **knobs: object) -> bytes:
     files, plan = own
-    with (
-        Arena.map_file(image or files[0]) as arena,
-        link_shard(arena, 0, plan, lambda other: channel_of_file(files[other], 4096), **knobs) as made,  # type: ignore[arg-type]
-        made.view() as view,
-    ):
-        return bytes(view)
+    with tempfile.TemporaryDirectory() as directory, Arena.map_file(image or files[0]) as arena:
+        path = Path(directory) / "linked"
+        info = link_shard(arena, 0, plan, lambda other: channel_of_file(files[other], 4096), path, **knobs)  # type: ignore[arg-type]
+        with Shard.open(path) as made:  # every record is checked
+            assert made.info == info
+        assert [file.name for file in Path(directory).iterdir()] == ["linked"]
+        return path.read_bytes()
 
 
 def test_threads_make_no_difference(own: tuple[list[Path], GraphPlan]) -> None:

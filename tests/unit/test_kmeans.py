@@ -10,9 +10,11 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import kmeans as module
+from cotra_rdma import partition as partition_module
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import InvalidInputError
-from cotra_rdma.kmeans import Clusters, balanced_partition, kmeans, nearest_centroids, normalised
+from cotra_rdma.kmeans import Clusters, kmeans, nearest_centroids, normalised
+from cotra_rdma.partition import balanced_partition
 
 Floats = npt.NDArray[np.float32]
 
@@ -83,7 +85,7 @@ def test_an_empty_cluster_starts_again_at_the_farthest_row() -> None:
     rows = np.array([[0], [1], [2], [50]], np.float32)
     centroids = np.array([[1], [1000]], np.float32)
     part = np.zeros(4, np.int32)
-    assert module._move(rows, part, squared(rows, centroids[:1])[:, 0].astype(np.float32), centroids)
+    assert module.move_centroids(rows, part, squared(rows, centroids[:1])[:, 0].astype(np.float32), centroids)
     assert centroids[1] == 50
 
 
@@ -102,7 +104,8 @@ def test_files_are_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "_SAMPLE_CHUNK", 97)
     monkeypatch.setattr(module, "_CHUNK_FLOATS", 1)
     monkeypatch.setattr(module, "ROWS_PER_CENTROID", 30)
-    monkeypatch.setattr(module, "ROWS_PER_PART", 100)
+    monkeypatch.setattr(partition_module, "ROWS_PER_CENTROID", 30)
+    monkeypatch.setattr(partition_module, "ROWS_PER_PART", 100)
     rows = (blobs([400, 300, 200, 100]) + 60).astype(dtype)
     np.save(tmp_path / "rows.npy", rows)
     seen: list[tuple[str, int, int]] = []

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cotra_rdma.build_machine import DEFAULT_TIMEOUT_S, build_on_machine
+from cotra_rdma.build_processes import Usage
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import ConstructionEf, GraphM, GraphName, Json, MetricName, PartitionName, VectorTypeName
+from cotra_rdma.cli.options import (
+    ConstructionEf,
+    Device,
+    GidIndex,
+    GraphM,
+    GraphName,
+    Json,
+    MetricName,
+    PartitionName,
+    VectorTypeName,
+    comma_list,
+)
 from cotra_rdma.collection import build_collection
 from cotra_rdma.compass import DEFAULT_TARGET
 from cotra_rdma.datasets import open_vectors
@@ -21,7 +36,9 @@ cotra build base.fvecs index --shards 4
 
 cotra build base.fvecs index --shards 16 --partition kmeans
 
-cotra build base.fvecs index --shards 16 --graph global
+cotra build base.fvecs index --shards 16 --graph global --processes 4
+
+cotra build base.fvecs index --graph global --shards 2 --shard 1 --peers 10.0.0.1:7700,10.0.0.2:7700 (on 10.0.0.2)
 
 cotra build glove-100-angular.hdf5 index --shards 2 --metric cosine --M 24 --ef-construction 400
 """
@@ -87,6 +104,50 @@ def build(
     dataset: Annotated[
         str | None, typer.Option(metavar="NAME", help="Data set of an HDF5 file. Default: train.", show_default=False)
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="P",
+            help="Builder processes on this host, for one graph, each with one shard at a time; --threads is for each of them. "
+            "0: this process builds.",
+        ),
+    ] = 0,
+    shard: Annotated[
+        int | None,
+        typer.Option(
+            "--shard",
+            min=0,
+            metavar="I",
+            help="Build only this shard of one graph, 0 to N - 1, together with the builders at --peers, which build the others "
+            "at the same time. INPUT must be the same everywhere.",
+            show_default=False,
+        ),
+    ] = None,
+    peers: Annotated[
+        list[str],
+        typer.Option(
+            metavar="HOST:PORT[,HOST:PORT...]",
+            help="With --shard: the builders' addresses, in the order of the shards, this one's among them.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006 (typer copies it)
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="With --shard: where to listen. Default: this one's of --peers.",
+            show_default=False,
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.001, help="With --shard: the longest silence of another builder, also before it starts, in s."
+        ),
+    ] = DEFAULT_TIMEOUT_S,
+    device: Device = None,
+    gid_index: GidIndex = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a collection that is in OUT_DIR already.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -94,53 +155,95 @@ def build(
 
     Ids are row numbers. A failed run leaves OUT_DIR as it was.
     """
+    addresses = comma_list(peers)
+    _check_machine(shard, shards, addresses, processes, listen, graph, partition)
     begin = time.perf_counter()
+    used: list[Usage] = []
     with open_vectors(source, dataset) as vectors, output.progress_bar("vectors", disable=as_json) as bar:
-        task = bar.add_task("", total=vectors.count)
+        task = bar.add_task("", total=vectors.count if shard is None else vectors.count // shards)
 
-        def progress(shard: int, phase: str, done: int) -> None:
-            bar.update(task, completed=done, description=phase if shard < 0 else f"shard {shard + 1}/{shards} {phase}")
+        def progress(number: int, phase: str, done: int) -> None:
+            bar.update(
+                task, completed=done, description=phase if number < 0 else f"shard {number + 1}/{shards} {phase}"
+            )
 
-        collection = build_collection(
-            vectors,
-            out_dir,
-            shards,
-            metric=metric.value if metric else vectors.metric or "l2",
-            M=M,
-            ef_construction=ef_construction,
-            seed=seed,
-            n_threads=threads,
-            partition=partition.value if partition else None,
-            graph=graph.value,
-            n_lists=ivf,
-            ivf_bits=ivf_bits,
-            vector_type=vector_type.value,
-            force=force,
-            progress=progress,
-        )
+        distance = metric.value if metric else vectors.metric or "l2"
+        if shard is None:
+            collection = build_collection(
+                vectors,
+                out_dir,
+                shards,
+                metric=distance,
+                M=M,
+                ef_construction=ef_construction,
+                seed=seed,
+                n_threads=threads,
+                partition=partition.value if partition else None,
+                graph=graph.value,
+                n_lists=ivf,
+                ivf_bits=ivf_bits,
+                vector_type=vector_type.value,
+                force=force,
+                progress=progress,
+                processes=processes,
+                usage=used.append,
+            )
+        else:
+            collection = build_on_machine(
+                vectors,
+                out_dir,
+                shard,
+                addresses,
+                listen=listen,
+                metric=distance,
+                M=M,
+                ef_construction=ef_construction,
+                seed=seed,
+                n_threads=threads,
+                n_lists=ivf,
+                ivf_bits=ivf_bits,
+                vector_type=vector_type.value,
+                force=force,
+                device=device,
+                gid_index=gid_index,
+                timeout_s=timeout,
+                progress=functools.partial(progress, shard),
+            )
+    used = used or [Usage.of_this_process()]
     seconds = time.perf_counter() - begin
     if as_json:
         compass = collection.calibration
         expected = compass.expected(DEFAULT_TARGET) if compass else float(shards)
         output.print_json(
-            {"out_dir": str(out_dir), "seconds": seconds, **collection.summary(), "compass_shards": expected}
+            {
+                "out_dir": str(out_dir),
+                "seconds": seconds,
+                **collection.summary(),
+                "compass_shards": expected,
+                "builders": [asdict(builder) for builder in used],
+            }
         )
         return
     output.print_table(
         ("shard", ">vectors", ">first id", ">size"),
         (
             (
-                str(out_dir / shard.name),
-                f"{shard.count:,}",
-                f"{shard.first_id:,}",
-                output.human_bytes(shard.image_bytes),
+                str(out_dir / entry.name),
+                f"{entry.count:,}",
+                f"{entry.first_id:,}",
+                output.human_bytes(entry.image_bytes),
             )
-            for shard in collection.shards
+            for number, entry in enumerate(collection.shards)
+            if shard in (None, number)
         ),
     )
     output.out.print(
         f"{collection.count:,} x {collection.dim} vectors, {collection.metric}, M={M}, "
         f"ef_construction={ef_construction}: {seconds:.1f} s, {collection.count / seconds:,.0f} vectors/s",
+    )
+    output.out.print(
+        f"{len(used)} {'builders' if len(used) > 1 else 'builder'}: {sum(builder.cpu_s for builder in used):.1f} s of CPU, "
+        f"{output.human_bytes(max(builder.peak_bytes for builder in used))} of memory at most"
     )
     if collection.calibration is not None:
         expected = collection.calibration.expected(DEFAULT_TARGET)
@@ -149,3 +252,26 @@ def build(
             if expected < shards
             else "Compass: every query asks all shards; --partition kmeans lets it leave some out",
         )
+
+
+def _check_machine(
+    shard: int | None,
+    shards: int,
+    addresses: list[str],
+    processes: int,
+    listen: str | None,
+    graph: GraphName,
+    partition: PartitionName | None,
+) -> None:
+    if shard is None:
+        if addresses or listen:
+            raise typer.BadParameter("is for --shard", param_hint="--peers" if addresses else "--listen")
+        return
+    if processes:
+        raise typer.BadParameter("a machine with one shard builds in one process", param_hint="--processes")
+    if graph != GraphName.GLOBAL or partition == PartitionName.RANGE:
+        raise typer.BadParameter("is for one graph: --graph global, --partition kmeans", param_hint="--shard")
+    if len(addresses) != shards:
+        raise typer.BadParameter(f"{len(addresses)} addresses for {shards} shards", param_hint="--peers")
+    if shard >= shards:
+        raise typer.BadParameter(f"{shard} is none of 0 to {shards - 1}", param_hint="--shard")
