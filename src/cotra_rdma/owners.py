@@ -138,14 +138,24 @@ def addresses_of(path: str | os.PathLike[str]) -> list[list[str]]:
 def misfit(collection: Collection, number: int, found: ShardFields) -> str:
     """By what a shard is another one than the manifest's shard `number`; "" where nothing tells them apart."""
     entry = collection.shards[number]
-    if found.generation != collection.generation:
-        return f"generation {found.generation}, and the manifest has {collection.generation}"
+    generation = collection.generation if entry.generation is None else entry.generation
+    if found.generation != generation:
+        return f"generation {found.generation}, and the manifest has {generation}"
     told = (found.dim, found.metric, found.count, found.image_bytes)
     if told != (collection.dim, collection.metric, entry.count, entry.image_bytes):
         return (
             f"{found.count} x {found.dim} vectors, {found.metric}, in {found.image_bytes} bytes, and the manifest has "
             f"{entry.count} x {collection.dim}, {collection.metric}, in {entry.image_bytes}"
         )
+    if entry.image_checksum is None or found.image_checksum is None:  # a collection, or an owner, of an earlier version
+        return ""
+    if (found.graph_id, found.graph_base) != (collection.graph_id, entry.base):
+        return (
+            f"nodes from {found.graph_base} of graph {found.graph_id:016x}, and the manifest has those from {entry.base} of "
+            f"{collection.graph_id:016x}"
+        )
+    if found.image_checksum != entry.image_checksum:
+        return f"an image with checksum {found.image_checksum:016x}, and the manifest has {entry.image_checksum:016x}"
     return ""
 
 

@@ -149,18 +149,23 @@ def test_a_lost_owner(built: Path, index: Path, stack: ExitStack) -> None:
     assert [problem.partition(":")[0] for problem in told["problems"]] == ["shard 0"]
 
 
+def set_generation(index: Path, generation: int) -> None:
+    raw = json.loads((index / MANIFEST).read_text())
+    for entry in (raw, *raw["shards"]):
+        entry["generation"] = generation
+    (index / MANIFEST).write_text(json.dumps(raw))
+
+
 def test_an_owner_of_another_generation_is_not_searched(built: Path, index: Path, stack: ExitStack) -> None:
     addresses = served(stack, index).addresses
-    raw = json.loads((index / MANIFEST).read_text()) | {"generation": 2}
-    (index / MANIFEST).write_text(json.dumps(raw))
+    set_generation(index, 2)
     failed = json.loads(cotra("search", index, "--queries", built / "queries.npy", "--json", status=1).stderr)["error"]
     assert "it serves generation 1, and the manifest has 2" in failed["message"]
     problems = inspect_collection(index).problems
     for number, address in enumerate(addresses):
         assert f"shard {number}: {address} serves generation 1, and the manifest has 2" in problems
     add(index, [(0, addresses[1])])  # a shard that is not that one
-    raw = json.loads((index / MANIFEST).read_text()) | {"generation": 1}
-    (index / MANIFEST).write_text(json.dumps(raw))
+    set_generation(index, 1)
     told = "\n".join(inspect_collection(index).problems)
     assert f"shard 0: {addresses[1]} serves" in told
     assert "shard 1: no owner is noted" in told

@@ -222,7 +222,9 @@ def test_what_does_not_fit_is_told(index: Path, independent: Path) -> None:
     (index / "shard-001.cotra").write_bytes(spoilt)
     assert "shard-001.cotra: record 0 has the number of another node" in problems()
     (index / "shard-001.cotra").write_bytes(good)
-    raw = json.loads((index / MANIFEST).read_text()) | {"generation": 4}
+    raw = json.loads((index / MANIFEST).read_text())
+    for entry in (raw, *raw["shards"]):
+        entry["generation"] = 4
     (index / MANIFEST).write_text(json.dumps(raw))
     assert problems().count("holds generation 1, and the manifest has 4") == N_SHARDS
 

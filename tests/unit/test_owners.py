@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -158,6 +159,14 @@ def test_owners_of_another_shard_are_told_apart(index: Path) -> None:
     assert misfit(collection, 1, good) == ""
     older = ShardFields(4, "l2", 20, 7, good.image_bytes, 0)
     assert misfit(collection, 1, older) == "generation 7, and the manifest has 1"
+    entry = collection.shards[1]
+    place = (collection.graph_id, entry.base, collection.count)
+    told = ShardFields(4, "l2", 20, 1, good.image_bytes, 0, *place, entry.image_checksum)
+    assert misfit(collection, 1, told) == ""
+    assert entry.image_checksum is not None
+    another = msgspec.structs.replace(told, image_checksum=entry.image_checksum ^ 1)
+    assert "an image with checksum" in misfit(collection, 1, another)
+    assert "nodes from 7 of graph" in misfit(collection, 1, msgspec.structs.replace(told, graph_base=7))
     for other in (
         ShardFields(5, "l2", 20, 1, good.image_bytes, 0),
         ShardFields(4, "ip", 20, 1, good.image_bytes, 0),
