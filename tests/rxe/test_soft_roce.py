@@ -82,7 +82,7 @@ def load_vm() -> ModuleType:
 
 def prepare(out: Path, words: npt.NDArray[np.float32], queries: npt.NDArray[np.float32]) -> None:
     """Two shards of all 20,000 words, the queries, and a collection of 4,000 words with inverted lists; and all words as one
-    graph, in one shard and in four."""
+    graph, in one shard and in four, and as four graphs."""
     np.save(out / "small.npy", words[:4000])
     with open_vectors(out / "small.npy") as vectors:
         build_collection(vectors, out / "collection", 4, metric="cosine", partition="kmeans", n_lists=40)
@@ -92,9 +92,9 @@ def prepare(out: Path, words: npt.NDArray[np.float32], queries: npt.NDArray[np.f
         with Shard.build(words[rows], ids=rows, metric="cosine") as shard:
             shard.save(out / "shards" / f"shard-{part}.cotra")
     np.save(out / "all.npy", words)
-    for n_shards in (1, 4):
+    for name, n_shards, graph in (("graph-1", 1, "global"), ("graph-4", 4, "global"), ("apart-4", 4, "independent")):
         with open_vectors(out / "all.npy") as vectors:
-            build_collection(vectors, out / f"graph-{n_shards}", n_shards, metric="cosine", graph="global")
+            build_collection(vectors, out / name, n_shards, metric="cosine", graph=graph, partition="kmeans")
     np.save(out / "queries.npy", queries)
 
 

@@ -59,6 +59,11 @@ def recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
     return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found.tolist(), truth.tolist(), strict=True)]))
 
 
+def work(result: SearchResult) -> float:
+    """Distances, estimates and exact ones: of 32 neighbours and a node's own in each expansion, and of upper nodes."""
+    return float((33 * result.stats["expansions"] + result.stats["cache_hits"]).mean())
+
+
 def assert_same(found: SearchResult, expected: SearchResult) -> None:
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_array_equal(found.distances, expected.distances)
@@ -101,8 +106,9 @@ def check_one_walk_over_four_owners(
     expected: SearchResult,
 ) -> None:
     with (
-        OwnerProcess([OUT / "graph-1"], listen=f"{host}:0", device=device_name) as alone,
-        cotra_rdma.connect(alone.addresses, transport="verbs") as one,
+        OwnerProcess([OUT / "graph-1", OUT / "apart-4"], listen=f"{host}:0", device=device_name) as others,
+        cotra_rdma.connect(others.addresses[0], transport="verbs") as one,
+        cotra_rdma.connect(others.addresses[1:], transport="verbs") as apart,
         cotra_rdma.connect(homes, transport="verbs") as four,
     ):
         assert four.one_graph
@@ -110,17 +116,20 @@ def check_one_walk_over_four_owners(
         found = four.search(queries, k=K, ef=EF)
         used = sum(owner.cpu_s() - b for owner, b in zip(graph, before, strict=True))
         single = one.search(queries, k=K, ef=EF)
+        independent = apart.search(queries, k=K, ef=EF)
     assert_same(found, expected)
     assert found.transports == ("verbs",) * N_SHARDS
     assert used < 0.02
     reads, rounds = (float(found.stats[name].mean() / single.stats[name].mean()) for name in ("reads", "rounds"))
+    distances = work(found) / work(independent)
     assert recall(found.ids, truth) > recall(single.ids, truth) - 0.02
+    assert distances < 0.5
     assert reads < 1.2
     assert rounds < 1.1
     figure(
         f"one graph of 20,000 vectors over 4 owners, over verbs, beside one shard: recall@10 {recall(found.ids, truth):.3f} "
         f"and {recall(single.ids, truth):.3f}, {found.stats['reads'].mean():.1f} READs ({reads:.2f} x), "
-        f"{found.stats['rounds'].mean():.1f} rounds ({rounds:.2f} x), {len(queries) / found.elapsed_s:.0f} and "
+        f"{found.stats['rounds'].mean():.1f} rounds ({rounds:.2f} x), {distances:.2f} of the distances of four graphs, {len(queries) / found.elapsed_s:.0f} and "
         f"{len(queries) / single.elapsed_s:.0f} queries/s"
     )
 
