@@ -362,7 +362,7 @@ class Cluster:
                 the shards are one graph, of which the rest is as good as before.
             algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others; "home" sends
                 each query to the owner of most of its neighbourhood, which walks the whole graph, its own records in place
-                (`Server.search_with`);
+                (`Server.search_with`); what a home does not answer is walked here;
                 "scatter-gather" asks all owners; "spire" reads inverted lists, in two rounds (`Shard.build(n_lists=)`).
                 "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
                 the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
@@ -390,13 +390,16 @@ class Cluster:
             job = job._replace(mask=plan.mask)
         lenient = self.one_graph if allow_partial is None else allow_partial
         peers = list(self._peers)
+        homes = None
         if plan.homes is None:
             answers, failures = self._gather(peers, job, plan, n_threads, lenient)
             self._note(plan, job, answers, n_threads, time.perf_counter() - begin)
             ids, distances, owners, stats = self._merge(answers, job)
             used = [_used(peer, plan, failures) for peer in peers]
         else:
-            (ids, distances, owners, stats), used, failures = self._search_homes(peers, job, plan.homes, n_threads)
+            (ids, distances, owners, stats), used, failures, homes = self._search_homes(
+                peers, job, plan.homes, n_threads
+            )
         n_shards = len(peers)
         asked = np.empty(len(job.queries), np.int32)
         asked[:] = n_shards if job.mask is None else job.mask.sum(axis=1)
@@ -412,6 +415,7 @@ class Cluster:
             asked,
             plan.algorithm,
             plan.predictions,
+            homes,
         )
         if failures and (not lenient or (allow_partial is None and len(failures) == n_shards)):
             first = failures[min(failures)]
@@ -546,9 +550,13 @@ class Cluster:
 
     def _search_homes(
         self, peers: list[Peer], job: SearchJob, homes: npt.NDArray[np.int64], n_threads: int
-    ) -> tuple[Merged, list[str], dict[int, CotraError]]:
+    ) -> tuple[Merged, list[str], dict[int, CotraError], npt.NDArray[np.int32]]:
         """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
-        here, and those whose home was lost meanwhile too."""
+        here, and those whose home was lost meanwhile, or has no connection to the others, too.
+
+        Returns the answers, what was used for each shard, the failures, and `SearchResult.homes`. Raises `PeerError` where no
+        owner that was asked has a connection to the others.
+        """
         ids = np.full((len(homes), job.k), -1, np.int64)
         found = (
             ids,
@@ -565,12 +573,13 @@ class Cluster:
                 rows,
                 self._executor().submit(self._ask_home, peers[home], job._replace(queries=job.queries[rows])),
             )
-        failures = self.lost
+        failures, refusals = self.lost, []
         for home, (rows, call) in calls.items():
             try:
                 told: CollectionAnswer = call.result()
-            except TransportError:
+            except (TransportError, PeerError) as error:
                 here[rows] = True
+                refusals += [error] if isinstance(error, PeerError) else []
                 continue
             used[home] = "home"
             places = self._places(peers[home], told.images)
@@ -578,6 +587,10 @@ class Cluster:
             _put(found, rows, (told.labels, told.distances, shards, told.stats))
             for at, why in told.failures.items():
                 failures.setdefault(int(places[at]), PeerError(f"{peers[home]}: {why}", shard=int(places[at])))
+        if calls and len(refusals) == len(calls):
+            raise refusals[0]
+        for refusal in refusals:
+            log.warning("its queries are walked here: %s", refusal)
         rows = np.flatnonzero(here)
         if len(rows):
             assert self._planner is not None
@@ -587,14 +600,20 @@ class Cluster:
             failures |= lost
             _put(found, rows, self._merge(answers, mine))
             used = [before or _used(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]
-        return found, [name or self.transports[at] for at, name in enumerate(used)], failures
+        used = [name or self.transports[at] for at, name in enumerate(used)]
+        return found, used, failures, np.where(here, -1, homes).astype(np.int32)
 
     def _places(self, peer: Peer, images: tuple[int, ...]) -> npt.NDArray[np.int32]:
-        """The position here of each shard that another owner numbers as it likes. Raises `FormatError` for one that is none."""
-        known = {image: at for at, image in enumerate(self.images)}
-        if not set(images) <= known.keys():
-            raise FormatError(f"{peer}: it searches other shards than these", shard=peer.index)
-        return np.array([known[image] for image in images], np.int32)
+        """The position here of each shard that another owner numbers as it likes. Shards that one side never reached (0) are
+        those that are left, by their own numbers where these are. Raises `FormatError` for a shard that is none of these."""
+        known = {image: at for at, image in enumerate(self.images) if image}
+        places = np.array([known.get(image, -1) for image in images], np.int32)
+        for at in sorted(np.flatnonzero(places < 0).tolist(), key=lambda at: not images[at]):
+            left = [here for here, image in enumerate(self.images) if here not in places and not (image and images[at])]
+            if not left:
+                raise FormatError(f"{peer}: it searches other shards than these", shard=peer.index)
+            places[at] = at if at in left else left[0]
+        return places
 
     def _ask_home(self, peer: Peer, job: SearchJob) -> CollectionAnswer:
         """Has an owner search all shards, or another of the same shard where it does not answer. One that does not is not asked
