@@ -74,6 +74,7 @@ def connect(
     cache_bytes: int = 0,
     halo: float = 0.0,
     allow_partial: bool = False,
+    collection: Collection | None = None,
 ) -> Cluster:
     """Connects to the owners of shards, and reads each shard's header and upper layers once.
 
@@ -95,16 +96,16 @@ def connect(
         halo: where this process holds shards of one graph: records of the other shards that they link to most are read now and
             kept in a cache, so that walks near the border stay at home; as a share of the bytes of the own images.
         allow_partial: go on without shards that no owner can be reached of, as long as there is one.
+        collection: whose shards these are, in its order: owners of another generation are not used. None: nothing is checked
+            but what shards must have alike; for a path it is the collection there.
 
     Raises:
         TransportError: a shard cannot be reached. VerbsUnavailableError: verbs was asked for and cannot be had, and why.
         InvalidInputError: shards that differ in dim or metric; owners of one shard that hold different images; a shard's part of
         `cache_bytes` that holds no record.
     """
-    fits = None
     if isinstance(addresses, os.PathLike):
         collection = Collection.load(collection_directory(addresses), shard_files=False)
-        fits = partial(misfit, collection)
         addresses = addresses_of(addresses)
     elif isinstance(addresses, str) or not isinstance(addresses, Sequence):
         addresses = [addresses]
@@ -112,6 +113,8 @@ def connect(
     if not any(owners) or not (allow_partial or all(owners)):
         empty = [at for at, of in enumerate(owners) if not of]
         raise InvalidInputError(f"connect needs at least one address for each shard; without: {empty or 'all'}")
+    if collection is not None and len(owners) != len(collection.shards):
+        raise InvalidInputError(f"owners of {len(owners)} shards, and the collection has {len(collection.shards)}")
     check_timeout(timeout_s)
     if cache_bytes < 0:
         raise InvalidInputError(f"cache_bytes must be 0 or more, not {cache_bytes}")
@@ -121,6 +124,7 @@ def connect(
         raise InvalidInputError("halo is a cache: it takes the place of cache_bytes")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
+    fits = None if collection is None else partial(misfit, collection)
     reach = Reach(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions(), fits)
     return Cluster(owners, reach, cache_bytes, halo, allow_partial)
 

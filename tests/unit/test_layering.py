@@ -34,7 +34,7 @@ LAYERS = (
     ("reach",),
     ("server", "cluster", "diagnosis", "benchmark_libraries", "benchmark_summary"),
     ("benchmark_systems", "benchmark_build", "benchmark_plot", "verbs_diagnosis", "cotra", "algorithms", "inspection"),
-    ("benchmark_environment", "benchmark_tables", "benchmark_scaling"),
+    ("benchmark_environment", "benchmark_tables", "benchmark_scaling", "peering"),
     ("benchmark_report", "benchmark_scaling_tables", "benchmark_scaling_plot"),
     ("cli",),
 )
