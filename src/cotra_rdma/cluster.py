@@ -577,7 +577,8 @@ class Cluster:
                 rows,
                 self._executor().submit(self._ask_home, peers[home], job._replace(queries=job.queries[rows])),
             )
-        failures, refusals = self.lost, []
+        failures: dict[int, CotraError] = {}
+        refusals = []
         for home, (rows, call) in calls.items():
             try:
                 told: CollectionAnswer = call.result()

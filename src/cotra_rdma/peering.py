@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_HALO = 0.25
 _LOOK_S = 1.0  # between looks for owners
+_FIRST_LOOKS_S = 0.2  # before the first connection
 _PATIENCE_S = 5.0  # in which all shards should have found an owner
 _TIMEOUT_S = 2.0
 
@@ -32,9 +33,9 @@ Walks = tuple[str, ...]
 class Peering:
     """Connects the owners of some shards of one graph to the others', so that they answer searches of the whole collection.
 
-    The others may come later: a thread looks for them once a second. It connects when every shard has an owner, after
-    some seconds with what is there, and anew when a shard that had none gets one. Searches in progress end over what they began
-    with. Owners of another generation than the own one are no peers: after a rebuild, each generation walks itself.
+    The others may come later: a thread looks for them once a second, at first more often. It connects when every shard has an
+    owner, after some seconds with what is there, and anew when a shard that had none gets one. Searches in progress end over
+    what they began with. Owners of another generation than the own one are no peers: after a rebuild, each walks its own.
 
     The servers stay the caller's, but `close` closes them first: who asks them then goes elsewhere. A context manager.
     """
@@ -52,8 +53,8 @@ class Peering:
     ) -> None:
         """Args:
         path: the collection's directory, or its `collection.json`; of its files only that is read.
-        peers: the addresses of each shard's owners, in the order of the shards; those of own shards are looked over. None:
-            those in `owners.json`, again at each look.
+        peers: the addresses of each shard's owners, in the order of the shards; those of own shards are not used. None: those
+            in `owners.json`, read anew at each look.
         halo, device, gid_index, keys: as `connect`.
         changed: told from the thread how each shard is walked, first and when that changed.
 
@@ -122,7 +123,7 @@ class Peering:
                 if str(error) != self._complaint:  # the same once a second would say no more
                     log.warning("%s: not connected to all peers: %s", self._directory, error)
                 self._complaint = str(error)
-            if self._stop.wait(_LOOK_S):
+            if self._stop.wait(_LOOK_S if self._cluster is not None else _FIRST_LOOKS_S):
                 return
 
     def look(self) -> None:

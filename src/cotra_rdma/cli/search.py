@@ -146,6 +146,7 @@ def search(
         _write(out, result)
     failures = {names[at]: missing.get(at) or str(error) for at, error in sorted(result.failures.items())}
     summary = _summary(result, seconds, names, failures)
+    summary["unreached"] = {names[at]: why for at, why in missing.items() if at not in result.failures}
     summary = {"recall": None if truth is None else recall(result.ids, truth), **summary}
     if as_json:
         output.print_json({**summary, "queries": len(vectors), "k": k, "ef": ef, "beam": beam, "n_threads": threads})
@@ -251,6 +252,7 @@ def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int)
             *((f"path to {address}", path) for address, path in summary["transports"].items()),
             ("coverage", f"{summary['coverage']:.0%} of the shards"),
             *((f"no answer from {address}", why) for address, why in summary["failures"].items()),
+            *((f"not reached: {shard}", f"{why}; others still read it") for shard, why in summary["unreached"].items()),
             ("algorithm", summary["algorithm"]),
             ("shards per query", f"{summary['shards_per_query']:.2f}"),
         ],

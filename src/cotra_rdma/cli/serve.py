@@ -97,8 +97,8 @@ def serve(
         typer.Option(
             metavar="ADDRESS",
             show_default=False,
-            help="Of --walk: HOST:PORT[,HOST:PORT...] of a shard's owners; once for each shard of the collection, in order; "
-            "those of own shards are looked over. Default: whoever is in owners.json.",
+            help="Of --walk: HOST:PORT[,HOST:PORT...] of a shard's owners; once for each shard of the collection, in order "
+            "(of the own ones any will do). Default: whoever is in owners.json.",
         ),
     ] = None,
     halo: Annotated[
