@@ -131,10 +131,11 @@ class Peering:
         with self._looking:
             if self._stop.is_set() or not self._servers:
                 return
-            found = self._addresses()
             cluster = self._cluster
-            if cluster is None or self._are_new(found, cluster):
-                self._connect(found)
+            if cluster is None or cluster.lost:
+                found = self._addresses()
+                if cluster is None or self._are_new(found, cluster):
+                    self._connect(found)
             self._tell()
 
     def _addresses(self) -> list[list[str]]:
