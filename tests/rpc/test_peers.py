@@ -22,6 +22,7 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import FormatError, InvalidInputError, Server, Shard, TransportError, owners
+from cotra_rdma.cli import demo
 from cotra_rdma.collection import MANIFEST, Collection, build_collection, coarse_of, shard_paths
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
@@ -171,6 +172,22 @@ def test_peers_without_a_directory_in_common(built: Path, tmp_path: Path, stack:
     assert 0 < found["walked_at_home"] < N_QUERIES
     refused = search(built, *there.addresses, "--algorithm", "home", status=1)["error"]
     assert refused["type"] == "PeerError"
+
+
+def test_the_demo_loses_an_owner(built: Path, index: Path) -> None:
+    """On a smaller collection than its own."""
+    vectors = np.load(built / "base.npy")
+    rows = list(range(0, N, 20))
+    exact = demo._exact(vectors, rows)
+    with demo._owners(index) as processes:
+        with cotra_rdma.connect(index, transport="shm") as cluster:
+            home = demo._at_home(cluster, vectors, rows)
+        assert sum(home["queries"]) == len(rows)
+        assert home["local_share"] > 0.6
+        loss = demo._lose_one(index, processes, vectors, rows, exact)
+    before, without, after = loss["recall"]
+    assert (loss["coverage"], after) == (0.75, before)
+    assert without < before - 0.1
 
 
 # ---- Peering ----

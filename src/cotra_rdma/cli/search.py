@@ -252,7 +252,7 @@ def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int)
             *((f"path to {address}", path) for address, path in summary["transports"].items()),
             ("coverage", f"{summary['coverage']:.0%} of the shards"),
             *((f"no answer from {address}", why) for address, why in summary["failures"].items()),
-            *((f"not reached: {shard}", f"{why}; others still read it") for shard, why in summary["unreached"].items()),
+            *((f"not reached: {shard}", f"{why}; the peers did") for shard, why in summary["unreached"].items()),
             ("algorithm", summary["algorithm"]),
             ("shards per query", f"{summary['shards_per_query']:.2f}"),
         ],
