@@ -74,6 +74,7 @@ def connect(
     cache_bytes: int = 0,
     halo: float = 0.0,
     allow_partial: bool = False,
+    collection: Collection | None = None,
 ) -> Cluster:
     """Connects to the owners of shards, and reads each shard's header and upper layers once.
 
@@ -95,16 +96,16 @@ def connect(
         halo: where this process holds shards of one graph: records of the other shards that they link to most are read now and
             kept in a cache, so that walks near the border stay at home; as a share of the bytes of the own images.
         allow_partial: go on without shards that no owner can be reached of, as long as there is one.
+        collection: whose shards these are, in its order: owners of another generation are not used. None: nothing is checked
+            but what shards must have alike; for a path it is the collection there.
 
     Raises:
         TransportError: a shard cannot be reached. VerbsUnavailableError: verbs was asked for and cannot be had, and why.
         InvalidInputError: shards that differ in dim or metric; owners of one shard that hold different images; a shard's part of
         `cache_bytes` that holds no record.
     """
-    fits = None
     if isinstance(addresses, os.PathLike):
         collection = Collection.load(collection_directory(addresses), shard_files=False)
-        fits = partial(misfit, collection)
         addresses = addresses_of(addresses)
     elif isinstance(addresses, str) or not isinstance(addresses, Sequence):
         addresses = [addresses]
@@ -112,6 +113,8 @@ def connect(
     if not any(owners) or not (allow_partial or all(owners)):
         empty = [at for at, of in enumerate(owners) if not of]
         raise InvalidInputError(f"connect needs at least one address for each shard; without: {empty or 'all'}")
+    if collection is not None and len(owners) != len(collection.shards):
+        raise InvalidInputError(f"owners of {len(owners)} shards, and the collection has {len(collection.shards)}")
     check_timeout(timeout_s)
     if cache_bytes < 0:
         raise InvalidInputError(f"cache_bytes must be 0 or more, not {cache_bytes}")
@@ -121,6 +124,7 @@ def connect(
         raise InvalidInputError("halo is a cache: it takes the place of cache_bytes")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
+    fits = None if collection is None else partial(misfit, collection)
     reach = Reach(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions(), fits)
     return Cluster(owners, reach, cache_bytes, halo, allow_partial)
 
@@ -362,7 +366,7 @@ class Cluster:
                 the shards are one graph, of which the rest is as good as before.
             algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others; "home" sends
                 each query to the owner of most of its neighbourhood, which walks the whole graph, its own records in place
-                (`Server.search_with`);
+                (`Server.search_with`); what a home does not answer is walked here;
                 "scatter-gather" asks all owners; "spire" reads inverted lists, in two rounds (`Shard.build(n_lists=)`).
                 "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
                 the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
@@ -390,13 +394,16 @@ class Cluster:
             job = job._replace(mask=plan.mask)
         lenient = self.one_graph if allow_partial is None else allow_partial
         peers = list(self._peers)
+        homes = None
         if plan.homes is None:
             answers, failures = self._gather(peers, job, plan, n_threads, lenient)
             self._note(plan, job, answers, n_threads, time.perf_counter() - begin)
             ids, distances, owners, stats = self._merge(answers, job)
             used = [_used(peer, plan, failures) for peer in peers]
         else:
-            (ids, distances, owners, stats), used, failures = self._search_homes(peers, job, plan.homes, n_threads)
+            (ids, distances, owners, stats), used, failures, homes = self._search_homes(
+                peers, job, plan.homes, n_threads
+            )
         n_shards = len(peers)
         asked = np.empty(len(job.queries), np.int32)
         asked[:] = n_shards if job.mask is None else job.mask.sum(axis=1)
@@ -412,6 +419,7 @@ class Cluster:
             asked,
             plan.algorithm,
             plan.predictions,
+            homes,
         )
         if failures and (not lenient or (allow_partial is None and len(failures) == n_shards)):
             first = failures[min(failures)]
@@ -546,9 +554,13 @@ class Cluster:
 
     def _search_homes(
         self, peers: list[Peer], job: SearchJob, homes: npt.NDArray[np.int64], n_threads: int
-    ) -> tuple[Merged, list[str], dict[int, CotraError]]:
+    ) -> tuple[Merged, list[str], dict[int, CotraError], npt.NDArray[np.int32]]:
         """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
-        here, and those whose home was lost meanwhile too."""
+        here, and those whose home was lost meanwhile, or has no connection to the others, too.
+
+        Returns the answers, what was used for each shard, the failures, and `SearchResult.homes`. Raises `PeerError` where no
+        owner that was asked has a connection to the others.
+        """
         ids = np.full((len(homes), job.k), -1, np.int64)
         found = (
             ids,
@@ -565,12 +577,14 @@ class Cluster:
                 rows,
                 self._executor().submit(self._ask_home, peers[home], job._replace(queries=job.queries[rows])),
             )
-        failures = self.lost
+        failures: dict[int, CotraError] = {}
+        refusals = []
         for home, (rows, call) in calls.items():
             try:
                 told: CollectionAnswer = call.result()
-            except TransportError:
+            except (TransportError, PeerError) as error:
                 here[rows] = True
+                refusals += [error] if isinstance(error, PeerError) else []
                 continue
             used[home] = "home"
             places = self._places(peers[home], told.images)
@@ -578,6 +592,10 @@ class Cluster:
             _put(found, rows, (told.labels, told.distances, shards, told.stats))
             for at, why in told.failures.items():
                 failures.setdefault(int(places[at]), PeerError(f"{peers[home]}: {why}", shard=int(places[at])))
+        if calls and len(refusals) == len(calls):
+            raise refusals[0]
+        for refusal in refusals:
+            log.warning("its queries are walked here: %s", refusal)
         rows = np.flatnonzero(here)
         if len(rows):
             assert self._planner is not None
@@ -587,14 +605,20 @@ class Cluster:
             failures |= lost
             _put(found, rows, self._merge(answers, mine))
             used = [before or _used(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]
-        return found, [name or self.transports[at] for at, name in enumerate(used)], failures
+        used = [name or self.transports[at] for at, name in enumerate(used)]
+        return found, used, failures, np.where(here, -1, homes).astype(np.int32)
 
     def _places(self, peer: Peer, images: tuple[int, ...]) -> npt.NDArray[np.int32]:
-        """The position here of each shard that another owner numbers as it likes. Raises `FormatError` for one that is none."""
-        known = {image: at for at, image in enumerate(self.images)}
-        if not set(images) <= known.keys():
-            raise FormatError(f"{peer}: it searches other shards than these", shard=peer.index)
-        return np.array([known[image] for image in images], np.int32)
+        """The position here of each shard that another owner numbers as it likes. Shards that one side never reached (0) are
+        those that are left, by their own numbers where these are. Raises `FormatError` for a shard that is none of these."""
+        known = {image: at for at, image in enumerate(self.images) if image}
+        places = np.array([known.get(image, -1) for image in images], np.int32)
+        for at in sorted(np.flatnonzero(places < 0).tolist(), key=lambda at: not images[at]):
+            left = [here for here, image in enumerate(self.images) if here not in places and not (image and images[at])]
+            if not left:
+                raise FormatError(f"{peer}: it searches other shards than these", shard=peer.index)
+            places[at] = at if at in left else left[0]
+        return places
 
     def _ask_home(self, peer: Peer, job: SearchJob) -> CollectionAnswer:
         """Has an owner search all shards, or another of the same shard where it does not answer. One that does not is not asked

@@ -200,6 +200,13 @@ class Router:
             return np.full((len(rows), self._n_shards), 1 / self._n_shards)
         return self._model.shares(rows, self._calibration)
 
+    def nearest(self, queries: npt.ArrayLike) -> Ids:
+        """The shard that has the list nearest to each query: int64[n_queries]. It takes no calibration.
+
+        Raises `InvalidInputError` as `Cluster.search`.
+        """
+        return self._model.nearest_shards(check_queries(queries, self.dim))
+
     def select(self, queries: npt.ArrayLike, target_recall: float = DEFAULT_TARGET, among: Mask | None = None) -> Mask:
         """The shards to ask for each query.
 
@@ -467,6 +474,15 @@ class _Model:
             mean, spread = gaps + self.radii_squared, np.sqrt(gaps) * self.radii
         spread = np.maximum(spread, np.float32(1e-3 * self.unit**2))
         return _Raw(gaps, mean, spread, along, self._gaps(rows, self.means, self.mean_squares))
+
+    def nearest_shards(self, queries: Floats) -> Ids:
+        """int64[n]: the shard of the nearest list."""
+        found = np.empty(len(queries), np.int64)
+        for start in range(0, len(queries), self.chunk_rows):
+            rows = self._prepared(queries[start : start + self.chunk_rows])
+            gaps = self._gaps(rows, self.centroids, self.squares)
+            found[start : start + self.chunk_rows] = self.shard_of[gaps.argmin(axis=1)]
+        return found
 
     def scaled(self, raw: _Raw) -> tuple[Floats, Floats]:
         """z, and d^2 less that of the nearest list: float32[n, lists], both without a unit and at least 0."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from cotra_rdma.errors import PeerError
@@ -30,9 +30,12 @@ class OwnerProcess:
         gid_index: int | None = None,
         shards: Sequence[int] = (),
         announce: bool = False,
+        walk: bool = False,
+        peers: Sequence[str] = (),
+        halo: float | None = None,
     ) -> None:
-        """Starts it; `wait_ready` tells when it serves. Arguments as `cotra serve`, whose `owners.json` is written only where
-        `announce` asks for it."""
+        """Starts it; `wait_ready` tells when it serves, `wait_walks` when it walks all shards. Arguments as `cotra serve`, whose
+        `owners.json` is written only where `announce` asks for it."""
         command = [
             sys.executable,
             "-P",
@@ -47,9 +50,13 @@ class OwnerProcess:
         command += ["--gid-index", str(gid_index)] if gid_index is not None else []
         command += [f"--shard={number}" for number in shards]
         command += [] if announce else ["--no-announce"]
+        command += ["--walk"] if walk else []
+        command += [f"--peer={addresses}" for addresses in peers]
+        command += ["--halo", str(halo)] if halo is not None else []
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr)
         self._ready: dict[str, Any] = {}
+        self._read = b""  # of stdout: what follows the last line that was asked for
 
     @property
     def pid(self) -> int:
@@ -58,18 +65,36 @@ class OwnerProcess:
 
     def wait_ready(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """Waits until it serves; what `cotra serve --json` printed. Raises `PeerError` when it ended or hangs."""
-        assert self._process.stdout is not None
         if not self._ready:
-            readable, _, _ = select.select([self._process.stdout], [], [], timeout_s)
-            line = self._process.stdout.readline() if readable else b""
-            if not line:
-                why = "did not start" if readable else f"was not ready after {timeout_s:.0f} s"
-                self._end()
-                self._stderr.seek(0)
-                said = self._stderr.read().decode("utf-8", "replace").strip()
-                raise PeerError(f"the owner process {why}: {said or 'it said nothing'}")
-            self._ready = json.loads(line)
+            self._ready = self._line(time.monotonic() + timeout_s, "did not start", "was not ready in time")
         return self._ready
+
+    def wait_walks(self, wanted: Callable[[list[str]], bool], timeout_s: float = 60.0) -> list[str]:
+        """Waits until how it walks the shards (`--walk`), one path a shard, is what is `wanted`; raises as `wait_ready`."""
+        self.wait_ready(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            walks: list[str] = self._line(deadline, "ended", "did not find the other owners in time")["walks"]
+            if wanted(walks):
+                return walks
+
+    def _line(self, deadline: float, gone: str, late: str) -> dict[str, Any]:
+        """The next line that it prints. Raises `PeerError` that says `gone` or `late`, once it was ended."""
+        assert self._process.stdout is not None
+        pipe, ended = self._process.stdout.fileno(), False
+        while b"\n" not in self._read and not ended:
+            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                break
+            more = os.read(pipe, 1 << 16)
+            self._read, ended = self._read + more, not more
+        line, newline, self._read = self._read.partition(b"\n")
+        if not newline:
+            self._end()
+            self._stderr.seek(0)
+            said = self._stderr.read().decode("utf-8", "replace").strip()
+            raise PeerError(f"the owner process {gone if ended else late}: {said or 'it said nothing'}")
+        told: dict[str, Any] = json.loads(line)
+        return told
 
     @property
     def addresses(self) -> list[str]:
@@ -79,6 +104,11 @@ class OwnerProcess:
     def cpu_s(self) -> float:
         """Seconds of CPU that all its threads have used so far, to the nanosecond."""
         return time.clock_gettime((~self.pid << 3) | _CPUCLOCK_SCHED)
+
+    def kill(self) -> None:
+        """Ends it as a crash would, and waits until it is gone; `close` it all the same."""
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> None:
         """Ends it, by force after a few seconds."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cotra_rdma import messages
 from cotra_rdma.errors import CotraError
-from cotra_rdma.rpc import RpcClient, parse_address
+from cotra_rdma.rpc import ClientKeys, RpcClient, parse_address
 from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType
 
 AT_ONCE = 32
@@ -36,22 +36,23 @@ class OwnerStatus:
     problem: str
 
 
-def ask_owners(addresses: Sequence[str], timeout_s: float) -> list[OwnerStatus]:
+def ask_owners(addresses: Sequence[str], timeout_s: float, keys: ClientKeys | None = None) -> list[OwnerStatus]:
     """Asks owners what they serve, up to 32 at once.
 
     Args:
         addresses: HOST:PORT of each.
         timeout_s: the longest wait for one of them, in seconds.
+        keys: CURVE keys, where the owners want them.
 
     Returns: one for each address, in order. It raises nothing: what goes wrong is the status's `problem`.
     """
     if not addresses:
         return []
     with ThreadPoolExecutor(min(AT_ONCE, len(addresses)), "cotra-ask") as pool:
-        return list(pool.map(lambda address: _ask(address, timeout_s), addresses))
+        return list(pool.map(lambda address: _ask(address, timeout_s, keys), addresses))
 
 
-def _ask(address: str, timeout_s: float) -> OwnerStatus:
+def _ask(address: str, timeout_s: float, keys: ClientKeys | None) -> OwnerStatus:
     deadline = time.monotonic() + timeout_s
     request = messages.encode_region(messages.RegionRequest(messages.WANT_CAPABILITIES, secrets.token_hex(8)))
     envelope = VShardEnvelope(WIRE_VERSION, VShardMessageType.VECTOR_MEM_REGION_REQUEST, 0, 0, 0, request)
@@ -62,7 +63,7 @@ def _ask(address: str, timeout_s: float) -> OwnerStatus:
     try:
         # A refused connection is told at once; ZeroMQ would try again until the deadline.
         socket.create_connection(parse_address(address), timeout_s).close()
-        with RpcClient(address) as client:
+        with RpcClient(address, keys=keys) as client:
             client.call(envelope, left_ms())  # makes the connection
             begin = time.perf_counter()
             reply = client.call(envelope, left_ms())

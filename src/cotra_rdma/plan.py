@@ -112,13 +112,17 @@ class Planner:
         return Plan(name, mask, base == "spire", asked, others, predictions=predictions)
 
     def _homes(self, job: SearchJob) -> npt.NDArray[np.int64]:
-        """The shard that has most of each query's neighbourhood, of those that have an owner."""
-        if self.router is None:
-            raise InvalidInputError(
-                "home: these shards are not the whole of a collection with coarse tables: cotra build makes them"
-            )
+        """The shard that has most of each query's neighbourhood, of those that have an owner; where shards were missing at the
+        start, by the nearest inverted list alone: the calibration is for all tables together."""
+        there = sorted(self._every)
+        tables = [table for at in there if (table := self._peers[at].coarse) is not None]
+        if self.router is None and len(tables) < len(there):
+            raise InvalidInputError("home: owners have no coarse tables of a collection: cotra build makes them")
         if self._n_walked == 1 or job.filters is not None or job.mask is not None:
             raise InvalidInputError("home: takes shards of one graph, and neither filters nor a mask of shards")
+        if self.router is None:
+            router = Router(tables, None, self._peers[there[0]].shard.metric)
+            return np.array(there)[router.nearest(job.queries)]
         shares = self.router.shares(job.queries)[:, [peer.number or 0 for peer in self._peers]]
         shares[:, [at for at in range(len(self._peers)) if at not in self._every]] = -1.0
         homes: npt.NDArray[np.int64] = shares.argmax(axis=1)

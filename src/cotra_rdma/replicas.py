@@ -29,7 +29,7 @@ class AbsentPeer(Peer):
         self._begin(index, address, 1)
         self.transport = LOST
         known = like or messages.ShardFields(0, "", 0, 0, 0, 0)
-        self.shard = known if address else msgspec.structs.replace(known, count=0)
+        self.shard = known if address else msgspec.structs.replace(known, count=0, image_checksum=0)
         self.capabilities = messages.RegionResponse(shard=self.shard, transports={"rpc": "it has no owner"})
 
     def renew(self) -> None:

@@ -24,13 +24,14 @@ class SearchResult:
             (records of this process's own shards, used in place), pushed (nodes that owners expanded), read_bytes (messages
             of pushes included), latency_ns; all else summed over the shards.
         transports: for each shard what was really used: "own" memory, "verbs", "shm", "push" (its owner expanded nodes for the
-            walk), "rpc" (its owner searched), or "lost" (it has no owner left).
+            walk), "rpc" (its owner searched), "home" (its owner searched the collection), or "lost" (it has no owner left).
         elapsed_s: of the whole call, in seconds.
         coverage: the share of the shards that the answer is of: 1.0 unless some are missing.
         failures: the shards that are missing, and why. What was read of one before it failed is kept.
         asked: int32[n_queries]: how many shards each query was for.
         algorithm: what was done: "cotra", "compass+spire"...
         predictions: what the cost model expected of each way, the one taken first; empty where it was not asked.
+        homes: int32[n_queries]: the shard whose owner walked each query; -1 where this process did. None: of "home" only.
     """
 
     ids: npt.NDArray[np.int64]
@@ -44,6 +45,7 @@ class SearchResult:
     asked: npt.NDArray[np.int32]
     algorithm: str
     predictions: tuple[Prediction, ...]
+    homes: npt.NDArray[np.int32] | None = None
 
     @property
     def missing(self) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -134,6 +135,7 @@ class Server:
         self._exchange = exchange
         self._counts: Counter[VShardMessageType] = Counter()
         self._cluster: Cluster | None = None
+        self._searching: Counter[Cluster] = Counter()  # searches in progress over each
         self._answers: dict[VShardMessageType, Callable[[VShardEnvelope], Payload | Callable[[], Payload]]] = {
             VShardMessageType.VECTOR_SCATTER_REQUEST: self._search,
             VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST: self._describe_coarsely,
@@ -151,6 +153,7 @@ class Server:
         self._lane_numbers = itertools.count(1)
         self._heard: dict[str, float] = {}
         self._lock = threading.Lock()
+        self._let_go = threading.Condition()
         self._closed = False
         self._stop = threading.Event()
         self._reaper = threading.Thread(target=self._reap_regularly, name="cotra-leases", daemon=True)
@@ -241,12 +244,32 @@ class Server:
 
     def search_with(self, cluster: Cluster | None) -> None:
         """From now on, answers searches of the whole collection as well, by `cluster`: this process's connection to all of its
-        shards. It stays the caller's: close it after the server, or after `search_with(None)`, which ends that."""
+        shards; None ends that. It stays the caller's. Returns when no search is in progress over the one before: that one may
+        then be closed, as may the last one after the server."""
         if cluster is not None and (cluster.dim, cluster.metric) != (self._shard.dim, self._shard.metric):
             raise InvalidInputError(
                 f"a shard of {self._shard.metric}[{self._shard.dim}] in a collection of {cluster.metric}[{cluster.dim}]"
             )
-        self._cluster = cluster
+        with self._let_go:
+            before, self._cluster = self._cluster, cluster
+            self._let_go.wait_for(lambda: before is cluster or before is None or not self._searching[before])
+
+    @contextmanager
+    def _held_cluster(self) -> Iterator[Cluster]:
+        """What a search of the whole collection is made over. Raises `InvalidInputError` where there is none."""
+        with self._let_go:
+            cluster = self._cluster
+            if cluster is None:
+                raise InvalidInputError("this owner searches its own shard only: it has no connection to the others")
+            self._searching[cluster] += 1
+        try:
+            yield cluster
+        finally:
+            with self._let_go:
+                self._searching[cluster] -= 1
+                if not self._searching[cluster]:
+                    del self._searching[cluster]
+                    self._let_go.notify_all()
 
     # ---- requests ----
 
@@ -297,18 +320,17 @@ class Server:
     def _search_collection(self, wanted: messages.SearchRequest) -> Payload:
         """The search is this process's own: what it asks of other owners is about their shards, so none routes it on."""
         try:
-            cluster = self._cluster
-            if cluster is None:
-                raise InvalidInputError("this owner searches its own shard only: it has no connection to the others")
             if wanted.filter_bitmap is not None:
                 raise InvalidInputError(
                     "a filter is for the rows of one shard, and this search is of the whole collection"
                 )
             queries = wanted.queries.reshape(-1, self._shard.dim)
-            found = cluster.search(queries, wanted.top_k, wanted.ef_search, wanted.beam, allow_partial=True)
+            with self._held_cluster() as cluster:
+                found = cluster.search(queries, wanted.top_k, wanted.ef_search, wanted.beam, allow_partial=True)
+                images = np.array(cluster.images, np.uint64)
             return CollectionResponse(
                 messages.SearchResponse(0, "", found.ids, found.distances, pack_stats(found.stats)),
-                np.array(cluster.images, np.uint64),
+                images,
                 found.shards,
                 pack_more_stats(found.stats),
                 {shard: str(error) for shard, error in found.failures.items()},

@@ -48,6 +48,15 @@ def test_help_of_every_verb_names_every_option_and_gives_examples(verb: str) -> 
     assert all(len(row.strip("│ ").split()) > 3 for row in rows), "an option without help"
 
 
+def test_who_can_walk(shard: Path) -> None:
+    alone = cotra("serve", shard, "--walk")
+    assert alone.exit_code == 1
+    assert "cotra build --graph global makes one" in alone.stderr
+    twice = cotra("serve", shard, shard, "--walk")
+    assert twice.exit_code == 1
+    assert "shards of one collection, each once" in twice.stderr
+
+
 def test_version_and_no_arguments() -> None:
     assert re.fullmatch(r"cotra \d+\.\d+\.\d+\S*\n", cotra("--version").stdout)
     assert all(verb in cotra().stdout for verb in VERBS)
@@ -70,6 +79,10 @@ def test_version_and_no_arguments() -> None:
         (("serve", __file__, "--announce", "0.0.0.0"), "nobody else reaches this host at 0.0.0.0"),
         (("serve", __file__, "--announce", "[::]:7700"), "nobody else reaches this host at [::]"),
         (("serve", __file__, "--announce", "a", "--no-announce"), "contradicts --no-announce"),
+        (("serve", __file__, "--halo", "0.5"), "is for --walk"),
+        (("serve", __file__, "--peer", "a:1"), "is for --walk"),
+        (("serve", __file__, "--walk", "--peer", "a:1,b"), "'a:1,b' is not HOST:PORT"),
+        (("serve", __file__, "--walk", "--halo", "-1"), "--halo"),
         (("serve", __file__, "--transport", "verbs,tcp"), "'tcp' is not one of verbs, shm, rpc"),
         (("search", "127.0.0.1:1"), "--queries"),
         (("search", "127.0.0.1:1", "--queries", __file__, "--out", "answers.csv"), "must end in .npy or .npz"),

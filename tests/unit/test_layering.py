@@ -44,7 +44,7 @@ LAYERS = (
         "inspection",
         "build_machine",
     ),
-    ("benchmark_environment", "benchmark_tables", "benchmark_scaling"),
+    ("benchmark_environment", "benchmark_tables", "benchmark_scaling", "peering"),
     ("benchmark_report", "benchmark_scaling_tables", "benchmark_scaling_plot"),
     ("cli",),
 )

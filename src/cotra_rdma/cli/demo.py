@@ -1,8 +1,9 @@
-"""`cotra demo`: real word vectors, sharded over four owner processes and searched by a peer that reads their memory."""
+"""`cotra demo`: real word vectors, one graph over four owner processes, which is read, walked by its owners, and loses one."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from cotra_rdma.benchmark_data import recall
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, Json, transports
 from cotra_rdma.cluster import Cluster, connect
-from cotra_rdma.collection import build_collection, shard_paths
+from cotra_rdma.collection import build_collection
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.owner_process import OwnerProcess
@@ -33,6 +34,7 @@ cotra demo lisbon piano monday
 WORDS = ("paris", "guitar", "physics", "monday", "coffee")
 N_OWNERS = 4
 N_QUERIES = 500
+LOST_OWNER = 1
 K, EF, BEAM = 10, 40, 8
 MEASURED_S = 2.0
 
@@ -49,8 +51,8 @@ def demo(
 ) -> None:
     """See it work: the 20,000 most frequent words of GloVe, by meaning, in the memory of four other processes.
 
-    Builds four shards, starts an owner process for each, and walks their graphs from this one. Takes half a minute, and
-    leaves nothing behind.
+    Builds one graph over four shards, starts an owner process for each, and walks it from this one; then sends each query to
+    the owner of most of its neighbourhood; then kills an owner. Takes half a minute, and leaves nothing behind.
     """
     transports([transport], ("auto", *TRANSPORTS))
     vectors, names = _load()
@@ -66,11 +68,15 @@ def demo(
             with connect(addresses, transport=transport) as cluster:
                 rows = [numbers[word] for word in wanted]
                 near = _neighbours(cluster, vectors, rows)
+                sample = list(range(0, len(vectors), len(vectors) // N_QUERIES))
+                exact = _exact(vectors, sample)
                 report = {
                     "words": {word: [names[i] for i in ids] for word, ids in zip(wanted, near, strict=True)},
-                    **_measure(cluster, owners, vectors, addresses),
+                    **_measure(cluster, owners, vectors, sample, exact),
                     "build_s": build_s,
+                    "home": _at_home(cluster, vectors, sample),
                 }
+            report["loss"] = _lose_one(Path(directory), owners, vectors, sample, exact)
     if as_json:
         output.print_json(report)
     else:
@@ -104,11 +110,14 @@ def _build(directory: Path, *, quiet: bool) -> float:
 
 @contextlib.contextmanager
 def _owners(directory: Path) -> Iterator[list[OwnerProcess]]:
-    """One process a shard, all started before the first is waited for."""
+    """One process a shard, which is a peer of the others; all started before the first is waited for."""
     with contextlib.ExitStack() as stack:
-        owners = [stack.enter_context(OwnerProcess([path])) for path in shard_paths([directory])]
+        owners = [
+            stack.enter_context(OwnerProcess([directory], shards=[shard], announce=True, walk=True))
+            for shard in range(N_OWNERS)
+        ]
         for owner in owners:
-            owner.wait_ready()
+            owner.wait_walks(lambda paths: "lost" not in paths)
         yield owners
 
 
@@ -119,10 +128,12 @@ def _neighbours(cluster: Cluster, vectors: npt.NDArray[np.float32], rows: list[i
 
 
 def _measure(
-    cluster: Cluster, owners: list[OwnerProcess], vectors: npt.NDArray[np.float32], addresses: list[str]
+    cluster: Cluster,
+    owners: list[OwnerProcess],
+    vectors: npt.NDArray[np.float32],
+    rows: list[int],
+    exact: npt.NDArray[np.int64],
 ) -> dict[str, Any]:
-    rows = list(range(0, len(vectors), len(vectors) // N_QUERIES))
-    exact = _exact(vectors, rows)
     found = np.stack(_neighbours(cluster, vectors, rows))
     cpu_before = sum(owner.cpu_s() for owner in owners)
     begin, batches = time.perf_counter(), 0
@@ -135,7 +146,7 @@ def _measure(
         "k": K,
         "ef": EF,
         "beam": BEAM,
-        "transports": dict(zip(addresses, result.transports, strict=True)),
+        "transports": dict(zip(cluster.addresses, result.transports, strict=True)),
         "reads_per_query": float(result.stats["reads"].mean()),
         "rounds_per_query": float(result.stats["rounds"].mean()),
         "bytes_per_query": float(result.stats["read_bytes"].mean()),
@@ -144,6 +155,54 @@ def _measure(
         "qps": batches * len(rows) / seconds,
         "owners_cpu_s": sum(owner.cpu_s() for owner in owners) - cpu_before,
     }
+
+
+def _at_home(cluster: Cluster, vectors: npt.NDArray[np.float32], rows: list[int]) -> dict[str, Any]:
+    """The same walks by the owners, each with its own records in place."""
+    result = cluster.search(vectors[rows], k=K, ef=EF, beam=BEAM, algorithm="home")
+    assert result.homes is not None
+    return {
+        "local_share": result.local_share,
+        "queries": np.bincount(result.homes[result.homes >= 0], minlength=N_OWNERS).tolist(),
+        "reads_per_query": float(result.stats["reads"].mean()),
+    }
+
+
+def _lose_one(
+    directory: Path,
+    owners: list[OwnerProcess],
+    vectors: npt.NDArray[np.float32],
+    rows: list[int],
+    exact: npt.NDArray[np.int64],
+) -> dict[str, Any]:
+    """Kills an owner and starts it anew. The reader has owners expand nodes for it: memory that is read on the same host would
+    outlive its owner."""
+
+    def found() -> float:
+        return recall(np.stack(_neighbours(cluster, vectors, rows)), exact)
+
+    victim = owners[LOST_OWNER]
+    with _quietly(), connect([owner.addresses[0] for owner in owners], transport="rpc") as cluster:
+        before = found()
+        victim.kill()
+        without = found()
+        coverage = 1 - len(cluster.lost) / N_OWNERS
+        with OwnerProcess([directory], shards=[LOST_OWNER], listen=victim.addresses[0]) as back:
+            back.wait_ready()
+            cluster.revive()  # a thread of the cluster's would, within seconds
+            return {"address": victim.addresses[0], "coverage": coverage, "recall": [before, without, found()]}
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without warnings of owners that are lost: the table tells."""
+    log = logging.getLogger("cotra_rdma")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _exact(vectors: npt.NDArray[np.float32], rows: list[int]) -> npt.NDArray[np.int64]:
@@ -157,6 +216,8 @@ def _exact(vectors: npt.NDArray[np.float32], rows: list[int]) -> npt.NDArray[np.
 def _show(report: dict[str, Any]) -> None:
     output.print_table(("word", "nearest words"), ((word, ", ".join(near)) for word, near in report["words"].items()))
     paths = sorted(set(report["transports"].values()))
+    home, loss = report["home"], report["loss"]
+    before, without, after = loss["recall"]
     output.print_table(
         ("", ""),
         [
@@ -167,5 +228,14 @@ def _show(report: dict[str, Any]) -> None:
             ("read per query", output.human_bytes(report["bytes_per_query"])),
             ("queries a second", f"{report['qps']:,.0f}, one thread"),
             ("owners' CPU time", f"{report['owners_cpu_s'] * 1e3:.1f} ms during {report['queries']:,} queries"),
+            (
+                "each query walked at home",
+                f"{home['local_share']:.0%} of the records are its owner's own or in its cache",
+            ),
+            (
+                "an owner killed",
+                f"recall@{K} {before:.2f} -> {without:.2f}, {loss['coverage']:.0%} of the shards answer",
+            ),
+            ("started again", f"recall@{K} {after:.2f}, without a new connection of the reader"),
         ],
     )

@@ -30,6 +30,8 @@ cotra search 10.0.0.1:7700 10.0.0.1:7701 --queries queries.fvecs --k 10 --ef 128
 
 cotra search 10.0.0.1:7700,10.0.0.2:7700 10.0.0.3:7700 --queries queries.fvecs
 
+cotra search index --queries queries.fvecs --algorithm home
+
 cotra search 127.0.0.1:7700 --queries sift.hdf5 --ground-truth sift.hdf5 --transport shm --json
 
 The third has two owners of the first shard: the first that answers is read. A collection is searched at the addresses that
@@ -74,7 +76,8 @@ def search(
         str,
         typer.Option(
             metavar="NAME",
-            help="auto: what the cost model says is quickest. cotra: read the graphs. scatter-gather: the owners search. "
+            help="auto: what the cost model says is quickest. cotra: read the graphs. home: the owner of most of a query's "
+            "neighbourhood walks the graph (`cotra serve --walk`). scatter-gather: the owners search. "
             "spire: read inverted lists, --ef of them (`cotra build --ivf`). compass, compass+scatter-gather, "
             "compass+spire: ask only shards that hold a query's neighbours (`cotra build --partition kmeans`).",
         ),
@@ -143,6 +146,7 @@ def search(
         _write(out, result)
     failures = {names[at]: missing.get(at) or str(error) for at, error in sorted(result.failures.items())}
     summary = _summary(result, seconds, names, failures)
+    summary["unreached"] = {names[at]: why for at, why in missing.items() if at not in result.failures}
     summary = {"recall": None if truth is None else recall(result.ids, truth), **summary}
     if as_json:
         output.print_json({**summary, "queries": len(vectors), "k": k, "ef": ef, "beam": beam, "n_threads": threads})
@@ -171,6 +175,9 @@ def _summary(result: SearchResult, seconds: float, names: list[str], failures: d
         "rounds_per_query": float(result.stats["rounds"].mean()),
         "bytes_per_query": float(result.stats["read_bytes"].mean()),
         "pushed_per_query": float(result.stats["pushed"].mean()),
+        "own_per_query": float(result.stats["own"].mean()),
+        "local_share": None if math.isnan(result.local_share) else result.local_share,
+        "walked_at_home": None if result.homes is None else int((result.homes >= 0).sum()),
         "transports": dict(zip(names, result.transports, strict=True)),
         "coverage": result.coverage,
         "failures": failures,
@@ -213,6 +220,16 @@ def _explain(summary: dict[str, Any], result: SearchResult, n_queries: int) -> N
     output.print_table(columns, rows)
 
 
+def _homes(summary: dict[str, Any], n_queries: int) -> list[tuple[str, str]]:
+    at_home = summary["walked_at_home"]
+    if at_home is None:
+        return []
+    here = n_queries - at_home
+    return [
+        ("walked at home", f"{at_home:,}" + (f", and {here:,} from here: their homes did not answer" if here else ""))
+    ]
+
+
 def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int) -> None:
     output.print_table(
         ("", ""),
@@ -223,12 +240,19 @@ def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int)
             ("latency", f"p50 {summary['p50_us']:,.0f} us, p99 {summary['p99_us']:,.0f} us"),
             ("READs per query", f"{summary['reads_per_query']:.1f}"),
             ("records from the cache", f"{summary['cached_records_per_query']:.1f} per query"),
+            ("from own memory", f"{summary['own_per_query']:.1f} per query"),
+            (
+                "own memory or cache",
+                "-" if (share := summary["local_share"]) is None else f"{share:.0%} of all records",
+            ),
+            *_homes(summary, n_queries),
             ("expanded by owners", f"{summary['pushed_per_query']:.1f} per query"),
             ("rounds per query", f"{summary['rounds_per_query']:.1f}"),
             ("read per query", output.human_bytes(summary["bytes_per_query"])),
             *((f"path to {address}", path) for address, path in summary["transports"].items()),
             ("coverage", f"{summary['coverage']:.0%} of the shards"),
             *((f"no answer from {address}", why) for address, why in summary["failures"].items()),
+            *((f"not reached: {shard}", f"{why}; the peers did") for shard, why in summary["unreached"].items()),
             ("algorithm", summary["algorithm"]),
             ("shards per query", f"{summary['shards_per_query']:.2f}"),
         ],

@@ -7,7 +7,9 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +17,12 @@ import typer
 
 from cotra_rdma.cli import output
 from cotra_rdma.cli.announce import announce_owners, announced_at
-from cotra_rdma.cli.options import TRANSPORTS, Device, GidIndex, Json, transports
-from cotra_rdma.collection import coarse_of, shard_paths
+from cotra_rdma.cli.options import TRANSPORTS, Device, GidIndex, Json, comma_list, transports
+from cotra_rdma.collection import coarse_of, place_of, shard_paths
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
+from cotra_rdma.owners import is_address
+from cotra_rdma.peering import DEFAULT_HALO, Peering, Walks
 from cotra_rdma.server import Server
 from cotra_rdma.server import serve as serve_shard
 from cotra_rdma.shard import Shard
@@ -31,9 +35,17 @@ cotra serve index --shard 2 --shard 3 --listen 0.0.0.0:7702 --announce 10.0.0.1
 
 cotra serve index/shard-000.cotra --listen 10.0.0.1:7700 --device mlx5_0 --gid-index 3 --transport verbs,rpc
 
+cotra serve index --shard 0 --listen 10.0.0.1:7700 --walk
+
+cotra serve index --shard 1 --listen 10.0.0.2:7700 --walk --peer 10.0.0.1:7700 --peer 10.0.0.2:7700 --halo 0.5
+
 The first shard listens on PORT, the next on PORT + 1, and so on. Shards of a collection are noted in owners.json beside
 its manifest while they are served, so that `cotra search index` finds them. SIGTERM and Ctrl-C end it cleanly, with
 status 0.
+
+The last two are peers: each walks the whole graph for the queries that `cotra search --algorithm home` sends it, with its
+own records in place. The first finds the others in owners.json, and they may come later; the second is on a host that has
+no directory in common with them.
 """
 
 
@@ -72,6 +84,33 @@ def serve(
         bool,
         typer.Option("--no-announce", help="Leave owners.json alone: readers are told the address some other way."),
     ] = False,
+    walk: Annotated[
+        bool,
+        typer.Option(
+            "--walk",
+            help="Be a peer: also answer searches of the whole collection (`cotra search --algorithm home`), by walking it with "
+            "the own records in place. For collections of one graph (`cotra build --graph global`).",
+        ),
+    ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="Of --walk: HOST:PORT[,HOST:PORT...] of a shard's owners; once for each shard of the collection, in order "
+            "(of the own ones any will do). Default: whoever is in owners.json.",
+        ),
+    ] = None,
+    halo: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="SHARE",
+            show_default=False,
+            help="Of --walk: keep those records of other shards that the own ones link to most, as a share of the own shards' "
+            f"bytes; 0: none. Default: {DEFAULT_HALO}.",
+        ),
+    ] = None,
     until_stdin_closes: Annotated[
         bool, typer.Option("--until-stdin-closes", hidden=True, help="End when stdin does: with the parent process.")
     ] = False,
@@ -79,16 +118,26 @@ def serve(
 ) -> None:
     """Serve shards: peers read their memory, or ask over RPC where they cannot.
 
-    With --json, one line when ready: {"address", "shards", "region", "transports"}; all but "shards" of the first.
+    With --json, one line when ready: {"address", "shards", "region", "transports"}; all but "shards" of the first. With --walk
+    also a line {"walks"} whenever it changes how the shards of the collection are reached.
     """
     offered = transports(transport)
     host, port = _host_port(listen)
     if announce is not None and no_announce:
         raise typer.BadParameter("contradicts --no-announce", param_hint="--announce")
+    if not walk and (peer or halo is not None):
+        raise typer.BadParameter("is for --walk", param_hint="--peer" if peer else "--halo")
+    peers = None if not peer else [_addresses(text) for text in peer]
     reached = None if announce is None else announced_at(announce)
     with _StopSignals() as stop, contextlib.ExitStack() as stack:
-        served = []
+        served, servers = [], []
         paths = shard_paths(shards, None if shard is None else list(dict.fromkeys(shard)))
+        numbers = _own_numbers(paths) if walk else []
+        peering = None
+        if walk:
+            share = DEFAULT_HALO if halo is None else halo
+            told = partial(_tell_walks, as_json=as_json)
+            peering = Peering(paths[0].parent, peers, halo=share, device=device, gid_index=gid_index, changed=told)
         if port and port + len(paths) - 1 > 65535:
             raise typer.BadParameter(f"{len(paths)} shards from port {port} on pass port 65535", param_hint="--listen")
         for position, path in enumerate(paths):
@@ -98,13 +147,18 @@ def serve(
             server = stack.enter_context(
                 serve_shard(opened, address, transports=offered, device=device, gid_index=gid_index, coarse=coarse)
             )
+            servers.append(server)
             served.append(_describe(path, opened, server))
+        if peering is not None:
+            stack.enter_context(peering)
         noted: list[str | None] = [None] * len(paths)
         if not no_announce:
             noted = announce_owners(stack, paths, [entry["address"] for entry in served], reached)
         for entry, at in zip(served, noted, strict=True):
             entry["announced"] = at
         _print_ready(served, as_json=as_json)
+        if peering is not None:
+            peering.start(dict(zip(numbers, servers, strict=True)))
         stop.wait(until_stdin_closes)
 
 
@@ -145,6 +199,30 @@ def _host_port(listen: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise typer.BadParameter(f"{listen!r} is not HOST:PORT", param_hint="--listen")
     return host, int(port)
+
+
+def _addresses(text: str) -> list[str]:
+    found = comma_list([text])
+    if not found or not all(map(is_address, found)):
+        raise typer.BadParameter(f"{text!r} is not HOST:PORT[,HOST:PORT...]", param_hint="--peer")
+    return found
+
+
+def _own_numbers(paths: Sequence[Path]) -> list[int]:
+    """The numbers of shards in the one collection that a peer is of."""
+    places = [place_of(path) for path in paths]
+    numbers = [place[1] for place in places if place is not None]
+    if len(numbers) < len(paths) or len({path.parent for path in paths}) != 1 or len(set(numbers)) < len(numbers):
+        raise InvalidInputError("--walk is for shards of one collection, each once")
+    return numbers
+
+
+def _tell_walks(walks: Walks, *, as_json: bool) -> None:
+    if as_json:
+        output.print_json({"walks": list(walks)})
+        return
+    paths = (f"{at} {path}" for at, path in enumerate(walks))
+    output.out.print(f"Walks shards: {', '.join(paths)}.", soft_wrap=True)
 
 
 def _coarse(path: Path) -> bytes | None:

@@ -129,8 +129,8 @@ def check_one_walk_over_four_owners(
     figure(
         f"one graph of 20,000 vectors over 4 owners, over verbs, beside one shard: recall@10 {recall(found.ids, truth):.3f} "
         f"and {recall(single.ids, truth):.3f}, {found.stats['reads'].mean():.1f} READs ({reads:.2f} x), "
-        f"{found.stats['rounds'].mean():.1f} rounds ({rounds:.2f} x), {distances:.2f} of the distances of four graphs, {len(queries) / found.elapsed_s:.0f} and "
-        f"{len(queries) / single.elapsed_s:.0f} queries/s"
+        f"{found.stats['rounds'].mean():.1f} rounds ({rounds:.2f} x), {distances:.2f} of the distances of four "
+        f"graphs, {len(queries) / found.elapsed_s:.0f} and {len(queries) / single.elapsed_s:.0f} queries/s"
     )
 
 
