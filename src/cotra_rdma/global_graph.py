@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +35,8 @@ _ROWS = 1024  # that are searched for in one call
 _LINK_ROWS = 1024  # that are linked in one call, fewer where their candidates' vectors are more than ...
 _LINK_BYTES = 4 << 20
 _FAR_SIGHTED = 8
-_CACHE_BYTES = 16 << 20  # for the records of the shard that is searched
+_CACHE_BYTES = 16 << 20  # for records of the shard that is searched
+_BULK_BYTES = 1 << 20
 _RECORD_HEAD_BYTES = 32
 _TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
 
@@ -177,7 +179,7 @@ def channel_of_file(path: str | os.PathLike[str], record_bytes: int) -> Iterator
 
 def channel_of_fd(fd: int, record_bytes: int) -> Channel:
     """The same of an open file or memfd."""
-    return Channel.file(fd, os.fstat(fd).st_size, slots=_SLOTS, slot_bytes=max(record_bytes, 4096))
+    return Channel.file(fd, os.fstat(fd).st_size, slots=_SLOTS, slot_bytes=max(record_bytes, 1 << 14))
 
 
 class _Relinker(Handle):
@@ -267,6 +269,38 @@ class _Found:
         return found.reshape(end - begin, -1)
 
 
+class _Near:
+    """Another shard's image while it is searched, within `_CACHE_BYTES`: all of it where that is enough, READ once; else the
+    records that are asked for most."""
+
+    def __init__(self, open_channel: Callable[[], AbstractContextManager[Channel]]) -> None:
+        self._open = open_channel
+        self._copy: Arena | None = None
+        self.cache: RecordCache | None = None
+        with open_channel() as channel:
+            self.view = View.open(channel)
+            size = self.view.info.image_bytes
+            if size > _CACHE_BYTES:
+                self.cache = RecordCache.create(self.view, _CACHE_BYTES)
+                return
+            self._copy = Arena.create(size)
+            with self._copy.view() as to:
+                for begin, end in _ranges(size, _BULK_BYTES):
+                    to[begin:end] = channel.read(begin, end - begin)
+
+    def open_channel(self) -> AbstractContextManager[Channel]:
+        """A channel to search it through, for one thread."""
+        return self._open() if self._copy is None else Channel.shm(self._copy, slot_bytes=1 << 16)
+
+    def __enter__(self) -> _Near:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part in (self.cache, self.view, self._copy):
+            if part is not None:
+                part.close()
+
+
 def _search_border(
     found: _Found,
     own: _Own,
@@ -284,10 +318,9 @@ def _search_border(
             if not len(rows):
                 continue
 
-            def search(
-                first: int, part: npt.NDArray[np.intp], view: View, cache: RecordCache, other: int = other
-            ) -> None:
-                with open_channel(other) as channel, Engine.create([view], [channel], [cache]) as engine:
+            def search(first: int, part: npt.NDArray[np.intp], near: _Near, other: int = other) -> None:
+                view = near.view
+                with near.open_channel() as channel, Engine.create([view], [channel], [near.cache]) as engine:
                     k = min(border.k, view.info.count)
                     for begin, end in _ranges(len(part)):
                         numbers = np.full((end - begin, border.k), _NONE, np.uint32)
@@ -298,10 +331,9 @@ def _search_border(
 
             parts = np.array_split(rows, min(threads, len(rows)))
             firsts = np.cumsum([0, *map(len, parts[:-1])]).tolist()
-            with open_channel(other) as channel, View.open(channel) as view:
-                _check_other(view.info, own.info, other, plan)
-                with RecordCache.create(view, _CACHE_BYTES) as cache:
-                    list(pool.map(search, firsts, parts, repeat(view), repeat(cache)))
+            with _Near(partial(open_channel, other)) as near:
+                _check_other(near.view.info, own.info, other, plan)
+                list(pool.map(search, firsts, parts, repeat(near)))
             done += len(rows)
             if progress:
                 progress("border", done * own.info.count // found.total, own.info.count)
