@@ -423,6 +423,16 @@ class Cluster:
             ) from first
         return result
 
+    def homes(self, queries: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The shard whose owner `search(algorithm="home")` sends each query to: int64[n_queries], positions as in `addresses`.
+
+        Raises `InvalidInputError` for wrong queries, shards that are not one graph, or not the whole of a collection with
+        coarse tables.
+        """
+        assert self._planner is not None
+        self._check_open(1)
+        return self._planner.homes(self._job(queries, 1, 1, 1, 0, DEFAULT_TIMEOUT_S, None, None))
+
     def walk(
         self,
         queries: npt.ArrayLike,

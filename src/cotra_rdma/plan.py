@@ -86,7 +86,7 @@ class Planner:
         if algorithm not in ALGORITHMS:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
         if algorithm == "home":
-            return Plan(algorithm, job.mask, False, frozenset(), homes=self._homes(job))
+            return Plan(algorithm, job.mask, False, frozenset(), homes=self.homes(job))
         if algorithm == "cotra" and not explain:  # nothing to plan
             return Plan(algorithm, job.mask, False, self._closed, self._pushed)
         mask = job.mask
@@ -111,8 +111,9 @@ class Planner:
         name = ("compass" if base == "cotra" else f"compass+{base}") if routed else base
         return Plan(name, mask, base == "spire", asked, others, predictions=predictions)
 
-    def _homes(self, job: SearchJob) -> npt.NDArray[np.int64]:
-        """The shard that has most of each query's neighbourhood, of those that have an owner."""
+    def homes(self, job: SearchJob) -> npt.NDArray[np.int64]:
+        """The shard that has most of each query's neighbourhood, of those that have an owner. Raises `InvalidInputError` where
+        these shards or the job cannot have one."""
         if self.router is None:
             raise InvalidInputError(
                 "home: these shards are not the whole of a collection with coarse tables: cotra build makes them"
