@@ -651,9 +651,12 @@ class Cluster:
         self._planner.experience.note(method, job.k, job.ef, beam, told if n <= _FEW else told())
 
     def _merge(self, answers: list[tuple[list[int], Answer]], job: SearchJob) -> Merged:
-        if len(answers) == 1 and len(answers[0][0]) == len(self._peers):
-            labels, distances, stats = answers[0][1]
-            return *merge(labels, distances), stats
+        if len(answers) == 1:
+            shards, (labels, distances, stats) = answers[0]
+            ids, distances, at = merge(labels, distances)
+            if len(shards) < len(self._peers):
+                at = np.where(at < 0, at, np.array(shards, np.int32)[at])
+            return ids, distances, at, stats
         shape = (len(self._peers), len(job.queries), job.k)
         labels = np.full(shape, -1, np.int64)
         distances = np.full(shape, np.inf, np.float32)
