@@ -15,6 +15,7 @@ import numpy as np
 
 from cotra_rdma.channel import FabricModel
 from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.global_graph import MAX_NODES
 
 MACHINES = (1, 2, 4, 8, 16, 32, 64)
 VECTORS = (10**8, 10**9, 10**10)
@@ -28,7 +29,6 @@ _PACKET_BYTES = 38 + 20 + 8
 READ_REQUEST_BYTES = _PACKET_BYTES + 12 + 16 + 4
 READ_ANSWER_BYTES = _PACKET_BYTES + 12 + 4 + 4
 HIT_BYTES = 16  # of an answer by message: an id and a distance, and what tells them apart
-ADDRESS_SPACE = 1 << 32  # node numbers are u32 in a record
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Workload:
         cpu_expansion_s: of one expansion, its record at hand. cpu_read_s: what posting and completing a READ adds.
         record_bytes: of a READ. links: places for neighbours in it.
         vector_bytes: of an image, for each of its vectors. kept_bytes: of the upper layers, which every reader keeps of all
-            shards, for each vector of the collection.
+            shards, for each vector of the collection. halo_bytes: of records of others that a home keeps, for each of its own.
         independent: expansions of a walk of one of several independent shards, over `expansions` of as many vectors.
         remote_per_doubling: share of a routed query's expansions that leave its home machine, for each doubling of the machines.
         dim, k: of a query and its answer.
@@ -93,6 +93,7 @@ class Workload:
     links: int
     vector_bytes: float
     kept_bytes: float
+    halo_bytes: float
     independent: float
     remote_per_doubling: float
     dim: int
@@ -104,8 +105,8 @@ class Workload:
         return min(anywhere, self.remote_per_doubling * math.log2(machines)) if routed else anywhere
 
     def number_bytes(self, vectors: float) -> int:
-        """What a record grows by where node numbers need more than 32 bits."""
-        return 4 * self.links if vectors > ADDRESS_SPACE else 0
+        """What a record grows by where one graph has more nodes than the format's numbers: 8 bytes each in place of 4."""
+        return 4 * self.links if vectors > MAX_NODES else 0
 
     def expanding_s(self, machines: int, expansions: float) -> float:
         """CPU time of a query that is answered without READs."""
@@ -190,7 +191,8 @@ def predict(
         latency_s += workload.rounds.at(vectors, errors) * fabric.round_trip_s
         latency_s += reads * (record_bytes + READ_ANSWER_BYTES) / fabric.bytes_per_s if fabric.bytes_per_s else 0.0
     kept = workload.kept_bytes * vectors if machines > 1 else 0.0  # one machine has them in its image
-    memory = vectors / machines * (workload.vector_bytes + workload.number_bytes(vectors)) + kept
+    halo = workload.halo_bytes if system == ROUTED and machines > 1 else 0.0
+    memory = vectors / machines * (workload.vector_bytes + workload.number_bytes(vectors) + halo) + kept
     fits = memory <= machine.memory_bytes
     return Prediction(system, machines, vectors, machines * qps, limit, latency_s, reads, memory, fits)
 
@@ -239,9 +241,16 @@ class Variation:
 
 
 def variations(
-    workload: Workload, machine: Machine, fabric: FabricModel, machines: int = 16, vectors: float = 1e9
+    workload: Workload,
+    machine: Machine,
+    fabric: FabricModel,
+    machines: int = 16,
+    vectors: float = 1e9,
+    *,
+    busiest: float = 1.0,
 ) -> list[Variation]:
-    """What the prediction for a routed graph becomes where one assumption is another."""
+    """What the prediction for a routed graph becomes where one assumption is another; `busiest`: the load of the machine that has
+    most, over the mean."""
     apart = replace(fabric, reads_per_s=2 * fabric.reads_per_s)
     cases = [
         ("as assumed", ROUTED, workload, machine, fabric, 0.0),
@@ -259,6 +268,11 @@ def variations(
         several = predict(system, needs, kind, link, machines, vectors, errors=errors)
         one = predict(ONE_GRAPH, needs, kind, link, 1, vectors, errors=errors)
         found.append(Variation(what, several, several.qps / one.qps))
+    assumed = found[0]
+    skewed = replace(assumed.prediction, qps=assumed.prediction.qps / busiest)
+    found.append(
+        Variation(f"the busiest home has {busiest:.2f} times the mean load", skewed, assumed.speedup / busiest)
+    )
     return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from cotra_rdma.benchmark import Plan, Point, run
 from cotra_rdma.benchmark_data import DataSet, Queries
 from cotra_rdma.benchmark_libraries import Progress
+from cotra_rdma.benchmark_peers import HomeRow, LossRow, Owners, Target, measure_homes, measure_losses, peer_targets
 from cotra_rdma.benchmark_prediction import (
     Fit,
     Machine,
@@ -63,7 +64,7 @@ class ShardsRow:
 
     Attributes:
         recall_lost: at equal ef, what hnswlib's one index of everything finds more, at most; at that ef.
-        home_share: the part of a query's READs that go to the shard with most of them; of one graph.
+        home_share: the part of all READs that go to the shard which most of their query's go to; of one graph.
         fabric: the same over the modelled fabric; bookkeeping: over one without limits. Of one graph.
     """
 
@@ -86,16 +87,6 @@ class SizeRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What one graph should stay below, and whether it does."""
-
-    what: str
-    limit: float
-    measured: float
-    met: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Check:
     """The model beside a measurement of one thread that reads everything over the modelled fabric.
 
@@ -111,7 +102,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """All of it."""
+    """All of it. homes, losses: of one graph of the most shards. busiest: queries of the peer that is home to most, over the
+    mean."""
 
     dataset: str
     transport: str
@@ -119,6 +111,9 @@ class Study:
     recall: float
     rows: list[ShardsRow]
     sizes: list[SizeRow]
+    homes: list[HomeRow]
+    busiest: float
+    losses: list[LossRow]
     targets: list[Target]
     workload: Workload
     checks: list[Check]
@@ -129,13 +124,14 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What to study. `n_shards`: ascending, the first one 1. local_share: the part of a routed query's expansions that its home
-    owns, at the most shards; None: measured."""
+    """What to study. `n_shards`: ascending, the first one 1. halos: ascending, the first one 0; the prediction takes the last.
+    local_share: the part of a routed query's expansions that stay at its home, at the most shards; None: measured."""
 
     n_shards: Sequence[int] = (1, 2, 4, 8, 16)
     transport: str = "shm"
     fabric: str = FABRIC
     machine: Machine = field(default_factory=Machine)
+    halos: Sequence[float] = (0.0, 0.25, 0.5)
     local_share: float | None = None
 
     def check(self, data: DataSet) -> None:
@@ -177,12 +173,15 @@ def study(
             open_systems(data, paths[:1], plan, cache, libraries=(), split=alone, progress=progress)
         )
         points = run(data, systems, plan, report("measuring shards"))
-    ef = _ef_at(points, scale)
-    shares = {n: home_share(directories[n], data.queries, plan, ef) for n in scale.n_shards}
+    efs = _efs_around(points, scale)
+    with Owners(directories[scale.n_shards[-1]], scale.transport) as owners:
+        homes, busiest = measure_homes(owners, data, plan, efs, scale.halos, RECALL, report("routing queries home"))
+        losses = measure_losses(owners, data, plan, efs[-1], report("losing shards"))
+    shares = {n: home_share(directories[n], data.queries, plan, efs[-1]) for n in scale.n_shards}
     rows = shards_rows(points, scale, shares)
     sizes = _sizes(data, plan, cache, progress)
     infos = _infos(directories[scale.n_shards[-1]])
-    workload = workload_of(points, scale, plan, rows, sizes, infos)
+    workload = workload_of(points, scale, plan, rows, sizes, infos, homes[-1])
     fabric = parse_transport(scale.fabric)[1]
     assert fabric is not None
     found = Study(
@@ -192,19 +191,22 @@ def study(
         RECALL,
         rows,
         sizes,
-        targets(rows),
+        homes,
+        busiest,
+        losses,
+        [*targets(rows), *peer_targets(homes, losses)],
         workload,
         [check(row, workload, fabric) for row in rows if row.one_graph],
         scale.machine,
         predict_all(workload, scale.machine, fabric),
-        variations(workload, scale.machine, fabric),
+        variations(workload, scale.machine, fabric, busiest=busiest),
     )
     return found, points
 
 
 def home_share(directory: Path, queries: Queries, plan: Plan, ef: int) -> float:
-    """The part of a query's READs that go to the shard which most of them go to, on average: what a peer that owns that shard
-    could do by itself. Counted by each shard's channel, in this process, over memory."""
+    """The part of all READs that go to the shard which most of their query's go to: what the best peer for each query would find
+    in its own shard, were it known beforehand. Counted by each shard's channel, in this process, over memory."""
     with contextlib.ExitStack() as stack:
         arenas = [stack.enter_context(Shard.open(path, verify=False)).arena for path in shard_paths([directory])]
         channels = [stack.enter_context(Channel.shm(arena)) for arena in arenas]
@@ -215,7 +217,7 @@ def home_share(directory: Path, queries: Queries, plan: Plan, ef: int) -> float:
             engine.search(queries[i : i + 1], plan.k, ef, plan.beams[0])
             counts.append(np.array([channel.info.reads for channel in channels], np.int64))
     reads = np.diff(np.stack(counts), axis=0)
-    return float((reads.max(axis=1) / np.maximum(reads.sum(axis=1), 1)).mean())
+    return float(reads.max(axis=1).sum() / max(reads.sum(), 1))
 
 
 def cost_at(curve: Sequence[Point]) -> Cost:
@@ -260,11 +262,13 @@ def _is_graph(shards: int, algorithm: str | None) -> bool:
     return shards == 1 or (algorithm or "").endswith("one graph")
 
 
-def _ef_at(points: Sequence[Point], scale: Scale) -> int:
-    """The least ef of the sweep at which one graph of the most shards has the recall."""
+def _efs_around(points: Sequence[Point], scale: Scale) -> list[int]:
+    """The least ef of the sweep at which one graph of the most shards has the recall, and the one before."""
     n = scale.n_shards[-1]
     ours = [p for p in points if p.shards == n and p.transport == scale.transport and _is_graph(n, p.algorithm)]
-    return min((point.ef for point in ours if point.recall >= RECALL), default=max(point.ef for point in ours))
+    efs = sorted(point.ef for point in ours)
+    at = efs.index(min((point.ef for point in ours if point.recall >= RECALL), default=efs[-1]))
+    return efs[max(0, at - 1) : at + 1]
 
 
 def _sizes(data: DataSet, plan: Plan, cache: Path, progress: Progress) -> list[SizeRow]:
@@ -296,19 +300,19 @@ def workload_of(
     rows: Sequence[ShardsRow],
     sizes: Sequence[SizeRow],
     infos: Sequence[ImageInfo],
+    home: HomeRow,
 ) -> Workload:
-    """What a query needs, from all that was measured; `infos`: of the shards of the largest graph."""
+    """What a query needs, from all that was measured; `infos`: of the shards of the largest graph; `home`: routed there."""
     reads, rounds = fit_sizes(sizes)
     graphs = {row.shards: row for row in rows if row.one_graph}
     alone = {row.shards: row for row in rows if not row.one_graph}
     most = scale.n_shards[-1]
     single, widest = graphs[1], graphs[most]
     assert widest.bookkeeping is not None
-    assert widest.home_share is not None
     ours = [p for p in points if p.transport == scale.transport and _is_graph(p.shards, p.algorithm)]
     expansion_us = cpu_per_read([[p for p in ours if p.shards == n] for n in scale.n_shards])
     count = sum(info.count for info in infos)
-    local = widest.home_share if scale.local_share is None else scale.local_share
+    local = home.local if scale.local_share is None else scale.local_share
     return Workload(
         expansions=reads,
         rounds=rounds,
@@ -320,6 +324,7 @@ def workload_of(
         links=-(-infos[0].degree // 32) * 32,
         vector_bytes=sum(info.image_bytes - info.ivf_bytes for info in infos) / count,
         kept_bytes=sum(info.nav_bytes for info in infos) / count,
+        halo_bytes=home.held_bytes,
         independent=alone[most].cost.reads / most / reads.at(count / most),
         remote_per_doubling=(1 - local) / float(np.log2(most)),
         dim=infos[0].dim,
@@ -359,13 +364,12 @@ def targets(rows: Sequence[ShardsRow]) -> list[Target]:
     most = max(graphs)
     ours, one = graphs[most], graphs[1]
     alone = next(row for row in rows if not row.one_graph and row.shards == most)
-    wanted = [
-        (f"READs at {most} shards / at 1", 1.2, ours.cost.reads / one.cost.reads),
-        (f"distances at {most} shards / independent", 0.35, ours.cost.distances / alone.cost.distances),
-        (f"rounds at {most} shards / at 1", 1.1, ours.cost.rounds / one.cost.rounds),
-        (f"recall lost to hnswlib at equal ef, {most} shards", 0.01, ours.recall_lost),
+    return [
+        Target.at_most(f"READs at {most} shards / at 1", 1.2, ours.cost.reads / one.cost.reads),
+        Target.at_most(f"distances at {most} shards / independent", 0.35, ours.cost.distances / alone.cost.distances),
+        Target.at_most(f"rounds at {most} shards / at 1", 1.1, ours.cost.rounds / one.cost.rounds),
+        Target.at_most(f"recall lost to hnswlib at equal ef, {most} shards", 0.01, ours.recall_lost),
     ]
-    return [Target(what, limit, measured, measured <= limit) for what, limit, measured in wanted]
 
 
 def _infos(directory: Path) -> list[ImageInfo]:

@@ -22,6 +22,8 @@ def scaling_tables(study: Study) -> list[Table]:
     """All of them, in the order in which they are shown."""
     return [
         shards_table(study),
+        homes_table(study),
+        losses_table(study),
         sizes_table(study),
         workload_table(study),
         checks_table(study),
@@ -56,6 +58,42 @@ def shards_table(study: Study) -> Table:
         for row in study.rows
     ]
     return Table(f"Shards: {study.dataset} over {study.transport}, at recall {study.recall}", columns, rows)
+
+
+def homes_table(study: Study) -> Table:
+    """What stays at home when queries are routed there."""
+    columns = [">halo", ">records, of own", ">KiB, own vector", ">recall", ">own", ">own and halo"]
+    rows = [
+        (
+            f"{row.halo:g}",
+            number(row.held, 3),
+            kib(row.held_bytes),
+            number(row.recall, 3),
+            number(row.own, 3),
+            number(row.local, 3),
+        )
+        for row in study.homes
+    ]
+    what = f"Shares of a query's expansions at its home, {len(study.losses)} shards"
+    return Table(f"{what}; the busiest home has {study.busiest:.2f} times the mean load", columns, rows)
+
+
+def losses_table(study: Study) -> Table:
+    """Each shard missing once."""
+    columns = [">without shard", ">vectors", ">neighbours it has", ">recall falls", ">READs", ">CPU", ">wall clock"]
+    rows = [
+        (
+            str(row.shard),
+            f"{row.vectors:,}",
+            number(row.share, 4),
+            number(row.recall_fall, 4),
+            number(row.reads_ratio, 3),
+            number(row.cpu_ratio, 3),
+            number(row.time_ratio, 3),
+        )
+        for row in study.losses
+    ]
+    return Table("One shard lost: READs and times over those with all, at equal ef", columns, rows)
 
 
 def sizes_table(study: Study) -> Table:
@@ -99,6 +137,7 @@ def workload_table(study: Study) -> Table:
         ("bytes: a READ", f"{needs.record_bytes:,.0f}"),
         ("bytes: a vector of an image", f"{needs.vector_bytes:,.1f}"),
         ("bytes: kept by every reader, a vector of the collection", f"{needs.kept_bytes:,.1f}"),
+        ("bytes: of the halo, a vector of the own shard", f"{needs.halo_bytes:,.1f}"),
         ("expansions in an independent shard / in one as large by itself", f"{needs.independent:.2f}"),
         ("READs that leave the home, a doubling of machines", f"{needs.remote_per_doubling:.3f}"),
     ]
@@ -196,5 +235,8 @@ def published_table(study: Study) -> Table:
 
 def targets_table(study: Study) -> Table:
     """Whether one graph does what it should."""
-    rows = [(row.what, f"<= {row.limit:g}", f"{row.measured:.3f}", "yes" if row.met else "no") for row in study.targets]
+    rows = [
+        (row.what, f"{row.bound} {row.limit:g}", f"{row.measured:.3f}", "yes" if row.met else "no")
+        for row in study.targets
+    ]
     return Table("Targets", ["what", ">target", ">measured", "met"], rows)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cotra_rdma.benchmark import Answer, Plan, Setting, System
 from cotra_rdma.benchmark_data import DataSet, Ids, Queries, Rows
 from cotra_rdma.benchmark_libraries import LIBRARIES, SEED, Progress, library_version
-from cotra_rdma.benchmark_transports import REMOTE, parse_transport
+from cotra_rdma.benchmark_transports import MIXED, REMOTE, parse_transport
 from cotra_rdma.channel import Channel, FabricModel
 from cotra_rdma.cluster import Cluster, connect
 from cotra_rdma.collection import build_collection, shard_paths
@@ -136,7 +136,7 @@ class Local:
 
 
 class Collective:
-    """A collection in an owner process of its own, reached over one transport, searched by any algorithm."""
+    """A collection in an owner process of its own, or two for two transports, searched by any algorithm."""
 
     def __init__(self, directory: Path, transport: str, cache_bytes: int = 0) -> None:
         kind, fabric = parse_transport(transport)
@@ -144,7 +144,7 @@ class Collective:
             raise InvalidInputError(
                 "algorithms over several shards are measured over shm, verbs, rpc or a model of a fabric"
             )
-        path = "shm" if kind == "model" else kind
+        path = {"model": "shm", MIXED: "auto"}.get(kind, kind)
         self.directory = directory
         self.transport = transport
         self.cache_bytes = cache_bytes
@@ -154,21 +154,32 @@ class Collective:
         for file in paths:
             with Shard.open(file, verify=False) as shard:
                 self.labels.append(shard.labels())
+        offered = [("shm", "rpc"), ("rpc",)] if kind == MIXED else [tuple(dict.fromkeys((path, "rpc")))]
         with contextlib.ExitStack() as stack:
-            self.owner = stack.enter_context(OwnerProcess(paths, transports=tuple(dict.fromkeys((path, "rpc")))))
+            self._owners = [
+                stack.enter_context(OwnerProcess(paths[at :: len(offered)], transports=names))
+                for at, names in enumerate(offered)
+            ]
+            addresses = [""] * len(paths)
+            for at, owner in enumerate(self._owners):
+                addresses[at :: len(offered)] = owner.addresses
             self.cluster = stack.enter_context(
-                connect(self.owner.addresses, transport=path, fabric=fabric, cache_bytes=cache_bytes)
+                connect(addresses, transport=path, fabric=fabric, cache_bytes=cache_bytes)
             )
             self.zero_rtt: Cluster | None = None
             if fabric is not None and self.rtt_s:
                 ideal = replace(fabric, round_trip_s=0.0)
                 self.zero_rtt = stack.enter_context(
-                    connect(self.owner.addresses, transport=path, fabric=ideal, cache_bytes=cache_bytes)
+                    connect(addresses, transport=path, fabric=ideal, cache_bytes=cache_bytes)
                 )
             self._stack = stack.pop_all()
 
+    def owner_cpu_s(self) -> float:
+        """CPU of all its owners."""
+        return sum(owner.cpu_s() for owner in self._owners)
+
     def close(self) -> None:
-        """Disconnects and ends the owner."""
+        """Disconnects and ends the owners."""
         self._stack.close()
 
 
@@ -179,12 +190,14 @@ class Algorithm:
 
     def __init__(self, collective: Collective, algorithm: str, *, ideal: Cluster | None = None) -> None:
         """`ideal`: the cluster to search in place of the collective's own, without a round trip."""
-        asks = algorithm.endswith("scatter-gather")
+        asks = _asks(algorithm)
         self._collective = collective
         self._cluster = ideal or collective.cluster
         self._searched_by = algorithm
         self.directory = collective.directory
-        self.algorithm = f"{algorithm}, one graph" if collective.cluster.one_graph else algorithm
+        one_graph = ", one graph" if collective.cluster.one_graph else ""
+        pushed = ", pushed" if one_graph and not asks and "rpc" in collective.cluster.transports else ""
+        self.algorithm = f"{algorithm}{one_graph}{pushed}"
         self.transport = "rpc" if asks else collective.transport
         self.n_shards = len(collective.labels)
         self.beams = not algorithm.endswith("spire")
@@ -213,11 +226,16 @@ class Algorithm:
         self._cluster.clear_caches()
 
     def owner_cpu_s(self) -> float | None:
-        """CPU of the owner process."""
-        return self._collective.owner.cpu_s()
+        """CPU of the owner processes."""
+        return self._collective.owner_cpu_s()
 
     def close(self) -> None:
         """The collective is closed by who made it."""
+
+
+def _asks(algorithm: str) -> bool:
+    """Whether owners search, over RPC."""
+    return algorithm.endswith("scatter-gather")
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +282,8 @@ def open_systems(
     run, under names that tell the data set with a hash of its vectors, the parameters, and a library's version.
     """
     fabrics = [parse_transport(transport) for transport in transports]
+    if split is None and MIXED in transports:
+        raise InvalidInputError(f"{MIXED} is of several shards: give an algorithm")
     cache.mkdir(parents=True, exist_ok=True)
     shape = f"{data.vectors.count}x{data.vectors.dim}"
     stem = f"{data.name}-{shape}-{data.digest()}-{data.metric}-M{plan.M}-efc{plan.ef_construction}"
@@ -273,13 +293,17 @@ def open_systems(
             path = cache / f"{stem}.{name}-{library_version(name)}"
             systems.append(LIBRARIES[name](data, plan, path, progress))
         if split is not None:
+            asked: set[tuple[int, str]] = set()
             for n_shards in split.n_shards:
                 directory = _collection(data, plan, split, n_shards, cache, stem, progress)
                 sizes = [budget.of(shard_paths([directory])) for budget in budgets]
                 for transport, cache_bytes in itertools.product(transports, sizes):
                     collective = Collective(directory, transport, cache_bytes)
                     stack.callback(collective.close)
-                    systems += [Algorithm(collective, algorithm) for algorithm in split.algorithms]
+                    for algorithm in split.algorithms:
+                        if not (_asks(algorithm) and (n_shards, algorithm) in asked):  # the same over any transport
+                            systems.append(Algorithm(collective, algorithm))
+                            asked.add((n_shards, algorithm))
             yield systems
             return
         shard = _shard(data, plan, cache / f"{stem}.cotra", progress)

@@ -8,16 +8,18 @@ from cotra_rdma.channel import FabricModel
 from cotra_rdma.errors import InvalidInputError
 
 REMOTE = ("verbs", "shm", "rpc")
+MIXED = "shm+rpc"
+"""Of several shards: the first over shm, the second over RPC, and so on."""
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def parse_transport(text: str) -> tuple[str, FabricModel | None]:
-    """`verbs`, `shm`, `rpc`, `local` (this process), or a modelled fabric: `model:rtt=5us:gbit=100:mreads=10`.
+    """`verbs`, `shm`, `rpc`, `shm+rpc`, `local` (this process), or a modelled fabric: `model:rtt=5us:gbit=100:mreads=10`.
 
     rtt: the round trip of a READ, in us, ms or s, or 0. gbit: the link's 10^9 bits a second. mreads: 10^6 READs a second.
     """
     kind, *settings = text.split(":")
-    if kind in (*REMOTE, "local") and not settings:
+    if kind in (*REMOTE, MIXED, "local") and not settings:
         return kind, None
     values = {"rtt": 0.0, "gbit": 0.0, "mreads": 0.0}
     for setting in settings:
@@ -29,7 +31,7 @@ def parse_transport(text: str) -> tuple[str, FabricModel | None]:
     else:
         if kind == "model" and settings:
             return kind, FabricModel(values["rtt"], values["gbit"] * 1e9 / 8, values["mreads"] * 1e6)
-    raise InvalidInputError(f"{text!r} is not verbs, shm, rpc, local, or model:rtt=5us[:gbit=100][:mreads=10]")
+    raise InvalidInputError(f"{text!r} is not verbs, shm, rpc, shm+rpc, local, or model:rtt=5us[:gbit=100][:mreads=10]")
 
 
 def is_zero_rtt(transport: str | None) -> bool:

@@ -431,6 +431,16 @@ class Cluster:
             ) from first
         return result
 
+    def homes(self, queries: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The shard whose owner `search(algorithm="home")` sends each query to: int64[n_queries], positions as in `addresses`.
+
+        Raises `InvalidInputError` for wrong queries, shards that are not one graph, or not the whole of a collection with
+        coarse tables.
+        """
+        assert self._planner is not None
+        self._check_open(1)
+        return self._planner.homes(self._job(queries, 1, 1, 1, 0, DEFAULT_TIMEOUT_S, None, None))
+
     def walk(
         self,
         queries: npt.ArrayLike,
@@ -665,9 +675,12 @@ class Cluster:
         self._planner.experience.note(method, job.k, job.ef, beam, told if n <= _FEW else told())
 
     def _merge(self, answers: list[tuple[list[int], Answer]], job: SearchJob) -> Merged:
-        if len(answers) == 1 and len(answers[0][0]) == len(self._peers):
-            labels, distances, stats = answers[0][1]
-            return *merge(labels, distances), stats
+        if len(answers) == 1:
+            shards, (labels, distances, stats) = answers[0]
+            ids, distances, at = merge(labels, distances)
+            if len(shards) < len(self._peers):
+                at = np.where(at < 0, at, np.array(shards, np.int32)[at])
+            return ids, distances, at, stats
         shape = (len(self._peers), len(job.queries), job.k)
         labels = np.full(shape, -1, np.int64)
         distances = np.full(shape, np.inf, np.float32)

@@ -86,7 +86,7 @@ class Planner:
         if algorithm not in ALGORITHMS:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
         if algorithm == "home":
-            return Plan(algorithm, job.mask, False, frozenset(), homes=self._homes(job))
+            return Plan(algorithm, job.mask, False, frozenset(), homes=self.homes(job))
         if algorithm == "cotra" and not explain:  # nothing to plan
             return Plan(algorithm, job.mask, False, self._closed, self._pushed)
         mask = job.mask
@@ -111,9 +111,12 @@ class Planner:
         name = ("compass" if base == "cotra" else f"compass+{base}") if routed else base
         return Plan(name, mask, base == "spire", asked, others, predictions=predictions)
 
-    def _homes(self, job: SearchJob) -> npt.NDArray[np.int64]:
+    def homes(self, job: SearchJob) -> npt.NDArray[np.int64]:
         """The shard that has most of each query's neighbourhood, of those that have an owner; where shards were missing at the
-        start, by the nearest inverted list alone: the calibration is for all tables together."""
+        start, by the nearest inverted list alone: the calibration is for all tables together.
+
+        Raises `InvalidInputError` where these shards or the job cannot have one.
+        """
         there = sorted(self._every)
         tables = [table for at in there if (table := self._peers[at].coarse) is not None]
         if self.router is None and len(tables) < len(there):

@@ -69,6 +69,7 @@ class Replicas:
         self._lock = threading.Lock()
         self._reviving = threading.Lock()
         self._closed = False
+        self._given = {shard for shard, group in enumerate(owners) if group}
         self._standby: list[list[Peer]] = []
         self._away: list[tuple[int, Owner]] = []  # to be tried again
         self.peers: list[Peer] = []
@@ -118,7 +119,8 @@ class Replicas:
         if self.lost and not (allow_partial and len(self.lost) < len(self.peers)):
             raise self.lost[min(self.lost)]
         for shard, error in sorted(self.lost.items()):
-            log.warning("shard %d has no owner, and searches go on without it: %s", shard, error)
+            level = logging.WARNING if shard in self._given else logging.INFO  # who gives none knows
+            log.log(level, "shard %d has no owner, and searches go on without it: %s", shard, error)
 
     def _promote(self, shard: int) -> CotraError | None:
         """Puts the nearest standby with a path that works in use; why there is none."""

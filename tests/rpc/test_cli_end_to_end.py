@@ -289,7 +289,7 @@ def test_bench_beside_every_library(data: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_bench_scaling(data: Path, tmp_path: Path) -> None:
     command = ["bench", "--scaling", "--dataset", data / "small", "--rows", 1600, "--shards", 2, "--ef", "16,32,64,128"]
-    command += ["--repeats", 1, "--ef-construction", 60, "--machine", "8:64", "--local-share", 0.75]
+    command += ["--repeats", 1, "--ef-construction", 60, "--machine", "8:64", "--local-share", 0.75, "--halo", 0.3]
     command += ["--cache", tmp_path / "cache", "--plot", tmp_path / "scaling.svg"]
     first, *rows, last = map(json.loads, cotra(*command, "--json").stdout.splitlines())
     assert first["environment"]["command"].startswith("cotra bench --scaling")
@@ -312,7 +312,15 @@ def test_bench_scaling(data: Path, tmp_path: Path) -> None:
     assert [row["vectors"] for row in study["sizes"]] == [100, 200, 400, 800, 1600]
     assert reads == sorted(reads)
     assert study["targets"][0]["measured"] == pytest.approx(ours["cost"]["reads"] / one["cost"]["reads"])
-    assert all(target["met"] == (target["measured"] <= target["limit"]) for target in study["targets"])
+    assert [target["bound"] for target in study["targets"]] == [*["<="] * 4, *[">="] * 2, *["<="] * 2]
+    for target in study["targets"]:
+        less = target["measured"] <= target["limit"]
+        assert target["met"] == (less if target["bound"] == "<=" else not less)
+    bare, haloed = study["homes"]
+    assert (bare["halo"], bare["held"], haloed["halo"]) == (0, 0, 0.3)
+    assert 0.25 < haloed["held"] <= 0.3
+    assert 0.4 < bare["local"] == bare["own"] == haloed["own"] < haloed["local"] < 1
+    assert sum(row["vectors"] for row in study["losses"]) == 1600
     assert study["machine"] == {"cores": 8, "memory_bytes": 64e9}
     assert study["workload"]["remote_per_doubling"] == pytest.approx(0.25)
     assert len(study["predictions"]) == 63
@@ -326,6 +334,8 @@ def test_bench_scaling(data: Path, tmp_path: Path) -> None:
         (("--transport", "shm,verbs"), "one path and one modelled fabric"),
         (("--transport", "shm,model:rtt=0"), "a model with a round trip"),
         (("--machine", "16"), "is not CORES:GB"),
+        (("--halo", "0.5,-1"), "is no list of shares"),
+        (("--halo", "inf"), "is no list of shares"),
         (("--shards", "1"), "several numbers of shards"),
         (("--rows", 900), "900 vectors are too few"),
         (("--plot", "curves.gif"), "its name must end in .png"),

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import CompletionError, FabricModel, PartialResultError
+from cotra_rdma import CompletionError, FabricModel, InvalidInputError, PartialResultError
 from cotra_rdma.benchmark import Plan, run
 from cotra_rdma.benchmark_data import DataSet
 from cotra_rdma.benchmark_systems import Split, open_systems
@@ -147,3 +147,27 @@ def test_bench_measures_it(words: Floats, queries: Floats, tmp_path: Path) -> No
     with open_systems(data, ["shm"], plan, tmp_path / "cache", libraries=(), split=split) as systems:
         points = run(data, systems, plan, lambda done, total: None)
     assert [(point.shards, point.algorithm) for point in points] == [(1, "cotra"), (2, "cotra, one graph")]
+    split = Split(["cotra", "scatter-gather"], (2,), graph="global")
+    paths = ["shm", "rpc", "shm+rpc"]
+    with open_systems(data, paths, plan, tmp_path / "cache", libraries=(), split=split) as systems:
+        points = run(data, systems, plan)
+    read, asked, pushed, both = points
+    assert [(point.transport, point.algorithm) for point in points] == [
+        ("shm", "cotra, one graph"),
+        ("rpc", "scatter-gather, one graph"),
+        ("rpc", "cotra, one graph, pushed"),
+        ("shm+rpc", "cotra, one graph, pushed"),
+    ]
+    assert read.recall == pushed.recall == both.recall
+    assert read.distances_per_query == pushed.distances_per_query == both.distances_per_query
+    assert pushed.reads_per_query == 0
+    assert both.reads_per_query is not None
+    assert read.reads_per_query is not None
+    assert 0 < both.reads_per_query < read.reads_per_query
+    with (
+        pytest.raises(InvalidInputError, match=r"shm\+rpc is of several shards"),
+        open_systems(data, paths, plan, tmp_path / "none", libraries=()),
+    ):
+        raise AssertionError
+    assert asked.owner_cpu_us_per_query
+    assert not (tmp_path / "none").exists()

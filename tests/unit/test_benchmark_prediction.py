@@ -46,6 +46,7 @@ def workload() -> Workload:
         links=32,
         vector_bytes=973,
         kept_bytes=13,
+        halo_bytes=500,
         independent=1.1,
         remote_per_doubling=0.08,
         dim=128,
@@ -148,22 +149,28 @@ def test_scatter_gather_repeats_the_walk(workload: Workload) -> None:
 def test_memory_bounds_what_a_machine_holds(workload: Workload) -> None:
     assert not predict(ONE_GRAPH, workload, MACHINE, FABRIC, 1, 1e9).fits
     few = predict(ROUTED, workload, MACHINE, FABRIC, 4, 1e9)
-    assert few.memory_bytes == pytest.approx(1e9 / 4 * 973 + 13e9)
+    assert few.memory_bytes == pytest.approx(1e9 / 4 * (973 + 500) + 13e9)
     assert few.fits
+    assert predict(ONE_GRAPH, workload, MACHINE, FABRIC, 4, 1e9).memory_bytes == pytest.approx(1e9 / 4 * 973 + 13e9)
+    assert workload.number_bytes(2**31 - 1) == 0
+    assert workload.number_bytes(2**31) == 128
     huge = predict(ROUTED, workload, MACHINE, FABRIC, 64, 1e10)  # node numbers of 64 bits: 4 bytes more a link
-    assert huge.memory_bytes == pytest.approx(1e10 / 64 * (973 + 128) + 130e9)
+    assert huge.memory_bytes == pytest.approx(1e10 / 64 * (973 + 128 + 500) + 130e9)
     assert predict(SCATTER_GATHER, workload, MACHINE, FABRIC, 64, 1e10).memory_bytes == pytest.approx(1e10 / 64 * 973)
 
 
 def test_all_predictions_and_variations(workload: Workload) -> None:
     assert len(predict_all(workload, MACHINE, FABRIC)) == len(SYSTEMS) * len(MACHINES) * len(VECTORS)
-    found = {row.what: row for row in variations(workload, MACHINE, FABRIC)}
+    found = {row.what: row for row in variations(workload, MACHINE, FABRIC, busiest=1.25)}
     base = found["as assumed"]
     one = predict(ONE_GRAPH, workload, MACHINE, FABRIC, 1, 1e9)
     assert base.speedup == pytest.approx(base.prediction.qps / one.qps)
     assert found["queries not routed home"].speedup < base.speedup
     assert found["expansions and rounds twice the fit"].prediction.qps < 0.6 * base.prediction.qps
     assert found["expansions and rounds 2 standard errors above the fit"].prediction.qps < base.prediction.qps
+    skewed = found["the busiest home has 1.25 times the mean load"]
+    assert skewed.prediction.qps == pytest.approx(base.prediction.qps / 1.25)
+    assert skewed.speedup == pytest.approx(base.speedup / 1.25)
     assert found["READs that are served count nothing"].prediction.qps >= base.prediction.qps
 
 

@@ -20,8 +20,9 @@ from cotra_rdma._native import check, new_error
 from cotra_rdma.benchmark import Point
 from cotra_rdma.benchmark_build import BuildPoint
 from cotra_rdma.benchmark_environment import Environment
+from cotra_rdma.benchmark_peers import HomeRow, LossRow, Target
 from cotra_rdma.benchmark_prediction import Fit, Prediction, Variation, Workload
-from cotra_rdma.benchmark_scaling import Check, Cost, ShardsRow, SizeRow, Study, Target
+from cotra_rdma.benchmark_scaling import Check, Cost, ShardsRow, SizeRow, Study
 from cotra_rdma.benchmark_summary import Comparison
 from cotra_rdma.cli import app
 from cotra_rdma.collection_messages import CollectionResponse
@@ -443,5 +444,18 @@ def test_the_json_of_a_scaling_study_is_documented() -> None:
     """Every key of every object in it."""
     rows = table(DOCS / "cli.md", "| key of `scaling` | what it holds |")
     told = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", " ".join(cell for row in rows for cell in row)))))
-    for kind in (Study, ShardsRow, Cost, SizeRow, Target, Workload, Fit, Check, Prediction, Variation):
+    for kind in (
+        Study,
+        ShardsRow,
+        Cost,
+        SizeRow,
+        HomeRow,
+        LossRow,
+        Target,
+        Workload,
+        Fit,
+        Check,
+        Prediction,
+        Variation,
+    ):
         assert {field.name for field in dataclasses.fields(kind)} <= told, kind

@@ -36,6 +36,7 @@ LAYERS = (
     ("server", "cluster", "diagnosis", "benchmark_libraries", "benchmark_summary"),
     (
         "benchmark_systems",
+        "benchmark_peers",
         "benchmark_build",
         "benchmark_plot",
         "verbs_diagnosis",

@@ -88,7 +88,8 @@ def bench(
         typer.Option(
             metavar="NAME[,NAME...]",
             show_default="shm",
-            help="shm, verbs, rpc: an owner process on this host. local: this process. "
+            help="shm, verbs, rpc: an owner process on this host. shm+rpc: with --algorithm, the shards in turn. local: this "
+            "process. "
             "model:rtt=5us:gbit=100:mreads=10: the same, and a fabric with that round trip, "
             "bandwidth and READ rate. May be repeated.",
         ),
@@ -213,13 +214,21 @@ def bench(
             metavar="CORES:GB", help="With --scaling: a machine's cores that search, and its 10^9 bytes of memory."
         ),
     ] = "16:512",
+    halo: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE[,SHARE...]",
+            help="With --scaling: records of other shards that a home peer keeps, as shares of its own; the prediction takes "
+            "the most.",
+        ),
+    ] = "0.25,0.5",
     local_share: Annotated[
         float | None,
         typer.Option(
             min=0.0,
             max=1.0,
             show_default="measured",
-            help="With --scaling: the part of a query's expansions that its home peer owns, at the most --shards.",
+            help="With --scaling: the part of a query's expansions that stays at its home peer, at the most --shards.",
         ),
     ] = None,
     as_json: Json = False,
@@ -241,7 +250,7 @@ def bench(
     if plan.efs[0] < k:
         raise typer.BadParameter(f"{plan.efs[0]} is less than k = {k}", param_hint="--ef")
     counts = numbers(shards, "--shards") if shards else list(SHARDS if scaling else (16,))
-    scale = scale_of(comma_list(transport or []), counts, machine, local_share) if scaling else None
+    scale = scale_of(comma_list(transport or []), counts, machine, halo, local_share) if scaling else None
     if scaling:
         refuse_others(
             ("--algorithm", algorithm),

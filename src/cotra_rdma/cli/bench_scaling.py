@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from cotra_rdma.benchmark_scaling_tables import scaling_tables
 from cotra_rdma.benchmark_tables import title
 from cotra_rdma.benchmark_transports import parse_transport
 from cotra_rdma.cli import output
+from cotra_rdma.cli.options import comma_list
 
 SHARDS = (1, 2, 4, 8, 16)
 
@@ -30,7 +32,9 @@ def refuse_others(*options: tuple[str, object]) -> None:
         raise typer.BadParameter(f"leave out {', '.join(given)}", param_hint="--scaling")
 
 
-def scale_of(transports: list[str] | None, shards: list[int], machine: str, local_share: float | None) -> Scale:
+def scale_of(
+    transports: list[str] | None, shards: list[int], machine: str, halos: str, local_share: float | None
+) -> Scale:
     """The command line's wishes. Raises a usage error where they are no such study."""
     names = transports or ["shm", FABRIC]
     fabrics = [name for name in names if parse_transport(name)[0] == "model"]
@@ -48,8 +52,20 @@ def scale_of(transports: list[str] | None, shards: list[int], machine: str, loca
         transport=paths[0] if paths else "shm",
         fabric=fabrics[0] if fabrics else FABRIC,
         machine=Machine(int(found[1]), 1e9 * float(found[2])),
+        halos=_halos(halos),
         local_share=local_share,
     )
+
+
+def _halos(value: str) -> list[float]:
+    """Ascending, 0 among them."""
+    try:
+        halos = sorted({0.0, *(float(item) for item in comma_list([value]))})
+    except ValueError:
+        halos = [-1.0]
+    if halos[0] < 0 or not math.isfinite(halos[-1]):
+        raise typer.BadParameter(f"{value!r} is no list of shares, as in 0.25,0.5", param_hint="--halo")
+    return halos
 
 
 def run_study(data: DataSet, scale: Scale, plan: Plan, cache: Path, *, plot: Path | None, as_json: bool) -> None:
