@@ -23,18 +23,19 @@ from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel, FabricModel
 from cotra_rdma.collection import Collection, collection_directory
 from cotra_rdma.compass import DEFAULT_TARGET, Router
 from cotra_rdma.cost import needs_of_asking, needs_of_reading
-from cotra_rdma.engine import COUNTS, STATS_DTYPE, CacheInfo, merge
+from cotra_rdma.engine import STATS_DTYPE, CacheInfo
 from cotra_rdma.errors import (
     ClosedError,
     CotraError,
     FormatError,
     InvalidInputError,
     PartialResultError,
-    PeerError,
     TransportError,
 )
+from cotra_rdma.gather import Gatherer, used_of
 from cotra_rdma.halo import fill_halo
-from cotra_rdma.job import Answer, CollectionAnswer, SearchJob
+from cotra_rdma.homes import Homes
+from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.lanes import LanePool
 from cotra_rdma.owners import addresses_of, misfit
 from cotra_rdma.peer import LOST, ONE_SIDED, Peer, check_alike
@@ -50,12 +51,8 @@ from cotra_rdma.wire import fields_of
 
 log = logging.getLogger(__name__)
 
-Merged = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]
-"""ids int64[n_queries, k], distances float32 likewise, the shard of each int32, and one `STATS_DTYPE` record for each query."""
-
 TRANSPORTS = ("auto", "verbs", "shm", "rpc")
 _LEASE_RENEWAL_S = 15.0
-_DEAF_S = 10.0  # in which an owner that did not answer is sent no queries
 _LOOK_S = 5.0  # between looks for owners that are away
 _MAX_THREADS = 256
 _FEW = 1024  # queries whose stats may be kept until somebody asks about them
@@ -150,9 +147,10 @@ class Cluster:
         self._pool: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._attendant: threading.Thread | None = None
-        self._deaf: weakref.WeakKeyDictionary[Peer, float] = weakref.WeakKeyDictionary()
         try:
             self._replicas = replicas = Replicas(owners, reach.connect, reach.choose, self._forget)
+            self._gatherer = Gatherer(replicas, self._lanes, self._executor)
+            self._homes = Homes(replicas, self._gatherer, self._executor)
             check_alike(replicas.known)
             reach.open_device(replicas.known)
             replicas.settle(allow_partial=allow_partial)
@@ -274,7 +272,7 @@ class Cluster:
     def images(self) -> tuple[int, ...]:
         """The checksum of each shard's image, which names the shard whatever its place here; 0 where its owner, of an earlier
         version, does not tell it."""
-        return tuple(peer.shard.image_checksum or 0 for peer in self._peers)
+        return () if self._replicas is None else self._replicas.images
 
     @property
     def cached_bytes(self) -> int:
@@ -396,13 +394,16 @@ class Cluster:
         peers = list(self._peers)
         homes = None
         if plan.homes is None:
-            answers, failures = self._gather(peers, job, plan, n_threads, lenient)
+            answers, failures = self._gatherer.gather(peers, job, plan, n_threads, lenient)
             self._note(plan, job, answers, n_threads, time.perf_counter() - begin)
-            ids, distances, owners, stats = self._merge(answers, job)
-            used = [_used(peer, plan, failures) for peer in peers]
+            ids, distances, owners, stats = self._gatherer.merge(answers, job)
+            used = [used_of(peer, plan, failures) for peer in peers]
         else:
-            (ids, distances, owners, stats), used, failures, homes = self._search_homes(
-                peers, job, plan.homes, n_threads
+            here = partial(
+                self._planner.plan, "cotra", job, n_threads, target_recall=1.0, owner_cpu=False, explain=False
+            )
+            (ids, distances, owners, stats), used, failures, homes = self._homes.search(
+                peers, job, plan.homes, n_threads, here
             )
         n_shards = len(peers)
         asked = np.empty(len(job.queries), np.int32)
@@ -502,150 +503,6 @@ class Cluster:
                 )
         return SearchJob(rows, k, ef, beam, inflight, timeout_s, packed, mask)
 
-    def _gather(
-        self, peers: list[Peer], job: SearchJob, plan: Plan, n_threads: int, lenient: bool
-    ) -> tuple[list[tuple[list[int], Answer]], dict[int, CotraError]]:
-        """Asks every shard: the answers with the shards that they are of, and the failures."""
-        answers: list[tuple[list[int], Answer]] = []
-        failures = self.lost
-        calls = []
-        for at in sorted(plan.asked):
-            calls.append((at, self._executor().submit(self._ask, peers[at], job.of_shards([at]))))
-        try:
-            near = [peer for peer in peers if peer.index not in plan.asked and peer.transport != LOST]
-            if near and plan.lists:
-                answers += self._probe(near, job, n_threads, failures, lenient)
-            elif near:
-                numbers = [peer.index for peer in near]
-                pushed = frozenset(peers[at] for at in plan.pushed)
-                answer, lost = self._lanes.search(near, job.of_shards(numbers), n_threads, pushed, lenient=lenient)
-                answers.append((numbers, answer))
-                failures |= lost
-        finally:
-            for shard, call in calls:
-                try:
-                    labels, distances, stats = call.result()
-                    answers.append(([shard], (labels[np.newaxis], distances[np.newaxis], stats)))
-                except CotraError as error:
-                    failures[shard] = error
-        return answers, failures
-
-    def _ask(self, peer: Peer, job: SearchJob) -> Answer:
-        """Has an owner search its shard, or another of the same shard where it fails."""
-        assert self._replicas is not None
-        while True:
-            try:
-                return peer.search(job)
-            except TransportError as error:
-                other = self._fail_over(peer, error, False)
-                if other is None:
-                    raise
-                peer = other
-
-    def _probe(
-        self, near: list[Peer], job: SearchJob, n_threads: int, failures: dict[int, CotraError], lenient: bool
-    ) -> list[tuple[list[int], Answer]]:
-        """Reads inverted lists; a shard that fails is read anew over another owner, or noted in `failures`."""
-        while near:
-            numbers = [peer.index for peer in near]
-            try:
-                return [(numbers, self._lanes.probe(near, job.of_shards(numbers), n_threads))]
-            except CotraError as error:
-                if error.shard not in numbers:
-                    raise
-                at = numbers.index(error.shard)
-                other = self._fail_over(near[at], error, lenient)
-                if other is None and not lenient:
-                    raise
-                if other is None:
-                    failures[error.shard] = error
-                near[at : at + 1] = [] if other is None else [other]
-        return []
-
-    def _search_homes(
-        self, peers: list[Peer], job: SearchJob, homes: npt.NDArray[np.int64], n_threads: int
-    ) -> tuple[Merged, list[str], dict[int, CotraError], npt.NDArray[np.int32]]:
-        """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
-        here, and those whose home was lost meanwhile, or has no connection to the others, too.
-
-        Returns the answers, what was used for each shard, the failures, and `SearchResult.homes`. Raises `PeerError` where no
-        owner that was asked has a connection to the others.
-        """
-        ids = np.full((len(homes), job.k), -1, np.int64)
-        found = (
-            ids,
-            np.full(ids.shape, np.inf, np.float32),
-            np.full(ids.shape, -1, np.int32),
-            np.zeros(len(ids), STATS_DTYPE),
-        )
-        here = np.array([peer.transport in ("own", LOST) for peer in peers])[homes]
-        used = ["" for _ in peers]
-        calls = {}
-        for home in np.unique(homes[~here]).tolist():
-            rows = np.flatnonzero(homes == home)
-            calls[home] = (
-                rows,
-                self._executor().submit(self._ask_home, peers[home], job._replace(queries=job.queries[rows])),
-            )
-        failures: dict[int, CotraError] = {}
-        refusals = []
-        for home, (rows, call) in calls.items():
-            try:
-                told: CollectionAnswer = call.result()
-            except (TransportError, PeerError) as error:
-                here[rows] = True
-                refusals += [error] if isinstance(error, PeerError) else []
-                continue
-            used[home] = "home"
-            places = self._places(peers[home], told.images)
-            shards = np.where(told.shards < 0, -1, places[told.shards])
-            _put(found, rows, (told.labels, told.distances, shards, told.stats))
-            for at, why in told.failures.items():
-                failures.setdefault(int(places[at]), PeerError(f"{peers[home]}: {why}", shard=int(places[at])))
-        if calls and len(refusals) == len(calls):
-            raise refusals[0]
-        for refusal in refusals:
-            log.warning("its queries are walked here: %s", refusal)
-        rows = np.flatnonzero(here)
-        if len(rows):
-            assert self._planner is not None
-            plan = self._planner.plan("cotra", job, n_threads, target_recall=1.0, owner_cpu=False, explain=False)
-            mine, peers = job._replace(queries=job.queries[rows]), list(self._peers)
-            answers, lost = self._gather(peers, mine, plan, n_threads, True)
-            failures |= lost
-            _put(found, rows, self._merge(answers, mine))
-            used = [before or _used(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]
-        used = [name or self.transports[at] for at, name in enumerate(used)]
-        return found, used, failures, np.where(here, -1, homes).astype(np.int32)
-
-    def _places(self, peer: Peer, images: tuple[int, ...]) -> npt.NDArray[np.int32]:
-        """The position here of each shard that another owner numbers as it likes. Shards that one side never reached (0) are
-        those that are left, by their own numbers where these are. Raises `FormatError` for a shard that is none of these."""
-        known = {image: at for at, image in enumerate(self.images) if image}
-        places = np.array([known.get(image, -1) for image in images], np.int32)
-        for at in sorted(np.flatnonzero(places < 0).tolist(), key=lambda at: not images[at]):
-            left = [here for here, image in enumerate(self.images) if here not in places and not (image and images[at])]
-            if not left:
-                raise FormatError(f"{peer}: it searches other shards than these", shard=peer.index)
-            places[at] = at if at in left else left[0]
-        return places
-
-    def _ask_home(self, peer: Peer, job: SearchJob) -> CollectionAnswer:
-        """Has an owner search all shards, or another of the same shard where it does not answer. One that does not is not asked
-        for a while; its memory may be as good as ever."""
-        assert self._replicas is not None
-        failed: TransportError | None = None
-        for owner in self._replicas.owners(peer.index):
-            if self._deaf.get(owner, 0.0) > time.monotonic():
-                continue
-            try:
-                return owner.search_all(job)
-            except TransportError as error:
-                log.warning("%s: its queries are walked elsewhere: %s", owner, error)
-                self._deaf[owner] = time.monotonic() + _DEAF_S
-                failed = error
-        raise failed or TransportError(f"{peer} did not answer a moment ago", shard=peer.index)
-
     def _note(
         self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
     ) -> None:
@@ -673,25 +530,6 @@ class Cluster:
             method, beam = ("lists", 0) if plan.lists else ("walk", job.beam)
             told = partial(needs_of_reading, links, answers[0][1][2], searches, seconds, min(n_threads, n))
         self._planner.experience.note(method, job.k, job.ef, beam, told if n <= _FEW else told())
-
-    def _merge(self, answers: list[tuple[list[int], Answer]], job: SearchJob) -> Merged:
-        if len(answers) == 1:
-            shards, (labels, distances, stats) = answers[0]
-            ids, distances, at = merge(labels, distances)
-            if len(shards) < len(self._peers):
-                at = np.where(at < 0, at, np.array(shards, np.int32)[at])
-            return ids, distances, at, stats
-        shape = (len(self._peers), len(job.queries), job.k)
-        labels = np.full(shape, -1, np.int64)
-        distances = np.full(shape, np.inf, np.float32)
-        total = np.zeros(len(job.queries), STATS_DTYPE)
-        for shards, answer in answers:
-            labels[shards], distances[shards], stats = answer
-            for name in COUNTS:
-                total[name] += stats[name]
-            for name in ("rounds", "latency_ns"):
-                total[name] = np.maximum(total[name], stats[name])
-        return *merge(labels, distances), total
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -762,18 +600,6 @@ def _attend(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
                 alive.renew_leases()
                 renewed = time.monotonic()
         del alive
-
-
-def _put(found: Merged, rows: npt.NDArray[np.intp], part: Merged) -> None:
-    """Writes some queries' answers to their places."""
-    found[0][rows], found[1][rows], found[2][rows], found[3][rows] = part
-
-
-def _used(peer: Peer, plan: Plan, failures: dict[int, CotraError]) -> str:
-    """What a search used to reach a shard."""
-    if peer.index in failures:
-        return LOST
-    return "rpc" if peer.index in plan.asked else "push" if peer.index in plan.pushed else peer.transport
 
 
 def _router(peers: list[Peer]) -> Router | None:

@@ -99,6 +99,11 @@ class Replicas:
             self.lost.pop(shard, None)
 
     @property
+    def images(self) -> tuple[int, ...]:
+        """The checksum of each shard's image, which names it; 0 where it was never reached, or its owner does not tell."""
+        return tuple(peer.shard.image_checksum or 0 for peer in self.peers)
+
+    @property
     def known(self) -> list[Peer]:
         """One owner of each shard that was reached, before `settle`."""
         return [standby[0] for standby in self._standby if standby]

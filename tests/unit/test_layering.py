@@ -31,8 +31,8 @@ LAYERS = (
     ("shard", "peer", "result", "scatter_gather", "benchmark_clock", "benchmark_data", "benchmark_transports"),
     ("lanes", "plan", "own", "halo", "benchmark", "benchmark_prediction", "graph_build"),
     ("build_processes", "replicas"),
-    ("collection", "reach"),
-    ("owners",),
+    ("collection", "reach", "gather"),
+    ("owners", "homes"),
     ("server", "cluster", "diagnosis", "benchmark_libraries", "benchmark_summary"),
     (
         "benchmark_systems",

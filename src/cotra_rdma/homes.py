@@ -1,0 +1,130 @@
+"""Queries sent home: to the owner of most of their neighbourhood, which walks the whole graph from there."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma.engine import STATS_DTYPE
+from cotra_rdma.errors import CotraError, FormatError, PeerError, TransportError
+from cotra_rdma.gather import Gatherer, Merged, used_of
+from cotra_rdma.job import CollectionAnswer, SearchJob
+from cotra_rdma.peer import LOST, Peer
+from cotra_rdma.plan import Plan
+from cotra_rdma.replicas import Replicas
+
+log = logging.getLogger(__name__)
+
+_DEAF_S = 10.0  # in which an owner that did not answer is sent no queries
+
+
+class Homes:
+    """Searches at home, for one cluster."""
+
+    def __init__(self, replicas: Replicas, gatherer: Gatherer, executor: Callable[[], ThreadPoolExecutor]) -> None:
+        """`executor` gives the threads that wait for owners."""
+        self._replicas, self._gatherer, self._executor = replicas, gatherer, executor
+        self._deaf: weakref.WeakKeyDictionary[Peer, float] = weakref.WeakKeyDictionary()
+
+    def search(
+        self,
+        peers: list[Peer],
+        job: SearchJob,
+        homes: npt.NDArray[np.int64],
+        n_threads: int,
+        plan_here: Callable[[], Plan],
+    ) -> tuple[Merged, list[str], dict[int, CotraError], npt.NDArray[np.int32]]:
+        """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
+        here, and those whose home was lost meanwhile, or has no connection to the others, too.
+
+        `plan_here` plans the walk of those.
+
+        Returns the answers, what was used for each shard, the failures, and `SearchResult.homes`. Raises `PeerError` where no
+        owner that was asked has a connection to the others.
+        """
+        ids = np.full((len(homes), job.k), -1, np.int64)
+        found = (
+            ids,
+            np.full(ids.shape, np.inf, np.float32),
+            np.full(ids.shape, -1, np.int32),
+            np.zeros(len(ids), STATS_DTYPE),
+        )
+        here = np.array([peer.transport in ("own", LOST) for peer in peers])[homes]
+        used = ["" for _ in peers]
+        calls = {}
+        for home in np.unique(homes[~here]).tolist():
+            rows = np.flatnonzero(homes == home)
+            calls[home] = (
+                rows,
+                self._executor().submit(self._ask_home, peers[home], job._replace(queries=job.queries[rows])),
+            )
+        failures: dict[int, CotraError] = {}
+        refusals = []
+        for home, (rows, call) in calls.items():
+            try:
+                told: CollectionAnswer = call.result()
+            except (TransportError, PeerError) as error:
+                here[rows] = True
+                refusals += [error] if isinstance(error, PeerError) else []
+                continue
+            used[home] = "home"
+            places = self._places(peers[home], told.images)
+            shards = np.where(told.shards < 0, -1, places[told.shards])
+            _put(found, rows, (told.labels, told.distances, shards, told.stats))
+            for at, why in told.failures.items():
+                failures.setdefault(int(places[at]), PeerError(f"{peers[home]}: {why}", shard=int(places[at])))
+        if calls and len(refusals) == len(calls):
+            raise refusals[0]
+        for refusal in refusals:
+            log.warning("its queries are walked here: %s", refusal)
+        rows = np.flatnonzero(here)
+        if len(rows):
+            plan, mine, peers = plan_here(), job._replace(queries=job.queries[rows]), list(self._replicas.peers)
+            answers, lost = self._gatherer.gather(peers, mine, plan, n_threads, True)
+            failures |= lost
+            _put(found, rows, self._gatherer.merge(answers, mine))
+            used = [before or used_of(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]
+        used = [name or peer.transport for name, peer in zip(used, self._replicas.peers, strict=True)]
+        return found, used, failures, np.where(here, -1, homes).astype(np.int32)
+
+    def _places(self, peer: Peer, images: tuple[int, ...]) -> npt.NDArray[np.int32]:
+        """The position here of each shard that another owner numbers as it likes. Shards that one side never reached (0) are
+        those that are left, by their own numbers where these are. Raises `FormatError` for a shard that is none of these."""
+        known = {image: at for at, image in enumerate(self._replicas.images) if image}
+        places = np.array([known.get(image, -1) for image in images], np.int32)
+        for at in sorted(np.flatnonzero(places < 0).tolist(), key=lambda at: not images[at]):
+            left = [
+                here
+                for here, image in enumerate(self._replicas.images)
+                if here not in places and not (image and images[at])
+            ]
+            if not left:
+                raise FormatError(f"{peer}: it searches other shards than these", shard=peer.index)
+            places[at] = at if at in left else left[0]
+        return places
+
+    def _ask_home(self, peer: Peer, job: SearchJob) -> CollectionAnswer:
+        """Has an owner search all shards, or another of the same shard where it does not answer. One that does not is not asked
+        for a while; its memory may be as good as ever."""
+        failed: TransportError | None = None
+        for owner in self._replicas.owners(peer.index):
+            if self._deaf.get(owner, 0.0) > time.monotonic():
+                continue
+            try:
+                return owner.search_all(job)
+            except TransportError as error:
+                log.warning("%s: its queries are walked elsewhere: %s", owner, error)
+                self._deaf[owner] = time.monotonic() + _DEAF_S
+                failed = error
+        raise failed or TransportError(f"{peer} did not answer a moment ago", shard=peer.index)
+
+
+def _put(found: Merged, rows: npt.NDArray[np.intp], part: Merged) -> None:
+    """Writes some queries' answers to their places."""
+    found[0][rows], found[1][rows], found[2][rows], found[3][rows] = part
