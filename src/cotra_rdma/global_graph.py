@@ -58,10 +58,10 @@ class Border:
         k, ef: of each search.
     """
 
-    shards: int = 6
+    shards: int = 4
     reach: float = 1.3
     k: int = 10
-    ef: int = 20
+    ef: int = 12
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,7 +38,8 @@ progress("cluster" | "encode", steps or lists done, in all)."""
 
 MIN_DIM, MAX_DIM, MAX_M = 1, 4096, 512
 _STATE_TIMEOUT_S = 60.0
-_ADD_BYTES = 2 << 20  # of rows as float32, at once
+_ADD_ROWS = 4096
+_ADD_BYTES = 4 << 20  # of rows as float32, at once
 _PACK_ROWS = 2048
 
 
@@ -121,7 +122,7 @@ class Shard:
         index = hnswlib.Index(space=metric, dim=dim)
         index.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=seed % 2**64)
         threads = _threads(n_threads)
-        step = max(256, _ADD_BYTES // (4 * dim))
+        step = max(256, min(_ADD_ROWS, _ADD_BYTES // (4 * dim)))
         for begin in range(0, count, step):
             with np.errstate(over="ignore"):  # what overflows float32 is then infinite, and refused
                 part = np.asarray(rows.read(begin, min(begin + step, count)), np.float32)
