@@ -588,7 +588,7 @@ EXCHANGE = BuildExchangeRequest(
         ),
         (CoarseRouteResponse.decode, COARSE.replace(struct.pack("<f", 1.5), struct.pack("<f", -1.5)), "radius"),
         (BuildExchangeRequest.decode, b"\x9a" + EXCHANGE[1:], "array of 11"),
-        (BuildExchangeRequest.decode, EXCHANGE + b"\0", "left over"),
+        (BuildExchangeRequest.decode, EXCHANGE + b"\0", "Expected `object`"),
         (BuildExchangeRequest.decode, EXCHANGE[:-4] + b"\xcf" + b"\xff" * 8 + b"\x01", "address space"),
         (BuildExchangeRequest.decode, EXCHANGE[:-1] + b"\xff", "a u64 was expected"),
         (BuildExchangeRequest.decode, EXCHANGE[:-1] + b"\xcf\0", "too early"),
