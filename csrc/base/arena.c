@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -336,4 +337,11 @@ void cotra_arena_destroy(cotra_arena *arena)
     if (arena->fd >= 0)
         close(arena->fd);
     free(arena);
+}
+
+void cotra_memory_trim(void)
+{
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }

@@ -90,6 +90,9 @@ int cotra_arena_seal(cotra_arena *arena, cotra_error *err);
 int cotra_arena_lock(cotra_arena *arena, cotra_error *err);
 void cotra_arena_get_info(const cotra_arena *arena, cotra_arena_info *out);
 void cotra_arena_destroy(cotra_arena *arena);
+/* Gives what malloc keeps of freed memory back to the system, where the C library can: a large index that was freed
+ * would else stay with the process, or not, by the sizes of what came after it (mallopt(3), M_MMAP_THRESHOLD). */
+void cotra_memory_trim(void);
 
 /* ---- graph image: layout, validator, packer (csrc/layout/) ---- */
 

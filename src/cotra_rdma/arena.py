@@ -112,3 +112,9 @@ class Arena(Handle):
         info = self.info
         view = memoryview(ffi.buffer(ffi.cast("char *", info.addr), info.len))
         return view if info.writable else view.toreadonly()
+
+
+def trim_memory() -> None:
+    """Gives memory that was freed back to the system, where the C library kept it (malloc_trim(3)): between something large and
+    the next."""
+    lib.cotra_memory_trim()

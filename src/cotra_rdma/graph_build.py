@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma.arena import Arena
+from cotra_rdma.arena import Arena, trim_memory
 from cotra_rdma.build_mail import (
     DirectoryMail,
     Mail,
@@ -156,6 +156,7 @@ class ShardBuilder:
                 self.link(own, lambda other, info: channel_of_file(self.path(".own", other), info.record_bytes))
         else:
             {"train": self.train, "count": self.count, "divide": self.divide, "calibrate": self.calibrate}[step]()
+        trim_memory()
 
     # ---- whose rows are whose ----
 

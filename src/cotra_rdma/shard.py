@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
-from cotra_rdma.arena import Arena
+from cotra_rdma.arena import Arena, trim_memory
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
 from cotra_rdma.errors import FormatError, InvalidInputError, LossyVectorError
@@ -139,6 +139,7 @@ class Shard:
             stored = vector_type
         with _saved(index) as state:
             del index  # as large as the image, or nearly: the packer needs the file alone
+            trim_memory()
             packing = _Packing(dim, metric, seed, threads, progress, generation, mean)
             return cls._packed(state, labels, stored, packing, n_lists, ivf_bits)
 
