@@ -320,7 +320,7 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         return COTRA_OK;
     if (n_queries > UINT32_MAX)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "%llu queries in one call", (unsigned long long)n_queries);
-    uint32_t pool, width, n_walks;
+    uint32_t pool = 0, width = 0, n_walks = 0;
     int status = make_plans(engine, params, scope, &pool, &width, err);
     for (uint32_t s = 0; s < engine->n_shards && !status; s++)
         if (engine->lanes[s].channel)
