@@ -504,6 +504,9 @@ typedef struct cotra_engine_shard {
     cotra_cache *cache;     /* of what the channel READs, of the same image as the view; or NULL */
 } cotra_engine_shard;
 
+/* Queries in progress, times READs a round of each, at most: more slots of a channel are of no use to an engine. */
+enum { COTRA_MOST_SLOTS = 8192 };
+
 /* One thread's engine over n shards. Shards of one graph are walked together, one walk a query; others each by itself.
  * COTRA_ERR_FORMAT where some say that they are of one graph, but do not fit together. */
 int cotra_engine_create(const cotra_engine_shard *shards, uint32_t n_shards, int simd, cotra_engine **out,
@@ -538,7 +541,10 @@ void cotra_engine_get_pushes(const cotra_engine *engine, uint32_t shard, const c
 int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cotra_expansion *found, uint64_t n,
                                  const uint32_t *numbers, const float *estimates, uint64_t n_neighbours,
                                  cotra_error *err);
-/* with NULL: the shard is lost. Its view must be of the same image as the old one's, which stays in use. */
+/* The slots that a channel needs which comes in the middle of the search: COTRA_MOST_SLOTS at most. */
+uint32_t cotra_engine_get_slots(const cotra_engine *engine);
+/* with NULL: the shard is lost. Its view must be of the same image as the old one's, which stays in use:
+ * COTRA_ERR_FORMAT for another. */
 int cotra_engine_replace(cotra_engine *engine, uint32_t shard, const cotra_engine_shard *with, cotra_error *err);
 void cotra_engine_destroy(cotra_engine *engine);
 

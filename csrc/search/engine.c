@@ -35,7 +35,7 @@ static int check_shard(const cotra_engine_shard *shard, uint32_t i, cotra_error 
     cotra_arena_get_info(shard->own, &memory);
     const cotra_image_header *header = (const cotra_image_header *)cotra_arena_data(shard->own);
     if (memory.length_bytes < info->image_bytes || memcmp(&header->info, info, sizeof *info) != 0)
-        return cotra_fail(err, COTRA_ERR_ARGUMENT, "the memory for shard %u holds another image", i);
+        return cotra_fail(err, COTRA_ERR_FORMAT, "the memory for shard %u holds another image", i);
     return COTRA_OK;
 }
 
@@ -266,7 +266,7 @@ static int make_plans(cotra_engine *engine, const cotra_search_params *params, c
 static int choose_walks(const cotra_engine *engine, const cotra_search_params *params, uint64_t n_queries,
                         uint32_t pool, uint32_t *width, uint32_t *n_walks, cotra_error *err)
 {
-    uint32_t slots = UINT32_MAX, wanted = 0, most = MAX_AUTOMATIC;
+    uint32_t slots = COTRA_MOST_SLOTS, wanted = 0, most = MAX_AUTOMATIC;
     for (uint32_t s = 0; s < engine->n_shards; s++) {
         const cotra_channel *channel = engine->lanes[s].channel;
         if (cotra_lane_is_pushed(&engine->lanes[s]))
@@ -438,6 +438,11 @@ int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cot
     return COTRA_OK;
 }
 
+uint32_t cotra_engine_get_slots(const cotra_engine *engine)
+{
+    return engine->n_walks * engine->width;
+}
+
 int cotra_engine_replace(cotra_engine *engine, uint32_t shard, const cotra_engine_shard *with, cotra_error *err)
 {
     if (shard >= engine->n_shards || !engine->started_ns)
@@ -447,10 +452,10 @@ int cotra_engine_replace(cotra_engine *engine, uint32_t shard, const cotra_engin
     if (with) {
         int status = check_shard(with, shard, err);
         if (!status && memcmp(&with->view->info, &lane->view->info, sizeof lane->view->info) != 0)
-            status = cotra_fail(err, COTRA_ERR_ARGUMENT, "another owner of shard %u holds another image", shard);
-        if (!status && with->channel && with->channel->slots < engine->n_walks * engine->width)
-            status = cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u: a channel of %u slots in place of one of %u", shard,
-                                with->channel->slots, engine->n_walks * engine->width);
+            status = cotra_fail(err, COTRA_ERR_FORMAT, "another owner of shard %u holds another image", shard);
+        if (!status && with->channel && with->channel->slots < cotra_engine_get_slots(engine))
+            status = cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u: a channel of %u slots, the search needs %u", shard,
+                                with->channel->slots, cotra_engine_get_slots(engine));
         if (!status && with->cache)
             status =
                 cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u: a cache cannot come in the middle of a search", shard);
@@ -467,7 +472,7 @@ int cotra_engine_replace(cotra_engine *engine, uint32_t shard, const cotra_engin
     cotra_cache *cache = with ? lane->cache : NULL;
     set_lane(lane, with ? with : &nobody);
     lane->cache = lane->own ? NULL : cache;
-    int status = make_queues(engine, lane, err);
+    int status = with ? make_queues(engine, lane, err) : COTRA_OK;
     if (!status)
         cotra_engine_revisit(engine, shard);
     return status;

@@ -157,11 +157,11 @@ static void fetch_node(cotra_engine *engine, uint32_t w, uint32_t i)
     walk->stats.pushed++;
 }
 
-static void fetch(cotra_engine *engine, uint32_t w, uint32_t n)
+static void fetch(cotra_engine *engine, uint32_t w)
 {
     cotra_running *run = &engine->walks[w];
     run->missing = run->expanded = 0;
-    for (uint32_t i = 0; i < n; i++)
+    for (uint32_t i = 0; i < run->walk.frontier_count; i++)
         fetch_node(engine, w, i);
     run->walk.stats.rounds += run->missing > 0;
 }
@@ -208,23 +208,23 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
     cotra_running *run = &engine->walks[w];
     cotra_walk *walk = &run->walk;
     do {
-        uint32_t n = 0;
-        if (walk->view) {
-            int status = expand(engine, run, err);
-            if (status)
-                return status;
-            n = cotra_walk_choose(walk);
-        }
-        while (n == 0) {
+        int status = walk->view ? expand(engine, run, err) : COTRA_OK;
+        if (!status && walk->view)
+            status = cotra_walk_choose(walk, err);
+        if (status)
+            return status;
+        while (!walk->view || walk->frontier_count == 0) {
             if (walk->view)
                 finish(engine, run);
             walk->view = NULL;
-            int status = begin_task(engine, run, err);
+            status = begin_task(engine, run, err);
             if (status <= 0)
                 return status;
-            n = cotra_walk_choose(walk);
+            status = cotra_walk_choose(walk, err);
+            if (status)
+                return status;
         }
-        fetch(engine, w, n);
+        fetch(engine, w);
     } while (run->missing == 0);
     return post_frontier(engine, run, err);
 }

@@ -10,7 +10,6 @@
 
 #define DONE ((uint32_t)1 << 31)
 enum { MAX_STARTS = 8 }; /* more cost time, and save no READs */
-enum { START_SHARDS = 2 };
 #define FARTHEST                                                                                                       \
     1e37f /* of all pool keys: what is further, or nearer than its negative, is only a hostile record's to say */
 
@@ -149,14 +148,12 @@ static int is_open(const cotra_walk *walk, uint32_t place)
     return (!walk->mask || walk->mask[walk->space->shards[place]]) && !cotra_space_is_lost(walk->space, place);
 }
 
-/* Descends in the shards whose centroids are nearest. */
-static int start(cotra_walk *walk, cotra_error *err)
+/* Descends in the shards whose centroids are nearest, of those that are open and come after the ones before. */
+static int start(cotra_walk *walk, uint32_t n_wanted, cotra_error *err)
 {
     const cotra_space *space = walk->space;
-    if (space->n == 1)
-        return descend(walk, walk->view, err);
     const uint32_t metric = walk->view->info.metric == COTRA_METRIC_IP ? COTRA_METRIC_IP : COTRA_METRIC_L2;
-    uint64_t nearest[START_SHARDS];
+    uint64_t nearest[COTRA_START_SHARDS];
     uint32_t n = 0;
     for (uint32_t i = 0; i < space->n; i++) {
         if (!is_open(walk, i))
@@ -164,12 +161,30 @@ static int start(cotra_walk *walk, cotra_error *err)
         const float distance =
             cotra_metric_distance(walk->kernels, metric, COTRA_VECTOR_F32, walk->query.vector,
                                   space->centroids + (size_t)i * space->padded_dim, walk->view->info.dim);
-        cotra_insert_word(nearest, &n, START_SHARDS, cotra_major(clamp(distance), i));
+        const uint64_t word = cotra_major(clamp(distance), i);
+        if (word >= walk->next_start)
+            cotra_insert_word(nearest, &n, n_wanted, word);
     }
     int status = COTRA_OK;
-    for (uint32_t i = 0; i < n && !status; i++)
+    for (uint32_t i = 0; i < n && !status; i++) {
+        walk->next_start = nearest[i] + 1;
+        walk->starts[walk->n_starts++] = (uint32_t)nearest[i];
         status = descend(walk, space->views[(uint32_t)nearest[i]], err);
+    }
+    cotra_candidates_empty_bin(&walk->candidates); /* where a walk starts anew, nodes were expanded before */
     return status;
+}
+
+/* Starts anew in place of the starts whose shards are lost, if any are; the walk's end else. */
+static int start_anew(cotra_walk *walk, cotra_error *err)
+{
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < walk->n_starts; i++)
+        if (!cotra_space_is_lost(walk->space, walk->starts[i]))
+            walk->starts[kept++] = walk->starts[i];
+    const uint32_t n_lost = walk->n_starts - kept;
+    walk->n_starts = kept;
+    return n_lost ? start(walk, n_lost, err) : COTRA_OK;
 }
 
 int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_walk_plan *plan, const uint8_t *mask,
@@ -180,7 +195,8 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
     walk->view = view;
     walk->plan = *plan;
     walk->mask = mask;
-    walk->next_row = walk->next_place = 0;
+    walk->next_row = walk->next_place = walk->n_starts = 0;
+    walk->next_start = 0;
     walk->kernels = kernels;
     walk->hit_count = walk->frontier_count = walk->beam = 0;
     memset(&walk->stats, 0, sizeof walk->stats);
@@ -197,7 +213,7 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
         return COTRA_OK;
     cotra_query_encode(&walk->query, view);
     cotra_candidates_clear(&walk->candidates, walk->plan.pool);
-    return start(walk, err);
+    return space->n == 1 ? descend(walk, view, err) : start(walk, COTRA_START_SHARDS, err);
 }
 
 /* NULL: all rows of the shard may be returned. */
@@ -212,7 +228,7 @@ static int lets_through(const uint8_t *filter, uint64_t row)
 }
 
 /* The next rows that the filters of a direct plan let through. */
-static uint32_t choose_rows(cotra_walk *walk)
+static void choose_rows(cotra_walk *walk)
 {
     const cotra_space *space = walk->space;
     uint32_t n = 0;
@@ -232,16 +248,11 @@ static uint32_t choose_rows(cotra_walk *walk)
             break;
     }
     walk->frontier_count = n;
-    return n;
 }
 
-uint32_t cotra_walk_choose(cotra_walk *walk)
+static void choose_nearest(cotra_walk *walk)
 {
-    if (walk->plan.direct)
-        return choose_rows(walk);
-    /* What is nearest after a round or two is worth more than what was nearest at the start. */
     uint32_t n = 0;
-    walk->beam = walk->beam + 2 < walk->plan.beam ? walk->beam + 2 : walk->plan.beam;
     while (n < walk->beam && walk->stats.expansions + n < walk->plan.pool) {
         const uint32_t node = cotra_candidates_choose(&walk->candidates, walk->kernels, walk->limit);
         if (node == COTRA_NO_NODE)
@@ -253,7 +264,24 @@ uint32_t cotra_walk_choose(cotra_walk *walk)
         walk->places[n++] = place;
     }
     walk->frontier_count = n;
-    return n;
+}
+
+int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
+{
+    if (walk->plan.direct) {
+        choose_rows(walk);
+        return COTRA_OK;
+    }
+    /* What is nearest after a round or two is worth more than what was nearest at the start. */
+    walk->beam = walk->beam + 2 < walk->plan.beam ? walk->beam + 2 : walk->plan.beam;
+    choose_nearest(walk);
+    int status = COTRA_OK;
+    if (walk->frontier_count == 0 && walk->space->n_lost) {
+        status = start_anew(walk, err);
+        if (!status)
+            choose_nearest(walk);
+    }
+    return status;
 }
 
 /* Keeps the k best, and the limit that follows from them. */
@@ -292,6 +320,24 @@ static int is_at_hand(const cotra_walk *walk, uint32_t node)
     return cotra_space_row(walk->space, place, node) < walk->space->views[place]->info.count && is_open(walk, place);
 }
 
+static int check_highest(const cotra_walk *walk, uint32_t node, cotra_error *err)
+{
+    return node < walk->space->count ? COTRA_OK
+                                     : cotra_fail(err, COTRA_ERR_FORMAT, "a record links to node %u of %llu", node,
+                                                  (unsigned long long)walk->space->count);
+}
+
+static int check_numbers(const cotra_walk *walk, const uint8_t *numbers, uint32_t count, cotra_error *err)
+{
+    uint32_t highest = 0;
+    for (uint32_t j = 0; j < count; j++) {
+        uint32_t node;
+        memcpy(&node, numbers + (size_t)j * sizeof node, sizeof node);
+        highest = node > highest ? node : highest;
+    }
+    return check_highest(walk, highest, err);
+}
+
 /* Takes the estimates in that are below the limit: nothing above it will ever be expanded. */
 static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, const float *estimates, uint32_t below,
                           cotra_error *err)
@@ -309,9 +355,9 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
         nodes[n] = node;
         keys[n++] = estimates[j];
     }
-    if (highest >= walk->space->count)
-        return cotra_fail(err, COTRA_ERR_FORMAT, "a record links to node %u of %llu", highest,
-                          (unsigned long long)walk->space->count);
+    status = check_highest(walk, highest, err);
+    if (status)
+        return status;
     const int some = !walk->space->whole || walk->space->n_lost || walk->mask;
     for (uint32_t i = 0; i < n; i++)
         if (!some || is_at_hand(walk, nodes[i]))
@@ -348,6 +394,10 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
     const float distance =
         cotra_metric_distance(walk->kernels, info->metric, info->vector_type, walk->query.vector, own, info->dim);
     const float norm2 = info->metric == COTRA_METRIC_IP ? cotra_query_norm2(&walk->query, walk->kernels, info, own) : 0;
+    /* Before anything is taken: another owner's record of the node may come in place of this one. */
+    status = walk->plan.direct ? COTRA_OK : check_numbers(walk, record + view->record.numbers, count, err);
+    if (status)
+        return status;
     take_hit(walk, i, distance, norm2, head.label, head.flags);
     if (walk->plan.direct)
         return COTRA_OK;

@@ -11,7 +11,7 @@
  *
  * A walk ends when no candidate is nearer than its limit: the k-th exact distance so far, plus slack for what an
  * estimate may be wrong by. An easy query so ends early, a hard one goes on, at most to its plan's number of
- * expansions.
+ * expansions. Where shards in which it started are lost meanwhile, it starts anew in the next nearest.
  */
 #ifndef COTRA_SEARCH_WALK_H
 #define COTRA_SEARCH_WALK_H
@@ -21,6 +21,7 @@
 #include "search/space.h"
 
 enum { COTRA_POOL_FACTOR = 8 };
+enum { COTRA_START_SHARDS = 2 };
 
 typedef struct cotra_hit {
     float distance;
@@ -50,6 +51,9 @@ typedef struct cotra_walk {
     uint32_t width;    /* READs a round at most: of `frontier` */
     uint64_t next_row; /* of a direct plan, in the shard at next_place */
     uint32_t next_place;
+    uint32_t starts[COTRA_START_SHARDS]; /* places of the shards that it descended in */
+    uint32_t n_starts;
+    uint64_t next_start; /* distance << 32 | place: the least that the next one may have */
     cotra_candidates candidates;
     uint64_t *nearest;  /* [width + 1]: upper nodes, while begin() descends */
     uint32_t beam;      /* of the next frontier: wider each time, up to the plan's */
@@ -72,8 +76,8 @@ void cotra_walk_destroy(cotra_walk *walk);
 /* Starts a query (float32[dim]). */
 int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_walk_plan *plan, const uint8_t *mask,
                      const cotra_kernels *kernels, const float *query, cotra_error *err);
-/* Chooses the next frontier; returns its size, 0 when the walk is done. */
-uint32_t cotra_walk_choose(cotra_walk *walk);
+/* Chooses the next frontier: empty when the walk is done. */
+int cotra_walk_choose(cotra_walk *walk, cotra_error *err);
 /* The row of frontier node i in its shard, which is at places[i] of the space. */
 static inline uint32_t cotra_walk_row(const cotra_walk *walk, uint32_t i)
 {

@@ -19,6 +19,9 @@ from cotra_rdma.queries import check_rows, check_search
 Source = Channel | Arena | None
 """How the records of a shard are come by: see `Engine.create`."""
 
+MOST_SLOTS: int = lib.COTRA_MOST_SLOTS
+"""Of a channel: an engine has no use for more."""
+
 METRICS = ("l2", "ip", "cosine")
 VECTOR_TYPES = ("float32", "float16", "uint8")
 
@@ -364,6 +367,11 @@ class Engine(Handle):
             status = lib.cotra_engine_resume(self.ptr, err)
         return labels, distances, stats
 
+    @property
+    def slots(self) -> int:
+        """Those that a channel needs which comes in the middle of the last search: at most `MOST_SLOTS`."""
+        return int(lib.cotra_engine_get_slots(self.ptr))
+
     def _push(self, helper: Helper) -> None:
         """Has owners expand what waits for them."""
         out, n = ffi.new("cotra_push **"), ffi.new("uint64_t *")
@@ -416,6 +424,8 @@ class Engine(Handle):
             try:
                 check(lib.cotra_engine_replace(self.ptr, shard, raw, err), err)
                 return
+            except InvalidInputError:  # the helper's fault, and no owner's
+                raise
             except CotraError as failed:
                 if other is None:
                     raise

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.channel import Channel
-from cotra_rdma.engine import STATS_DTYPE, Engine, Source, View
+from cotra_rdma.engine import MOST_SLOTS, STATS_DTYPE, Engine, Source, View
 from cotra_rdma.errors import CotraError, InvalidInputError
 from cotra_rdma.expansions import Expansions
 from cotra_rdma.ivf import MAX_PROBE, SpireEngine
@@ -24,8 +24,6 @@ _Key = tuple[tuple[Peer, ...], frozenset[Peer]]
 Replace = Callable[[Peer, CotraError, bool], Peer | None]
 """What tells a failed owner, and gets the one to go on with; the last argument: whether its shard is given up if there is none
 (`Replicas.replace`)."""
-
-_PUSHING_SLOTS = 8192  # of a channel beside owners that are sent messages: as many walks then share one
 
 
 class _Lane:
@@ -43,14 +41,14 @@ class _Lane:
         self._told_bytes = 0
         self.lost: dict[int, CotraError] = {}
         self.is_broken = False
-        self._slots = _PUSHING_SLOTS if pushed else 0
+        slots = MOST_SLOTS if pushed else 0  # so many walks then share a message
         with ExitStack() as stack:
             sources: list[Source] = []
             for at, peer in enumerate(peers):
                 source: Source = None
                 if peer not in pushed:
                     try:
-                        source, parts = peer.open_source(self._slots)
+                        source, parts = peer.open_source(slots)
                         stack.push(parts)
                     except CotraError as error:  # told when the first node of it is wanted
                         self._unopened[at] = error
@@ -116,7 +114,7 @@ class _Lane:
             self._peers[shard] = peer
             assert peer.view is not None
             try:
-                source, parts = peer.open_source(self._slots)
+                source, parts = peer.open_source(self._engine.slots)
             except CotraError as unopened:
                 failed, error = peer, named(unopened, peer)
                 continue

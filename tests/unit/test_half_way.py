@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from cotra_rdma import Arena, CotraError, FormatError, InvalidInputError, Shard,
 from cotra_rdma.channel import Channel, FabricModel
 from cotra_rdma.collection import build_collection, shard_paths
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.engine import EXPANSION_DTYPE, Engine, Expansions, RecordCache, Source, View, merge
+from cotra_rdma.engine import EXPANSION_DTYPE, MOST_SLOTS, Engine, Expansions, RecordCache, Source, View, merge
 from cotra_rdma.queries import pack_filter
+from helpers.image import Image
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -212,6 +214,33 @@ def test_a_shard_without_an_owner_is_walked_around(world: World, queries: Floats
     assert (ids >= 0).all()
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["failing", "pushed"])
+@pytest.mark.parametrize("n_lost", [2, 3])
+def test_a_walk_starts_anew_where_it_lost_the_shards_that_it_started_in(
+    built: dict[str, list[Path]], queries: Floats, metric: str, kind: str, n_lost: int
+) -> None:
+    with ExitStack() as stack:
+        world = World(built[metric], stack)
+        for lost in combinations(range(N_SHARDS), n_lost):
+            here = [shard for shard in range(N_SHARDS) if shard not in lost]
+            with Engine.create([world.views[s] for s in here], [world.arenas[s] for s in here]) as engine:
+                wanted, _, _ = merge(*engine.search(queries, 10, 64, 8)[:2])
+            sources: list[Source] = [*world.arenas]
+            for shard in lost:
+                sources[shard] = None if kind == "pushed" else world.failing(shard, 3)
+            told = {number for shard in lost for number in ids_of(world, shard)}  # what they tell before is no error
+            owners = Owners(world, queries)
+            owners.silent = set(lost)
+            with Engine.create(world.views, sources) as engine:
+                found = engine.search(queries, 10, 64, 8, helper=owners)
+            ids, _, _ = merge(*found[:2])
+            assert {shard for shard, _ in owners.errors} == set(lost)
+            assert (ids >= 0).all()
+            kept = sum(len((set(row) | told) & set(now)) for row, now in zip(wanted.tolist(), ids.tolist(), strict=True))
+            assert kept >= 0.95 * ids.size, (lost, kept / ids.size)
+
+
 def ids_of(world: World, shard: int) -> list[int]:
     with world.arenas[shard].view() as view:
         info = world.views[shard].info
@@ -242,6 +271,27 @@ def test_a_broken_record_is_a_failure_of_its_shard(world: World, queries: Floats
     assert shard == 0
     assert isinstance(error, FormatError)
     np.testing.assert_array_equal(found[0], wanted[0])
+
+
+def test_what_a_lying_owner_told_of_a_node_is_not_in_the_answer_beside_the_truth(world: World, queries: Floats) -> None:
+    with world.arenas[1].view() as memory:
+        image = Image(bytes(memory[: world.views[1].info.image_bytes]))
+    for node in range(image.count):  # all that was there stays, but one link
+        image.set_word(image.record(node) + image.numbers, N)
+        image.seal_record(node)
+    liar = world.stack.enter_context(Arena.create(len(bytes(image))))
+    with liar.view() as memory:
+        memory[: len(bytes(image))] = bytes(image)
+    wanted = world.engine(*READ).search(queries, 10, 32, 8)
+    sources = [world.source(shard, "read") for shard in range(N_SHARDS)]
+    sources[1] = liar
+    owners = Owners(world, queries, {1: [world.source(1, "read")]})
+    with Engine.create(world.views, sources) as engine:
+        found = engine.search(queries, 10, 32, 8, helper=owners)
+    assert [shard for shard, _ in owners.errors] == [1]
+    assert f"links to node {N} of {N}" in str(owners.errors[0][1])
+    np.testing.assert_array_equal(found[0], wanted[0])
+    np.testing.assert_array_equal(found[2]["expansions"], wanted[2]["expansions"])
 
 
 def test_a_cache_goes_on_with_the_next_owner(world: World, queries: Floats) -> None:
@@ -310,18 +360,52 @@ def test_what_cannot_replace_a_shard(world: World, queries: Floats) -> None:
     sources = [world.source(shard, "read") for shard in range(N_SHARDS)]
     sources[1] = world.failing(1, 100)
     narrow = world.stack.enter_context(Channel.shm(world.arenas[1], slots=4))
-    owners = Owners(world, queries, {1: [narrow, world.arenas[0], world.source(1, "read")]})
+    owners = Owners(world, queries, {1: [world.arenas[0], world.source(1, "read")]})
     wanted = world.engine(*READ).search(queries, 10, 32, 8)
     with Engine.create(world.views, sources) as engine:
         found = engine.search(queries, 10, 32, 8, helper=owners)
-    told = [str(error) for _, error in owners.errors]
-    assert "4 slots in place" in told[1]
-    assert "holds another image" in told[2]
+    assert "holds another image" in str(owners.errors[1][1])
+    np.testing.assert_array_equal(found[0], wanted[0])
+    sources[1] = world.failing(1, 100)
+    owners = Owners(world, queries, {1: [narrow, world.source(1, "read")]})
+    with (
+        Engine.create(world.views, sources) as engine,
+        pytest.raises(InvalidInputError, match="4 slots, the search needs"),
+    ):
+        engine.search(queries, 10, 32, 8, helper=owners)
+    assert len(owners.errors) == 1  # whoever offered it is to blame, and no owner
+
+
+@pytest.mark.parametrize(("beam", "few"), [(16, False), (200, False), (8, True)])
+def test_a_channel_of_as_many_slots_as_the_search_needs_replaces_a_pushed_shard(
+    world: World, words: Floats, beam: int, few: bool
+) -> None:
+    """However many queries wait, and however wide their rounds are: under a filter of few rows it is the rows' own width."""
+    many = np.tile(words[:550], (2, 1))
+    filters = None
+    if few:
+        filters = [pack_filter(np.arange(view.info.count) % 211 == 0, view.info.count) for view in world.views]
+    wanted = world.engine(*READ).search(many, 3, 24, beam, filters=filters)
+
+    class Offering(Owners):
+        slots = 0
+
+        def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
+            self.errors.append((shard, error))
+            self.slots = engine.slots
+            return self.world.views[shard], stack.enter_context(Channel.shm(self.world.arenas[shard], slots=self.slots))
+
+    owners = Offering(world, many)
+    owners.silent = {1}
+    with ExitStack() as stack, Engine.create(world.views, [None] * N_SHARDS) as engine:
+        found = engine.search(many, 3, 24, beam, filters=filters, helper=owners)
+    assert [shard for shard, _ in owners.errors] == [1]
+    assert 0 < owners.slots <= MOST_SLOTS
     np.testing.assert_array_equal(found[0], wanted[0])
 
 
 def test_own_memory_must_hold_the_image(world: World) -> None:
-    with pytest.raises(InvalidInputError, match="the memory for shard 0 holds another image"):
+    with pytest.raises(FormatError, match="the memory for shard 0 holds another image"):
         Engine.create(world.views, [world.arenas[1], None, None, None])
 
 
