@@ -268,6 +268,7 @@ static void choose_nearest(cotra_walk *walk)
 
 int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
 {
+    walk->taken = 0;
     if (walk->plan.direct) {
         choose_rows(walk);
         return COTRA_OK;
@@ -320,24 +321,6 @@ static int is_at_hand(const cotra_walk *walk, uint32_t node)
     return cotra_space_row(walk->space, place, node) < walk->space->views[place]->info.count && is_open(walk, place);
 }
 
-static int check_highest(const cotra_walk *walk, uint32_t node, cotra_error *err)
-{
-    return node < walk->space->count ? COTRA_OK
-                                     : cotra_fail(err, COTRA_ERR_FORMAT, "a record links to node %u of %llu", node,
-                                                  (unsigned long long)walk->space->count);
-}
-
-static int check_numbers(const cotra_walk *walk, const uint8_t *numbers, uint32_t count, cotra_error *err)
-{
-    uint32_t highest = 0;
-    for (uint32_t j = 0; j < count; j++) {
-        uint32_t node;
-        memcpy(&node, numbers + (size_t)j * sizeof node, sizeof node);
-        highest = node > highest ? node : highest;
-    }
-    return check_highest(walk, highest, err);
-}
-
 /* Takes the estimates in that are below the limit: nothing above it will ever be expanded. */
 static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, const float *estimates, uint32_t below,
                           cotra_error *err)
@@ -355,9 +338,9 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
         nodes[n] = node;
         keys[n++] = estimates[j];
     }
-    status = check_highest(walk, highest, err);
-    if (status)
-        return status;
+    if (highest >= walk->space->count)
+        return cotra_fail(err, COTRA_ERR_FORMAT, "a record links to node %u of %llu", highest,
+                          (unsigned long long)walk->space->count);
     const int some = !walk->space->whole || walk->space->n_lost || walk->mask;
     for (uint32_t i = 0; i < n; i++)
         if (!some || is_at_hand(walk, nodes[i]))
@@ -366,9 +349,14 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
     return COTRA_OK;
 }
 
-/* A node's exact distance, where it may be an answer. */
+/* A node's exact distance, where it may be an answer: once, though its links were a lie and another owner told them
+ * anew.
+ */
 static void take_hit(cotra_walk *walk, uint32_t i, float distance, float norm2, int64_t label, uint32_t flags)
 {
+    if (i < walk->taken)
+        return;
+    walk->taken = i + 1;
     const uint32_t place = walk->places[i];
     walk->stats.expansions++;
     if (!(distance < INFINITY) || flags & COTRA_NODE_DELETED || /* NaN is not below infinity */
@@ -394,10 +382,6 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
     const float distance =
         cotra_metric_distance(walk->kernels, info->metric, info->vector_type, walk->query.vector, own, info->dim);
     const float norm2 = info->metric == COTRA_METRIC_IP ? cotra_query_norm2(&walk->query, walk->kernels, info, own) : 0;
-    /* Before anything is taken: another owner's record of the node may come in place of this one. */
-    status = walk->plan.direct ? COTRA_OK : check_numbers(walk, record + view->record.numbers, count, err);
-    if (status)
-        return status;
     take_hit(walk, i, distance, norm2, head.label, head.flags);
     if (walk->plan.direct)
         return COTRA_OK;

@@ -60,6 +60,7 @@ typedef struct cotra_walk {
     uint32_t *frontier; /* [width]: the nodes being read */
     uint32_t *places;   /* [width]: of their shards in the space */
     uint32_t frontier_count;
+    uint32_t taken;  /* of the frontier, from its beginning: their hits are in */
     cotra_hit *hits; /* [k], sorted by distance, then label */
     uint32_t hit_count;
     float slack; /* of the limit, relative to the k-th squared distance */
