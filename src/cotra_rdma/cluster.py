@@ -394,7 +394,7 @@ class Cluster:
         peers = list(self._peers)
         homes = None
         if plan.homes is None:
-            answers, failures = self._gatherer.gather(peers, job, plan, n_threads, lenient)
+            answers, failures, plan = self._gatherer.gather(peers, job, plan, n_threads, lenient)
             self._note(plan, job, answers, n_threads, time.perf_counter() - begin)
             ids, distances, owners, stats = self._gatherer.merge(answers, job)
             used = [used_of(peer, plan, failures) for peer in peers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from cotra_rdma.engine import COUNTS, STATS_DTYPE, merge
 from cotra_rdma.errors import CotraError, TransportError
 from cotra_rdma.job import Answer, SearchJob
-from cotra_rdma.lanes import LanePool
+from cotra_rdma.lanes import LanePool, OnlyAskedError
 from cotra_rdma.peer import LOST, Peer
 from cotra_rdma.plan import Plan
 from cotra_rdma.replicas import Replicas
@@ -29,31 +29,58 @@ class Gatherer:
 
     def gather(
         self, peers: list[Peer], job: SearchJob, plan: Plan, n_threads: int, lenient: bool
-    ) -> tuple[list[tuple[list[int], Answer]], dict[int, CotraError]]:
-        """Asks every shard: the answers with the shards that they are of, and the failures."""
+    ) -> tuple[list[tuple[list[int], Answer]], dict[int, CotraError], Plan]:
+        """Asks every shard: the answers with the shards that they are of, the failures, and the plan as it was carried out: with
+        more shards `asked` where owners took them over that can only be asked."""
         answers: list[tuple[list[int], Answer]] = []
         failures = dict(self._replicas.lost)
-        calls = []
-        for at in sorted(plan.asked):
-            calls.append((at, self._executor().submit(self._ask, peers[at], job.of_shards([at]))))
+        calls: dict[int, Future[Answer]] = {}
+
+        def ask(peer: Peer) -> None:
+            calls[peer.index] = self._executor().submit(self._ask, peer, job.of_shards([peer.index]))
+
+        there = [peer for peer in peers if peer.transport != LOST]
+        near = []
+        for peer in there:
+            if peer.index in plan.asked or (peer.lists if plan.lists else peer.view) is None:
+                ask(peer)
+            else:
+                near.append(peer)
         try:
-            near = [peer for peer in peers if peer.index not in plan.asked and peer.transport != LOST]
-            if near and plan.lists:
-                answers += self._probe(near, job, n_threads, failures, lenient)
-            elif near:
-                numbers = [peer.index for peer in near]
-                pushed = frozenset(peers[at] for at in plan.pushed)
-                answer, lost = self._lanes.search(near, job.of_shards(numbers), n_threads, pushed, lenient=lenient)
-                answers.append((numbers, answer))
-                failures |= lost
+            while near:
+                try:
+                    if plan.lists:
+                        answers += self._probe(near, job, n_threads, failures, lenient)
+                    else:
+                        answers += self._walk(near, job, plan.pushed, n_threads, failures, lenient)
+                    break
+                except OnlyAskedError as error:
+                    ask(self._replicas.peers[error.shard or 0])
+                    near = [peer for peer in near if peer.index != error.shard]
         finally:
-            for shard, call in calls:
+            for shard, call in calls.items():
                 try:
                     labels, distances, stats = call.result()
                     answers.append(([shard], (labels[np.newaxis], distances[np.newaxis], stats)))
                 except CotraError as error:
                     failures[shard] = error
-        return answers, failures
+        return answers, failures, plan._replace(asked=frozenset(calls))
+
+    def _walk(
+        self,
+        near: list[Peer],
+        job: SearchJob,
+        pushed: frozenset[int],
+        n_threads: int,
+        failures: dict[int, CotraError],
+        lenient: bool,
+    ) -> list[tuple[list[int], Answer]]:
+        """Walks graphs; shards that are lost meanwhile are noted in `failures`."""
+        numbers = [peer.index for peer in near]
+        owners = frozenset(peer for peer in near if peer.index in pushed)
+        answer, lost = self._lanes.search(near, job.of_shards(numbers), n_threads, owners, lenient=lenient)
+        failures |= lost
+        return [(numbers, answer)]
 
     def _ask(self, peer: Peer, job: SearchJob) -> Answer:
         """Has an owner search its shard, or another of the same shard where it fails."""
@@ -83,6 +110,8 @@ class Gatherer:
                     raise
                 if other is None:
                     failures[error.shard] = error
+                elif other.lists is None:
+                    raise OnlyAskedError(f"{other} has no inverted lists to read", shard=other.index) from error
                 near[at : at + 1] = [] if other is None else [other]
         return []
 

@@ -86,7 +86,7 @@ class Homes:
         rows = np.flatnonzero(here)
         if len(rows):
             plan, mine, peers = plan_here(), job._replace(queries=job.queries[rows]), list(self._replicas.peers)
-            answers, lost = self._gatherer.gather(peers, mine, plan, n_threads, True)
+            answers, lost, plan = self._gatherer.gather(peers, mine, plan, n_threads, True)
             failures |= lost
             _put(found, rows, self._gatherer.merge(answers, mine))
             used = [before or used_of(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]

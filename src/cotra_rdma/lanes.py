@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,6 +25,10 @@ _Key = tuple[tuple[Peer, ...], frozenset[Peer]]
 Replace = Callable[[Peer, CotraError, bool], Peer | None]
 """What tells a failed owner, and gets the one to go on with; the last argument: whether its shard is given up if there is none
 (`Replicas.replace`)."""
+
+
+class OnlyAskedError(CotraError):
+    """The owner that took a shard over (`shard`: its position in the cluster) can be asked to search it, and no more."""
 
 
 class _Lane:
@@ -111,8 +116,9 @@ class _Lane:
         self._unopened.pop(shard, None)
         error = named(error, failed)
         while (peer := self._replace(failed, error, self._lenient)) is not None:
+            if peer.view is None:
+                raise OnlyAskedError(f"{peer} can only be asked", shard=peer.index)
             self._peers[shard] = peer
-            assert peer.view is not None
             try:
                 source, parts = peer.open_source(self._engine.slots)
             except CotraError as unopened:
@@ -190,6 +196,7 @@ class LanePool:
         self._lock = threading.Lock()
         self._closed = False
         self._idle: dict[_Key, list[_Lane]] = {}
+        self._dropped: weakref.WeakSet[Peer] = weakref.WeakSet()
 
     def search(
         self,
@@ -203,7 +210,7 @@ class LanePool:
         """Walks the shards of `peers`, to which the job's filters and mask belong; `pushed`: those whose owners expand nodes.
 
         Returns the answer, and why it is without which shards, by their positions in the cluster: only `lenient`ly; else it
-        raises the first such error.
+        raises the first such error. Raises `OnlyAskedError` where another owner took a shard over that it cannot walk.
         """
         lost: dict[int, CotraError] = {}
 
@@ -266,14 +273,15 @@ class LanePool:
 
     def _give_back(self, peers: Sequence[Peer], pushed: frozenset[Peer], lane: _Lane) -> None:
         with self._lock:
-            if not self._closed:
+            if not (self._closed or any(peer in self._dropped for peer in peers)):
                 self._idle.setdefault((tuple(peers), pushed), []).append(lane)
                 return
         lane.close()
 
     def drop(self, peer: Peer) -> None:
-        """Closes the idle lanes to an owner that is not used any more."""
+        """Closes the idle lanes to an owner that is not used any more, and those in use when they come back."""
         with self._lock:
+            self._dropped.add(peer)
             keys = [key for key in self._idle if peer in key[0]]
             lanes = [lane for key in keys for lane in self._idle.pop(key)]
         for lane in lanes:

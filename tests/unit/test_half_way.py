@@ -237,7 +237,9 @@ def test_a_walk_starts_anew_where_it_lost_the_shards_that_it_started_in(
             ids, _, _ = merge(*found[:2])
             assert {shard for shard, _ in owners.errors} == set(lost)
             assert (ids >= 0).all()
-            kept = sum(len((set(row) | told) & set(now)) for row, now in zip(wanted.tolist(), ids.tolist(), strict=True))
+            kept = sum(
+                len((set(row) | told) & set(now)) for row, now in zip(wanted.tolist(), ids.tolist(), strict=True)
+            )
             assert kept >= 0.95 * ids.size, (lost, kept / ids.size)
 
 
