@@ -481,18 +481,10 @@ def search_scope(
     return scope, held
 
 
-def pack_stats(stats: npt.NDArray[np.void]) -> memoryview:
-    """An owner's stats (`STATS_DTYPE`[n]) as they travel: `OWNER_STATS_DTYPE`[n] as raw bytes."""
-    told = np.empty(len(stats), OWNER_STATS_DTYPE)
-    for name in OWNER_STATS_DTYPE.names or ():
-        told[name] = stats[name]
-    return told.view(np.uint8).data
-
-
-def pack_more_stats(stats: npt.NDArray[np.void]) -> memoryview:
-    """The rest of them, where it is asked for: `MORE_STATS_DTYPE`[n] as raw bytes."""
-    told = np.empty(len(stats), MORE_STATS_DTYPE)
-    for name in MORE_STATS_DTYPE.names or ():
+def pack_stats(stats: npt.NDArray[np.void], dtype: np.dtype[np.void] = OWNER_STATS_DTYPE) -> memoryview:
+    """An owner's stats (`STATS_DTYPE`[n]) as they travel: `OWNER_STATS_DTYPE`[n], or the rest of them, as raw bytes."""
+    told = np.empty(len(stats), dtype)
+    for name in dtype.names or ():
         told[name] = stats[name]
     return told.view(np.uint8).data
 

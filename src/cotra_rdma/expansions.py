@@ -30,3 +30,8 @@ class Expansions:
     found: npt.NDArray[np.void]
     numbers: npt.NDArray[np.uint32]
     estimates: npt.NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all three."""
+        return self.found.nbytes + self.numbers.nbytes + self.estimates.nbytes

@@ -89,25 +89,26 @@ class _Lane:
 
     def expand(self, pushes: Mapping[int, npt.NDArray[np.void]]) -> dict[int, Expansions | CotraError]:
         """As `engine.Helper`: one message to each owner, all at once."""
-        calls = {}
-        for at, wanted in pushes.items():
-            if at not in self._unopened:
-                calls[at] = self._executor().submit(self._push, self._peers[at], wanted) if len(pushes) > 1 else None
         told: dict[int, Expansions | CotraError] = {at: e for at, e in self._unopened.items() if at in pushes}
-        for at, call in calls.items():
-            try:
-                told[at] = self._push(self._peers[at], pushes[at]) if call is None else call.result()
-            except CotraError as error:
-                told[at] = error
+        asked = [at for at in pushes if at not in told]
+        spread = self._executor().map if len(asked) > 1 else map
+        for at, answer in zip(asked, spread(lambda at: self._push(self._peers[at], pushes[at]), asked), strict=True):
+            told[at] = answer
+            if isinstance(answer, Expansions):
+                self._told_bytes += answer.nbytes + self._sent_bytes(pushes[at])
         return told
 
-    def _push(self, peer: Peer, wanted: npt.NDArray[np.void]) -> Expansions:
+    def _push(self, peer: Peer, wanted: npt.NDArray[np.void]) -> Expansions | CotraError:
         assert self._job is not None
-        told = peer.expand(self._job.queries, wanted, self._job.timeout_s)
+        try:
+            return peer.expand(self._job.queries, wanted, self._job.timeout_s)
+        except CotraError as error:
+            return error
+
+    def _sent_bytes(self, wanted: npt.NDArray[np.void]) -> int:
+        assert self._job is not None
         n_queries = 1 + np.count_nonzero(np.diff(wanted["query"]))
-        sent = wanted.nbytes + n_queries * self._job.queries.itemsize * self._job.queries.shape[1]
-        self._told_bytes += sent + told.found.nbytes + told.numbers.nbytes + told.estimates.nbytes
-        return told
+        return wanted.nbytes + int(n_queries) * self._job.queries.itemsize * self._job.queries.shape[1]
 
     def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
         """As `engine.Helper`."""

@@ -19,7 +19,7 @@ import numpy as np
 from cotra_rdma import messages
 from cotra_rdma.arena import Arena
 from cotra_rdma.collection_messages import CollectionResponse
-from cotra_rdma.engine import pack_more_stats, pack_stats
+from cotra_rdma.engine import MORE_STATS_DTYPE, pack_stats
 from cotra_rdma.errors import CotraError, InvalidInputError, MemlockError, VerbsUnavailableError
 from cotra_rdma.expander import Expander
 from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse, check_fits
@@ -332,7 +332,7 @@ class Server:
                 messages.SearchResponse(0, "", found.ids, found.distances, pack_stats(found.stats)),
                 images,
                 found.shards,
-                pack_more_stats(found.stats),
+                pack_stats(found.stats, MORE_STATS_DTYPE),
                 {shard: str(error) for shard, error in found.failures.items()},
             ).encode()
         except (CotraError, MemoryError) as error:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cotra_rdma import FormatError, InvalidInputError, expansion_messages
 from cotra_rdma.collection_messages import CollectionResponse
-from cotra_rdma.engine import MORE_STATS_DTYPE, STATS_DTYPE, pack_more_stats, pack_stats, unpack_stats
+from cotra_rdma.engine import MORE_STATS_DTYPE, STATS_DTYPE, pack_stats, unpack_stats
 from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse, check_fits, split_pushes
 from cotra_rdma.expansions import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
 from cotra_rdma.messages import SearchResponse
@@ -314,7 +314,7 @@ def test_stats_travel_in_two_parts() -> None:
     stats = np.zeros(3, STATS_DTYPE)
     for n, name in enumerate(STATS_DTYPE.names or ()):
         stats[name] = np.arange(3) + 10 * n
-    np.testing.assert_array_equal(unpack_stats(pack_stats(stats), 3, pack_more_stats(stats)), stats)
+    np.testing.assert_array_equal(unpack_stats(pack_stats(stats), 3, pack_stats(stats, MORE_STATS_DTYPE)), stats)
     assert unpack_stats(pack_stats(stats), 3)["own"].tolist() == [0, 0, 0]
     with pytest.raises(FormatError, match="48 bytes of stats to 4 queries"):
-        unpack_stats(bytes(32 * 4), 4, pack_more_stats(stats))
+        unpack_stats(bytes(32 * 4), 4, pack_stats(stats, MORE_STATS_DTYPE))
