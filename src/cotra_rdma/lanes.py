@@ -108,7 +108,7 @@ class _Lane:
     def _sent_bytes(self, wanted: npt.NDArray[np.void]) -> int:
         assert self._job is not None
         n_queries = 1 + np.count_nonzero(np.diff(wanted["query"]))
-        return wanted.nbytes + int(n_queries) * self._job.queries.itemsize * self._job.queries.shape[1]
+        return int(wanted.nbytes + n_queries * self._job.queries.itemsize * self._job.queries.shape[1])
 
     def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
         """As `engine.Helper`."""
