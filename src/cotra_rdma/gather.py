@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.engine import COUNTS, STATS_DTYPE, merge
-from cotra_rdma.errors import CotraError, TransportError
+from cotra_rdma.errors import CotraError, FormatError, TransportError
 from cotra_rdma.job import Answer, SearchJob
-from cotra_rdma.lanes import LanePool
+from cotra_rdma.lanes import LanePool, named
 from cotra_rdma.peer import LOST, Peer
 from cotra_rdma.plan import Plan
 from cotra_rdma.replicas import Replicas
@@ -35,7 +35,7 @@ class Gatherer:
         failures = dict(self._replicas.lost)
         calls = []
         for at in sorted(plan.asked):
-            calls.append((at, self._executor().submit(self._ask, peers[at], job.of_shards([at]))))
+            calls.append((at, self._executor().submit(self._ask, peers[at], job.of_shards([at]), lenient)))
         try:
             near = [peer for peer in peers if peer.index not in plan.asked and peer.transport != LOST]
             if near and plan.lists:
@@ -55,13 +55,16 @@ class Gatherer:
                     failures[shard] = error
         return answers, failures
 
-    def _ask(self, peer: Peer, job: SearchJob) -> Answer:
-        """Has an owner search its shard, or another of the same shard where it fails."""
+    def _ask(self, peer: Peer, job: SearchJob, lenient: bool) -> Answer:
+        """Has an owner search its shard, or another of the same shard where it fails, or answers what is none. `lenient`ly the
+        last of them is given up too, so that the next search does not wait for it."""
         while True:
             try:
                 return peer.search(job)
-            except TransportError as error:
-                other = self._replicas.replace(peer, error, give_up=False)
+            except (TransportError, FormatError) as error:
+                other = None
+                if peer.transport != LOST:  # another search gave it up since this one was planned
+                    other = self._replicas.replace(peer, named(error, peer), give_up=lenient)
                 if other is None:
                     raise
                 peer = other
