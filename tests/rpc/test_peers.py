@@ -377,6 +377,39 @@ def test_a_home_that_answers_what_is_none(
     assert len(asked) == 1
 
 
+def test_one_shard_is_left_and_then_none(index: Path, queries: Floats, stack: ExitStack) -> None:
+    """Four shards of one graph are that, however many of them have an owner."""
+    last, *others = [serve(stack, index, number) for number in range(N_SHARDS)]
+    addresses = [server.address for server in (last, *others)]
+    every, reader = (stack.enter_context(cotra_rdma.connect(addresses, transport="rpc")) for _ in range(2))
+    last.search_with(every)
+    for server in others:
+        server.close()
+    assert reader.search(queries).missing == (1, 2, 3)
+    walked = reader.search(queries)
+    late = stack.enter_context(cotra_rdma.connect(addresses, transport="rpc", allow_partial=True))
+    for cluster in (reader, late):
+        assert cluster.one_graph
+        for algorithm in ("home", "auto", "scatter-gather"):
+            found = cluster.search(queries, algorithm=algorithm, explain=True)
+            assert (found.missing, found.coverage) == ((1, 2, 3), 0.25)
+            assert (found.shards[found.ids >= 0] == 0).all()
+        np.testing.assert_array_equal(cluster.search(queries, algorithm="home").ids, walked.ids)
+        assert (cluster.homes(queries) == 0).all()
+    last.search_with(None)
+    last.close()
+    with pytest.raises(TransportError) as plain:
+        reader.search(queries)
+    for algorithm in ("auto", "home", "scatter-gather", "compass", "spire", "cotra"):
+        with pytest.raises(TransportError) as raised:
+            reader.search(queries, algorithm=algorithm, explain=True)
+        assert str(raised.value) == str(plain.value)
+        nothing = reader.search(queries, algorithm=algorithm, explain=True, allow_partial=True)
+        assert (nothing.coverage, (nothing.ids == -1).all()) == (0.0, True)
+    with pytest.raises(TransportError, match="no shard has an owner"):
+        reader.homes(queries)
+
+
 def test_what_cannot_be_peers(built: Path, tmp_path: Path, words: Floats) -> None:
     with open_vectors(built / "base.npy") as vectors:
         build_collection(vectors, tmp_path / "apart", 2, M=4, ef_construction=20, n_threads=1)
