@@ -131,7 +131,7 @@ class Cluster:
 
     Attributes:
         dim, metric: of the vectors.
-        one_graph: whether several shards are of one graph, and are walked together.
+        one_graph: whether its shards, several, are of one graph, and those that have an owner are walked together.
     """
 
     def __init__(
@@ -159,8 +159,11 @@ class Cluster:
             first = next(peer for peer in replicas.peers if peer.transport != LOST)
             self.dim: int = first.shard.dim
             self.metric: str = first.shard.metric
-            self._planner = Planner(replicas.peers, self.dim, _router(replicas.peers), self._walked())
-            self.one_graph: bool = len(self._walked()) > 1
+            graphs = {peer.shard.graph_id for peer in replicas.peers}
+            self.one_graph: bool = len(replicas.peers) > 1 and len(graphs) == 1 and graphs != {0}
+            self._planner = Planner(
+                replicas.peers, self.dim, _router(replicas.peers), self._walked(), one_graph=self.one_graph
+            )
             if halo:
                 fill_halo(replicas.peers, halo)
         except BaseException:

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.engine import COUNTS, STATS_DTYPE, merge
-from cotra_rdma.errors import CotraError, TransportError
+from cotra_rdma.errors import CotraError, FormatError, TransportError
 from cotra_rdma.job import Answer, SearchJob
-from cotra_rdma.lanes import LanePool, OnlyAskedError
+from cotra_rdma.lanes import LanePool, OnlyAskedError, named
 from cotra_rdma.peer import LOST, Peer
 from cotra_rdma.plan import Plan
 from cotra_rdma.replicas import Replicas
@@ -37,7 +37,7 @@ class Gatherer:
         calls: dict[int, Future[Answer]] = {}
 
         def ask(peer: Peer) -> None:
-            calls[peer.index] = self._executor().submit(self._ask, peer, job.of_shards([peer.index]))
+            calls[peer.index] = self._executor().submit(self._ask, peer, job.of_shards([peer.index]), lenient)
 
         there = [peer for peer in peers if peer.transport != LOST]
         near = []
@@ -82,13 +82,16 @@ class Gatherer:
         failures |= lost
         return [(numbers, answer)]
 
-    def _ask(self, peer: Peer, job: SearchJob) -> Answer:
-        """Has an owner search its shard, or another of the same shard where it fails."""
+    def _ask(self, peer: Peer, job: SearchJob, lenient: bool) -> Answer:
+        """Has an owner search its shard, or another of the same shard where it fails, or answers what is none. `lenient`ly the
+        last of them is given up too, so that the next search does not wait for it."""
         while True:
             try:
                 return peer.search(job)
-            except TransportError as error:
-                other = self._replicas.replace(peer, error, give_up=False)
+            except (TransportError, FormatError) as error:
+                other = None
+                if peer.transport != LOST:  # another search gave it up since this one was planned
+                    other = self._replicas.replace(peer, named(error, peer), give_up=lenient)
                 if other is None:
                     raise
                 peer = other

@@ -21,7 +21,10 @@ from cotra_rdma.replicas import Replicas
 
 log = logging.getLogger(__name__)
 
-_DEAF_S = 10.0  # in which an owner that did not answer is sent no queries
+_DEAF_S = 10.0  # in which an owner that did not answer, or nothing of use, is sent no queries
+
+_Told = tuple[CollectionAnswer, npt.NDArray[np.int32]]
+"""An owner's answer, and the position here of each shard that it numbers as it likes."""
 
 
 class Homes:
@@ -41,7 +44,7 @@ class Homes:
         plan_here: Callable[[], Plan],
     ) -> tuple[Merged, list[str], dict[int, CotraError], npt.NDArray[np.int32]]:
         """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
-        here, and those whose home was lost meanwhile, or has no connection to the others, too.
+        here, and those whose home was lost meanwhile, has no connection to the others, or answers what is none, too.
 
         `plan_here` plans the walk of those.
 
@@ -68,13 +71,12 @@ class Homes:
         refusals = []
         for home, (rows, call) in calls.items():
             try:
-                told: CollectionAnswer = call.result()
-            except (TransportError, PeerError) as error:
+                told, places = call.result()
+            except CotraError as error:
                 here[rows] = True
                 refusals += [error] if isinstance(error, PeerError) else []
                 continue
             used[home] = "home"
-            places = self._places(peers[home], told.images)
             shards = np.where(told.shards < 0, -1, places[told.shards])
             _put(found, rows, (told.labels, told.distances, shards, told.stats))
             for at, why in told.failures.items():
@@ -109,16 +111,17 @@ class Homes:
             places[at] = at if at in left else left[0]
         return places
 
-    def _ask_home(self, peer: Peer, job: SearchJob) -> CollectionAnswer:
-        """Has an owner search all shards, or another of the same shard where it does not answer. One that does not is not asked
-        for a while; its memory may be as good as ever."""
-        failed: TransportError | None = None
+    def _ask_home(self, peer: Peer, job: SearchJob) -> _Told:
+        """Has an owner search all shards, or another of the same shard where it does not answer, or not what it was asked. One
+        that does not is not asked for a while; its memory may be as good as ever. Raises `PeerError` for one that refuses."""
+        failed: CotraError | None = None
         for owner in self._replicas.owners(peer.index):
             if self._deaf.get(owner, 0.0) > time.monotonic():
                 continue
             try:
-                return owner.search_all(job)
-            except TransportError as error:
+                told = owner.search_all(job)
+                return told, self._places(owner, told.images)
+            except (TransportError, FormatError) as error:
                 log.warning("%s: its queries are walked elsewhere: %s", owner, error)
                 self._deaf[owner] = time.monotonic() + _DEAF_S
                 failed = error

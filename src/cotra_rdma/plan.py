@@ -24,7 +24,7 @@ from cotra_rdma.cost import (
     predict_read,
     pushed,
 )
-from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.errors import InvalidInputError, TransportError
 from cotra_rdma.job import SearchJob
 from cotra_rdma.peer import LOST, ONE_SIDED, Peer
 
@@ -58,14 +58,22 @@ class Planner:
     """Makes plans for one cluster's shards."""
 
     def __init__(
-        self, peers: Sequence[Peer], dim: int, router: Router | None, walked: frozenset[int] = frozenset()
+        self,
+        peers: Sequence[Peer],
+        dim: int,
+        router: Router | None,
+        walked: frozenset[int] = frozenset(),
+        *,
+        one_graph: bool = False,
     ) -> None:
         """Args:
         peers: of all shards; looked at again by `refresh`.
         walked: positions of the shards of one graph that are walked together.
+        one_graph: whether all shards are of one graph, however many have an owner.
         """
         self._peers = peers
         self._dim = dim
+        self._one_graph = one_graph
         self.router = router
         self.experience = Experience()
         self.refresh(walked)
@@ -85,12 +93,14 @@ class Planner:
         """Plans a search. Raises `InvalidInputError` for an algorithm that is unknown, or that these shards cannot have."""
         if algorithm not in ALGORITHMS:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
+        if not self._every:  # nothing to plan: why is told with the answer
+            return Plan(algorithm, job.mask, False, frozenset())
         if algorithm == "home":
             return Plan(algorithm, job.mask, False, frozenset(), homes=self.homes(job))
         if algorithm == "cotra" and not explain:  # nothing to plan
             return Plan(algorithm, job.mask, False, self._closed, self._pushed)
         mask = job.mask
-        routes = self._n_walked == 1 and self._calibrated_for(job)  # a walk over one graph leaves out shards by itself
+        routes = not self._one_graph and self._calibrated_for(job)  # a walk over one graph leaves out shards by itself
         if algorithm.startswith("compass") or (algorithm == "auto" and routes):
             mask = self._selection(job, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()
@@ -115,14 +125,16 @@ class Planner:
         """The shard that has most of each query's neighbourhood, of those that have an owner; where shards were missing at the
         start, by the nearest inverted list alone: the calibration is for all tables together.
 
-        Raises `InvalidInputError` where these shards or the job cannot have one.
+        Raises `InvalidInputError` where these shards or the job cannot have one, `TransportError` where no shard has an owner.
         """
+        if not self._one_graph or job.filters is not None or job.mask is not None:
+            raise InvalidInputError("home: takes shards of one graph, and neither filters nor a mask of shards")
         there = sorted(self._every)
+        if not there:
+            raise TransportError("home: no shard has an owner")
         tables = [table for at in there if (table := self._peers[at].coarse) is not None]
         if self.router is None and len(tables) < len(there):
             raise InvalidInputError("home: owners have no coarse tables of a collection: cotra build makes them")
-        if self._n_walked == 1 or job.filters is not None or job.mask is not None:
-            raise InvalidInputError("home: takes shards of one graph, and neither filters nor a mask of shards")
         if self.router is None:
             router = Router(tables, None, self._peers[there[0]].shard.metric)
             return np.array(there)[router.nearest(job.queries)]

@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import FormatError, InvalidInputError, Server, Shard, TransportError, owners
+from cotra_rdma import FormatError, InvalidInputError, SearchResult, Server, Shard, TransportError, owners
 from cotra_rdma.cli import demo
 from cotra_rdma.collection import MANIFEST, Collection, build_collection, coarse_of, shard_paths
+from cotra_rdma.collection_messages import CollectionResponse
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
 from cotra_rdma.owner_process import OwnerProcess
 from cotra_rdma.peering import Peering, Walks
+from cotra_rdma.rpc import RpcServer
+from cotra_rdma.wire import VShardEnvelope, VShardMessageType, join
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS, N_QUERIES = 2000, 4, 100
@@ -315,10 +319,95 @@ def test_shards_that_one_side_never_reached(index: Path, queries: Floats, stack:
         where[server.shard.labels()] = number
     np.testing.assert_array_equal(found.shards, where[found.ids])
     other = stack.enter_context(cotra_rdma.connect(addresses[:2], transport="shm"))
+    walked = other.search(queries)
+    for _ in range(2):  # what other shards hold is no answer here: it walks by itself
+        found = other.search(queries, algorithm="home")
+        assert_walked_here(found, walked)
+
+
+def assert_walked_here(found: SearchResult, walked: SearchResult) -> None:
+    assert found.homes is not None
+    assert (found.homes == -1).all()
+    np.testing.assert_array_equal(found.ids, walked.ids)
+    np.testing.assert_array_equal(found.shards, walked.shards)
+    assert found.coverage == 1.0
+    assert "home" not in found.transports
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: replace(told, more_stats=b""),
+        lambda told: replace(told, shards=told.shards + 100),
+        lambda told: replace(told, images=told.images + 1),
+        lambda told: replace(told, answer=replace(told.answer, labels=told.answer.labels[:, 1:])),
+    ],
+    ids=["no stats", "shards that are none", "images that are none", "too few answers"],
+)
+def test_a_home_that_answers_what_is_none(
+    index: Path, queries: Floats, stack: ExitStack, change: Callable[[CollectionResponse], CollectionResponse]
+) -> None:
+    """Its queries are walked here, and it is asked no more for a while; the others' are walked at home."""
+    servers = [serve(stack, index, number) for number in range(N_SHARDS)]
+    every = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
+    wanted = every.search(queries)
+    asked = []
+
+    def handle(request: VShardEnvelope) -> VShardEnvelope:
+        reply = servers[1]._handle(request)
+        reply = reply() if callable(reply) else reply  # a search of all shards has a thread of its own
+        if request.msg_type == VShardMessageType.VECTOR_SCATTER_REQUEST:
+            asked.append(request)
+            payload = change(CollectionResponse.decode(join(reply.payload))).encode()
+            reply = VShardEnvelope(2, reply.msg_type, 0, 0, 0, payload)
+        return reply
+
+    lying = stack.enter_context(RpcServer("127.0.0.1:0", handle))
+    addresses = [servers[0].address, lying.address, servers[2].address, servers[3].address]
+    reader = stack.enter_context(cotra_rdma.connect(addresses, transport="shm"))
     for server in servers:
-        server.search_with(partial)
-    with pytest.raises(FormatError, match="it searches other shards than these"):
-        other.search(queries, algorithm="home")
+        server.search_with(every)
+    for _ in range(2):
+        found = reader.search(queries, algorithm="home")
+        np.testing.assert_array_equal(found.ids, wanted.ids)
+        np.testing.assert_array_equal(found.shards, wanted.shards)
+        assert found.homes is not None
+        assert set(found.homes.tolist()) == {0, 2, 3, -1}
+        assert (found.coverage, found.transports) == (1.0, ("home", "shm", "home", "home"))
+    assert len(asked) == 1
+
+
+def test_one_shard_is_left_and_then_none(index: Path, queries: Floats, stack: ExitStack) -> None:
+    """Four shards of one graph are that, however many of them have an owner."""
+    last, *others = [serve(stack, index, number) for number in range(N_SHARDS)]
+    addresses = [server.address for server in (last, *others)]
+    every, reader = (stack.enter_context(cotra_rdma.connect(addresses, transport="rpc")) for _ in range(2))
+    last.search_with(every)
+    for server in others:
+        server.close()
+    assert reader.search(queries).missing == (1, 2, 3)
+    walked = reader.search(queries)
+    late = stack.enter_context(cotra_rdma.connect(addresses, transport="rpc", allow_partial=True))
+    for cluster in (reader, late):
+        assert cluster.one_graph
+        for algorithm in ("home", "auto", "scatter-gather"):
+            found = cluster.search(queries, algorithm=algorithm, explain=True)
+            assert (found.missing, found.coverage) == ((1, 2, 3), 0.25)
+            assert (found.shards[found.ids >= 0] == 0).all()
+        np.testing.assert_array_equal(cluster.search(queries, algorithm="home").ids, walked.ids)
+        assert (cluster.homes(queries) == 0).all()
+    last.search_with(None)
+    last.close()
+    with pytest.raises(TransportError) as plain:
+        reader.search(queries)
+    for algorithm in ("auto", "home", "scatter-gather", "compass", "spire", "cotra"):
+        with pytest.raises(TransportError) as raised:
+            reader.search(queries, algorithm=algorithm, explain=True)
+        assert str(raised.value) == str(plain.value)
+        nothing = reader.search(queries, algorithm=algorithm, explain=True, allow_partial=True)
+        assert (nothing.coverage, (nothing.ids == -1).all()) == (0.0, True)
+    with pytest.raises(TransportError, match="no shard has an owner"):
+        reader.homes(queries)
 
 
 def test_what_cannot_be_peers(built: Path, tmp_path: Path, words: Floats) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import Cluster, FabricModel, InvalidInputError, Shard, TransportError
+from cotra_rdma import Cluster, FabricModel, FormatError, InvalidInputError, Server, Shard, TransportError
 from cotra_rdma.collection import build_collection, coarse_of, shard_paths
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.halo import far_links
 from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
 from cotra_rdma.owner_process import OwnerProcess
+from cotra_rdma.rpc import RpcServer
+from cotra_rdma.wire import VShardEnvelope, VShardMessageType
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 4000, 4
@@ -113,6 +116,52 @@ def test_owners_that_ask_are_replaced_too(paths: list[Path], owners: list[OwnerP
             again = cluster.search(queries, k=10, ef=48, algorithm="scatter-gather", timeout_s=30.0)
     np.testing.assert_array_equal(again.ids, asked.ids)
     assert again.coverage == 1.0
+
+
+def liar(server: Server, lies: set[str], name: str, request: VShardEnvelope) -> VShardEnvelope:
+    """The server's answer; where `name` lies, a search is answered with what is none."""
+    reply = server._handle(request)
+    assert isinstance(reply, VShardEnvelope)
+    if name in lies and request.msg_type == VShardMessageType.VECTOR_SCATTER_REQUEST:
+        reply = VShardEnvelope(2, reply.msg_type, 0, 0, 0, b"\xc1")
+    return reply
+
+
+def test_an_owner_whose_answer_is_none_is_replaced(paths: list[Path], queries: Floats) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(cotra_rdma.serve(stack.enter_context(Shard.open(paths[0])), transports=("rpc",)))
+        lies: set[str] = set()
+        at = {
+            stack.enter_context(RpcServer("127.0.0.1:0", partial(liar, server, lies, name))).address: name
+            for name in ("one", "other")
+        }
+        cluster = stack.enter_context(cotra_rdma.connect([list(at)], transport="rpc"))
+        wanted, first = cluster.search(queries, algorithm="scatter-gather"), cluster.addresses[0]
+        lies.add(at[first])
+        assert_same(cluster.search(queries, algorithm="scatter-gather"), wanted)
+        assert cluster.addresses[0] != first
+        lies |= set(at.values())
+        with pytest.raises(FormatError, match=r"shard 0 \(127.0.0.1:"):
+            cluster.search(queries, algorithm="scatter-gather")
+
+
+def test_an_owner_that_hangs_is_waited_for_once(paths: list[Path], owners: list[OwnerProcess], queries: Floats) -> None:
+    """And where partial answers are not asked for, it stays: who sees the error may try again."""
+    with OwnerProcess(paths[2:3], transports=("rpc",)) as hangs:
+        addresses = [*owners[0].addresses[:2], *hangs.addresses, owners[0].addresses[3]]
+        with cotra_rdma.connect(addresses, transport="rpc", timeout_s=0.5) as cluster:
+            search = partial(cluster.search, queries[:5], algorithm="scatter-gather")
+            assert search().coverage == 1.0
+            os.kill(hangs.pid, signal.SIGSTOP)
+            with pytest.raises(TransportError):
+                search(allow_partial=False, timeout_s=0.2)
+            assert cluster.transports[2] == "rpc"
+            first = search(allow_partial=True, timeout_s=2.0)
+            assert (first.missing, first.elapsed_s > 1.9) == ((2,), True)
+            again = search(allow_partial=True, timeout_s=2.0)
+            assert (again.missing, again.elapsed_s < 1.9) == ((2,), True)
+            assert cluster.transports[2] == "lost"
+            os.kill(hangs.pid, signal.SIGCONT)
 
 
 def test_a_shard_without_an_owner_is_told_and_walked_around(
