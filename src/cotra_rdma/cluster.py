@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -33,12 +32,12 @@ from cotra_rdma.errors import (
     TransportError,
 )
 from cotra_rdma.gather import Gatherer, used_of
-from cotra_rdma.halo import fill_halo
+from cotra_rdma.halo import Halo
 from cotra_rdma.homes import Homes
 from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.lanes import LanePool
 from cotra_rdma.owners import addresses_of, misfit
-from cotra_rdma.peer import LOST, ONE_SIDED, Peer, check_alike
+from cotra_rdma.peer import LOST, ONE_SIDED, READ, Peer, check_alike
 from cotra_rdma.plan import Plan, Planner
 from cotra_rdma.queries import check_queries, check_search, check_timeout, pack_filter
 from cotra_rdma.reach import Reach
@@ -138,7 +137,10 @@ class Cluster:
         self, owners: list[list[Owner]], reach: Reach, cache_bytes: int, halo: float, allow_partial: bool
     ) -> None:
         self._lock = threading.Lock()
-        self._closed = False
+        self._planning = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._n_searches = 0
+        self._closing = self._closed = False
         self._reach = reach
         self._planner: Planner | None = None
         self._replicas: Replicas | None = None
@@ -147,15 +149,14 @@ class Cluster:
         self._pool: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._attendant: threading.Thread | None = None
+        self._cache_bytes, self._halo = cache_bytes, None
         try:
-            self._replicas = replicas = Replicas(owners, reach.connect, reach.choose, self._forget)
+            self._replicas = replicas = Replicas(owners, reach.connect, reach.choose, self._equip_late, self._forget)
             self._gatherer = Gatherer(replicas, self._lanes, self._executor)
             self._homes = Homes(replicas, self._gatherer, self._executor)
             check_alike(replicas.known)
             reach.open_device(replicas.known)
             replicas.settle(allow_partial=allow_partial)
-            if cache_bytes:
-                self._make_caches(cache_bytes)
             first = next(peer for peer in replicas.peers if peer.transport != LOST)
             self.dim: int = first.shard.dim
             self.metric: str = first.shard.metric
@@ -164,8 +165,9 @@ class Cluster:
             self._planner = Planner(
                 replicas.peers, self.dim, _router(replicas.peers), self._walked(), one_graph=self.one_graph
             )
-            if halo:
-                fill_halo(replicas.peers, halo)
+            self._halo = Halo(replicas.peers, halo) if halo else None
+            for peer in replicas.peers:
+                self._equip(peer)
         except BaseException:
             self.close()
             raise
@@ -195,10 +197,13 @@ class Cluster:
 
     def _forget(self, gone: Peer) -> None:
         """What there was of an owner that is not used any more."""
-        self._lanes.drop(gone)
         if self._planner is not None:
-            self._planner.refresh(self._walked())
+            with self._planning:
+                if self._planner.router is None:  # Compass takes the whole collection, which may be there only now
+                    self._planner.router = _router(self._peers)
+                self._planner.refresh(self._walked())
             self._attend()
+        self._lanes.drop(gone)
 
     def _attend(self) -> None:
         """Starts the thread that renews leases, and looks for owners that are away."""
@@ -219,10 +224,28 @@ class Cluster:
         assert self._replicas is not None
         return [] if self._replicas.are_all_here else self._replicas.revive()
 
-    def _make_caches(self, budget_bytes: int) -> None:
-        sizes = [peer.info.image_bytes for peer in self._one_sided if peer.info is not None]
-        for peer, size in zip(self._one_sided, sizes, strict=True):
-            peer.make_cache(budget_bytes * size // sum(sizes))
+    def _equip(self, peer: Peer) -> None:
+        """Gives a shard that is read the cache that `connect` was asked for. Raises `InvalidInputError` for one of no record."""
+        if self._halo is not None:
+            self._halo.fill(peer)
+        elif self._cache_bytes and peer.transport in READ:
+            peer.make_cache(self._cache_part(peer))
+
+    def _equip_late(self, peer: Peer) -> None:
+        """The same for one that is there only now: where others have all the bytes, it goes without."""
+        try:
+            self._equip(peer)
+        except InvalidInputError as error:
+            log.info("no cache: %s", error)
+
+    def _cache_part(self, peer: Peer) -> int:
+        """A shard's part of the cache's bytes, by its size; those that are not there are counted as the mean of the others."""
+        here = {other.index: other for other in self._peers if other.transport in READ} | {peer.index: peer}
+        sizes = {at: (other.info or other.shard).image_bytes for at, other in here.items()}
+        n_lost = sum(other.transport == LOST and other.index not in here for other in self._peers)
+        total = sum(sizes.values()) * (1 + n_lost / len(sizes))
+        left = self._cache_bytes - sum(cache.nbytes for cache in self.record_caches if cache is not None)
+        return max(0, min(int(self._cache_bytes * sizes[peer.index] / total), left))
 
     def renew_leases(self) -> None:
         """Keeps the queue pairs that owners hold for this reader. A thread does it, as long as the cluster is open."""
@@ -384,9 +407,29 @@ class Cluster:
             below it: a shard failed; the error's `shard` tells which. It is a `PartialResultError`, with what the others
             answered in its `result`, where that is to be had: when the shard was asked over RPC.
         """
+        with self._searching(n_threads):
+            return self._search(
+                self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards),
+                n_threads,
+                allow_partial,
+                algorithm,
+                target_recall=target_recall,
+                owner_cpu=owner_cpu,
+                explain=explain,
+            )
+
+    def _search(
+        self,
+        job: SearchJob,
+        n_threads: int,
+        allow_partial: bool | None,
+        algorithm: str,
+        *,
+        target_recall: float,
+        owner_cpu: bool,
+        explain: bool,
+    ) -> SearchResult:
         begin = time.perf_counter()
-        job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards)
-        self._check_open(n_threads)
         assert self._planner is not None
         plan = self._planner.plan(
             algorithm, job, n_threads, target_recall=target_recall, owner_cpu=owner_cpu, explain=explain
@@ -442,7 +485,6 @@ class Cluster:
         coarse tables.
         """
         assert self._planner is not None
-        self._check_open(1)
         return self._planner.homes(self._job(queries, 1, 1, 1, 0, DEFAULT_TIMEOUT_S, None, None))
 
     def walk(
@@ -465,19 +507,29 @@ class Cluster:
             labels int64[n_read, n_queries, k] (-1 where there are fewer) and distances float32 likewise (inf there) of the
             shards that are read over verbs or shm, in their order; and one `STATS_DTYPE` record for each query.
         """
-        job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, None)
-        self._check_open(n_threads)
-        if not self._one_sided:
-            shape = (0, len(job.queries), k)
-            return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(job.queries), STATS_DTYPE)
-        peers = self._one_sided
-        return self._lanes.search(peers, job.of_shards([peer.index for peer in peers]), n_threads)[0]
+        with self._searching(n_threads):
+            job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, None)
+            peers = self._one_sided
+            if not peers:
+                shape = (0, len(job.queries), k)
+                return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(job.queries), STATS_DTYPE)
+            return self._lanes.search(peers, job.of_shards([peer.index for peer in peers]), n_threads)[0]
 
-    def _check_open(self, n_threads: int) -> None:
+    @contextmanager
+    def _searching(self, n_threads: int) -> Iterator[None]:
+        """A search, which `close` waits for. Raises `ClosedError` once closed."""
         if not 1 <= n_threads <= _MAX_THREADS:
             raise InvalidInputError(f"n_threads must be in [1, {_MAX_THREADS}], not {n_threads}")
-        if self._closed:
-            raise ClosedError("the cluster is closed")
+        with self._lock:
+            if self._closing:
+                raise ClosedError("the cluster is closed")
+            self._n_searches += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_searches -= 1
+                self._idle.notify_all()
 
     def _job(
         self,
@@ -568,8 +620,11 @@ class Cluster:
     def close(self) -> None:
         """Closes lanes, then connections. A search in progress in another thread is waited for. Idempotent."""
         with self._lock:
-            if self._closed:
+            if self._closing:
                 return
+            self._closing = True
+            while self._n_searches:
+                self._idle.wait()
             self._closed = True
         self._stop.set()
         if self._attendant is not None and self._attendant is not threading.current_thread():
@@ -597,11 +652,15 @@ def _attend(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
     while not stop.wait(_LOOK_S):
         alive = cluster()
         if alive is not None:
-            with contextlib.suppress(ClosedError):
+            try:
                 alive.revive()
-            if time.monotonic() - renewed >= _LEASE_RENEWAL_S:
-                alive.renew_leases()
-                renewed = time.monotonic()
+                if time.monotonic() - renewed >= _LEASE_RENEWAL_S:
+                    alive.renew_leases()
+                    renewed = time.monotonic()
+            except ClosedError:
+                pass
+            except Exception:  # nobody else looks after leases
+                log.exception("owners that are away, and leases, are looked after again in %s s", _LOOK_S)
         del alive
 
 

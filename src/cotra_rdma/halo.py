@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.arena import Arena
-from cotra_rdma.engine import ImageInfo, RecordCache
+from cotra_rdma.engine import ImageInfo
 from cotra_rdma.errors import InvalidInputError
-from cotra_rdma.peer import ONE_SIDED, Peer
+from cotra_rdma.peer import READ, Peer
 
 log = logging.getLogger(__name__)
 
@@ -44,34 +44,40 @@ def far_links(arena: Arena, info: ImageInfo) -> tuple[npt.NDArray[np.uint32], np
     return nodes, counts
 
 
-def fill_halo(peers: Sequence[Peer], share: float) -> None:
-    """Gives the shards that are read a cache each, with the records that this process's own shards link to most: `share` of the
-    own images' bytes. Raises `InvalidInputError` where no shard is this process's own, or they are not of one graph."""
-    own = [peer for peer in peers if peer.transport == "own" and peer.info is not None]
-    if not own or not own[0].shard.graph_id:
-        raise InvalidInputError("halo: is for a process that holds shards of one graph itself")
-    wanted: dict[int, int] = {}
-    budget = 0
-    for peer in own:
-        assert peer.info is not None
-        source, _ = peer.open_source()
-        assert isinstance(source, Arena)
-        budget += int(share * peer.info.count)
-        for node, count in zip(*(column.tolist() for column in far_links(source, peer.info)), strict=True):
-            wanted[node] = wanted.get(node, 0) + count
-    nodes = np.fromiter(wanted.keys(), np.int64, len(wanted))
-    counts = np.fromiter(wanted.values(), np.int64, len(wanted))
-    nodes = np.sort(nodes[np.lexsort((nodes, -counts))[:budget]])
-    for peer in peers:
-        if peer.transport not in ONE_SIDED or peer.transport == "own" or peer.info is None:
-            continue
+class Halo:
+    """The records of other shards that this process's own shards link to most, as a share of the own images' bytes."""
+
+    def __init__(self, peers: Sequence[Peer], share: float) -> None:
+        """Chooses them; `fill` gets them. Raises `InvalidInputError` where no shard of `peers` is this process's own, or they are
+        not of one graph."""
+        own = [peer for peer in peers if peer.transport == "own" and peer.info is not None]
+        if not own or not own[0].shard.graph_id:
+            raise InvalidInputError("halo: is for a process that holds shards of one graph itself")
+        wanted: dict[int, int] = {}
+        budget = 0
+        for peer in own:
+            assert peer.info is not None
+            source, _ = peer.open_source()
+            assert isinstance(source, Arena)
+            budget += int(share * peer.info.count)
+            for node, count in zip(*(column.tolist() for column in far_links(source, peer.info)), strict=True):
+                wanted[node] = wanted.get(node, 0) + count
+        nodes = np.fromiter(wanted.keys(), np.int64, len(wanted))
+        counts = np.fromiter(wanted.values(), np.int64, len(wanted))
+        self._nodes = np.sort(nodes[np.lexsort((nodes, -counts))[:budget]])
+        log.info("halo: %d records of other shards, of %d that own ones link to", len(self._nodes), len(wanted))
+
+    def fill(self, peer: Peer) -> None:
+        """Gives a shard that is read a cache, with those records that are its own. Raises `TransportError` where it fails."""
+        if peer.transport not in READ or peer.info is None:
+            return
         info = peer.info
-        rows = nodes[(nodes >= info.graph_base) & (nodes < info.graph_base + info.count)] - info.graph_base
+        rows = self._nodes[(self._nodes >= info.graph_base) & (self._nodes < info.graph_base + info.count)]
+        rows -= info.graph_base
         if not len(rows):
-            continue
-        assert peer.view is not None
-        room = max(16, round(len(rows) * _SPARE)) * (info.record_bytes + _RECORD_EXTRA) + 4096
-        peer.cache = RecordCache.create(peer.view, room)
+            return
+        peer.make_cache(max(16, round(len(rows) * _SPARE)) * (info.record_bytes + _RECORD_EXTRA) + 4096)
+        assert peer.cache is not None
         channel, parts = peer.open_channel()
         with parts:
             for begin in range(0, len(rows), _ROWS):
@@ -79,5 +85,3 @@ def fill_halo(peers: Sequence[Peer], share: float) -> None:
                 offsets = (info.records_offset + some * info.record_bytes).astype(np.uint64)
                 for row, record in zip(some.tolist(), channel.gather(offsets, info.record_bytes), strict=True):
                     peer.cache.put(row, record)
-    held = sum(peer.cache.info.records for peer in peers if peer.cache is not None)
-    log.info("halo: %d records of other shards, of %d that own ones link to", held, len(wanted))

@@ -19,6 +19,7 @@ from typing import Any
 from cotra_rdma.collection import Collection, collection_directory
 from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.messages import ShardFields
+from cotra_rdma.rpc import parse_address
 
 OWNERS = "owners.json"
 FORMAT = "cotra-owners"
@@ -30,7 +31,7 @@ _LOCK_TIMEOUT_S = 5.0
 _LOCK_RETRY_S = 0.02
 _MAX_BYTES = 16 << 20
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
-_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[\w.-]+):([0-9]{1,5})", re.ASCII)
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[\w.-]+):[0-9]{1,5}", re.ASCII)
 _MAX_ADDRESS = 300  # characters; a host name has 253 at most (RFC 1035, section 2.3.4)
 
 Owners = dict[int, list[str]]
@@ -41,8 +42,12 @@ def is_address(text: object) -> bool:
     """Whether it is HOST:PORT or [V6]:PORT, as others can reach it: with a port from 1 to 65535."""
     if not isinstance(text, str) or len(text) > _MAX_ADDRESS:
         return False
-    found = _ADDRESS.fullmatch(text)
-    return found is not None and 1 <= int(found[1]) <= 65535
+    if _ADDRESS.fullmatch(text) is None:
+        return False
+    try:
+        return parse_address(text)[1] >= 1
+    except InvalidInputError:
+        return False
 
 
 def load(directory: str | os.PathLike[str]) -> Owners:

@@ -44,7 +44,9 @@ from cotra_rdma.wire import WIRE_VERSION, Payload, VShardEnvelope, VShardMessage
 
 log = logging.getLogger(__name__)
 
-ONE_SIDED = ("own", "verbs", "shm")
+READ = ("verbs", "shm")
+"""The paths over which another process's memory is read."""
+ONE_SIDED = ("own", *READ)
 """The paths that need nothing of an owner's process: this process's own memory, READs, a mapping."""
 LOST = "lost"
 """In the place of a path, where a shard has no owner left."""

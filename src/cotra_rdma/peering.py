@@ -119,9 +119,10 @@ class Peering:
             try:
                 self.look()
                 self._complaint = ""
-            except (CotraError, OSError) as error:
+            except Exception as error:  # of `changed` too: nobody else looks
                 if str(error) != self._complaint:  # the same once a second would say no more
-                    log.warning("%s: not connected to all peers: %s", self._directory, error)
+                    told = isinstance(error, (CotraError, OSError))
+                    log.warning("%s: not connected to all peers: %s", self._directory, error, exc_info=not told)
                 self._complaint = str(error)
             if self._stop.wait(_LOOK_S if self._cluster is not None else _FIRST_LOOKS_S):
                 return

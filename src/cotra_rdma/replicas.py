@@ -32,6 +32,11 @@ class AbsentPeer(Peer):
         self.shard = known if address else msgspec.structs.replace(known, count=0, image_checksum=0)
         self.capabilities = messages.RegionResponse(shard=self.shard, transports={"rpc": "it has no owner"})
 
+    def take_over(self, failed: Peer) -> None:
+        """Keeps what is known of the shard, and its cache, for whoever comes back."""
+        super().take_over(failed)
+        self.coarse, self.calibration, self.number = failed.coarse, failed.calibration, failed.number
+
     def renew(self) -> None:
         """Nobody is there."""
 
@@ -45,7 +50,8 @@ class AbsentPeer(Peer):
 
 
 class Replicas:
-    """The shards of a cluster, each with its owners. Threads may share it.
+    """The shards of a cluster, each with its owners. Threads may share it; none waits for what another shard's owners take long
+    to answer.
 
     Attributes:
         peers: for each shard the owner in use; an `AbsentPeer` where there is none. Replaced in place.
@@ -57,17 +63,20 @@ class Replicas:
         owners: Sequence[Sequence[Owner]],
         reach: Callable[[int, Owner], Peer],
         choose: Callable[[Peer], None],
+        prepare: Callable[[Peer], None],
         changed: Callable[[Peer], None],
     ) -> None:
         """Args:
         owners: for each shard its owners.
         reach: makes the control connection to one.
         choose: takes the best path to one that is about to be used.
-        changed: told of a peer that is not used any more.
+        prepare: readies one, whose path is chosen, for a shard that had none, and nothing that was kept of one.
+        changed: told of a peer that is not used any more, in the thread that found out.
         """
-        self._reach, self._choose, self._changed = reach, choose, changed
-        self._lock = threading.Lock()
+        self._reach, self._choose, self._prepare, self._changed = reach, choose, prepare, changed
+        self._lock = threading.Lock()  # of what follows: never held over a call to an owner
         self._reviving = threading.Lock()
+        self._turns = [threading.Lock() for _ in owners]  # who puts another owner in a shard's place
         self._closed = False
         self._given = {shard for shard, group in enumerate(owners) if group}
         self._standby: list[list[Peer]] = []
@@ -118,8 +127,12 @@ class Replicas:
         for shard, standby in enumerate(self._standby):
             if known:
                 self.peers[shard] = AbsentPeer(shard, "", known[0].shard)
-            error = self._promote(shard) if standby else None
-            if error is not None:
+            if not standby:
+                continue
+            peer, error = self._next(shard)
+            if peer is not None:
+                self.peers[shard] = peer
+            elif error is not None:
                 self.lost[shard] = error
         if self.lost and not (allow_partial and len(self.lost) < len(self.peers)):
             raise self.lost[min(self.lost)]
@@ -127,25 +140,34 @@ class Replicas:
             level = logging.WARNING if shard in self._given else logging.INFO  # who gives none knows
             log.log(level, "shard %d has no owner, and searches go on without it: %s", shard, error)
 
-    def _promote(self, shard: int) -> CotraError | None:
-        """Puts the nearest standby with a path that works in use; why there is none."""
-        standby, error = self._standby[shard], None
-        while standby:
-            peer = standby.pop(0)
+    def _next(self, shard: int) -> tuple[Peer | None, CotraError | None]:
+        """The nearest standby with a path that works; or why there is none, None where there was no standby."""
+        error = None
+        while True:
+            with self._lock:
+                if not self._standby[shard]:
+                    return None, error
+                peer = self._standby[shard].pop(0)
             try:
                 self._choose(peer)
             except CotraError as failed:
                 error = failed
-                self._away.append((shard, peer.owner))
+                with self._lock:
+                    self._away.append((shard, peer.owner))
                 peer.close()
                 continue
             except BaseException:
                 peer.close()
                 raise
-            self.peers[shard] = peer
-            self.lost.pop(shard, None)
-            return None
-        return error
+            return peer, None
+
+    def _use(self, peer: Peer, instead_of: Peer) -> None:
+        """Puts an owner in use; under the lock. Raises `ClosedError` once closed."""
+        if self._closed:
+            peer.close()
+            raise ClosedError("the cluster is closed")
+        peer.take_over(instead_of)
+        self.peers[peer.index] = peer
 
     def replace(self, failed: Peer, error: CotraError, *, give_up: bool) -> Peer | None:
         """The owner to go on with where one failed in a search; None where none is left.
@@ -154,28 +176,29 @@ class Replicas:
         are to give the shard up, else it stays in use, for whoever sees the error and tries again. Raises `ClosedError` once
         closed.
         """
-        with self._lock:
-            shard = failed.index
-            if self._closed:
-                raise ClosedError("the cluster is closed")
-            if self.peers[shard] is failed:
-                self._promote(shard)
-                if self.peers[shard] is failed and not give_up:
-                    return None
-                self._away.append((shard, failed.owner))
-                if self.peers[shard] is failed:
-                    self.peers[shard] = AbsentPeer(shard, failed.address, failed.shard)
+        shard = failed.index
+        with self._turns[shard]:
+            with self._lock:
+                if self._closed:
+                    raise ClosedError("the cluster is closed")
                 peer = self.peers[shard]
-                if peer.transport == LOST:
+            if peer is not failed:  # another thread saw it first
+                return None if peer.transport == LOST else peer
+            other, _ = self._next(shard)
+            if other is None and not give_up:
+                return None
+            with self._lock:
+                self._use(other or AbsentPeer(shard, failed.address, failed.shard), failed)
+                self._away.append((shard, failed.owner))
+                if other is None:
                     self.lost[shard] = error
-                    log.warning("%s failed, and no owner is left: searches go on without it: %s", failed, error)
-                else:
-                    peer.take_over(failed)
-                    log.warning("%s failed, and %s goes on over %s: %s", failed, peer, peer.transport, error)
-                self._changed(failed)
-                failed.retire()
-            peer = self.peers[shard]
-            return None if peer.transport == LOST else peer
+        if other is None:
+            log.warning("%s failed, and no owner is left: searches go on without it: %s", failed, error)
+        else:
+            log.warning("%s failed, and %s goes on over %s: %s", failed, other, other.transport, error)
+        self._changed(failed)
+        failed.retire()
+        return other
 
     def owners(self, shard: int) -> list[Peer]:
         """The owners of a shard that are there, that in use first."""
@@ -184,34 +207,53 @@ class Replicas:
 
     def revive(self) -> list[str]:
         """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile."""
-        with self._reviving:
-            return self._revive()
-
-    def _revive(self) -> list[str]:
-        with self._lock:
-            away, self._away = self._away, []
         back = []
-        for shard, owner in away:
-            try:
-                peer = self._reach(shard, owner)
-            except CotraError as error:
-                log.debug("shard %d: %s", shard, error)
-                self._away.append((shard, owner))
-                continue
+        with self._reviving:
             with self._lock:
-                if self._closed or not _is_same(self.peers[shard], peer):
-                    log.info("%s is back with another image, and stays out: connect again", peer)
-                    peer.close()
-                    continue
-                self._standby[shard].append(peer)
-                gone = self.peers[shard]
-                if gone.transport == LOST:
-                    if self._promote(shard) is not None:
-                        continue
-                    self._changed(gone)
-                back.append(peer.address)
-                log.info("%s is back", peer)
+                away = list(self._away)
+            for shard, owner in away:
+                try:
+                    peer = self._reach(shard, owner)
+                    if self._take_back(peer):
+                        back.append(peer.address)
+                        log.info("%s is back", peer)
+                except ClosedError:
+                    raise
+                except CotraError as error:
+                    log.debug("shard %d: %s", shard, error)
+                except Exception:  # it is tried again, as all that are away
+                    log.exception("shard %d: %s was tried again", shard, owner)
         return back
+
+    def _take_back(self, peer: Peer) -> bool:
+        """Whether an owner that was away is one again: in use where its shard has none. Raises `CotraError` where no path to it
+        works; it stays away then."""
+        shard, gone = peer.index, None
+        with self._turns[shard]:
+            try:
+                now = self.peers[shard]
+                is_same = _is_same(now, peer)
+                if is_same and now.transport == LOST:
+                    self._choose(peer)
+                    if now.cache is None:
+                        self._prepare(peer)
+                    gone = now
+                with self._lock:
+                    if gone is not None:
+                        self._use(peer, gone)
+                        self.lost.pop(shard, None)
+                    elif is_same and not self._closed:
+                        self._standby[shard].append(peer)
+                    self._away.remove((shard, peer.owner))
+            except BaseException:
+                peer.close()
+                raise
+        if not is_same:
+            log.info("%s is back with another image, and stays out: connect again", peer)
+            peer.close()
+        if gone is not None:
+            self._changed(gone)
+        return is_same
 
     @property
     def are_all_here(self) -> bool:

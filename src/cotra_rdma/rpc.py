@@ -80,7 +80,12 @@ def parse_address(address: str) -> tuple[str, int]:
     host, colon, port = address.removeprefix("tcp://").rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidInputError(f"an address is HOST:PORT, not {address!r}")
-    return host.strip("[]"), int(port)
+    host = host.strip("[]")
+    try:
+        host.encode("idna")  # as sockets do
+    except UnicodeError as error:
+        raise InvalidInputError(f"an address is HOST:PORT, and {host!r} is no host's name: {error}") from None
+    return host, int(port)
 
 
 def _endpoint(host: str, port: int | str) -> str:
