@@ -225,7 +225,12 @@ def test_generations_are_not_mixed(built: Path, index: Path, tmp_path: Path, sta
     newer = serve(stack, tmp_path / "rebuilt", 1)
     owners.add(index, [(1, newer.address), (2, others[1].address), (3, others[2].address)])
     told = Told()
-    peering = stack.enter_context(Peering(index, halo=0.0, changed=told.put))
+
+    def tell(walks: Walks) -> None:
+        told.put(walks)
+        raise RuntimeError("of who is told: no end of the peering")
+
+    peering = stack.enter_context(Peering(index, halo=0.0, changed=tell))
     peering.start({0: own}, patience_s=0.0)
     assert told.next() == ("own", "lost", "shm", "shm")
     owners.add(index, [(1, others[0].address)])

@@ -194,7 +194,7 @@ def test_an_address_in_use_is_said(serve: Serve) -> None:
         RpcServer(serve().address, echo)
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:70000", "host:x"])
+@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:70000", "host:x", "a..b:1", f"{'x' * 64}:1"])
 def test_bad_addresses(address: str) -> None:
     with pytest.raises(InvalidInputError, match="HOST:PORT"):
         parse_address(address)

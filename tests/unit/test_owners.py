@@ -108,7 +108,21 @@ def test_a_lock_that_is_not_given_back(tmp_path: Path, monkeypatch: pytest.Monke
         *(
             (json.dumps({**HEAD, "shards": {"0": ["a:1", address]}}).encode(), "is not HOST:PORT")
             for address in (
-                *("", "a", "a:", ":1", "a:0", "a:65536", "a:1\n", "a b:1", "fe80::1:1", "[x]:1", "a:\u0661", "../a:1"),
+                *(
+                    "",
+                    "a",
+                    "a:",
+                    ":1",
+                    "a:0",
+                    "a:65536",
+                    "a:1\n",
+                    "a b:1",
+                    "fe80::1:1",
+                    "[x]:1",
+                    "a:\u0661",
+                    "../a:1",
+                    "a..b:1",
+                ),
                 *("tcp://a:1", "a" * 400 + ":1", 7, None, ["a:1"]),
             )
         ),

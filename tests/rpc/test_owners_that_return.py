@@ -1,0 +1,283 @@
+"""Owners that are away and come back: what is kept for them, who waits for them, and what must not make anybody forget them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import cotra_rdma
+from cotra_rdma import ClosedError, Cluster, CotraError, FabricModel, Server, Shard, TransportError, cluster
+from cotra_rdma.collection import build_collection, coarse_of, shard_paths
+from cotra_rdma.datasets import open_vectors
+from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
+from cotra_rdma.peer import Peer
+from cotra_rdma.replicas import Owner
+
+Floats = npt.NDArray[np.float32]
+N, N_SHARDS = 2000, 4
+
+
+@pytest.fixture(scope="module")
+def paths(words: Floats, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """2,000 words in four shards of one graph."""
+    directory = tmp_path_factory.mktemp("return")
+    np.save(directory / "base.npy", words[:N])
+    with open_vectors(directory / "base.npy") as file:
+        build_collection(
+            file, directory / "index", N_SHARDS, metric="cosine", M=8, ef_construction=60, graph="global", n_threads=1
+        )
+    return shard_paths([directory / "index"])
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as parts:
+        yield parts
+
+
+@pytest.fixture
+def shards(paths: list[Path], stack: ExitStack) -> list[Shard]:
+    return [stack.enter_context(Shard.open(path)) for path in paths]
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Owners are looked for when a test says so, and not by the clock."""
+    monkeypatch.setattr(cluster, "_LOOK_S", 3600.0)
+
+
+def serve(
+    stack: ExitStack, paths: list[Path], shards: list[Shard], number: int, address: str = "127.0.0.1:0"
+) -> Server:
+    told = coarse_of(paths[number])
+    assert told is not None
+    coarse = CoarseRouteResponse(0, "", CentroidTable.of(told[0], "float16"), told[1]).encode()
+    return stack.enter_context(cotra_rdma.serve(shards[number], address, transports=("shm", "rpc"), coarse=coarse))
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def lose(reader: Cluster, shard: int) -> None:
+    """As a search does whose READs of it fail, where nobody else owns it."""
+    assert reader._fail_over(reader._peers[shard], TransportError("gone", shard=shard), True) is None
+    assert reader.transports[shard] == "lost"
+
+
+def test_a_halo_is_kept_for_an_owner_that_comes_back(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(1, N_SHARDS)]
+    own = [shards[0], *(server.address for server in servers)]
+    reader = stack.enter_context(cotra_rdma.connect(own, transport="shm", halo=0.6))
+    before = reader.search(queries, k=10, ef=48)
+    lose(reader, 2)
+    assert reader.search(queries, k=10, ef=48).missing == (2,)
+    held = reader.record_caches  # what the others were asked for since is in theirs
+    assert held[2] is not None
+    assert held[2].records > 20
+    assert reader.revive() == [servers[1].address]
+    assert reader.record_caches == held
+    again = reader.search(queries, k=10, ef=48)
+    np.testing.assert_array_equal(again.ids, before.ids)
+    assert again.coverage == 1.0
+    assert again.local_share >= before.local_share > 0.4
+
+
+@pytest.mark.parametrize("options", [{"halo": 0.6}, {"cache_bytes": 200_000}])
+def test_a_shard_that_is_there_only_later_gets_what_connect_was_asked_for(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, options: dict[str, Any]
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(1, N_SHARDS)]
+    own = [shards[0], *(server.address for server in servers)]
+    whole = stack.enter_context(cotra_rdma.connect(own, transport="shm", **options))
+    late = free_address()
+    reader = stack.enter_context(cotra_rdma.connect([*own[:3], late], transport="shm", allow_partial=True, **options))
+    assert reader.search(queries, k=10, ef=48).missing == (3,)
+    assert reader.record_caches[3] is None
+    serve(stack, paths, shards, 3, late)
+    assert reader.revive() == [late]
+    found, wanted = reader.search(queries, k=10, ef=48), whole.search(queries, k=10, ef=48)
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    held, like = reader.record_caches[3], whole.record_caches[3]
+    assert held is not None
+    assert like is not None
+    assert held.places == pytest.approx(like.places, rel=0.15)
+    if "cache_bytes" in options:
+        assert sum(cache.nbytes for cache in reader.record_caches if cache is not None) <= 200_000
+    else:
+        assert found.local_share >= wanted.local_share
+
+
+def test_a_cache_that_leaves_no_room_for_a_shard_that_is_late(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(3)]
+    late = free_address()
+    addresses = [*(server.address for server in servers), late]
+    reader = stack.enter_context(cotra_rdma.connect(addresses, allow_partial=True, cache_bytes=200_000))
+    reader._cache_bytes = 1  # as if the others had all of it
+    serve(stack, paths, shards, 3, late)
+    assert reader.revive() == [late]
+    assert reader.record_caches[3] is None
+    assert reader.search(queries, k=10, ef=48).coverage == 1.0
+
+
+def test_compass_is_there_when_the_collection_is(
+    words: Floats, queries: Floats, tmp_path: Path, stack: ExitStack
+) -> None:
+    np.save(tmp_path / "base.npy", words[:N])
+    with open_vectors(tmp_path / "base.npy") as file:
+        build_collection(
+            file, tmp_path / "index", 3, metric="cosine", M=4, ef_construction=30, partition="kmeans", n_threads=1
+        )
+    paths = shard_paths([tmp_path / "index"])
+    shards = [stack.enter_context(Shard.open(path)) for path in paths]
+    late = free_address()
+    addresses = [serve(stack, paths, shards, 0).address, serve(stack, paths, shards, 1).address, late]
+    reader = stack.enter_context(cotra_rdma.connect(addresses, allow_partial=True))
+    with pytest.raises(cotra_rdma.InvalidInputError, match="not the whole of a collection"):
+        reader.search(queries, algorithm="compass", allow_partial=True)
+    serve(stack, paths, shards, 2, late)
+    assert reader.revive() == [late]
+    assert reader.search(queries, algorithm="compass").coverage == 1.0
+    lose(reader, 2)
+    assert reader.search(queries, algorithm="compass", allow_partial=True).missing == (2,)  # its table is known still
+
+
+def test_nobody_waits_for_another_shards_owner(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    other = serve(stack, paths, shards, 0)
+    groups = [[servers[0].address, other.address], *(server.address for server in servers[1:])]
+    reader = stack.enter_context(cotra_rdma.connect(groups, transport="shm"))
+    replicas = reader._replicas
+    assert replicas is not None
+    asked, answer = threading.Event(), threading.Event()
+    choose = replicas._choose
+
+    def slowly(peer: Peer) -> None:
+        asked.set()
+        assert answer.wait(30.0)
+        choose(peer)
+
+    monkeypatch.setattr(replicas, "_choose", slowly)
+    found: list[Peer | None] = []
+    failed = replicas.peers[0]
+    failover = [
+        threading.Thread(target=lambda: found.append(reader._fail_over(failed, TransportError("gone", shard=0), True)))
+        for _ in range(2)
+    ]
+    for thread in failover:
+        thread.start()
+    assert asked.wait(30.0)
+    try:
+        assert [owner.address for owner in replicas.owners(1)] == [servers[1].address]
+        assert replicas.owners(0)[0] is failed
+        apart = np.ones((len(queries), N_SHARDS), bool)
+        apart[:, 0] = False
+        assert reader.search(queries, shards=apart).coverage == 1.0
+        lose(reader, 2)
+        assert not found
+    finally:
+        answer.set()
+        for thread in failover:
+            thread.join(30.0)
+    assert [peer.address for peer in found if peer is not None] == [replicas.peers[0].address] * 2
+    assert replicas.peers[0] is not failed
+
+
+def test_owners_that_are_away_are_never_forgotten(
+    paths: list[Path], shards: list[Shard], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
+    replicas = reader._replicas
+    assert replicas is not None
+    for shard in (1, 2):
+        lose(reader, shard)
+    reach = replicas._reach
+
+    def broken(shard: int, owner: Owner) -> Peer:
+        if shard == 1:
+            raise RuntimeError("what nobody thought of")
+        return reach(shard, owner)
+
+    monkeypatch.setattr(replicas, "_reach", broken)
+    assert reader.revive() == [servers[2].address]
+    assert not replicas.are_all_here
+    monkeypatch.undo()
+    assert reader.revive() == [servers[1].address]
+    assert replicas.are_all_here
+    assert reader.lost == {}
+    for prepare in (CotraError("no path"), MemoryError()):
+        lose(reader, 1)
+
+        def refuse(peer: Peer, why: BaseException = prepare) -> None:
+            raise why
+
+        monkeypatch.setattr(replicas, "_choose", refuse)
+        assert reader.revive() == []
+        monkeypatch.undo()
+        assert reader.revive() == [servers[1].address]
+
+
+def test_the_thread_that_looks_for_owners_survives_everything(
+    paths: list[Path], shards: list[Shard], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_LOOK_S", 0.01)
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
+    replicas = reader._replicas
+    assert replicas is not None
+    revive, failures = replicas.revive, iter(range(3))
+
+    def fragile() -> list[str]:
+        if next(failures, None) is not None:
+            raise RuntimeError("what nobody thought of")
+        return revive()
+
+    monkeypatch.setattr(replicas, "revive", fragile)
+    lose(reader, 1)
+    wait_until(lambda: not reader.lost)
+    assert reader.transports[1] == "shm"
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30.0
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_close_waits_for_searches(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, n_threads: int
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    slow = FabricModel(round_trip_s=0.003)
+    reader = cotra_rdma.connect([server.address for server in servers], transport="shm", fabric=slow)
+    found: list[cotra_rdma.SearchResult] = []
+    thread = threading.Thread(target=lambda: found.append(reader.search(queries, ef=48, n_threads=n_threads)))
+    thread.start()
+    wait_until(lambda: reader._n_searches == 1)
+    assert not found
+    reader.close()
+    assert reader._n_searches == 0
+    thread.join(30.0)
+    assert found[0].coverage == 1.0
+    assert (found[0].ids >= 0).all()
+    with pytest.raises(ClosedError):
+        reader.search(queries)
