@@ -114,7 +114,7 @@ class Collection:
             loaded = cls(**raw, shards=shards)
         except FileNotFoundError:
             raise FormatError(f"{directory}: holds no {MANIFEST}: not a directory that `cotra build` made") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FormatError(f"{path}: malformed manifest: {error}") from error
         if form not in [(FORMAT, version) for version in range(1, FORMAT_VERSION + 1)]:
             raise FormatError(
@@ -439,6 +439,11 @@ def collection_directory(path: str | os.PathLike[str]) -> Path:
         return given
     if given.name == MANIFEST and given.is_file():
         return given.parent
+    if given.suffix == ".json" and given.is_file():
+        try:
+            json.loads(given.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{given}: malformed manifest: {error}") from None
     raise FormatError(f"{given}: is neither a directory that `cotra build` made nor its {MANIFEST}")
 
 

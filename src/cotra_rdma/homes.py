@@ -92,7 +92,8 @@ class Homes:
             failures |= lost
             _put(found, rows, self._gatherer.merge(answers, mine))
             used = [before or used_of(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]
-        used = [name or peer.transport for name, peer in zip(used, self._replicas.peers, strict=True)]
+        else:
+            used = [name or (LOST if at in failures else "peers") for at, name in enumerate(used)]
         return found, used, failures, np.where(here, -1, homes).astype(np.int32)
 
     def _places(self, peer: Peer, images: tuple[int, ...]) -> npt.NDArray[np.int32]:

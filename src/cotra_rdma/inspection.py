@@ -62,11 +62,13 @@ class Inspection:
         collection: the manifest; None where shards were named by themselves.
         shards: in order.
         problems: what does not fit together or cannot be read, each in a sentence.
+        unserved: likewise, shards without an owner that can be used, and owners that were named and do not answer.
     """
 
     collection: Collection | None
     shards: list[ShardReport]
     problems: list[str]
+    unserved: list[str] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -133,8 +135,7 @@ def inspect_collection(
             if owner.serves is not None and (misfit := owners.misfit(collection, shard.number, owner.serves)):
                 shard.misfits[owner.address] = f"serves {misfit}"
                 problems.append(f"shard {shard.number}: {owner.address} serves {misfit}")
-    if any(addresses):
-        problems += [f"shard {shard.number}: {_no_owner(shard)}" for shard in shards if not shard.served]
+    unserved = [f"shard {shard.number}: {_no_owner(shard)}" for shard in shards if not shard.served]
     problems += _read(shards, records, timeout_s, progress)
     for shard in shards:
         if shard.info is None:
@@ -147,7 +148,7 @@ def inspect_collection(
     total = sum(info.count for info in infos)
     if len(infos) == len(shards) and infos[0].graph_id and total != infos[0].graph_count:
         problems.append(f"the shards hold {total} nodes of a graph of {infos[0].graph_count}")
-    return Inspection(collection, shards, problems + _one_graph(shards))
+    return Inspection(collection, shards, problems + _one_graph(shards), unserved if any(addresses) else [])
 
 
 def inspect_files(paths: Iterable[str | os.PathLike[str]], *, progress: Progress | None = None) -> Inspection:
@@ -173,18 +174,19 @@ def inspect_owners(
     """
     shards = [ShardReport(of_one[0], number) for number, of_one in enumerate(addresses)]
     _ask(shards, addresses, timeout_s)
-    problems = []
+    problems: list[str] = []
+    unserved: list[str] = []
     for shard in shards:
         answers = [(owner.address, owner.serves) for owner in shard.owners if owner.serves is not None]
         for address, serves in answers[1:]:
             if serves != answers[0][1]:
                 shard.misfits[address] = f"serves another shard than {answers[0][0]}"
                 problems.append(f"shard {shard.number}: {address} {shard.misfits[address]}")
-        problems += [
-            f"shard {shard.number}: {owner.address}: {owner.problem}" for owner in shard.owners if owner.problem
+        unserved += [
+            f"shard {shard.number} at {owner.address}: {owner.problem}" for owner in shard.owners if owner.problem
         ]
     problems += _read(shards, records, timeout_s, progress)
-    return Inspection(None, shards, problems + _alike(shards) + _one_graph(shards))
+    return Inspection(None, shards, problems + _alike(shards) + _one_graph(shards), unserved)
 
 
 def _ask(shards: Sequence[ShardReport], addresses: Sequence[Sequence[str]], timeout_s: float) -> None:

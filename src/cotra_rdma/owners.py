@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ _ASIDE = ".owners.new"
 _LOCK_TIMEOUT_S = 5.0
 _LOCK_RETRY_S = 0.02
 _MAX_BYTES = 16 << 20
+_LOOK_S = 1.0  # a port of this host answers, or refuses, at once
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[\w.-]+):[0-9]{1,5}", re.ASCII)
 _MAX_ADDRESS = 300  # characters; a host name has 253 at most (RFC 1035, section 2.3.4)
@@ -122,6 +124,38 @@ def remove(directory: str | os.PathLike[str], served: Iterable[tuple[int, str]])
             _drop(owners, [address], only=number)
 
     _change(Path(directory), change)
+
+
+def prune(directory: str | os.PathLike[str]) -> list[str]:
+    """Takes out the owners of this host that were killed: those at an IP address of its own where nobody listens.
+
+    Of other hosts' nothing is known, and an owner that is stopped, or busy, still listens.
+
+    Returns: their addresses. Raises: `FormatError` and `OSError` as `add`.
+    """
+    gone: list[str] = []
+
+    def change(owners: Owners) -> None:  # under the lock: who is noted listens already
+        gone.extend(address for address in {at for of in owners.values() for at in of} if _is_gone(address))
+        _drop(owners, gone)
+
+    _change(Path(directory), change)
+    return sorted(gone)
+
+
+def _is_gone(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        to = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
+        with socket.socket(*to[:3]) as probe:
+            probe.settimeout(_LOOK_S)
+            probe.bind((to[4][0], 0, *to[4][2:]))  # another host's address cannot be had
+            probe.connect(to[4])
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def addresses_of(path: str | os.PathLike[str]) -> list[list[str]]:

@@ -24,7 +24,8 @@ class SearchResult:
             (records of this process's own shards, used in place), pushed (nodes that owners expanded), read_bytes (messages
             of pushes included), latency_ns; all else summed over the shards.
         transports: for each shard what was really used: "own" memory, "verbs", "shm", "push" (its owner expanded nodes for the
-            walk), "rpc" (its owner searched), "home" (its owner searched the collection), or "lost" (it has no owner left).
+            walk), "rpc" (its owner searched), "home" (its owner searched the collection), "peers" (the owners of others did, and
+            reached it), or "lost" (it has no owner left).
         elapsed_s: of the whole call, in seconds.
         coverage: the share of the shards that the answer is of: 1.0 unless some are missing.
         failures: the shards that are missing, and why. What was read of one before it failed is kept.

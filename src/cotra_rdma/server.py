@@ -54,7 +54,7 @@ class _Lane:
 def serve(
     shard: Shard,
     address: str = "127.0.0.1:0",
-    transports: Iterable[str] = TRANSPORTS,
+    transports: Iterable[str] | None = None,
     device: str | None = None,
     gid_index: int | None = None,
     *,
@@ -71,8 +71,8 @@ def serve(
         shard: stays the caller's; close it after the server.
         address: HOST:PORT to listen on; port 0 takes a free one, which `server.address` tells. RPC is the control plane, so
             it always listens.
-        transports: what peers may use: "verbs", "shm", "rpc". One that cannot be had here is left out, logged once, and
-            explained in `server.unavailable`.
+        transports: what peers may use: "verbs", "shm", "rpc"; None: all of these. One that cannot be had here is left out, and
+            explained in `server.unavailable`; where it was named it is also a warning in the log.
         device, gid_index: of verbs; None for the first active device, and the GID that ranks best for each peer.
         keys: CURVE keys; None for an open server.
         queue_pair: options of the queue pairs towards peers, time-outs say.
@@ -91,7 +91,7 @@ def serve(
     return Server(
         shard,
         address,
-        tuple(transports),
+        None if transports is None else tuple(transports),
         device,
         gid_index,
         keys,
@@ -117,7 +117,7 @@ class Server:
         self,
         shard: Shard,
         address: str,
-        transports: tuple[str, ...],
+        transports: tuple[str, ...] | None,
         device: str | None,
         gid_index: int | None,
         keys: ServerKeys | None,
@@ -127,6 +127,8 @@ class Server:
         exchange: Exchange | None = None,
         rpc: RpcServer | None = None,
     ) -> None:
+        named = transports is not None
+        transports = TRANSPORTS if transports is None else transports
         unknown = [name for name in transports if name not in TRANSPORTS]
         if unknown or not transports:
             raise InvalidInputError(f"transports must be some of {', '.join(TRANSPORTS)}, not {unknown or 'none'}")
@@ -160,7 +162,7 @@ class Server:
         self.unavailable: dict[str, str] = {name: "not offered" for name in TRANSPORTS if name not in transports}
         try:
             if "verbs" in transports:
-                self._open_verbs(device)
+                self._open_verbs(device, logging.WARNING if named else logging.INFO)
             if "shm" in transports:
                 self._handover = HandOver(self._pinned())
             if "rpc" in transports:  # of the pinned copy, where there is one: that is in memory already
@@ -182,7 +184,8 @@ class Server:
             log.info("the region is not locked: %s", error)
             return self._shard.pinned(lock=False)
 
-    def _open_verbs(self, name: str | None) -> None:
+    def _open_verbs(self, name: str | None, level: int) -> None:
+        """`level`: of the log's line where it cannot be had."""
         try:
             self._device = Device(name)
             self._registration = MemoryRegistration(self._device, self._pinned())
@@ -191,7 +194,7 @@ class Server:
             if name is not None or isinstance(error, InvalidInputError):
                 raise
             self.unavailable["verbs"] = str(error)
-            log.warning("verbs is not offered: %s", error)
+            log.log(level, "verbs is not offered: %s", error)
             for part in (self._registration, self._device):
                 if part is not None:
                     part.close()

@@ -136,17 +136,26 @@ def test_a_lost_owner(built: Path, index: Path, stack: ExitStack) -> None:
     assert [owner["answers"] for owner in told["shards"][0]["owners"]] == [False, True]
     assert told["problems"] == []
     owners[2].close()
-    failed = json.loads(cotra(*asked, "--json", status=1).stderr)["error"]
+    failed = json.loads(cotra(*asked, "--no-allow-partial", "--json", status=1).stderr)["error"]
     assert (failed["type"], failed["shard"]) == ("TransportError", 0)
     assert failed["message"].startswith(f"1 of 3 shards have no owner that answers: shard 0: {gone}")
-    partial = answer(*asked, "--allow-partial")
+    partial = answer(*asked)
     assert partial["coverage"] == pytest.approx(2 / 3)
     assert list(partial["failures"]) == ["shard 0"]
     assert partial["transports"] == {"shard 0": "lost", **dict.fromkeys(owners[1].addresses, "shm")}
     assert partial["recall"] < found["recall"]
     assert "no answer from shard 0" in cotra(*asked, "--allow-partial").stdout
     told = answer("info", index, status=1)
-    assert [problem.partition(":")[0] for problem in told["problems"]] == ["shard 0"]
+    assert told["problems"] == []
+    assert [why.partition(":")[0] for why in told["unserved"]] == ["shard 0"]
+    shown = cotra("info", index, status=1).stdout
+    assert "not served: shard 0: no owner that can be used" in shown
+    assert "does not fit" not in shown
+    assert "no answer: " in shown
+    assert "until `cotra serve` is started again on their host" in shown
+    back = served(stack, index, 0)
+    assert load(index)[0] == back.addresses  # the killed one's address is gone
+    assert "no answer" not in cotra("info", index).stdout
 
 
 def set_generation(index: Path, generation: int) -> None:
@@ -166,9 +175,9 @@ def test_an_owner_of_another_generation_is_not_searched(built: Path, index: Path
         assert f"shard {number}: {address} serves generation 1, and the manifest has 2" in problems
     add(index, [(0, addresses[1])])  # a shard that is not that one
     set_generation(index, 1)
-    told = "\n".join(inspect_collection(index).problems)
-    assert f"shard 0: {addresses[1]} serves" in told
-    assert "shard 1: no owner is noted" in told
+    found = inspect_collection(index)
+    assert f"shard 0: {addresses[1]} serves" in "\n".join(found.problems)
+    assert found.unserved == ["shard 1: no owner is noted in owners.json"]
 
 
 def test_records_are_read_from_owners(index: Path, tmp_path: Path, stack: ExitStack) -> None:
@@ -206,7 +215,7 @@ def test_replicas_that_are_not_alike_are_told(index: Path, stack: ExitStack) -> 
     one, other, _ = served(stack, index).addresses
     told = answer("info", f"{one},{other}", "127.0.0.1:1", status=1)
     assert f"shard 0: {other} serves another shard than {one}" in told["problems"]
-    assert any(problem.startswith("shard 1: 127.0.0.1:1: ") for problem in told["problems"])
+    assert [why.startswith("shard 1 at 127.0.0.1:1: ") for why in told["unserved"]] == [True]
 
 
 @pytest.mark.parametrize(

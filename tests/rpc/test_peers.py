@@ -105,11 +105,11 @@ def test_peers_from_the_command_line(built: Path, index: Path, tmp_path: Path, s
         read["reads_per_query"]
     )
     kill(peers[1])
-    refused = search(built, index, "--algorithm", "home", status=1)["error"]
+    refused = search(built, index, "--algorithm", "home", "--no-allow-partial", status=1)["error"]
     assert refused["shard"] == 1
-    lost = search(built, index, "--algorithm", "home", "--allow-partial", "--out", tmp_path / "lost.npy")
+    lost = search(built, index, "--algorithm", "home", "--out", tmp_path / "lost.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "lost.npy"), np.load(tmp_path / "read.npy"))  # still mapped there
-    assert list(lost["transports"].values()) == ["home", "lost", "home", "home"]
+    assert list(lost["transports"].values()) == ["home", "peers", "home", "home"]
     assert list(lost["unreached"]) == ["shard 1"]
     assert (lost["walked_at_home"], lost["coverage"], lost["failures"]) == (N_QUERIES, 1.0, {})
 
@@ -119,7 +119,7 @@ def test_a_peer_that_is_lost_and_comes_back(built: Path, index: Path, stack: Exi
     peers = [peer(stack, index, number, transports=("rpc",)) for number in range(N_SHARDS)]
     for number, process in enumerate(peers):
         assert process.wait_walks(whole) == ["own" if at == number else "rpc" for at in range(N_SHARDS)]
-    asked = (index, "--algorithm", "home", "--allow-partial")
+    asked = (index, "--algorithm", "home")
     before = search(built, *asked)
     assert (before["coverage"], before["walked_at_home"]) == (1.0, N_QUERIES)
     assert before["pushed_per_query"] > 0
@@ -127,6 +127,7 @@ def test_a_peer_that_is_lost_and_comes_back(built: Path, index: Path, stack: Exi
     during = search(built, *asked)
     assert (during["coverage"], list(during["failures"])) == (0.75, ["shard 2"])
     assert during["walked_at_home"] == N_QUERIES  # by the owners that are left
+    assert during["transports"]["shard 2"] == "lost"
     assert 0.4 < during["recall"] < before["recall"]
     left = [process for at, process in enumerate(peers) if at != 2]
     for process in left:
@@ -137,6 +138,44 @@ def test_a_peer_that_is_lost_and_comes_back(built: Path, index: Path, stack: Exi
     after = search(built, *asked)
     assert (after["recall"], after["coverage"]) == (before["recall"], 1.0)
     assert back.addresses[0] in after["transports"]
+
+
+@pytest.mark.parametrize("graph", ["global", "independent"])
+def test_an_owner_that_was_killed_before_the_search(
+    built: Path, index: Path, tmp_path: Path, stack: ExitStack, graph: str
+) -> None:
+    """One graph is searched without its shard, which is said; shards by themselves are, where that is asked for."""
+    if graph == "independent":
+        index = tmp_path / "apart"
+        with open_vectors(built / "base.npy") as vectors:
+            build_collection(vectors, index, 2, metric="cosine", M=4, ef_construction=20, n_threads=1)
+    left = stack.enter_context(OwnerProcess([index], shards=[0], transports=("rpc",), announce=True))
+    dies = stack.enter_context(OwnerProcess([index], shards=[1], transports=("rpc",), announce=True))
+    where = [*left.addresses, *dies.addresses]
+    kill(dies)
+    alone = () if graph == "global" else ("--allow-partial",)
+    n_shards = N_SHARDS if graph == "global" else 2
+    for named in ([index], where):  # by their addresses too
+        found = search(built, *named, *alone)
+        assert found["coverage"] == pytest.approx(1 / (n_shards if named == [index] else 2))
+        assert "Connection refused" in found["failures"]["shard 1"]
+        assert found["transports"]["shard 1"] == "lost"
+        refused = search(built, *named, *(("--no-allow-partial",) if graph == "global" else ()), status=1)["error"]
+        assert refused["shard"] == 1
+    command = [
+        sys.executable,
+        "-m",
+        "cotra_rdma.cli",
+        "search",
+        *where,
+        "--queries",
+        str(built / "queries.npy"),
+        *alone,
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "50% of the shards, without shard 1" in shown.stdout
+    warned = "warning: the answer is without shard 1; --no-allow-partial makes that an error" in shown.stderr
+    assert warned == (graph == "global")
 
 
 def test_a_replica_is_the_home_of_a_killed_one(built: Path, index: Path, stack: ExitStack) -> None:
@@ -312,13 +351,13 @@ def test_shards_that_one_side_never_reached(index: Path, queries: Floats, stack:
     found = reader.search(queries, algorithm="home")
     np.testing.assert_array_equal(found.ids, wanted.ids)
     np.testing.assert_array_equal(found.shards, wanted.shards)
-    assert (found.coverage, found.transports) == (1.0, ("home", "lost", "home", "lost"))
+    assert (found.coverage, found.transports) == (1.0, ("home", "peers", "home", "peers"))
     lacking = [[], addresses[2], addresses[1], addresses[0]]
     partial = stack.enter_context(cotra_rdma.connect(lacking, transport="shm", allow_partial=True))
     for server in servers:
         server.search_with(partial)
     found = reader.search(queries, algorithm="home")
-    assert found.missing == (3,)
+    assert (found.missing, found.transports) == ((3,), ("home", "peers", "home", "lost"))
     where = np.full(N, -1)
     for number, server in enumerate(servers):
         where[server.shard.labels()] = number

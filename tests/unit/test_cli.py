@@ -72,9 +72,13 @@ def test_version_and_no_arguments() -> None:
         (("build", __file__, "out", "--peers", "127.0.0.1:1"), "--peers"),
         (("build", __file__, "out", "--listen", "127.0.0.1:1"), "--listen"),
         (("build", __file__, "out", "--shard", "0", "--peers", "127.0.0.1:1"), "--graph global"),
-        (("build", __file__, "out", "--shard", "0", "--graph", "global", "--shards", "2"), "0 addresses for 2"),
+        (("build", __file__, "out", "--shard", "1"), "needs --peers"),
+        (
+            ("build", __file__, "out", "--shard", "0", "--graph", "global", "--shards", "2", "--peers", "127.0.0.1:1"),
+            "1 addresses for 2",
+        ),
         (("build", __file__, "out", "--shard", "1", "--graph", "global", "--peers", "127.0.0.1:1"), "none of 0 to 0"),
-        (("build", __file__, "out", "--shard", "0", "--graph", "global", "--processes", "2"), "--processes"),
+        (("build", __file__, "out", "--shard", "0", "--peers", "127.0.0.1:1", "--processes", "2"), "--processes"),
         (("build", __file__, "out", "--metric", "manhattan"), "manhattan"),
         (("build", __file__, "out", "--partition", "random"), "random"),
         (("build", __file__, "out", "--vector-type", "int4"), "int4"),
@@ -218,6 +222,13 @@ def test_info(shard: Path) -> None:
     assert broken.exit_code == 1
     assert "does not fit: " in broken.stdout
     assert json.loads(cotra("info", shard, "--json").stdout)["problems"]
+    for name in ("other.json", "collection.json"):
+        manifest = shard.parent / name
+        manifest.write_text('{"format":')
+        malformed = cotra("info", manifest)
+        assert malformed.exit_code == 1
+        assert malformed.stderr.startswith(f"error: {manifest}: malformed manifest: Expecting value")
+        manifest.unlink()
     empty = cotra("info", shard.parent.parent)
     assert empty.exit_code == 1
     assert "collection.json" in empty.stderr

@@ -20,7 +20,7 @@ from cotra_rdma.datasets import open_vectors
 from cotra_rdma.engine import ImageInfo
 from cotra_rdma.errors import FormatError
 from cotra_rdma.graph_stats import GraphStats, degree_range, graph_stats
-from cotra_rdma.inspection import inspect_collection, inspect_files
+from cotra_rdma.inspection import inspect_collection, inspect_files, inspect_owners
 from cotra_rdma.owners import OWNERS, add
 from cotra_rdma.shard import Shard
 
@@ -234,9 +234,12 @@ def test_owners_that_do_not_answer_are_told(index: Path) -> None:
     found = inspect_collection(index)
     assert [len(shard.owners) for shard in found.shards] == [1, 0, 1]
     assert not any(shard.served for shard in found.shards)
-    assert [problem.partition(":")[0] for problem in found.problems] == ["shard 0", "shard 1", "shard 2"]
-    assert "127.0.0.1:1" in found.problems[0]
-    assert "no owner is noted" in found.problems[1]
+    assert found.problems == []
+    assert [why.partition(":")[0] for why in found.unserved] == ["shard 0", "shard 1", "shard 2"]
+    assert "127.0.0.1:1" in found.unserved[0]
+    assert "no owner is noted" in found.unserved[1]
+    (told,) = inspect_owners([["127.0.0.1:1"]]).unserved
+    assert told.startswith("shard 0 at 127.0.0.1:1: ")
     (index / OWNERS).write_text("{")
     assert [OWNERS in problem for problem in inspect_collection(index).problems] == [True]
 

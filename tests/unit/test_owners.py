@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from cotra_rdma.collection import MANIFEST, Collection, build_collection
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.messages import ShardFields
-from cotra_rdma.owners import OWNERS, add, addresses_of, load, misfit, remove
+from cotra_rdma.owners import OWNERS, add, addresses_of, load, misfit, prune, remove
 
 HEAD = {"format": "cotra-owners", "format_version": 1}
 
@@ -74,6 +75,19 @@ def test_concurrent_owners_lose_nothing(tmp_path: Path) -> None:
     assert {number: sorted(addresses) for number, addresses in found.items()} == {
         number: [f"host{me}:{number + 1}" for me in range(6)] for number in range(0, 10, 2)
     }
+
+
+def test_killed_owners_of_this_host_are_pruned(tmp_path: Path) -> None:
+    """Where nobody listens, at an address of this host; what cannot be told from here stays."""
+    with socket.create_server(("127.0.0.1", 0)) as alive, socket.create_server(("127.0.0.1", 0)) as dies:
+        here, gone = (f"127.0.0.1:{server.getsockname()[1]}" for server in (alive, dies))
+        elsewhere = ["192.0.2.1:7700", "[2001:db8::1]:7700", "owner.example:7700"]
+        add(tmp_path, [(0, here), (0, gone), *((1, address) for address in elsewhere)])
+        assert prune(tmp_path) == []
+        dies.close()
+        add(tmp_path, [(2, gone)])
+        assert prune(tmp_path) == [gone]
+        assert load(tmp_path) == {0: [here], 1: elsewhere}
 
 
 def test_a_lock_that_is_not_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,9 @@ with cotra_rdma.Shard.build(rows, n_threads=1) as shard, cotra_rdma.serve(shard)
         said["by name"] = str(error)
     with cotra_rdma.connect(server.address) as cluster:
         said["auto"] = [cluster.search(rows, k=1).ids[:, 0].tolist(), cluster.transports, cluster.passed_over[0]["verbs"]]
+print("by name:", file=sys.stderr)
+with cotra_rdma.Shard.build(rows, n_threads=1) as shard:
+    cotra_rdma.serve(shard, transports=("verbs", "rpc")).close()
 print(json.dumps(said))
 """
 
@@ -65,4 +68,7 @@ def test_it_works_without_and_says_so(module: Path) -> None:
     assert transports == ["shm", "rpc"]
     for text in (why, said["devices"], said["by name"], said["auto"][2]):
         assert "built without" in text, text
+    unasked, named = done.stderr.split("by name:")
+    assert unasked == ""  # who did not ask for it is not warned
+    assert named.count("verbs is not offered: ") == 1
     assert said["auto"][:2] == [list(range(100)), ["shm"]]

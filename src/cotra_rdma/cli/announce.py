@@ -36,7 +36,8 @@ def announce_owners(
     addresses: Sequence[str],
     reached: tuple[str, int | None] | None,
 ) -> list[str | None]:
-    """Notes the owners of those shards that lie in a collection's directory, and has `stack` take them out again.
+    """Notes the owners of those shards that lie in a collection's directory, and has `stack` take them out again. Those of this
+    host that were killed are taken out now.
 
     What cannot be noted is a warning: the shards are served all the same.
 
@@ -72,6 +73,10 @@ def announce_owners(
     for directory, served in by_directory.items():
         stack.callback(_withdraw, directory, served)
         try:
+            if gone := owners.prune(directory):
+                output.print_warning(
+                    f"{', '.join(gone)}: taken out of {directory / owners.OWNERS}, for nobody listens there any more"
+                )
             owners.add(directory, served)
         except (CotraError, OSError) as error:
             served.clear()

@@ -267,6 +267,8 @@ def _check_machine(
         if addresses or listen:
             raise typer.BadParameter("is for --shard", param_hint="--peers" if addresses else "--listen")
         return
+    if not addresses:
+        raise typer.BadParameter("needs --peers: the addresses of the builders of all shards", param_hint="--shard")
     if processes:
         raise typer.BadParameter("a machine with one shard builds in one process", param_hint="--processes")
     if graph != GraphName.GLOBAL or partition == PartitionName.RANGE:

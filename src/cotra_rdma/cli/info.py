@@ -26,6 +26,7 @@ from cotra_rdma.inspection import (
     inspect_owners,
 )
 from cotra_rdma.owner_status import OwnerStatus
+from cotra_rdma.owners import OWNERS
 
 EPILOG = """**Examples**
 
@@ -74,12 +75,12 @@ def info(
         output.print_json(_report(found))
     else:
         _show(found)
-    raise typer.Exit(1 if found.problems else 0)
+    raise typer.Exit(1 if found.problems or found.unserved else 0)
 
 
 def _inspect(what: list[str], records: bool, timeout_s: float, progress: Progress) -> Inspection:
     paths = [Path(item) for item in what]
-    whole = [path.is_dir() or (path.name == MANIFEST and path.is_file()) for path in paths]
+    whole = [path.is_dir() or (path.suffix == Path(MANIFEST).suffix and path.is_file()) for path in paths]
     files = [path.is_file() for path in paths]
     if whole == [True]:
         return inspect_collection(paths[0], records=records, timeout_s=timeout_s, progress=progress)
@@ -121,6 +122,7 @@ def _report(found: Inspection) -> dict[str, Any]:
         "graph_ids": [_hex(graph) for graph in found.graph_ids],
         "shards": [_shard(shard) for shard in found.shards],
         "problems": found.problems,
+        "unserved": found.unserved,
     }
 
 
@@ -215,6 +217,14 @@ def _show(found: Inspection) -> None:
     _show_summary(found)
     for problem in found.problems:
         output.out.print(f"[bold red]does not fit:[/] {escape(problem)}", soft_wrap=True)
+    for why in found.unserved:
+        output.out.print(f"[bold red]not served:[/] {escape(why)}", soft_wrap=True)
+    if found.collection is not None and any(owner.problem for _, owner in asked):
+        output.out.print(
+            f"[yellow]owners that do not answer[/] stay in {OWNERS} until `cotra serve` is started again on their host; "
+            "those of another host may be deleted there.",
+            soft_wrap=True,
+        )
 
 
 def _show_graphs(read: list[ShardReport]) -> None:
@@ -280,7 +290,7 @@ def _show_owners(asked: list[tuple[ShardReport, OwnerStatus]]) -> None:
             (
                 str(shard.number),
                 escape(owner.address),
-                escape(owner.problem or shard.misfits.get(owner.address) or "yes"),
+                escape(f"no answer: {owner.problem}" if owner.problem else shard.misfits.get(owner.address) or "yes"),
                 "-" if owner.serves is None else f"{owner.latency_s * 1e6:,.0f} us",
                 ", ".join(owner.transports) or "-",
                 "-" if owner.serves is None else str(owner.serves.generation),

@@ -97,9 +97,14 @@ def search(
         ),
     ] = False,
     allow_partial: Annotated[
-        bool,
-        typer.Option("--allow-partial", help="Answer without the shards that fail or have no owner, and name them."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--allow-partial/--no-allow-partial",
+            show_default=False,
+            help="Answer without the shards that fail or have no owner, and name them; or fail. Default: answer where the "
+            "shards are one graph.",
+        ),
+    ] = None,
     cache_bytes: Annotated[
         int,
         typer.Option(min=0, metavar="N", help="Keep records that are read often, in N bytes at most; 0: none."),
@@ -122,9 +127,9 @@ def search(
         raise InvalidInputError(
             f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
         )
-    owners, missing = reachable(wanted, timeout, allow_partial=allow_partial)
+    owners, missing, lenient = reachable(wanted, timeout, allow_partial=allow_partial)
     with connect(
-        owners, transport=transport, timeout_s=timeout, cache_bytes=cache_bytes, allow_partial=allow_partial
+        owners, transport=transport, timeout_s=timeout, cache_bytes=cache_bytes, allow_partial=lenient
     ) as cluster:
         begin = time.perf_counter()
         result = cluster.search(
@@ -134,7 +139,7 @@ def search(
             beam=beam,
             n_threads=threads,
             timeout_s=timeout,
-            allow_partial=allow_partial or None,
+            allow_partial=allow_partial,
             algorithm=algorithm,
             target_recall=target_recall,
             owner_cpu=owner_cpu,
@@ -152,6 +157,8 @@ def search(
         output.print_json({**summary, "queries": len(vectors), "k": k, "ef": ef, "beam": beam, "n_threads": threads})
     else:
         _show(summary, result, len(vectors), k)
+        if failures and allow_partial is None:
+            output.print_warning(f"the answer is without {', '.join(failures)}; --no-allow-partial makes that an error")
 
 
 def _write(path: Path, result: SearchResult) -> None:
@@ -231,6 +238,7 @@ def _homes(summary: dict[str, Any], n_queries: int) -> list[tuple[str, str]]:
 
 
 def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int) -> None:
+    without = ", ".join(summary["failures"])
     output.print_table(
         ("", ""),
         [
@@ -250,7 +258,7 @@ def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int)
             ("rounds per query", f"{summary['rounds_per_query']:.1f}"),
             ("read per query", output.human_bytes(summary["bytes_per_query"])),
             *((f"path to {address}", path) for address, path in summary["transports"].items()),
-            ("coverage", f"{summary['coverage']:.0%} of the shards"),
+            ("coverage", f"{summary['coverage']:.0%} of the shards{without and f', without {without}'}"),
             *((f"no answer from {address}", why) for address, why in summary["failures"].items()),
             *((f"not reached: {shard}", f"{why}; the peers did") for shard, why in summary["unreached"].items()),
             ("algorithm", summary["algorithm"]),

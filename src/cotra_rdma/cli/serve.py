@@ -17,7 +17,7 @@ import typer
 
 from cotra_rdma.cli import output
 from cotra_rdma.cli.announce import announce_owners, announced_at
-from cotra_rdma.cli.options import TRANSPORTS, Device, GidIndex, Json, comma_list, transports
+from cotra_rdma.cli.options import Device, GidIndex, Json, comma_list, transports
 from cotra_rdma.collection import coarse_of, place_of, shard_paths
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
@@ -70,8 +70,13 @@ def serve(
     device: Device = None,
     gid_index: GidIndex = None,
     transport: Annotated[
-        list[str], typer.Option(metavar="NAME[,NAME...]", help="Ways to offer: verbs, shm, rpc. May be repeated.")
-    ] = list(TRANSPORTS),  # noqa: B006 (typer copies it)
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,NAME...]",
+            show_default=False,
+            help="Ways to offer: verbs, shm, rpc. May be repeated. Default: those of them that can be had here.",
+        ),
+    ] = None,
     announce: Annotated[
         str | None,
         typer.Option(
@@ -121,7 +126,7 @@ def serve(
     With --json, one line when ready: {"address", "shards", "region", "transports"}; all but "shards" of the first. With --walk
     also a line {"walks"} whenever it changes how the shards of the collection are reached.
     """
-    offered = transports(transport)
+    offered = None if transport is None else transports(transport)
     host, port = _host_port(listen)
     if announce is not None and no_announce:
         raise typer.BadParameter("contradicts --no-announce", param_hint="--announce")

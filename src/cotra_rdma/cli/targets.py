@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import typer
 
@@ -13,6 +14,20 @@ from cotra_rdma.cli.options import comma_list
 from cotra_rdma.collection import Collection, collection_directory
 from cotra_rdma.errors import TransportError
 from cotra_rdma.owner_status import OwnerStatus, ask_owners
+
+
+class Reachable(NamedTuple):
+    """What can be searched of the shards that were named.
+
+    Attributes:
+        owners: the addresses for each shard, in order.
+        missing: the positions of those that have none, and why.
+        allow_partial: whether shards may be left out.
+    """
+
+    owners: list[list[str]]
+    missing: dict[int, str]
+    allow_partial: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +63,13 @@ def targets(arguments: Sequence[str]) -> list[Target]:
     return found
 
 
-def reachable(
-    wanted: Sequence[Target], timeout_s: float, *, allow_partial: bool
-) -> tuple[list[list[str]], dict[int, str]]:
+def reachable(wanted: Sequence[Target], timeout_s: float, *, allow_partial: bool | None) -> Reachable:
     """The owners of each shard that answer, and serve what the manifest names.
 
     Args:
         wanted: the shards.
         timeout_s: the longest wait for an owner, in seconds.
-        allow_partial: leave out a shard without an owner that answers.
-
-    Returns: the addresses for each shard, in order; and the positions of those that have none, with why.
+        allow_partial: leave out a shard without an owner that answers. None: where those that have one are of one graph.
 
     Raises `TransportError` that names these, where they may not be left out or there is no other.
     """
@@ -76,12 +87,16 @@ def reachable(
             missing[position] = "; ".join(f"{address}: {problem}" for address, problem in problems.items())
         else:
             missing[position] = f"no owner is noted in {owners.OWNERS}"
+    if allow_partial is None:
+        serve = [told[address].serves for alive in chosen for address in alive]
+        graphs = {fields.graph_id for fields in serve if fields is not None}
+        allow_partial = len(graphs) == 1 and graphs != {0}
     if missing and (not allow_partial or not any(chosen)):
         names = "; ".join(f"{wanted[position].name}: {why}" for position, why in missing.items())
         raise TransportError(
             f"{len(missing)} of {len(wanted)} shards have no owner that answers: {names}", shard=min(missing)
         )
-    return chosen, missing
+    return Reachable(chosen, missing, allow_partial)
 
 
 def _problem(status: OwnerStatus, place: tuple[Collection, int] | None) -> str:
