@@ -139,7 +139,7 @@ def workload_table(study: Study) -> Table:
         ("bytes: kept by every reader, a vector of the collection", f"{needs.kept_bytes:,.1f}"),
         ("bytes: of the halo, a vector of the own shard", f"{needs.halo_bytes:,.1f}"),
         ("expansions in an independent shard / in one as large by itself", f"{needs.independent:.2f}"),
-        ("READs that leave the home, a doubling of machines", f"{needs.remote_per_doubling:.3f}"),
+        ("share of expansions that leave the home, a doubling of machines", f"{needs.remote_per_doubling:.3f}"),
     ]
     return Table("What goes into the prediction, measured", ["", ">"], rows)
 
