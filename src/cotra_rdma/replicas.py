@@ -70,8 +70,8 @@ class Replicas:
         owners: for each shard its owners.
         reach: makes the control connection to one.
         choose: takes the best path to one that is about to be used.
-        prepare: readies one, whose path is chosen, for a shard that had none, and nothing that was kept of one.
-        changed: told of a peer that is not used any more, in the thread that found out.
+        prepare: gives one, whose path is chosen, what is kept of its shard, where the owner before it had nothing to hand on.
+        changed: told of a peer that is not used any more, in the thread that found out; it must not come back here for one.
         """
         self._reach, self._choose, self._prepare, self._changed = reach, choose, prepare, changed
         self._lock = threading.Lock()  # of what follows: never held over a call to an owner
@@ -140,8 +140,9 @@ class Replicas:
             level = logging.WARNING if shard in self._given else logging.INFO  # who gives none knows
             log.log(level, "shard %d has no owner, and searches go on without it: %s", shard, error)
 
-    def _next(self, shard: int) -> tuple[Peer | None, CotraError | None]:
-        """The nearest standby with a path that works; or why there is none, None where there was no standby."""
+    def _next(self, shard: int, instead_of: Peer | None = None) -> tuple[Peer | None, CotraError | None]:
+        """The nearest standby with a path that works, ready to be used `instead_of` another; or why there is none, None where
+        there was no standby. Those without one are away."""
         error = None
         while True:
             with self._lock:
@@ -149,17 +150,23 @@ class Replicas:
                     return None, error
                 peer = self._standby[shard].pop(0)
             try:
-                self._choose(peer)
-            except CotraError as failed:
-                error = failed
+                self._ready(peer, instead_of)
+            except BaseException as failed:  # whatever it was: it is tried again
                 with self._lock:
                     self._away.append((shard, peer.owner))
                 peer.close()
+                self._changed(peer)
+                if not isinstance(failed, CotraError):
+                    raise
+                error = failed
                 continue
-            except BaseException:
-                peer.close()
-                raise
             return peer, None
+
+    def _ready(self, peer: Peer, instead_of: Peer | None) -> None:
+        """Takes the best path to an owner that is to be used `instead_of` another; None: the first of its shard, at `settle`."""
+        self._choose(peer)
+        if instead_of is not None and instead_of.cache is None:
+            self._prepare(peer)
 
     def _use(self, peer: Peer, instead_of: Peer) -> None:
         """Puts an owner in use; under the lock. Raises `ClosedError` once closed."""
@@ -184,7 +191,7 @@ class Replicas:
                 peer = self.peers[shard]
             if peer is not failed:  # another thread saw it first
                 return None if peer.transport == LOST else peer
-            other, _ = self._next(shard)
+            other, _ = self._next(shard, failed)
             if other is None and not give_up:
                 return None
             with self._lock:
@@ -217,9 +224,9 @@ class Replicas:
                     if self._take_back(peer):
                         back.append(peer.address)
                         log.info("%s is back", peer)
-                except ClosedError:
-                    raise
                 except CotraError as error:
+                    if self._closed:
+                        raise
                     log.debug("shard %d: %s", shard, error)
                 except Exception:  # it is tried again, as all that are away
                     log.exception("shard %d: %s was tried again", shard, owner)
@@ -234,9 +241,7 @@ class Replicas:
                 now = self.peers[shard]
                 is_same = _is_same(now, peer)
                 if is_same and now.transport == LOST:
-                    self._choose(peer)
-                    if now.cache is None:
-                        self._prepare(peer)
+                    self._ready(peer, now)
                     gone = now
                 with self._lock:
                     if gone is not None:

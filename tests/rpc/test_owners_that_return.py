@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import ClosedError, Cluster, CotraError, FabricModel, Server, Shard, TransportError, cluster
+from cotra_rdma import replicas as replicas_module
 from cotra_rdma.collection import build_collection, coarse_of, shard_paths
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
@@ -281,3 +283,93 @@ def test_close_waits_for_searches(
     assert (found[0].ids >= 0).all()
     with pytest.raises(ClosedError):
         reader.search(queries)
+
+
+def silent(stack: ExitStack) -> str:
+    """The address of one that takes connections, as the kernel does for a stopped process, and never answers."""
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_searches_go_on_while_a_silent_owner_is_tried_again(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = stack.enter_context(
+        cotra_rdma.connect([server.address for server in servers], transport="shm", timeout_s=3.0)
+    )
+    replicas = reader._replicas
+    assert replicas is not None
+    lose(reader, 2)
+    replicas._away[:] = [(2, silent(stack)), (2, servers[2].address)]
+    begin = time.monotonic()
+    thread = threading.Thread(target=reader.revive)
+    thread.start()
+    wait_until(replicas._reviving.locked)
+    assert [owner.address for owner in replicas.owners(1)] == [servers[1].address]
+    assert reader.search(queries, k=10, ef=48).missing == (2,)
+    lose(reader, 3)
+    assert thread.is_alive()
+    assert time.monotonic() - begin < 3.0
+    thread.join(30.0)
+    assert list(reader.lost) == [3]
+    assert sorted(replicas._away)[0][0] == 2
+
+
+def test_an_owner_here_that_was_closed_keeps_no_other_away(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(1, N_SHARDS)]
+    own = Shard.open(paths[0])
+    reader = stack.enter_context(cotra_rdma.connect([own, *(server.address for server in servers)], transport="shm"))
+    for shard in (0, 2):
+        lose(reader, shard)
+    own.close()
+    assert reader.revive() == [servers[1].address]
+    assert list(reader.lost) == [0]
+    assert reader.search(queries, k=10, ef=48).missing == (0,)
+
+
+@pytest.mark.parametrize("why", [TransportError("no path"), MemoryError()])
+def test_a_standby_without_a_path_is_tried_again(
+    paths: list[Path], shards: list[Shard], stack: ExitStack, monkeypatch: pytest.MonkeyPatch, why: Exception
+) -> None:
+    """Also where partial answers are not asked for, and the owner that failed stays in use."""
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    other = serve(stack, paths, shards, 0)
+    groups = [[servers[0].address, other.address], *(server.address for server in servers[1:])]
+    reader = stack.enter_context(cotra_rdma.connect(groups, transport="shm"))
+    replicas = reader._replicas
+    assert replicas is not None
+    used, standby = replicas.owners(0)
+
+    def refuse(peer: Peer) -> None:
+        raise why
+
+    monkeypatch.setattr(replicas, "_choose", refuse)
+    with contextlib.suppress(MemoryError):
+        assert reader._fail_over(used, TransportError("gone", shard=0), False) is None
+    monkeypatch.undo()
+    assert replicas.owners(0) == [used]
+    assert not replicas.are_all_here
+    assert reader._attendant is not None  # it looks after those that are away
+    assert reader.revive() == [standby.address]
+    assert reader._fail_over(used, TransportError("gone", shard=0), False) is replicas.peers[0]
+    assert reader.addresses[0] == standby.address
+
+
+def test_a_standby_that_can_be_read_gets_the_cache_that_one_that_was_asked_had_not(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    asked = stack.enter_context(cotra_rdma.serve(shards[1], transports=("rpc",)))
+    monkeypatch.setattr(replicas_module, "_alike", lambda peers: peers)  # in the order given, whoever is nearer
+    groups = [servers[0].address, [asked.address, servers[1].address], *(server.address for server in servers[2:])]
+    reader = stack.enter_context(cotra_rdma.connect(groups, cache_bytes=200_000))
+    assert reader.transports == ("shm", "rpc", "shm", "shm")
+    assert reader.record_caches[1] is None
+    reader._cache_bytes = 400_000  # the others have all of it
+    assert reader._fail_over(reader._peers[1], TransportError("gone", shard=1), True) is not None
+    assert reader.transports == ("shm",) * 4
+    assert reader.record_caches[1] is not None
+    assert reader.search(queries, k=10, ef=48).coverage == 1.0
