@@ -172,7 +172,7 @@ class Replicas:
         """Puts an owner in use; under the lock. Raises `ClosedError` once closed."""
         if self._closed:
             peer.close()
-            raise ClosedError("the cluster is closed")
+        self._check_open()
         peer.take_over(instead_of)
         self.peers[peer.index] = peer
 
@@ -186,8 +186,7 @@ class Replicas:
         shard = failed.index
         with self._turns[shard]:
             with self._lock:
-                if self._closed:
-                    raise ClosedError("the cluster is closed")
+                self._check_open()
                 peer = self.peers[shard]
             if peer is not failed:  # another thread saw it first
                 return None if peer.transport == LOST else peer
@@ -212,13 +211,16 @@ class Replicas:
         with self._lock:
             return [self.peers[shard], *self._standby[shard]]
 
-    def revive(self) -> list[str]:
-        """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile."""
+    def revive(self, before_each: Callable[[], None]) -> list[str]:
+        """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile.
+
+        `before_each` is called before each of them, and ends it by what it raises."""
         back = []
         with self._reviving:
             with self._lock:
                 away = list(self._away)
             for shard, owner in away:
+                before_each()
                 try:
                     peer = self._reach(shard, owner)
                     if self._take_back(peer):
@@ -247,7 +249,8 @@ class Replicas:
                     if gone is not None:
                         self._use(peer, gone)
                         self.lost.pop(shard, None)
-                    elif is_same and not self._closed:
+                    elif is_same:
+                        self._check_open()
                         self._standby[shard].append(peer)
                     self._away.remove((shard, peer.owner))
             except BaseException:
@@ -259,6 +262,10 @@ class Replicas:
         if gone is not None:
             self._changed(gone)
         return is_same
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the cluster is closed")
 
     @property
     def are_all_here(self) -> bool:
