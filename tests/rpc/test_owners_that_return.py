@@ -389,6 +389,27 @@ def test_a_standby_without_a_path_is_tried_again(
     assert reader.addresses[0] == standby.address
 
 
+def test_a_shard_that_was_not_asked_is_not_covered(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner comes back when the search has begun without it."""
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
+    lose(reader, 2)
+    gather = reader._gatherer.gather
+
+    def late(*arguments: Any) -> Any:
+        assert reader.revive() == [servers[2].address]
+        return gather(*arguments)
+
+    monkeypatch.setattr(reader._gatherer, "gather", late)
+    found = reader.search(queries, k=10, ef=48)
+    assert (found.missing, found.coverage, found.transports[2]) == ((2,), 0.75, "lost")
+    assert not (found.shards == 2).any()
+    monkeypatch.undo()
+    assert reader.search(queries, k=10, ef=48).coverage == 1.0
+
+
 def test_a_standby_that_can_be_read_gets_the_cache_that_one_that_was_asked_had_not(
     paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
