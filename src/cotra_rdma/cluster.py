@@ -415,8 +415,8 @@ class Cluster:
                 rows that it lets through are read.
             shards: bool[n_queries, n_shards]: which shards each query is for; None: all.
             allow_partial: leave out a shard that has no owner left, and say so in the result, in place of raising; also the
-                last one, whatever the algorithm: the result is then empty, with a coverage of 0. None: where the shards are
-                one graph, of which the rest is as good as before; but where none is left, that is an error.
+                last one, whatever the algorithm: the result then has a coverage of 0, and what was found before. None: where
+                the shards are one graph, of which the rest is as good as before; but where none is left, that is an error.
             algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others; "home" sends
                 each query to the owner of most of its neighbourhood, which walks the whole graph, its own records in place
                 (`Server.search_with`); what a home does not answer is walked here;
