@@ -149,6 +149,7 @@ class Cluster:
         self._pool: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._attendant: threading.Thread | None = None
+        self._renewed = time.monotonic()
         self._cache_bytes, self._halo = cache_bytes, None
         try:
             self._replicas = replicas = Replicas(owners, reach.connect, reach.choose, self._equip_late, self._forget)
@@ -220,9 +221,36 @@ class Cluster:
     def revive(self) -> list[str]:
         """Tries owners that failed, or were not there at `connect`, again now; the addresses of those that are back.
 
-        A thread does it every few seconds as long as any is away."""
+        A thread does it every few seconds as long as any is away. Raises `ClosedError` once closed."""
         assert self._replicas is not None
-        return [] if self._replicas.are_all_here else self._replicas.revive()
+        self._check_open()
+        return self._replicas.revive(self._between_owners)
+
+    def _between_owners(self) -> None:
+        """Before each owner that is tried again, which takes long where it is silent: leases and `close` do not wait for all."""
+        self._check_open()
+        self._renew_if_due()
+
+    def _look_after_owners(self) -> None:
+        """What the thread does every few seconds, whatever comes of it: nobody else does."""
+        for look in (self._renew_if_due, self.revive):
+            try:
+                look()
+            except ClosedError:
+                log.debug("owners are looked after no more: the cluster is closed")
+            except Exception:
+                log.exception("owners that are away, and leases, are looked after again in %s s", _LOOK_S)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ClosedError("the cluster is closed")
+
+    def _renew_if_due(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._renewed < _LEASE_RENEWAL_S:
+                return
+            self._renewed = time.monotonic()
+        self.renew_leases()
 
     def _equip(self, peer: Peer) -> None:
         """Gives a shard that is read the cache that `connect` was asked for. Raises `InvalidInputError` for one of no record."""
@@ -386,8 +414,9 @@ class Cluster:
                 i // 8, lowest first, is local row i). Under a selective filter more of the graph is walked, or just the
                 rows that it lets through are read.
             shards: bool[n_queries, n_shards]: which shards each query is for; None: all.
-            allow_partial: leave out a shard that has no owner left, and say so in the result, in place of raising. None: where
-                the shards are one graph, of which the rest is as good as before.
+            allow_partial: leave out a shard that has no owner left, and say so in the result, in place of raising; also the
+                last one, whatever the algorithm: the result then has a coverage of 0, and what was found before. None: where
+                the shards are one graph, of which the rest is as good as before; but where none is left, that is an error.
             algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others; "home" sends
                 each query to the owner of most of its neighbourhood, which walks the whole graph, its own records in place
                 (`Server.search_with`); what a home does not answer is walked here;
@@ -485,7 +514,8 @@ class Cluster:
         coarse tables.
         """
         assert self._planner is not None
-        return self._planner.homes(self._job(queries, 1, 1, 1, 0, DEFAULT_TIMEOUT_S, None, None))
+        with self._searching(1):
+            return self._planner.homes(self._job(queries, 1, 1, 1, 0, DEFAULT_TIMEOUT_S, None, None))
 
     def walk(
         self,
@@ -521,8 +551,7 @@ class Cluster:
         if not 1 <= n_threads <= _MAX_THREADS:
             raise InvalidInputError(f"n_threads must be in [1, {_MAX_THREADS}], not {n_threads}")
         with self._lock:
-            if self._closing:
-                raise ClosedError("the cluster is closed")
+            self._check_open()
             self._n_searches += 1
         try:
             yield
@@ -618,13 +647,14 @@ class Cluster:
     # ---- the end ----
 
     def close(self) -> None:
-        """Closes lanes, then connections. A search in progress in another thread is waited for. Idempotent."""
+        """Closes lanes, then connections. Searches in progress in other threads are waited for, as long as their own time-outs
+        let them go on; those that come later raise `ClosedError`. Idempotent; one that was interrupted is done by the next."""
         with self._lock:
-            if self._closing:
-                return
             self._closing = True
             while self._n_searches:
                 self._idle.wait()
+            if self._closed:
+                return
             self._closed = True
         self._stop.set()
         if self._attendant is not None and self._attendant is not threading.current_thread():
@@ -648,19 +678,10 @@ class Cluster:
 
 
 def _attend(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
-    renewed = time.monotonic()
     while not stop.wait(_LOOK_S):
         alive = cluster()
         if alive is not None:
-            try:
-                alive.revive()
-                if time.monotonic() - renewed >= _LEASE_RENEWAL_S:
-                    alive.renew_leases()
-                    renewed = time.monotonic()
-            except ClosedError:
-                pass
-            except Exception:  # nobody else looks after leases
-                log.exception("owners that are away, and leases, are looked after again in %s s", _LOOK_S)
+            alive._look_after_owners()
         del alive
 
 

@@ -34,6 +34,9 @@ class Gatherer:
         more shards `asked` where owners took them over that can only be asked."""
         answers: list[tuple[list[int], Answer]] = []
         failures = dict(self._replicas.lost)
+        for peer in peers:
+            if peer.transport == LOST and peer.index not in failures:  # back since, and not asked in this search
+                failures[peer.index] = TransportError(f"{peer} had no owner", shard=peer.index)
         calls: dict[int, Future[Answer]] = {}
 
         def ask(peer: Peer) -> None:

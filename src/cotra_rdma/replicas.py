@@ -70,8 +70,8 @@ class Replicas:
         owners: for each shard its owners.
         reach: makes the control connection to one.
         choose: takes the best path to one that is about to be used.
-        prepare: readies one, whose path is chosen, for a shard that had none, and nothing that was kept of one.
-        changed: told of a peer that is not used any more, in the thread that found out.
+        prepare: gives one, whose path is chosen, what is kept of its shard, where the owner before it had nothing to hand on.
+        changed: told of a peer that is not used any more, in the thread that found out; it must not come back here for one.
         """
         self._reach, self._choose, self._prepare, self._changed = reach, choose, prepare, changed
         self._lock = threading.Lock()  # of what follows: never held over a call to an owner
@@ -140,8 +140,9 @@ class Replicas:
             level = logging.WARNING if shard in self._given else logging.INFO  # who gives none knows
             log.log(level, "shard %d has no owner, and searches go on without it: %s", shard, error)
 
-    def _next(self, shard: int) -> tuple[Peer | None, CotraError | None]:
-        """The nearest standby with a path that works; or why there is none, None where there was no standby."""
+    def _next(self, shard: int, instead_of: Peer | None = None) -> tuple[Peer | None, CotraError | None]:
+        """The nearest standby with a path that works, ready to be used `instead_of` another; or why there is none, None where
+        there was no standby. Those without one are away."""
         error = None
         while True:
             with self._lock:
@@ -149,23 +150,29 @@ class Replicas:
                     return None, error
                 peer = self._standby[shard].pop(0)
             try:
-                self._choose(peer)
-            except CotraError as failed:
-                error = failed
+                self._ready(peer, instead_of)
+            except BaseException as failed:  # whatever it was: it is tried again
                 with self._lock:
                     self._away.append((shard, peer.owner))
                 peer.close()
+                self._changed(peer)
+                if not isinstance(failed, CotraError):
+                    raise
+                error = failed
                 continue
-            except BaseException:
-                peer.close()
-                raise
             return peer, None
+
+    def _ready(self, peer: Peer, instead_of: Peer | None) -> None:
+        """Takes the best path to an owner that is to be used `instead_of` another; None: the first of its shard, at `settle`."""
+        self._choose(peer)
+        if instead_of is not None and instead_of.cache is None:
+            self._prepare(peer)
 
     def _use(self, peer: Peer, instead_of: Peer) -> None:
         """Puts an owner in use; under the lock. Raises `ClosedError` once closed."""
         if self._closed:
             peer.close()
-            raise ClosedError("the cluster is closed")
+        self._check_open()
         peer.take_over(instead_of)
         self.peers[peer.index] = peer
 
@@ -179,12 +186,11 @@ class Replicas:
         shard = failed.index
         with self._turns[shard]:
             with self._lock:
-                if self._closed:
-                    raise ClosedError("the cluster is closed")
+                self._check_open()
                 peer = self.peers[shard]
             if peer is not failed:  # another thread saw it first
                 return None if peer.transport == LOST else peer
-            other, _ = self._next(shard)
+            other, _ = self._next(shard, failed)
             if other is None and not give_up:
                 return None
             with self._lock:
@@ -205,21 +211,24 @@ class Replicas:
         with self._lock:
             return [self.peers[shard], *self._standby[shard]]
 
-    def revive(self) -> list[str]:
-        """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile."""
+    def revive(self, before_each: Callable[[], None]) -> list[str]:
+        """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile.
+
+        `before_each` is called before each of them, and ends it by what it raises."""
         back = []
         with self._reviving:
             with self._lock:
                 away = list(self._away)
             for shard, owner in away:
+                before_each()
                 try:
                     peer = self._reach(shard, owner)
                     if self._take_back(peer):
                         back.append(peer.address)
                         log.info("%s is back", peer)
-                except ClosedError:
-                    raise
                 except CotraError as error:
+                    if self._closed:
+                        raise
                     log.debug("shard %d: %s", shard, error)
                 except Exception:  # it is tried again, as all that are away
                     log.exception("shard %d: %s was tried again", shard, owner)
@@ -234,15 +243,14 @@ class Replicas:
                 now = self.peers[shard]
                 is_same = _is_same(now, peer)
                 if is_same and now.transport == LOST:
-                    self._choose(peer)
-                    if now.cache is None:
-                        self._prepare(peer)
+                    self._ready(peer, now)
                     gone = now
                 with self._lock:
                     if gone is not None:
                         self._use(peer, gone)
                         self.lost.pop(shard, None)
-                    elif is_same and not self._closed:
+                    elif is_same:
+                        self._check_open()
                         self._standby[shard].append(peer)
                     self._away.remove((shard, peer.owner))
             except BaseException:
@@ -254,6 +262,10 @@ class Replicas:
         if gone is not None:
             self._changed(gone)
         return is_same
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the cluster is closed")
 
     @property
     def are_all_here(self) -> bool:

@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import queue
+import re
 import struct
 import threading
 import time
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_MS = 5000
 _ID = struct.Struct("<Q")
 _ZERO_COPY_BYTES = 64 * 1024
+_ADDRESS = re.compile(r"(?:tcp://)?(?:\[([^\s\[\]]+)\]|([^\s\[\]]+)):([0-9]{1,5})")
+_SHOWN = 300  # characters of a bad address that an error repeats
 _ZAP_DOMAIN = "cotra"  # where it is empty, ZeroMQ asks no authenticator
 _IDLE_S, _PROBE_S, _PROBES = 2, 1, 3
 """A host that is silent for so long is probed so often, kernel to kernel: tcp(7), TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT."""
@@ -76,16 +79,16 @@ class ClientKeys:
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """HOST:PORT (or [V6]:PORT) apart. Raises `InvalidInputError`."""
-    host, colon, port = address.removeprefix("tcp://").rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidInputError(f"an address is HOST:PORT, not {address!r}")
-    host = host.strip("[]")
+    """HOST:PORT (or [V6]:PORT) apart. Raises `InvalidInputError`, also for a HOST that can be no name."""
+    found = _ADDRESS.fullmatch(address)
+    if found is None or not address.isprintable() or int(found[3]) > 65535:
+        raise InvalidInputError(f"an address is HOST:PORT, not {address[:_SHOWN]!r}")
+    host = found[1] or found[2]
     try:
         host.encode("idna")  # as sockets do
     except UnicodeError as error:
-        raise InvalidInputError(f"an address is HOST:PORT, and {host!r} is no host's name: {error}") from None
-    return host, int(port)
+        raise InvalidInputError(f"an address is HOST:PORT, and {host[:_SHOWN]!r} is no host's name: {error}") from None
+    return host, int(found[3])
 
 
 def _endpoint(host: str, port: int | str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import ClosedError, Cluster, CotraError, FabricModel, Server, Shard, TransportError, cluster
+from cotra_rdma import replicas as replicas_module
 from cotra_rdma.collection import build_collection, coarse_of, shard_paths
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
@@ -244,10 +246,10 @@ def test_the_thread_that_looks_for_owners_survives_everything(
     assert replicas is not None
     revive, failures = replicas.revive, iter(range(3))
 
-    def fragile() -> list[str]:
+    def fragile(before_each: Callable[[], None]) -> list[str]:
         if next(failures, None) is not None:
             raise RuntimeError("what nobody thought of")
-        return revive()
+        return revive(before_each)
 
     monkeypatch.setattr(replicas, "revive", fragile)
     lose(reader, 1)
@@ -281,3 +283,178 @@ def test_close_waits_for_searches(
     assert (found[0].ids >= 0).all()
     with pytest.raises(ClosedError):
         reader.search(queries)
+
+
+def silent(stack: ExitStack) -> tuple[socket.socket, str]:
+    """One that takes connections, as the kernel does for a stopped process, and never answers; and its address."""
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    return listener, f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_searches_go_on_while_a_silent_owner_is_tried_again(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = stack.enter_context(
+        cotra_rdma.connect([server.address for server in servers], transport="shm", timeout_s=30.0)
+    )
+    replicas = reader._replicas
+    assert replicas is not None
+    listener, address = silent(stack)
+    lose(reader, 2)
+    replicas._away.insert(0, (2, address))
+    thread = threading.Thread(target=reader.revive)
+    thread.start()
+    wait_until(replicas._reviving.locked)
+    assert [owner.address for owner in replicas.owners(1)] == [servers[1].address]
+    assert reader.search(queries, k=10, ef=48).missing == (2,)
+    lose(reader, 3)
+    assert thread.is_alive()
+    listener.close()
+    thread.join(30.0)
+    assert list(reader.lost) == [3]
+    assert replicas._away == [(2, address), (3, servers[3].address)]
+
+
+def test_close_waits_for_one_silent_owner_and_not_for_all(
+    paths: list[Path], shards: list[Shard], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_LOOK_S", 0.01)
+    monkeypatch.setattr(cluster, "_LEASE_RENEWAL_S", 0.0)
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = stack.enter_context(
+        cotra_rdma.connect([server.address for server in servers], transport="shm", timeout_s=0.5)
+    )
+    replicas = reader._replicas
+    assert replicas is not None
+    tried: list[Owner] = []
+    renewed: list[int] = []  # after how many owners
+    reach = replicas._reach
+
+    def noted(shard: int, owner: Owner) -> Peer:
+        tried.append(owner)
+        return reach(shard, owner)
+
+    monkeypatch.setattr(replicas, "_reach", noted)
+    monkeypatch.setattr(reader, "renew_leases", lambda: renewed.append(len(tried)))
+    hanging = [silent(stack)[1] for _ in range(20)]
+    with replicas._lock:
+        replicas._away += [(3, address) for address in hanging]
+    lose(reader, 1)
+    wait_until(lambda: len(tried) == 2)
+    reader.close()
+    assert len(tried) <= 3
+    assert 1 in renewed  # leases do not wait for twenty owners
+
+
+def test_an_owner_here_that_was_closed_keeps_no_other_away(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(1, N_SHARDS)]
+    own = Shard.open(paths[0])
+    reader = stack.enter_context(cotra_rdma.connect([own, *(server.address for server in servers)], transport="shm"))
+    for shard in (0, 2):
+        lose(reader, shard)
+    own.close()
+    assert reader.revive() == [servers[1].address]
+    assert list(reader.lost) == [0]
+    assert reader.search(queries, k=10, ef=48).missing == (0,)
+
+
+@pytest.mark.parametrize("why", [TransportError("no path"), MemoryError()])
+def test_a_standby_without_a_path_is_tried_again(
+    paths: list[Path], shards: list[Shard], stack: ExitStack, monkeypatch: pytest.MonkeyPatch, why: Exception
+) -> None:
+    """Also where partial answers are not asked for, and the owner that failed stays in use."""
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    other = serve(stack, paths, shards, 0)
+    groups = [[servers[0].address, other.address], *(server.address for server in servers[1:])]
+    reader = stack.enter_context(cotra_rdma.connect(groups, transport="shm"))
+    replicas = reader._replicas
+    assert replicas is not None
+    used, standby = replicas.owners(0)
+
+    def refuse(peer: Peer) -> None:
+        raise why
+
+    monkeypatch.setattr(replicas, "_choose", refuse)
+    with contextlib.suppress(MemoryError):
+        assert reader._fail_over(used, TransportError("gone", shard=0), False) is None
+    monkeypatch.undo()
+    assert replicas.owners(0) == [used]
+    assert not replicas.are_all_here
+    assert reader._attendant is not None  # it looks after those that are away
+    assert reader.revive() == [standby.address]
+    assert reader._fail_over(used, TransportError("gone", shard=0), False) is replicas.peers[0]
+    assert reader.addresses[0] == standby.address
+
+
+def test_a_shard_that_was_not_asked_is_not_covered(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner comes back when the search has begun without it."""
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
+    lose(reader, 2)
+    gather = reader._gatherer.gather
+
+    def late(*arguments: Any) -> Any:
+        assert reader.revive() == [servers[2].address]
+        return gather(*arguments)
+
+    monkeypatch.setattr(reader._gatherer, "gather", late)
+    found = reader.search(queries, k=10, ef=48)
+    assert (found.missing, found.coverage, found.transports[2]) == ((2,), 0.75, "lost")
+    assert not (found.shards == 2).any()
+    monkeypatch.undo()
+    assert reader.search(queries, k=10, ef=48).coverage == 1.0
+
+
+def test_a_standby_that_can_be_read_gets_the_cache_that_one_that_was_asked_had_not(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    asked = stack.enter_context(cotra_rdma.serve(shards[1], transports=("rpc",)))
+    monkeypatch.setattr(replicas_module, "_alike", lambda peers: peers)  # in the order given, whoever is nearer
+    groups = [servers[0].address, [asked.address, servers[1].address], *(server.address for server in servers[2:])]
+    reader = stack.enter_context(cotra_rdma.connect(groups, cache_bytes=200_000))
+    assert reader.transports == ("shm", "rpc", "shm", "shm")
+    assert reader.record_caches[1] is None
+    reader._cache_bytes = 400_000  # the others have all of it
+    assert reader._fail_over(reader._peers[1], TransportError("gone", shard=1), True) is not None
+    assert reader.transports == ("shm",) * 4
+    assert reader.record_caches[1] is not None
+    assert reader.search(queries, k=10, ef=48).coverage == 1.0
+
+
+def test_nothing_is_asked_of_a_closed_cluster(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = cotra_rdma.connect([server.address for server in servers], transport="shm")
+    lose(reader, 1)
+    reader.close()
+    for call in (reader.search, reader.walk, reader.homes, lambda _: reader.revive()):
+        with pytest.raises(ClosedError, match="the cluster is closed"):
+            call(queries)
+    reader.close()
+
+
+def test_a_close_that_was_interrupted_is_done_by_the_next(
+    paths: list[Path], shards: list[Shard], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = cotra_rdma.connect([server.address for server in servers], transport="shm")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with reader._searching(1):
+        monkeypatch.setattr(reader._idle, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reader.close()
+        monkeypatch.undo()
+    assert reader._replicas is not None
+    assert not reader._replicas._closed
+    reader.close()
+    assert reader._replicas._closed

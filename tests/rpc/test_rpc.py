@@ -194,7 +194,13 @@ def test_an_address_in_use_is_said(serve: Serve) -> None:
         RpcServer(serve().address, echo)
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:70000", "host:x", "a..b:1", f"{'x' * 64}:1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("", "host", "host:", ":1", "host:70000", "host:x", f"host:{'9' * 5000}", "host:\u0661", "host:-1"),
+        *("a..b:1", f"{'x' * 64}:1", "[]:1", "[::1:1", "::1]:1", "a\0b:1", "a b:1", "a\n:1", "\ud800:1"),
+    ],
+)
 def test_bad_addresses(address: str) -> None:
     with pytest.raises(InvalidInputError, match="HOST:PORT"):
         parse_address(address)
