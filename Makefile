@@ -13,7 +13,7 @@ BUILT_FROM = pyproject.toml CMakeLists.txt tools/generate_ffi.py $(shell find cs
 INSTALL = pip install --quiet --disable-pip-version-check
 SANITIZED_TIERS = tests/unit tests/fuzz tests/transport tests/fakeverbs
 
-.PHONY: help build demo test lint format asan bench docs packages clean
+.PHONY: help build demo test lint warnings format asan bench docs packages clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -27,11 +27,17 @@ test: packages ## install what the tests need, then run all of them
 	@$(MAKE) --no-print-directory $(VENV)/.tested
 	$(BIN)/python -m pytest $(REQUIRE) $(PYTEST_OPTIONS)
 
-lint: $(VENV)/.linted ## ruff, mypy --strict and clang-format
+lint: $(VENV)/.linted warnings ## ruff, mypy --strict and clang-format; and no warning of the C compiler
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.[ch]')
+
+warnings: $(VENV)/.built ## the C shim, as it is and with the sanitizers: every warning is an error
+	@for sanitize in OFF ON; do \
+	$(BIN)/cmake -S . -B build/warnings-$$sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DCMAKE_BUILD_TYPE=Release \
+	-DPython_EXECUTABLE="$(abspath $(BIN))/python" -DCOTRA_WERROR=ON -DCOTRA_SANITIZE=$$sanitize >/dev/null && \
+	$(BIN)/cmake --build build/warnings-$$sanitize --target cotra_core -- --quiet || exit 1; done
 
 format: $(VENV)/.linted ## write what lint wants
 	$(BIN)/ruff check --fix
