@@ -27,7 +27,8 @@ test: packages ## install what the tests need, then run all of them
 	@$(MAKE) --no-print-directory $(VENV)/.tested
 	$(BIN)/python -m pytest $(REQUIRE) $(PYTEST_OPTIONS)
 
-lint: $(VENV)/.linted warnings ## ruff, mypy --strict and clang-format; and no warning of the C compiler
+lint: packages ## ruff, mypy --strict and clang-format; and no warning of the C compiler
+	@$(MAKE) --no-print-directory $(VENV)/.linted warnings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -56,7 +57,7 @@ bench: build ## recall against speed, beside hnswlib: make bench DATA=directory 
 docs: $(VENV)/.documented ## the documentation as a site, in build/site; broken links are errors
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
-packages: ## the system's packages that the tests need (Debian, Ubuntu)
+packages: ## the system's packages that lint and the tests need (Debian, Ubuntu)
 	@sh tools/install_packages.sh test
 
 clean: ## remove all that was built
