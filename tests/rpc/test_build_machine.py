@@ -51,7 +51,7 @@ def addresses() -> list[str]:
 
 @contextmanager
 def builder(source: Path, out: Path, shard: int, addresses: list[str], *more: str) -> Iterator[subprocess.Popen[str]]:
-    """`cotra build --shard` in a process of its own."""
+    """`cotra build --shard` in a process of its own. Builders differ in BLAS's threads, which change nothing."""
     command = [
         sys.executable,
         "-P",
@@ -66,7 +66,7 @@ def builder(source: Path, out: Path, shard: int, addresses: list[str], *more: st
     ]
     command += ["--shards", str(len(addresses)), "--shard", str(shard), "--peers", ",".join(addresses)]
     command += ["--metric", "cosine", "--M", "8", "--ef-construction", "40", "--threads", "1", "--timeout", "60", *more]
-    env = {"OPENBLAS_NUM_THREADS": "1"} | dict(os.environ)
+    env = dict(os.environ) | {"OPENBLAS_NUM_THREADS": str(1 + shard % 2)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
         yield process

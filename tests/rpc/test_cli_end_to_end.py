@@ -9,14 +9,17 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner, Result
 
 from cotra_rdma.benchmark_data import distances
 from cotra_rdma.benchmark_scaling import FABRIC
+from cotra_rdma.cli import app
 from cotra_rdma.errors import PeerError
 from cotra_rdma.owner_process import OwnerProcess
 
@@ -28,6 +31,11 @@ def cotra(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[st
     done = subprocess.run([*COTRA, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == status, done.stderr
     return done
+
+
+def refused(*arguments: object) -> Result:
+    """The command in this process: what it refuses is not a matter of processes, and a start takes longer than to refuse."""
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*map(str, arguments)])
 
 
 def answer(*arguments: object) -> Any:
@@ -47,38 +55,44 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("transport", ["shm", "rpc"])
-def test_build_serve_search(data: Path, tmp_path: Path, transport: str) -> None:
+@pytest.fixture(scope="module")
+def served(data: Path) -> Iterator[OwnerProcess]:
+    """The owner of both shards."""
     with OwnerProcess([data / "index"], transports=("shm", "rpc")) as owner:
-        ready = owner.wait_ready()
-        assert ready["address"] == ready["shards"][0]["address"]
-        assert ready["region"] is None
-        assert ready["transports"] == ["shm", "rpc"]
-        assert [shard["count"] for shard in ready["shards"]] == [N // 2, N // 2]
-        asked = (*owner.addresses, "--queries", data / "small_queries.npy", "--ef", 128, "--transport", transport)
-        summary = answer("search", *asked, "--ground-truth", data / "small_gt.npy", "--out", tmp_path / "found.npz")
-        assert summary["recall"] > 0.95
-        assert summary["transports"] == dict.fromkeys(owner.addresses, transport)
-        assert summary["coverage"] == 1.0
-        assert summary["qps"] > 0
-        assert 0 < summary["p50_us"] <= summary["p99_us"]
-        assert summary["cached_records_per_query"] == 0
-        if transport == "shm":
-            assert summary["reads_per_query"] >= summary["rounds_per_query"] > 1
-            assert summary["bytes_per_query"] > summary["reads_per_query"]
-            again = answer("search", *asked, "--cache-bytes", 10**7)
-            assert again["reads_per_query"] + again["cached_records_per_query"] == summary["reads_per_query"]
-            assert again["reads_per_query"] < 0.9 * summary["reads_per_query"]
-        with np.load(tmp_path / "found.npz") as found:
-            ids, near = found["ids"], found["distances"]
-        assert (ids.dtype, ids.shape, near.dtype) == (np.int64, (N_QUERIES, 10), np.float32)
-        base, queries = (np.load(data / f"small_{name}.npy") for name in ("base", "queries"))
-        np.testing.assert_allclose(near[0], distances("l2", queries[0], base[ids[0]]), rtol=1e-4)
-        assert answer("search", *asked, "--out", tmp_path / "found.npy")["recall"] is None
-        fields = np.load(tmp_path / "found.npy")
-        np.testing.assert_array_equal(fields["id"], ids)
-        np.testing.assert_array_equal(fields["distance"], near)
-        assert "recall@10" in cotra("search", *asked).stdout
+        yield owner
+
+
+@pytest.mark.parametrize("transport", ["shm", "rpc"])
+def test_build_serve_search(data: Path, served: OwnerProcess, tmp_path: Path, transport: str) -> None:
+    ready = served.wait_ready()
+    assert ready["address"] == ready["shards"][0]["address"]
+    assert ready["region"] is None
+    assert ready["transports"] == ["shm", "rpc"]
+    assert [shard["count"] for shard in ready["shards"]] == [N // 2, N // 2]
+    asked = (*served.addresses, "--queries", data / "small_queries.npy", "--ef", 128, "--transport", transport)
+    summary = answer("search", *asked, "--ground-truth", data / "small_gt.npy", "--out", tmp_path / "found.npz")
+    assert summary["recall"] > 0.95
+    assert summary["transports"] == dict.fromkeys(served.addresses, transport)
+    assert summary["coverage"] == 1.0
+    assert summary["qps"] > 0
+    assert 0 < summary["p50_us"] <= summary["p99_us"]
+    assert summary["cached_records_per_query"] == 0
+    if transport == "shm":
+        assert summary["reads_per_query"] >= summary["rounds_per_query"] > 1
+        assert summary["bytes_per_query"] > summary["reads_per_query"]
+        again = answer("search", *asked, "--cache-bytes", 10**7)
+        assert again["reads_per_query"] + again["cached_records_per_query"] == summary["reads_per_query"]
+        assert again["reads_per_query"] < 0.9 * summary["reads_per_query"]
+    with np.load(tmp_path / "found.npz") as found:
+        ids, near = found["ids"], found["distances"]
+    assert (ids.dtype, ids.shape, near.dtype) == (np.int64, (N_QUERIES, 10), np.float32)
+    base, queries = (np.load(data / f"small_{name}.npy") for name in ("base", "queries"))
+    np.testing.assert_allclose(near[0], distances("l2", queries[0], base[ids[0]]), rtol=1e-4)
+    assert answer("search", *asked, "--out", tmp_path / "found.npy")["recall"] is None
+    fields = np.load(tmp_path / "found.npy")
+    np.testing.assert_array_equal(fields["id"], ids)
+    np.testing.assert_array_equal(fields["distance"], near)
+    assert "recall@10" in cotra("search", *asked).stdout
 
 
 @pytest.fixture(scope="module")
@@ -101,41 +115,46 @@ def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_algorithms(clustered: Path) -> None:
+@pytest.fixture(scope="module")
+def served_clusters(clustered: Path) -> Iterator[OwnerProcess]:
+    """The owner of the three shards with lists."""
     with OwnerProcess([clustered / "index"], transports=("shm", "rpc")) as owner:
-        asked = ("search", *owner.addresses, "--queries", clustered / "queries.npy")
-        asked += ("--ground-truth", clustered / "gt.npy")
-        for algorithm, path, rounds, options in (
-            ("spire", "shm", 2, ("--ef", 15)),
-            ("compass+scatter-gather", "rpc", 1, ()),
-            ("compass", "shm", None, ("--explain", "--target-recall", 0.95)),
-        ):
-            found = answer(*asked, "--algorithm", algorithm, *options)
-            assert found["algorithm"] == algorithm
-            assert found["recall"] > 0.9
-            assert (found["coverage"], found["failures"]) == (1.0, {})
-            assert found["transports"] == dict.fromkeys(owner.addresses, path)
-            assert found["rounds_per_query"] == rounds if rounds else found["rounds_per_query"] > 2
-            assert found["shards_per_query"] < 2 if algorithm.startswith("compass") else found["shards_per_query"] == 3
-            ways = [way["algorithm"] for way in found["predictions"]]
-            assert sorted(ways) == (["cotra", "scatter-gather", "spire"] if "--explain" in options else [])
-        expected = found["predictions"]
-        assert expected[0]["algorithm"] == "cotra"
-        assert set(expected[0]) == {
-            *("algorithm", "seconds", "reads", "rounds", "bytes", "owner_cpu_s", "shards", "allowed", "why"),
-        }
-        (gathered,) = (way for way in expected if way["algorithm"] == "scatter-gather")
-        assert (gathered["allowed"], gathered["why"]) == (False, "the owners' CPU is not to be used")
-        assert expected[0]["shards"] == pytest.approx(found["shards_per_query"])
-        failed = cotra(*asked, "--algorithm", "hnsw", "--json", status=1)
-        assert "algorithm must be one of auto, cotra" in json.loads(failed.stderr)["error"]["message"]
+        yield owner
 
 
-def test_explain(clustered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_algorithms(clustered: Path, served_clusters: OwnerProcess) -> None:
+    asked = ("search", *served_clusters.addresses, "--queries", clustered / "queries.npy")
+    asked += ("--ground-truth", clustered / "gt.npy")
+    for algorithm, path, rounds, options in (
+        ("spire", "shm", 2, ("--ef", 15)),
+        ("compass+scatter-gather", "rpc", 1, ()),
+        ("compass", "shm", None, ("--explain", "--target-recall", 0.95)),
+    ):
+        found = answer(*asked, "--algorithm", algorithm, *options)
+        assert found["algorithm"] == algorithm
+        assert found["recall"] > 0.9
+        assert (found["coverage"], found["failures"]) == (1.0, {})
+        assert found["transports"] == dict.fromkeys(served_clusters.addresses, path)
+        assert found["rounds_per_query"] == rounds if rounds else found["rounds_per_query"] > 2
+        assert found["shards_per_query"] < 2 if algorithm.startswith("compass") else found["shards_per_query"] == 3
+        ways = [way["algorithm"] for way in found["predictions"]]
+        assert sorted(ways) == (["cotra", "scatter-gather", "spire"] if "--explain" in options else [])
+    expected = found["predictions"]
+    assert expected[0]["algorithm"] == "cotra"
+    assert set(expected[0]) == {
+        *("algorithm", "seconds", "reads", "rounds", "bytes", "owner_cpu_s", "shards", "allowed", "why"),
+    }
+    (gathered,) = (way for way in expected if way["algorithm"] == "scatter-gather")
+    assert (gathered["allowed"], gathered["why"]) == (False, "the owners' CPU is not to be used")
+    assert expected[0]["shards"] == pytest.approx(found["shards_per_query"])
+    failed = cotra(*asked, "--algorithm", "hnsw", "--json", status=1)
+    assert "algorithm must be one of auto, cotra" in json.loads(failed.stderr)["error"]["message"]
+
+
+def test_explain(clustered: Path, served_clusters: OwnerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # no cell is broken
-    with OwnerProcess([clustered / "index"], transports=("shm", "rpc")) as owner:
-        asked = ("search", *owner.addresses, "--queries", clustered / "queries.npy", "--explain")
-        shown = cotra(*asked, "--algorithm", "auto").stdout
+    asked = ("search", *served_clusters.addresses, "--queries", clustered / "queries.npy", "--explain")
+    shown = cotra(*asked, "--algorithm", "auto").stdout
     lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in shown.splitlines()]
     columns = ["way", "batch, ms", "READs", "rounds", "KiB", "owners' CPU, us", "shards", ""]
     rows = [line for line in lines[lines.index(columns) + 1 :] if len(line) == len(columns)]
@@ -207,21 +226,19 @@ def test_an_owner_that_cannot_start_says_why(data: Path) -> None:
         owner.wait_ready()
 
 
-def test_verbs_by_name_where_there_is_none_says_why(data: Path) -> None:
-    with OwnerProcess([data / "index"], transports=("shm", "rpc")) as owner:
-        failed = cotra(
-            *("search", *owner.addresses, "--queries", data / "small_queries.npy", "--transport", "verbs", "--json"),
-            status=1,
-        )
-        assert "verbs" in json.loads(failed.stderr)["error"]["message"]
+def test_verbs_by_name_where_there_is_none_says_why(data: Path, served: OwnerProcess) -> None:
+    failed = cotra(
+        *("search", *served.addresses, "--queries", data / "small_queries.npy", "--transport", "verbs", "--json"),
+        status=1,
+    )
+    assert "verbs" in json.loads(failed.stderr)["error"]["message"]
 
 
-def test_doctor_names_the_path_that_works(data: Path) -> None:
-    with OwnerProcess([data / "index"], transports=("shm", "rpc")) as owner:
-        report = json.loads(cotra("doctor", "--peer", owner.addresses[0], "--json", status=1).stdout)
-        (peer,) = (check for check in report["checks"] if check["name"].startswith("peer"))
-        assert peer["status"] == "failed"
-        assert "shm" in peer["seen"]
+def test_doctor_names_the_path_that_works(served: OwnerProcess) -> None:
+    report = json.loads(cotra("doctor", "--peer", served.addresses[0], "--json", status=1).stdout)
+    (peer,) = (check for check in report["checks"] if check["name"].startswith("peer"))
+    assert peer["status"] == "failed"
+    assert "shm" in peer["seen"]
 
 
 def test_bench(data: Path, tmp_path: Path) -> None:
@@ -342,12 +359,10 @@ def test_bench_scaling(data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bench_refuses_a_study_before_it_measures(
-    data: Path, tmp_path: Path, options: tuple[object, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, options: tuple[object, ...], reason: str
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    command = (*COTRA, "bench", "--scaling", "--dataset", data / "small", "--cache", tmp_path / "none", *options)
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode in (1, 2)
+    done = refused("bench", "--scaling", "--dataset", data / "small", "--cache", tmp_path / "none", *options)
+    assert done.exit_code in (1, 2)
     assert reason in done.stderr
     assert not (tmp_path / "none").exists()
 
@@ -362,6 +377,7 @@ def test_bench_refuses_a_study_before_it_measures(
     ],
 )
 def test_bench_refuses_before_it_measures(data: Path, tmp_path: Path, options: tuple[object, ...], reason: str) -> None:
-    failed = cotra("bench", "--dataset", data / "small", "--cache", tmp_path / "none", *options, "--json", status=1)
+    failed = refused("bench", "--dataset", data / "small", "--cache", tmp_path / "none", *options, "--json")
+    assert failed.exit_code == 1
     assert reason in json.loads(failed.stderr)["error"]["message"]
     assert not (tmp_path / "none").exists()
