@@ -168,23 +168,28 @@ static int start(cotra_walk *walk, uint32_t n_wanted, cotra_error *err)
     int status = COTRA_OK;
     for (uint32_t i = 0; i < n && !status; i++) {
         walk->next_start = nearest[i] + 1;
-        walk->starts[walk->n_starts++] = (uint32_t)nearest[i];
+        walk->starts[walk->n_starts < COTRA_START_SHARDS ? walk->n_starts++ : COTRA_START_SHARDS - 1] =
+            (uint32_t)nearest[i];
         status = descend(walk, space->views[(uint32_t)nearest[i]], err);
     }
     cotra_candidates_empty_bin(&walk->candidates); /* where a walk starts anew, nodes were expanded before */
     return status;
 }
 
-/* Starts anew in place of the starts whose shards are lost, if any are; the walk's end else. */
-static int start_anew(cotra_walk *walk, cotra_error *err)
+/* In how many shards a walk that has nothing left to expand should start anew: as many as it started in and were lost;
+ * where it has too few answers and not all of the graph is open to it, one, for what leads there may not be. */
+static uint32_t count_restarts(cotra_walk *walk)
 {
+    const cotra_space *space = walk->space;
     uint32_t kept = 0;
     for (uint32_t i = 0; i < walk->n_starts; i++)
-        if (!cotra_space_is_lost(walk->space, walk->starts[i]))
+        if (!cotra_space_is_lost(space, walk->starts[i]))
             walk->starts[kept++] = walk->starts[i];
     const uint32_t n_lost = walk->n_starts - kept;
     walk->n_starts = kept;
-    return n_lost ? start(walk, n_lost, err) : COTRA_OK;
+    if (n_lost)
+        return n_lost;
+    return walk->hit_count < walk->k && (space->n_lost || !space->whole || walk->mask || walk->plan.filters);
 }
 
 int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_walk_plan *plan, const uint8_t *mask,
@@ -276,13 +281,15 @@ int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
     /* What is nearest after a round or two is worth more than what was nearest at the start. */
     walk->beam = walk->beam + 2 < walk->plan.beam ? walk->beam + 2 : walk->plan.beam;
     choose_nearest(walk);
-    int status = COTRA_OK;
-    if (walk->frontier_count == 0 && walk->space->n_lost) {
-        status = start_anew(walk, err);
-        if (!status)
-            choose_nearest(walk);
+    while (walk->frontier_count == 0 && walk->space->n > 1 && walk->stats.expansions < walk->plan.pool) {
+        const uint64_t before = walk->next_start;
+        const uint32_t n = count_restarts(walk);
+        int status = n ? start(walk, n, err) : COTRA_OK;
+        if (status || walk->next_start == before)
+            return status;
+        choose_nearest(walk);
     }
-    return status;
+    return COTRA_OK;
 }
 
 /* Keeps the k best, and the limit that follows from them. */

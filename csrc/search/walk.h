@@ -11,7 +11,8 @@
  *
  * A walk ends when no candidate is nearer than its limit: the k-th exact distance so far, plus slack for what an
  * estimate may be wrong by. An easy query so ends early, a hard one goes on, at most to its plan's number of
- * expansions. Where shards in which it started are lost meanwhile, it starts anew in the next nearest.
+ * expansions. Where shards in which it started are lost meanwhile, or it ends with too few answers and not all of the
+ * graph is open to it, it starts anew in the next nearest.
  */
 #ifndef COTRA_SEARCH_WALK_H
 #define COTRA_SEARCH_WALK_H

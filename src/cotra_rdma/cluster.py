@@ -137,24 +137,24 @@ class Cluster:
         self, owners: list[list[Owner]], reach: Reach, cache_bytes: int, halo: float, allow_partial: bool
     ) -> None:
         self._lock = threading.Lock()
-        self._planning = threading.Lock()
+        self._planning, self._ending = threading.Lock(), threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._n_searches = 0
         self._closing = self._closed = False
         self._reach = reach
         self._planner: Planner | None = None
         self._replicas: Replicas | None = None
-        self._lanes = LanePool(self._executor, self._fail_over)
+        self._lanes = LanePool(self._searchers, self._callers, self._fail_over)
         self._ef: int | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._pools: dict[str, ThreadPoolExecutor] = {}
         self._stop = threading.Event()
         self._attendant: threading.Thread | None = None
         self._renewed = time.monotonic()
         self._cache_bytes, self._halo = cache_bytes, None
         try:
             self._replicas = replicas = Replicas(owners, reach.connect, reach.choose, self._equip_late, self._forget)
-            self._gatherer = Gatherer(replicas, self._lanes, self._executor)
-            self._homes = Homes(replicas, self._gatherer, self._executor)
+            self._gatherer = Gatherer(replicas, self._lanes, self._callers)
+            self._homes = Homes(replicas, self._gatherer, self._callers)
             check_alike(replicas.known)
             reach.open_device(replicas.known)
             replicas.settle(allow_partial=allow_partial)
@@ -470,15 +470,21 @@ class Cluster:
         homes = None
         if plan.homes is None:
             answers, failures, plan = self._gatherer.gather(peers, job, plan, n_threads, lenient)
-            self._note(plan, job, answers, n_threads, time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            now = list(self._peers)
+            if peers == now and not failures:
+                self._note(plan, job, answers, n_threads, seconds)
             ids, distances, owners, stats = self._gatherer.merge(answers, job)
-            used = [used_of(peer, plan, failures) for peer in peers]
+            used = [
+                used_of(before if after.transport == LOST else after, plan, failures)
+                for before, after in zip(peers, now, strict=True)
+            ]
         else:
             here = partial(
                 self._planner.plan, "cotra", job, n_threads, target_recall=1.0, owner_cpu=False, explain=False
             )
             (ids, distances, owners, stats), used, failures, homes = self._homes.search(
-                peers, job, plan.homes, n_threads, here
+                peers, job, plan.homes, n_threads, here, lenient
             )
         n_shards = len(peers)
         asked = np.empty(len(job.queries), np.int32)
@@ -500,7 +506,7 @@ class Cluster:
         if failures and (not lenient or (allow_partial is None and len(failures) == n_shards)):
             first = failures[min(failures)]
             if len(failures) == n_shards:
-                raise first
+                raise first.with_traceback(None)  # it is the one of all searches, and would grow with each
             why = "; ".join(str(failures[shard]) for shard in sorted(failures))
             raise PartialResultError(
                 f"{len(failures)} of {n_shards} shards failed: {why}", result, shard=first.shard
@@ -590,10 +596,12 @@ class Cluster:
     def _note(
         self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
     ) -> None:
-        """Tells the cost model what a shard needed: after searches of one kind only, for others say less."""
+        """Tells the cost model what a shard needed: after searches of one kind only, for others say less, and of all shards."""
         n = len(job.queries)
+        one_sided = all(peer.transport in ONE_SIDED for peer in self._peers)
         if (
-            len(plan.asked) not in (0, len(self._peers))
+            not (plan.asked or one_sided)
+            or len(plan.asked) not in (0, len(self._peers))
             or plan.pushed
             or job.filters is not None
             or not answers
@@ -605,7 +613,7 @@ class Cluster:
             searches = n
         if not searches:
             return
-        links = [peer.link for peer in self._peers if peer.transport != LOST]
+        links = [peer.link for peer in self._peers]
         assert self._planner is not None
         if plan.asked:
             method, beam = "asked", job.beam
@@ -615,13 +623,21 @@ class Cluster:
             told = partial(needs_of_reading, links, answers[0][1][2], searches, seconds, min(n_threads, n))
         self._planner.experience.note(method, job.k, job.ef, beam, told if n <= _FEW else told())
 
-    def _executor(self) -> ThreadPoolExecutor:
+    def _searchers(self) -> ThreadPoolExecutor:
+        """The threads that share a search."""
+        return self._threads("cotra-search")
+
+    def _callers(self) -> ThreadPoolExecutor:
+        """The threads that wait for owners: others, for those that share a search wait for them."""
+        return self._threads("cotra-call")
+
+    def _threads(self, name: str) -> ThreadPoolExecutor:
         with self._lock:
             if self._closed:
                 raise ClosedError("the cluster is closed")
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_MAX_THREADS, "cotra-search")
-            return self._pool
+            if name not in self._pools:
+                self._pools[name] = ThreadPoolExecutor(_MAX_THREADS, name)
+            return self._pools[name]
 
     # ---- hnswlib's own calls ----
 
@@ -653,18 +669,19 @@ class Cluster:
             self._closing = True
             while self._n_searches:
                 self._idle.wait()
+        with self._ending:
             if self._closed:
                 return
+            self._stop.set()
+            if self._attendant is not None and self._attendant is not threading.current_thread():
+                self._attendant.join()
+            for pool in self._pools.values():
+                pool.shutdown()
+            self._lanes.close()
+            if self._replicas is not None:
+                self._replicas.close()
+            self._reach.close()
             self._closed = True
-        self._stop.set()
-        if self._attendant is not None and self._attendant is not threading.current_thread():
-            self._attendant.join()
-        if self._pool is not None:
-            self._pool.shutdown()
-        self._lanes.close()
-        if self._replicas is not None:
-            self._replicas.close()
-        self._reach.close()
 
     def __enter__(self) -> Self:
         return self

@@ -33,10 +33,11 @@ class Gatherer:
         """Asks every shard: the answers with the shards that they are of, the failures, and the plan as it was carried out: with
         more shards `asked` where owners took them over that can only be asked."""
         answers: list[tuple[list[int], Answer]] = []
-        failures = dict(self._replicas.lost)
+        failures: dict[int, CotraError] = {}
         for peer in peers:
-            if peer.transport == LOST and peer.index not in failures:  # back since, and not asked in this search
-                failures[peer.index] = TransportError(f"{peer} had no owner", shard=peer.index)
+            if peer.transport == LOST:  # its owner may be back since, and is not asked in this search
+                known = self._replicas.lost.get(peer.index)
+                failures[peer.index] = known or TransportError(f"{peer} had no owner", shard=peer.index)
         calls: dict[int, Future[Answer]] = {}
 
         def ask(peer: Peer) -> None:
@@ -87,22 +88,26 @@ class Gatherer:
 
     def _ask(self, peer: Peer, job: SearchJob, lenient: bool) -> Answer:
         """Has an owner search its shard, or another of the same shard where it fails, or answers what is none. `lenient`ly the
-        last of them is given up too, so that the next search does not wait for it."""
+        last of them is given up too, so that the next search does not wait for it. None is asked twice: one that was slow may be
+        found well meanwhile."""
+        tried = set()
         while True:
+            tried.add(peer.address)
             try:
                 return peer.search(job)
             except (TransportError, FormatError) as error:
                 other = None
                 if peer.transport != LOST:  # another search gave it up since this one was planned
                     other = self._replicas.replace(peer, named(error, peer), give_up=lenient)
-                if other is None:
+                if other is None or other.address in tried:
                     raise
                 peer = other
 
     def _probe(
         self, near: list[Peer], job: SearchJob, n_threads: int, failures: dict[int, CotraError], lenient: bool
     ) -> list[tuple[list[int], Answer]]:
-        """Reads inverted lists; a shard that fails is read anew over another owner, or noted in `failures`."""
+        """Reads inverted lists; a shard that fails is read anew over another owner, none twice, or noted in `failures`."""
+        tried = {(peer.index, peer.address) for peer in near}
         while near:
             numbers = [peer.index for peer in near]
             try:
@@ -112,12 +117,16 @@ class Gatherer:
                     raise
                 at = numbers.index(error.shard)
                 other = self._replicas.replace(near[at], error, give_up=lenient)
+                if other is not None and (other.index, other.address) in tried:
+                    other = None
                 if other is None and not lenient:
                     raise
                 if other is None:
                     failures[error.shard] = error
                 elif other.lists is None:
                     raise OnlyAskedError(f"{other} has no inverted lists to read", shard=other.index) from error
+                else:
+                    tried.add((other.index, other.address))
                 near[at : at + 1] = [] if other is None else [other]
         return []
 
@@ -143,7 +152,9 @@ class Gatherer:
 
 
 def used_of(peer: Peer, plan: Plan, failures: dict[int, CotraError]) -> str:
-    """What a search used to reach a shard."""
+    """What a search used to reach a shard, over the owner that it ended with."""
     if peer.index in failures:
         return LOST
-    return "rpc" if peer.index in plan.asked else "push" if peer.index in plan.pushed else peer.transport
+    if peer.index in plan.asked:
+        return "rpc"
+    return "push" if peer.index in plan.pushed or peer.transport == "rpc" else peer.transport

@@ -42,6 +42,7 @@ class Homes:
         homes: npt.NDArray[np.int64],
         n_threads: int,
         plan_here: Callable[[], Plan],
+        lenient: bool,
     ) -> tuple[Merged, list[str], dict[int, CotraError], npt.NDArray[np.int32]]:
         """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
         here, and those whose home was lost meanwhile, has no connection to the others, or answers what is none, too.
@@ -88,7 +89,7 @@ class Homes:
         rows = np.flatnonzero(here)
         if len(rows):
             plan, mine, peers = plan_here(), job._replace(queries=job.queries[rows]), list(self._replicas.peers)
-            answers, lost, plan = self._gatherer.gather(peers, mine, plan, n_threads, True)
+            answers, lost, plan = self._gatherer.gather(peers, mine, plan, n_threads, lenient)
             failures |= lost
             _put(found, rows, self._gatherer.merge(answers, mine))
             used = [before or used_of(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]
@@ -114,7 +115,8 @@ class Homes:
 
     def _ask_home(self, peer: Peer, job: SearchJob) -> _Told:
         """Has an owner search all shards, or another of the same shard where it does not answer, or not what it was asked. One
-        that does not is not asked for a while; its memory may be as good as ever. Raises `PeerError` for one that refuses."""
+        that does not is not asked for a while; its memory may be as good as ever. Raises `PeerError` where one refuses,
+        and no other does it."""
         failed: CotraError | None = None
         for owner in self._replicas.owners(peer.index):
             if self._deaf.get(owner, 0.0) > time.monotonic():
@@ -125,6 +127,8 @@ class Homes:
             except (TransportError, FormatError) as error:
                 log.warning("%s: its queries are walked elsewhere: %s", owner, error)
                 self._deaf[owner] = time.monotonic() + _DEAF_S
+                failed = failed if isinstance(failed, PeerError) else error
+            except PeerError as error:
                 failed = error
         raise failed or TransportError(f"{peer} did not answer a moment ago", shard=peer.index)
 

@@ -35,15 +35,16 @@ class _Lane:
     """The way to each of some shards, and engines over them: one thread's at a time. It is what an engine turns to
     (`engine.Helper`) where owners have to expand nodes, or one fails."""
 
-    def __init__(self, peers: Sequence[Peer], pushed: frozenset[Peer], replace: Replace, executor: Executor) -> None:
-        """`pushed`: those whose owners expand nodes."""
+    def __init__(self, peers: Sequence[Peer], pushed: frozenset[Peer], replace: Replace, callers: Executor) -> None:
+        """`pushed`: those whose owners expand nodes, and `callers` the threads that wait for them."""
         self._peers = list(peers)
-        self._replace, self._executor = replace, executor
+        self._replace, self._callers = replace, callers
         self._spire: SpireEngine | None = None
         self._unopened: dict[int, CotraError] = {}
         self._job: SearchJob | None = None
         self._lenient = False
         self._told_bytes = 0
+        self._tried: set[tuple[int, str]] = set()  # owners, in the search at hand
         self.lost: dict[int, CotraError] = {}
         self.is_broken = False
         slots = MOST_SLOTS if pushed else 0  # so many walks then share a message
@@ -72,6 +73,7 @@ class _Lane:
         """Walks the graphs. Where a shard failed and has no other owner, that is an error at once; or `lenient`ly the answer is
         without it, and `lost` says why."""
         self._job, self._told_bytes, self.lost, self._lenient = job, 0, {}, lenient
+        self._tried = {(peer.index, peer.address) for peer in self._peers}
         answer = self._engine.search(
             job.queries,
             job.k,
@@ -91,7 +93,7 @@ class _Lane:
         """As `engine.Helper`: one message to each owner, all at once."""
         told: dict[int, Expansions | CotraError] = {at: e for at, e in self._unopened.items() if at in pushes}
         asked = [at for at in pushes if at not in told]
-        spread = self._executor().map if len(asked) > 1 else map
+        spread = self._callers().map if len(asked) > 1 else map
         for at, answer in zip(asked, spread(lambda at: self._push(self._peers[at], pushes[at]), asked), strict=True):
             told[at] = answer
             if isinstance(answer, Expansions):
@@ -111,12 +113,15 @@ class _Lane:
         return int(wanted.nbytes + n_queries * self._job.queries.itemsize * self._job.queries.shape[1])
 
     def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
-        """As `engine.Helper`."""
+        """As `engine.Helper`. No owner is tried twice: one that was slow may be found well meanwhile."""
         failed = self._peers[shard]
         self.is_broken = True
         self._unopened.pop(shard, None)
         error = named(error, failed)
         while (peer := self._replace(failed, error, self._lenient)) is not None:
+            if (peer.index, peer.address) in self._tried:
+                break
+            self._tried.add((peer.index, peer.address))
             if peer.view is None:
                 raise OnlyAskedError(f"{peer} can only be asked", shard=peer.index)
             self._peers[shard] = peer
@@ -190,9 +195,10 @@ class _Lane:
 class LanePool:
     """The lanes of a cluster, by the shards that they reach."""
 
-    def __init__(self, executor: Executor, replace: Replace) -> None:
-        """`executor`: gives the threads that share a search. `replace`: asked for another owner where one fails."""
-        self._executor = executor
+    def __init__(self, executor: Executor, callers: Executor, replace: Replace) -> None:
+        """`executor`: gives the threads that share a search, `callers` those that wait for owners: others, for the first wait for
+        them. `replace`: asked for another owner where one fails."""
+        self._executor, self._callers = executor, callers
         self._replace = replace
         self._lock = threading.Lock()
         self._closed = False
@@ -270,7 +276,7 @@ class LanePool:
         with self._lock:
             idle = self._idle.get((tuple(peers), pushed))
             lane = idle.pop() if idle else None
-        return lane or _Lane(peers, pushed, self._replace, self._executor)
+        return lane or _Lane(peers, pushed, self._replace, self._callers)
 
     def _give_back(self, peers: Sequence[Peer], pushed: frozenset[Peer], lane: _Lane) -> None:
         with self._lock:

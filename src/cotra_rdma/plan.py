@@ -145,6 +145,11 @@ class Planner:
 
     def _selection(self, job: SearchJob, target_recall: float, *, required: bool) -> npt.NDArray[np.bool_] | None:
         """The shards that Compass takes, of those that the job is for; the job's own mask where it would take almost all."""
+        away = [str(at) for at, peer in enumerate(self._peers) if peer.transport == LOST and peer.coarse is None]
+        if self.router is None and away:
+            raise TransportError(
+                f"compass: takes the tables of all shards, and had none of shard {', '.join(away)} yet, which has no owner"
+            )
         if self.router is None:
             raise InvalidInputError(
                 "compass: these shards are not the whole of a collection with coarse tables: cotra build makes them"
@@ -231,7 +236,8 @@ class Planner:
         every = sorted(self._every)
         links, shares = [links[at] for at in every], shares[every]
         gathered = predict_asked("scatter-gather", rpc, links, shares.tolist(), n)
-        refusing = [str(peer) for peer in self._peers if peer.capabilities.transports.get("rpc")]
+        there = [self._peers[at] for at in every]
+        refusing = [str(peer) for peer in there if peer.capabilities.transports.get("rpc")]
         if refusing:
             gathered = forbidden(gathered, f"{refusing[0]} does not offer rpc")
         elif not owner_cpu and readable:

@@ -188,7 +188,7 @@ class Replicas:
             with self._lock:
                 self._check_open()
                 peer = self.peers[shard]
-            if peer is not failed:  # another thread saw it first
+            if peer is not failed or failed.transport == LOST:  # another thread saw it first
                 return None if peer.transport == LOST else peer
             other, _ = self._next(shard, failed)
             if other is None and not give_up:
@@ -197,7 +197,7 @@ class Replicas:
                 self._use(other or AbsentPeer(shard, failed.address, failed.shard), failed)
                 self._away.append((shard, failed.owner))
                 if other is None:
-                    self.lost[shard] = error
+                    self.lost[shard] = error.with_traceback(None)  # kept, and should keep nothing else alive
         if other is None:
             log.warning("%s failed, and no owner is left: searches go on without it: %s", failed, error)
         else:

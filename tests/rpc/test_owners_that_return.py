@@ -149,7 +149,7 @@ def test_compass_is_there_when_the_collection_is(
     late = free_address()
     addresses = [serve(stack, paths, shards, 0).address, serve(stack, paths, shards, 1).address, late]
     reader = stack.enter_context(cotra_rdma.connect(addresses, allow_partial=True))
-    with pytest.raises(cotra_rdma.InvalidInputError, match="not the whole of a collection"):
+    with pytest.raises(TransportError, match="had none of shard 2 yet, which has no owner"):
         reader.search(queries, algorithm="compass", allow_partial=True)
     serve(stack, paths, shards, 2, late)
     assert reader.revive() == [late]
@@ -458,3 +458,123 @@ def test_a_close_that_was_interrupted_is_done_by_the_next(
     assert not reader._replicas._closed
     reader.close()
     assert reader._replicas._closed
+
+
+@pytest.mark.parametrize("n_threads", [2, 4])
+def test_searches_that_share_threads_do_not_wait_for_each_other(
+    paths: list[Path],
+    shards: list[Shard],
+    queries: Floats,
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    n_threads: int,
+) -> None:
+    """More parts of searches than threads, and each part asks several owners at once."""
+    monkeypatch.setattr(cluster, "_MAX_THREADS", 4)
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="rpc"))
+    wanted = reader.search(queries, k=10, ef=48)
+    found: list[cotra_rdma.SearchResult] = []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(reader.search(queries, k=10, ef=48, n_threads=n_threads)), daemon=True
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert len(found) == 4
+    for result in found:
+        np.testing.assert_array_equal(result.ids, wanted.ids)
+
+
+def test_no_owner_is_tried_twice_in_a_search(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that are too slow, and are found well whenever they are looked at: the search ends all the same."""
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    other = serve(stack, paths, shards, 0)
+    groups = [[servers[0].address, other.address], *(server.address for server in servers[1:])]
+    reader = stack.enter_context(cotra_rdma.connect(groups, transport="rpc"))
+    attempts: list[str] = []
+
+    def slowly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(peer: Peer, *arguments: Any) -> Any:
+            if peer.index:
+                return real(peer, *arguments)
+            attempts.append(peer.address)
+            assert len(attempts) < 10
+            reader.revive()
+            raise cotra_rdma.DeadlineError("too slow", shard=0)
+
+        return call
+
+    for name in ("search", "expand"):
+        monkeypatch.setattr(Peer, name, slowly(getattr(Peer, name)))
+    for algorithm in ("scatter-gather", "cotra"):
+        attempts.clear()
+        found = reader.search(queries, k=10, ef=48, algorithm=algorithm, allow_partial=True)
+        assert found.missing == (0,)
+        assert set(attempts) == set(groups[0])
+        assert len(attempts) == 2
+        reader.revive()
+
+
+def test_what_a_failover_leaves_behind(
+    paths: list[Path], shards: list[Shard], words: Floats, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that was read is pushed to: the result says so, and the cost model takes nothing from it."""
+    monkeypatch.setattr(replicas_module, "_alike", lambda peers: peers)  # in the order given
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    asked = stack.enter_context(cotra_rdma.serve(shards[0], transports=("rpc",)))
+    groups = [[servers[0].address, asked.address], *(server.address for server in servers[1:])]
+    reader = stack.enter_context(cotra_rdma.connect(groups))
+    peer = reader._peers[0]
+    peer._fabric, peer._first = FabricModel(fail_after_reads=20, fail_status=-10, fail_wc_status=12), None
+    found = reader.search(words[:1500], k=5, ef=16)
+    assert found.transports == ("push", "shm", "shm", "shm")
+    assert found.coverage == 1.0
+    assert found.stats["pushed"].sum() > 0
+    assert reader.search(words[:1500], k=5, ef=16, algorithm="auto", explain=True).coverage == 1.0
+
+
+def test_errors_of_shards_that_are_lost_keep_nothing_alive(
+    paths: list[Path], shards: list[Shard], queries: Floats, stack: ExitStack
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
+    for shard in range(N_SHARDS):
+        lose(reader, shard)
+
+    def depth() -> int:
+        with pytest.raises(TransportError, match="gone") as caught:
+            reader.search(queries)
+        return len(caught.traceback)
+
+    assert depth() == depth() == depth()
+
+
+def test_a_close_that_was_interrupted_at_its_thread_is_done_by_the_next(
+    paths: list[Path], shards: list[Shard], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
+    reader = cotra_rdma.connect([server.address for server in servers], transport="shm")
+    lose(reader, 1)  # starts the thread that looks for owners
+    thread = reader._attendant
+    assert thread is not None
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread, "join", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reader.close()
+    monkeypatch.undo()
+    view = reader._peers[0].view
+    assert view is not None
+    assert not view.closed
+    reader.close()
+    assert view.closed
+    assert not thread.is_alive()

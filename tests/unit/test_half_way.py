@@ -243,6 +243,52 @@ def test_a_walk_starts_anew_where_it_lost_the_shards_that_it_started_in(
             assert kept >= 0.95 * ids.size, (lost, kept / ids.size)
 
 
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Five clusters in a row, far apart, a shard each: links lead to the next ones only."""
+    directory = tmp_path_factory.mktemp("chain")
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(5, 100, 16)).astype(np.float32)
+    rows[:, :, 0] += np.float32(40) * np.arange(5, dtype=np.float32)[:, np.newaxis]
+    np.save(directory / "base.npy", rows.reshape(500, 16))
+    with open_vectors(directory / "base.npy") as file:
+        build_collection(file, directory / "index", 5, M=6, ef_construction=40, graph="global", n_threads=1)
+    return shard_paths([directory / "index"])
+
+
+def test_a_lost_bridge_hides_no_shard(chain: list[Path]) -> None:
+    """Whether it is lost in the search, or was missing before; and a mask or filter may be the gap as well."""
+    with ExitStack() as stack:
+        world = World(chain, stack)
+        everything: list[Source] = [*world.arenas]
+        query, step = np.zeros((1, 16), np.float32), np.eye(1, 16, dtype=np.float32) * 40
+        with Engine.create(world.views, everything) as engine:
+            far = [engine.search(query + i * step, 1, 8, 4)[0][:, 0, 0].argmax() for i in range(5)]
+        order = [int(shard) for shard in far]
+        assert sorted(order) == list(range(5))
+        bridge, end = order[2], order[3]
+        only = [
+            pack_filter(np.full(view.info.count, shard == end), view.info.count)
+            for shard, view in enumerate(world.views)
+        ]
+        here = [shard for shard in range(5) if shard != bridge]
+        with Engine.create([world.views[s] for s in here], [world.arenas[s] for s in here]) as engine:
+            labels = engine.search(query, 10, 32, 8, filters=[only[s] for s in here])[0]
+        assert (labels[here.index(end)] >= 0).all()
+        owners = Owners(world, query)
+        owners.silent = {bridge}
+        sources = [None if shard == bridge else world.arenas[shard] for shard in range(5)]
+        for filters, k in ((only, 10), (None, 400)):
+            with Engine.create(world.views, sources) as engine:
+                labels, distances, _ = engine.search(query, k, 400, 8, filters=filters, helper=owners)
+            assert (merge(labels, distances)[0] >= 0).sum() >= 0.98 * k
+        mask = np.ones((1, 5), bool)
+        mask[0, [order[1], order[3]]] = False
+        with Engine.create(world.views, everything) as engine:
+            labels, distances, _ = engine.search(query, 300, 300, 8, mask=mask)
+        assert (merge(labels, distances)[0] >= 0).sum() >= 294
+
+
 def ids_of(world: World, shard: int) -> list[int]:
     with world.arenas[shard].view() as view:
         info = world.views[shard].info
