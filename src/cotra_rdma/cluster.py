@@ -223,8 +223,8 @@ class Cluster:
 
         A thread does it every few seconds as long as any is away. Raises `ClosedError` once closed."""
         assert self._replicas is not None
-        self._check_open()
-        return self._replicas.revive(self._between_owners)
+        with self._searching(1):  # `close` waits for it, too
+            return self._replicas.revive(self._between_owners)
 
     def _between_owners(self) -> None:
         """Before each owner that is tried again, which takes long where it is silent: leases and `close` do not wait for all."""
