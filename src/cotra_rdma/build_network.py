@@ -27,6 +27,7 @@ PART_BYTES = 32 << 20
 _MAX_PARTS = 4096
 _CALL_S = 2.0
 _ASK_S = 1.0  # between two questions to a peer that is waited for
+_RETRY_S = 0.05  # between two attempts to reach one that refuses
 _LAST_WORD_MS = 500
 _ALIVE, _FAILED = "alive", "failed"
 _LAST = ("link", "calibrate")
@@ -204,6 +205,8 @@ class NetworkMail:
                 payload = self._part(step, piece, part, parts, message)
                 while not self._delivered(receiver, payload) and not self._is_done(receiver, step):
                     self._check_silence(receiver)
+                    with self._changed:  # who does not listen yet refuses at once
+                        self._changed.wait_for(lambda: self._failure, _RETRY_S)
 
     def _is_done(self, receiver: int, step: str) -> bool:
         """Whether a builder that does not answer has ended because it heard all that it waited for: its answer was lost."""

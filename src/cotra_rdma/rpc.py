@@ -113,9 +113,13 @@ def connect_dealer(dealer: _Dealer, address: str, keys: ClientKeys | None) -> _D
     Raises `InvalidInputError` for a bad address, and `TransportError` where none can be made; the DEALER is then closed.
     """
     host, port = parse_address(address)
-    monitor = dealer.get_monitor_socket(sum(_ENDS))
-    monitor.linger = 0
     try:
+        monitor = dealer.get_monitor_socket(sum(_ENDS))
+    except zmq.ZMQError as error:  # too many sockets
+        dealer.close()
+        raise TransportError(f"{address} cannot be reached: {error}") from error
+    try:
+        monitor.linger = 0
         _limit(dealer, host)
         dealer.immediate = True  # nothing is queued for an owner that is not there
         dealer.reconnect_ivl = -1
@@ -279,7 +283,10 @@ class _Connection:
 
     def __init__(self, address: str, keys: ClientKeys | None) -> None:
         self._address = address
-        self._dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        try:
+            self._dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        except zmq.ZMQError as error:  # too many sockets
+            raise TransportError(f"{address} cannot be reached: {error}") from error
         self._monitor: zmq.Socket[bytes] = connect_dealer(self._dealer, address, keys)
         self._poller = zmq.Poller()
         self._poller.register(self._monitor, zmq.POLLIN)

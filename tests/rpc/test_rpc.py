@@ -232,3 +232,12 @@ class TestKeys:
         server = serve(keys=ServerKeys(*owner))
         with RpcClient(server.address, keys=ClientKeys(*anyone, server=owner[0])) as client:
             assert join(client.call(envelope(b"hello")).payload) == b"hello"
+
+
+def test_no_more_sockets_is_an_error_of_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    with zmq.Context() as context:
+        context.set(zmq.MAX_SOCKETS, 1)
+        monkeypatch.setattr(zmq.Context, "instance", lambda: context)
+        for _ in range(3):  # the DEALER is closed when its monitor cannot be had
+            with RpcClient("127.0.0.1:1") as client, pytest.raises(TransportError, match="cannot be reached"):
+                client.call(envelope(b""), 1000)
