@@ -436,7 +436,8 @@ class Cluster:
             below it: a shard failed; the error's `shard` tells which. It is a `PartialResultError`, with what the others
             answered in its `result`, where that is to be had: when the shard was asked over RPC.
         """
-        with self._searching(n_threads):
+        self._begin_search(n_threads)
+        try:
             return self._search(
                 self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards),
                 n_threads,
@@ -446,6 +447,8 @@ class Cluster:
                 owner_cpu=owner_cpu,
                 explain=explain,
             )
+        finally:
+            self._end_search()
 
     def _search(
         self,
@@ -471,14 +474,14 @@ class Cluster:
         if plan.homes is None:
             answers, failures, plan = self._gatherer.gather(peers, job, plan, n_threads, lenient)
             seconds = time.perf_counter() - begin
-            now = list(self._peers)
-            if peers == now and not failures:
+            ended = peers
+            if peers != self._peers:
+                pairs = zip(peers, self._peers, strict=True)
+                ended = [before if after.transport == LOST else after for before, after in pairs]
+            elif not failures:
                 self._note(plan, job, answers, n_threads, seconds)
             ids, distances, owners, stats = self._gatherer.merge(answers, job)
-            used = [
-                used_of(before if after.transport == LOST else after, plan, failures)
-                for before, after in zip(peers, now, strict=True)
-            ]
+            used = [used_of(peer, plan, failures) for peer in ended]
         else:
             here = partial(
                 self._planner.plan, "cotra", job, n_threads, target_recall=1.0, owner_cpu=False, explain=False
@@ -551,20 +554,28 @@ class Cluster:
                 return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(job.queries), STATS_DTYPE)
             return self._lanes.search(peers, job.of_shards([peer.index for peer in peers]), n_threads)[0]
 
-    @contextmanager
-    def _searching(self, n_threads: int) -> Iterator[None]:
-        """A search, which `close` waits for. Raises `ClosedError` once closed."""
+    def _begin_search(self, n_threads: int) -> None:
+        """`close` waits for its end (`_end_search`). Raises `ClosedError` once closed."""
         if not 1 <= n_threads <= _MAX_THREADS:
             raise InvalidInputError(f"n_threads must be in [1, {_MAX_THREADS}], not {n_threads}")
         with self._lock:
             self._check_open()
             self._n_searches += 1
+
+    def _end_search(self) -> None:
+        with self._lock:
+            self._n_searches -= 1
+            if self._closing:
+                self._idle.notify_all()
+
+    @contextmanager
+    def _searching(self, n_threads: int) -> Iterator[None]:
+        """A search, from begin to end."""
+        self._begin_search(n_threads)
         try:
             yield
         finally:
-            with self._lock:
-                self._n_searches -= 1
-                self._idle.notify_all()
+            self._end_search()
 
     def _job(
         self,
@@ -597,23 +608,17 @@ class Cluster:
         self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
     ) -> None:
         """Tells the cost model what a shard needed: after searches of one kind only, for others say less, and of all shards."""
-        n = len(job.queries)
-        one_sided = all(peer.transport in ONE_SIDED for peer in self._peers)
-        if (
-            not (plan.asked or one_sided)
-            or len(plan.asked) not in (0, len(self._peers))
-            or plan.pushed
-            or job.filters is not None
-            or not answers
-            or not n
-        ):
+        n, peers = len(job.queries), self._peers
+        if plan.pushed or job.filters is not None or not answers or not n:
             return
-        searches = n * len(self._peers) if job.mask is None else int(job.mask.sum())
+        if len(plan.asked) != len(peers) if plan.asked else any(peer.transport not in ONE_SIDED for peer in peers):
+            return
+        searches = n * len(peers) if job.mask is None else int(job.mask.sum())
         if plan.lists:  # a query reads as many lists however many shards it is for
             searches = n
         if not searches:
             return
-        links = [peer.link for peer in self._peers]
+        links = [peer.link for peer in peers]
         assert self._planner is not None
         if plan.asked:
             method, beam = "asked", job.beam

@@ -43,9 +43,10 @@ class Gatherer:
         def ask(peer: Peer) -> None:
             calls[peer.index] = self._executor().submit(self._ask, peer, job.of_shards([peer.index]), lenient)
 
-        there = [peer for peer in peers if peer.transport != LOST]
         near = []
-        for peer in there:
+        for peer in peers:
+            if peer.transport == LOST:
+                continue
             if peer.index in plan.asked or (peer.lists if plan.lists else peer.view) is None:
                 ask(peer)
             else:
@@ -68,7 +69,7 @@ class Gatherer:
                     answers.append(([shard], (labels[np.newaxis], distances[np.newaxis], stats)))
                 except CotraError as error:
                     failures[shard] = error
-        return answers, failures, plan._replace(asked=frozenset(calls))
+        return answers, failures, plan if len(calls) == len(plan.asked) else plan._replace(asked=frozenset(calls))
 
     def _walk(
         self,

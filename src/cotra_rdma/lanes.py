@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -203,7 +202,6 @@ class LanePool:
         self._lock = threading.Lock()
         self._closed = False
         self._idle: dict[_Key, list[_Lane]] = {}
-        self._dropped: weakref.WeakSet[Peer] = weakref.WeakSet()
 
     def search(
         self,
@@ -280,7 +278,7 @@ class LanePool:
 
     def _give_back(self, peers: Sequence[Peer], pushed: frozenset[Peer], lane: _Lane) -> None:
         with self._lock:
-            if not (self._closed or any(peer in self._dropped for peer in peers)):
+            if not (self._closed or any(peer.is_dropped for peer in peers)):
                 self._idle.setdefault((tuple(peers), pushed), []).append(lane)
                 return
         lane.close()
@@ -288,7 +286,7 @@ class LanePool:
     def drop(self, peer: Peer) -> None:
         """Closes the idle lanes to an owner that is not used any more, and those in use when they come back."""
         with self._lock:
-            self._dropped.add(peer)
+            peer.is_dropped = True
             keys = [key for key in self._idle if peer in key[0]]
             lanes = [lane for key in keys for lane in self._idle.pop(key)]
         for lane in lanes:

@@ -113,6 +113,7 @@ class Peer:
         self._first: tuple[Channel, ExitStack] | None = None
         self._gone = False
         self._retired = False
+        self.is_dropped = False  # no lane to it is kept
         self._slot_bytes = _SLOT_BYTES
 
     def __str__(self) -> str:
