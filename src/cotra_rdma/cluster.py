@@ -42,7 +42,7 @@ from cotra_rdma.plan import Plan, Planner
 from cotra_rdma.queries import check_queries, check_search, check_timeout, pack_filter
 from cotra_rdma.reach import Reach
 from cotra_rdma.region import MemoryRegion
-from cotra_rdma.replicas import Owner, Replicas
+from cotra_rdma.replicas import Owner, Replicas, Tried
 from cotra_rdma.result import SearchResult
 from cotra_rdma.rpc import ClientKeys
 from cotra_rdma.verbs import QueuePairOptions
@@ -192,9 +192,9 @@ class Cluster:
 
     # ---- owners that come and go ----
 
-    def _fail_over(self, failed: Peer, error: CotraError, give_up: bool) -> Peer | None:
+    def _fail_over(self, failed: Peer, error: CotraError, give_up: bool, tried: set[Tried]) -> Peer | None:
         assert self._replicas is not None
-        return self._replicas.replace(failed, error, give_up=give_up)
+        return self._replicas.replace(failed, error, give_up=give_up, tried=tried)
 
     def _forget(self, gone: Peer) -> None:
         """What there was of an owner that is not used any more."""

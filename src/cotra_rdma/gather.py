@@ -14,7 +14,7 @@ from cotra_rdma.job import Answer, SearchJob
 from cotra_rdma.lanes import LanePool, OnlyAskedError, named
 from cotra_rdma.peer import LOST, Peer
 from cotra_rdma.plan import Plan
-from cotra_rdma.replicas import Replicas
+from cotra_rdma.replicas import Replicas, Tried
 
 Merged = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]
 """ids int64[n_queries, k], distances float32 likewise, the shard of each int32, and one `STATS_DTYPE` record for each query."""
@@ -34,10 +34,6 @@ class Gatherer:
         more shards `asked` where owners took them over that can only be asked."""
         answers: list[tuple[list[int], Answer]] = []
         failures: dict[int, CotraError] = {}
-        for peer in peers:
-            if peer.transport == LOST:  # its owner may be back since, and is not asked in this search
-                known = self._replicas.lost.get(peer.index)
-                failures[peer.index] = known or TransportError(f"{peer} had no owner", shard=peer.index)
         calls: dict[int, Future[Answer]] = {}
 
         def ask(peer: Peer) -> None:
@@ -45,9 +41,10 @@ class Gatherer:
 
         near = []
         for peer in peers:
-            if peer.transport == LOST:
-                continue
-            if peer.index in plan.asked or (peer.lists if plan.lists else peer.view) is None:
+            if peer.transport == LOST:  # its owner may be back since, and is not asked in this search
+                known = self._replicas.lost.get(peer.index)
+                failures[peer.index] = known or TransportError(f"{peer} had no owner", shard=peer.index)
+            elif peer.index in plan.asked or (peer.lists if plan.lists else peer.view) is None:
                 ask(peer)
             else:
                 near.append(peer)
@@ -89,26 +86,24 @@ class Gatherer:
 
     def _ask(self, peer: Peer, job: SearchJob, lenient: bool) -> Answer:
         """Has an owner search its shard, or another of the same shard where it fails, or answers what is none. `lenient`ly the
-        last of them is given up too, so that the next search does not wait for it. None is asked twice: one that was slow may be
-        found well meanwhile."""
-        tried = set()
+        last of them is given up too, so that the next search does not wait for it."""
+        tried: set[Tried] = set()
         while True:
-            tried.add(peer.address)
             try:
                 return peer.search(job)
             except (TransportError, FormatError) as error:
                 other = None
                 if peer.transport != LOST:  # another search gave it up since this one was planned
-                    other = self._replicas.replace(peer, named(error, peer), give_up=lenient)
-                if other is None or other.address in tried:
+                    other = self._replicas.replace(peer, named(error, peer), give_up=lenient, tried=tried)
+                if other is None:
                     raise
                 peer = other
 
     def _probe(
         self, near: list[Peer], job: SearchJob, n_threads: int, failures: dict[int, CotraError], lenient: bool
     ) -> list[tuple[list[int], Answer]]:
-        """Reads inverted lists; a shard that fails is read anew over another owner, none twice, or noted in `failures`."""
-        tried = {(peer.index, peer.address) for peer in near}
+        """Reads inverted lists; a shard that fails is read anew over another owner, or noted in `failures`."""
+        tried: set[Tried] = set()
         while near:
             numbers = [peer.index for peer in near]
             try:
@@ -117,17 +112,13 @@ class Gatherer:
                 if error.shard not in numbers:
                     raise
                 at = numbers.index(error.shard)
-                other = self._replicas.replace(near[at], error, give_up=lenient)
-                if other is not None and (other.index, other.address) in tried:
-                    other = None
+                other = self._replicas.replace(near[at], error, give_up=lenient, tried=tried)
                 if other is None and not lenient:
                     raise
                 if other is None:
                     failures[error.shard] = error
                 elif other.lists is None:
                     raise OnlyAskedError(f"{other} has no inverted lists to read", shard=other.index) from error
-                else:
-                    tried.add((other.index, other.address))
                 near[at : at + 1] = [] if other is None else [other]
         return []
 

@@ -21,9 +21,8 @@ from cotra_rdma.peer import Peer
 
 Executor = Callable[[], ThreadPoolExecutor]
 _Key = tuple[tuple[Peer, ...], frozenset[Peer]]
-Replace = Callable[[Peer, CotraError, bool], Peer | None]
-"""What tells a failed owner, and gets the one to go on with; the last argument: whether its shard is given up if there is none
-(`Replicas.replace`)."""
+Replace = Callable[[Peer, CotraError, bool, set[tuple[int, str]]], Peer | None]
+"""What tells a failed owner, and gets the one to go on with: `Replicas.replace`, with `give_up` and `tried`."""
 
 
 class OnlyAskedError(CotraError):
@@ -43,7 +42,7 @@ class _Lane:
         self._job: SearchJob | None = None
         self._lenient = False
         self._told_bytes = 0
-        self._tried: set[tuple[int, str]] = set()  # owners, in the search at hand
+        self._tried: set[tuple[int, str]] = set()  # owners that failed in the search at hand
         self.lost: dict[int, CotraError] = {}
         self.is_broken = False
         slots = MOST_SLOTS if pushed else 0  # so many walks then share a message
@@ -72,7 +71,7 @@ class _Lane:
         """Walks the graphs. Where a shard failed and has no other owner, that is an error at once; or `lenient`ly the answer is
         without it, and `lost` says why."""
         self._job, self._told_bytes, self.lost, self._lenient = job, 0, {}, lenient
-        self._tried = {(peer.index, peer.address) for peer in self._peers}
+        self._tried = set()
         answer = self._engine.search(
             job.queries,
             job.k,
@@ -112,15 +111,12 @@ class _Lane:
         return int(wanted.nbytes + n_queries * self._job.queries.itemsize * self._job.queries.shape[1])
 
     def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
-        """As `engine.Helper`. No owner is tried twice: one that was slow may be found well meanwhile."""
+        """As `engine.Helper`."""
         failed = self._peers[shard]
         self.is_broken = True
         self._unopened.pop(shard, None)
         error = named(error, failed)
-        while (peer := self._replace(failed, error, self._lenient)) is not None:
-            if (peer.index, peer.address) in self._tried:
-                break
-            self._tried.add((peer.index, peer.address))
+        while (peer := self._replace(failed, error, self._lenient, self._tried)) is not None:
             if peer.view is None:
                 raise OnlyAskedError(f"{peer} can only be asked", shard=peer.index)
             self._peers[shard] = peer

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 Owner = str | Owned
 """An owner's address, or what this process holds itself."""
+Tried = tuple[int, str]
+"""An owner that failed: the position of its shard, and its address."""
 
 
 class AbsentPeer(Peer):
@@ -176,13 +178,19 @@ class Replicas:
         peer.take_over(instead_of)
         self.peers[peer.index] = peer
 
-    def replace(self, failed: Peer, error: CotraError, *, give_up: bool) -> Peer | None:
-        """The owner to go on with where one failed in a search; None where none is left.
+    def replace(self, failed: Peer, error: CotraError, *, give_up: bool, tried: set[Tried]) -> Peer | None:
+        """The owner to go on with where one failed in a search; None where none is left, or the one that is failed in that search
+        already: it was slow, say, and found well meanwhile. `tried` is what the search keeps of those, empty at first.
 
         The owner that failed is not used again until `revive` found it well; without another one that is so only where searches
         are to give the shard up, else it stays in use, for whoever sees the error and tries again. Raises `ClosedError` once
         closed.
         """
+        tried.add((failed.index, failed.address))
+        other = self._replace(failed, error, give_up=give_up)
+        return None if other is None or (other.index, other.address) in tried else other
+
+    def _replace(self, failed: Peer, error: CotraError, *, give_up: bool) -> Peer | None:
         shard = failed.index
         with self._turns[shard]:
             with self._lock:

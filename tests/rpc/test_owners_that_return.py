@@ -73,7 +73,7 @@ def free_address() -> str:
 
 def lose(reader: Cluster, shard: int) -> None:
     """As a search does whose READs of it fail, where nobody else owns it."""
-    assert reader._fail_over(reader._peers[shard], TransportError("gone", shard=shard), True) is None
+    assert reader._fail_over(reader._peers[shard], TransportError("gone", shard=shard), True, set()) is None
     assert reader.transports[shard] == "lost"
 
 
@@ -179,7 +179,9 @@ def test_nobody_waits_for_another_shards_owner(
     found: list[Peer | None] = []
     failed = replicas.peers[0]
     failover = [
-        threading.Thread(target=lambda: found.append(reader._fail_over(failed, TransportError("gone", shard=0), True)))
+        threading.Thread(
+            target=lambda: found.append(reader._fail_over(failed, TransportError("gone", shard=0), True, set()))
+        )
         for _ in range(2)
     ]
     for thread in failover:
@@ -379,13 +381,13 @@ def test_a_standby_without_a_path_is_tried_again(
 
     monkeypatch.setattr(replicas, "_choose", refuse)
     with contextlib.suppress(MemoryError):
-        assert reader._fail_over(used, TransportError("gone", shard=0), False) is None
+        assert reader._fail_over(used, TransportError("gone", shard=0), False, set()) is None
     monkeypatch.undo()
     assert replicas.owners(0) == [used]
     assert not replicas.are_all_here
     assert reader._attendant is not None  # it looks after those that are away
     assert reader.revive() == [standby.address]
-    assert reader._fail_over(used, TransportError("gone", shard=0), False) is replicas.peers[0]
+    assert reader._fail_over(used, TransportError("gone", shard=0), False, set()) is replicas.peers[0]
     assert reader.addresses[0] == standby.address
 
 
@@ -421,7 +423,7 @@ def test_a_standby_that_can_be_read_gets_the_cache_that_one_that_was_asked_had_n
     assert reader.transports == ("shm", "rpc", "shm", "shm")
     assert reader.record_caches[1] is None
     reader._cache_bytes = 400_000  # the others have all of it
-    assert reader._fail_over(reader._peers[1], TransportError("gone", shard=1), True) is not None
+    assert reader._fail_over(reader._peers[1], TransportError("gone", shard=1), True, set()) is not None
     assert reader.transports == ("shm",) * 4
     assert reader.record_caches[1] is not None
     assert reader.search(queries, k=10, ef=48).coverage == 1.0

@@ -162,7 +162,9 @@ def check_an_owner_killed_in_the_middle_of_a_search_is_replaced(
             assert cluster.addresses[2] == victim.addresses[0]
         with cotra_rdma.connect([*homes[:2], [victim.addresses[0], homes[2]], homes[3]], transport="verbs") as cluster:
             if cluster.addresses[2] != victim.addresses[0]:  # the other one was nearer
-                cluster._replicas.replace(cluster._peers[2], cotra_rdma.TransportError("for the test"), give_up=True)  # type: ignore[union-attr]
+                cluster._replicas.replace(  # type: ignore[union-attr]
+                    cluster._peers[2], cotra_rdma.TransportError("for the test"), give_up=True, tried=set()
+                )
                 cluster.revive()
             assert cluster.addresses[2] == victim.addresses[0]
             found = search_and_kill(cluster, victim, device_name, queries)
