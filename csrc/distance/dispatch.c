@@ -59,13 +59,13 @@ int cotra_kernel_scan(int simd, const uint8_t *lut, const uint8_t *codes, uint32
     return COTRA_OK;
 }
 
-int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const float *f1, float distance,
+int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const float *f1, float distance, float t,
                           float offset, float scale, float bound, float *out, uint32_t *below, cotra_error *err)
 {
     const cotra_kernels *kernels = get_or_fail(simd, err);
     if (!kernels)
         return COTRA_ERR_ARGUMENT;
-    *below = kernels->estimate(sums, f0, f1, distance, offset, scale, bound, out);
+    *below = kernels->estimate(sums, f0, f1, distance, t, offset, scale, bound, out);
     return COTRA_OK;
 }
 

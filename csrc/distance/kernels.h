@@ -19,8 +19,8 @@ typedef struct cotra_kernels {
     cotra_pair_kernel l2[3], dot[3]; /* by vector type */
     /* sums[32] of a 4-bit look-up table over one block of codes; laid out as in layout/{codes,image}.h */
     void (*scan)(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, uint32_t *sums);
-    /* out[32] = distance + f0 - f1 (offset + scale x sums); the bits of those below `bound` (a NaN is not) */
-    uint32_t (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset,
+    /* out[32] = distance + t f0 - f1 (offset + scale x sums); the bits of those below `bound` (a NaN is not) */
+    uint32_t (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float t, float offset,
                          float scale, float bound, float *out);
     /* the place of the least of n keys, the first where there are several; n is a multiple of COTRA_LEAST_STEP, keys
      * are 64-byte aligned and no NaN */

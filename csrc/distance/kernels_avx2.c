@@ -102,15 +102,15 @@ static void scan(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, 
     _mm256_storeu_si256(out + 3, _mm256_permute2x128_si256(c, e, 0x31));
 }
 
-static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset,
+static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float t, float offset,
                          float scale, float bound, float *out)
 {
     uint32_t below = 0;
-    const __m256 d = _mm256_set1_ps(distance), o = _mm256_set1_ps(offset), s = _mm256_set1_ps(scale);
+    const __m256 d = _mm256_set1_ps(distance), m = _mm256_set1_ps(t), o = _mm256_set1_ps(offset), s = _mm256_set1_ps(scale);
     for (int j = 0; j < 32; j += 8) {
         __m256 sum = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(sums + j)));
         __m256 dot = _mm256_add_ps(o, _mm256_mul_ps(s, sum));
-        __m256 base = _mm256_add_ps(d, _mm256_loadu_ps(f0 + j));
+        __m256 base = _mm256_add_ps(d, _mm256_mul_ps(m, _mm256_loadu_ps(f0 + j)));
         __m256 value = _mm256_sub_ps(base, _mm256_mul_ps(_mm256_loadu_ps(f1 + j), dot));
         _mm256_storeu_ps(out + j, value);
         below |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(value, _mm256_set1_ps(bound), _CMP_LT_OQ)) << j;

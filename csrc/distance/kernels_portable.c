@@ -40,13 +40,13 @@ static void scan(const uint8_t *table, const uint8_t *codes, uint32_t code_dim, 
         }
 }
 
-static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float offset,
+static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1, float distance, float t, float offset,
                          float scale, float bound, float *out)
 {
     uint32_t below = 0;
     for (int j = 0; j < 32; j++) {
         float product = offset + scale * (float)sums[j];
-        out[j] = distance + f0[j] - f1[j] * product;
+        out[j] = distance + t * f0[j] - f1[j] * product;
         below |= (uint32_t)(out[j] < bound) << j;
     }
     return below;

@@ -254,8 +254,8 @@ int cotra_kernel_distance(int simd, uint32_t metric, uint32_t vector_type, const
 /* Sums of a 4-bit look-up table over 32 packed codes: lut u8[code_dim / 4][16], codes u8[code_dim / 4][16]. */
 int cotra_kernel_scan(int simd, const uint8_t *lut, const uint8_t *codes, uint32_t code_dim, uint32_t *sums,
                       cotra_error *err);
-/* out[32] = distance + f0 - f1 (offset + scale x sums); below: the bits of those below bound. */
-int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const float *f1, float distance,
+/* out[32] = distance + t f0 - f1 (offset + scale x sums); below: the bits of those below bound. */
+int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const float *f1, float distance, float t,
                           float offset, float scale, float bound, float *out, uint32_t *below, cotra_error *err);
 /* The place of the first least of n keys, a multiple of 16; keys are 64-byte aligned. */
 int cotra_kernel_least(int simd, const float *keys, uint32_t n, uint32_t *place, cotra_error *err);
@@ -429,7 +429,7 @@ typedef struct cotra_search_params {
     uint32_t inflight;   /* queries at once; 0: chosen from the channels */
     uint64_t timeout_ns; /* the longest wait for any one READ; 0: 5 s */
     uint32_t numbers;    /* not 0: answers are node numbers in place of labels */
-    uint32_t reserved;
+    uint32_t most;       /* records that a walk expands at most; 0: as many as it takes */
 } cotra_search_params;
 
 typedef struct cotra_query_stats {
@@ -442,7 +442,7 @@ typedef struct cotra_query_stats {
     uint32_t cached_records; /* records that a cotra_cache had, in place of as many READs */
     uint32_t own;            /* records that were used in place, in this process's own memory */
     uint32_t pushed;         /* nodes that their owners expanded */
-    uint32_t reserved;
+    uint32_t incomplete;     /* shards, or graphs, whose walk `most` ended: rows that may be returned can be missing */
 } cotra_query_stats;
 
 /* Reads and validates header and navigation section over the channel; the bytes it then holds are view_bytes. */
@@ -463,18 +463,18 @@ typedef struct cotra_push {
 /* What the owner tells of it. */
 typedef struct cotra_expansion {
     float distance; /* exact */
-    float norm2;    /* of its vector, for inner products; else 0 */
+    float scale;    /* of what estimates near it are wrong by, for inner products; else 0 */
     int64_t label;
     uint32_t flags; /* as in the record */
-    uint32_t count; /* of its neighbours that are below the limit: their numbers and estimates follow the others' */
+    uint32_t count; /* of its neighbours that are below the limit: their numbers, estimates, weights follow the others' */
 } cotra_expansion;
 
 /* An owner's side of it: expands nodes of the image in its arena, that of the view, for queries float32[n_queries,
- * dim]. Pushes of one query follow each other. numbers and estimates have room for the degree of n nodes; n_neighbours
- * says how many there are. Any thread may call it. COTRA_ERR_ARGUMENT for a query or row that is not there. */
+ * dim]. Pushes of one query follow each other. numbers, estimates and weights (what each estimate counts for in a
+ * mean) have room for the degree of n nodes; n_neighbours says how many there are. Any thread may call it. COTRA_ERR_ARGUMENT for a query or row that is not there. */
 int cotra_view_expand(const cotra_view *view, const cotra_arena *arena, const float *queries, uint64_t n_queries,
                       const cotra_push *pushes, uint64_t n, cotra_expansion *out, uint32_t *numbers, float *estimates,
-                      uint64_t *n_neighbours, cotra_error *err);
+                      float *weights, uint64_t *n_neighbours, cotra_error *err);
 
 /* A reader's cache of one shard's records (csrc/search/cache.c): those that walks read most often. Engines of several
  * threads may share it; none of them ever waits for another. It does not need the view that it was made for any more.
@@ -520,8 +520,8 @@ typedef struct cotra_search_scope {
 
 /* queries float32[n_queries, dim] -> labels int64[n_shards, n_queries, k], distances float32[n_shards, n_queries, k],
  * each row by distance, then label; empty places hold -1 and infinity. stats[n_queries] are summed over the shards.
- * Under a filter that lets few rows through, the pool grows by as much as it leaves out; where that would READ more
- * than the rows that it lets through, those are read instead, and the answer is exact. scope may be NULL. */
+ * k rows are found whenever so many may be returned, unless params->most ends a walk before. Where a walk would READ
+ * more records than filters let through, those are read instead, and the answer is exact. scope may be NULL. */
 int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_queries,
                         const cotra_search_params *params, const cotra_search_scope *scope, int64_t *labels,
                         float *distances, cotra_query_stats *stats, cotra_error *err);
@@ -539,8 +539,8 @@ void cotra_engine_get_pushes(const cotra_engine *engine, uint32_t shard, const c
 /* The owner's answers to all of them, in the same order. COTRA_ERR_FORMAT where they do not fit; nothing is taken then.
  */
 int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cotra_expansion *found, uint64_t n,
-                                 const uint32_t *numbers, const float *estimates, uint64_t n_neighbours,
-                                 cotra_error *err);
+                                 const uint32_t *numbers, const float *estimates, const float *weights,
+                                 uint64_t n_neighbours, cotra_error *err);
 /* The slots that a channel needs which comes in the middle of the search: COTRA_MOST_SLOTS at most. */
 uint32_t cotra_engine_get_slots(const cotra_engine *engine);
 /* with NULL: the shard is lost. Its view must be of the same image as the old one's, which stays in use:

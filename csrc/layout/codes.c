@@ -146,13 +146,13 @@ WIDE static void fill_table(const float *restrict rotated, const float *restrict
     }
 }
 
-void cotra_query_codes_make(const cotra_rotation *rotation, const float *query, const float *mean, float *scratch,
+void cotra_query_codes_make(const cotra_rotation *rotation, const float *vector, const float *centre, float *scratch,
                             cotra_query_codes *codes)
 {
     const uint32_t n = rotation->code_dim;
     float *rotated = scratch, *centred = scratch + n, *widths = centred;
     for (uint32_t i = 0; i < rotation->dim; i++)
-        centred[i] = query[i] - mean[i];
+        centred[i] = centre ? vector[i] - centre[i] : vector[i];
     cotra_rotation_apply(rotation, centred, rotated);
     float widest = 0, offset = 0;
     for (uint32_t g = 0; g < n; g += 4) {
@@ -165,6 +165,7 @@ void cotra_query_codes_make(const cotra_rotation *rotation, const float *query, 
     fill_table(rotated, widths, n, 1 / step, codes->table);
     codes->offset = offset;
     codes->scale = step;
+    codes->rounding2 = step * step * (float)(n / 4) / 12; /* each entry errs evenly by up to half a step */
 }
 
 /* The upper half of a float, rounded to nearest even: finite for every value that is far from overflow. */
@@ -215,33 +216,92 @@ WIDE static void measure(const float *restrict residual, const float *restrict o
 #endif
 }
 
-void cotra_code_write(const cotra_rotation *rotation, uint32_t metric, const float *own, const float *own_rotated,
-                      const float *neighbour, float *scratch, const cotra_record_layout *layout, uint8_t *record,
-                      uint32_t slot)
+static float from_bf16(uint16_t half)
 {
-    const uint32_t n = rotation->code_dim;
-    float *residual = scratch, *difference = scratch + n;
-    uint8_t nibbles[COTRA_MAX_DIM / 4];
-    float sums[3];
+    const uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+int cotra_code_writer_create(cotra_code_writer *writer, const cotra_rotation *rotation, const cotra_image_info *info,
+                             const cotra_record_layout *layout, const float *mean, cotra_error *err)
+{
+    const size_t n = rotation->code_dim;
+    *writer = (cotra_code_writer){.rotation = rotation,
+                                  .layout = layout,
+                                  .mean = info->metric == COTRA_METRIC_L2 ? mean : NULL,
+                                  .metric = info->metric};
+    float *memory = writer->memory = malloc((5 * n + 2 * (size_t)layout->slots) * sizeof *memory);
+    if (!memory)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "codes: no memory");
+    writer->own = memory;
+    writer->neighbour = memory + n;
+    writer->rotated = memory + 2 * n;
+    writer->scratch = memory + 3 * n;
+    writer->rest = memory + 5 * n;
+    writer->shift = writer->rest + layout->slots;
+    return COTRA_OK;
+}
+
+void cotra_code_writer_destroy(cotra_code_writer *writer)
+{
+    free(writer->memory);
+    writer->memory = NULL;
+}
+
+void cotra_code_writer_begin(cotra_code_writer *writer)
+{
+    const cotra_rotation *rotation = writer->rotation;
     for (uint32_t i = 0; i < rotation->dim; i++)
-        difference[i] = neighbour[i] - own[i];
+        writer->scratch[i] = writer->mean ? writer->own[i] - writer->mean[i] : writer->own[i];
+    writer->gap2 = 0;
+    for (uint32_t i = 0; i < rotation->dim; i++)
+        writer->gap2 += writer->scratch[i] * writer->scratch[i];
+    cotra_rotation_apply(rotation, writer->scratch, writer->rotated);
+    writer->nearest2 = INFINITY;
+    writer->count = 0;
+}
+
+void cotra_code_writer_add(cotra_code_writer *writer, uint8_t *record)
+{
+    const cotra_rotation *rotation = writer->rotation;
+    const cotra_record_layout *layout = writer->layout;
+    const uint32_t n = rotation->code_dim, slot = writer->count++;
+    float *residual = writer->scratch, *difference = writer->scratch + n;
+    uint8_t nibbles[COTRA_MAX_DIM / 4];
+    float sums[3]; /* |r|^2, S1, <b, P(c - m)> */
+    for (uint32_t i = 0; i < rotation->dim; i++)
+        difference[i] = writer->neighbour[i] - writer->own[i];
     cotra_rotation_apply(rotation, difference, residual);
-    measure(residual, own_rotated, n, nibbles, sums);
+    measure(residual, writer->rotated, n, nibbles, sums);
 
     uint8_t *codes = record + layout->codes + (size_t)(slot / COTRA_BLOCK) * layout->block_bytes + slot % 16;
     const int shift = slot % COTRA_BLOCK < 16 ? 0 : 4;
     for (uint32_t g = 0; g < n / 4; g++)
         codes[(size_t)g * 16] |= (uint8_t)(nibbles[g] << shift);
-    float f1 = sums[1] > 0 ? sums[0] / sums[1] : 0, f0;
-    if (metric == COTRA_METRIC_L2) {
-        f1 *= 2;
-        f0 = sums[0] + f1 * sums[2];
-    } else {
+    const float slope = sums[1] > 0 ? sums[0] / sums[1] : 0;
+    const uint16_t f1 = to_bf16(writer->metric == COTRA_METRIC_L2 ? 2 * slope : slope);
+    ((uint16_t *)(record + layout->f1))[slot] = f1;
+    writer->shift[slot] = from_bf16(f1) * sums[2]; /* by the slope as it will be read */
+    if (sums[0] > 0 && sums[0] < writer->nearest2)
+        writer->nearest2 = sums[0];
+    writer->rest[slot] = sums[0];
+    if (writer->metric != COTRA_METRIC_L2) {
         double own_dot = 0;
         for (uint32_t i = 0; i < rotation->dim; i++)
-            own_dot += (double)own[i] * difference[i];
-        f0 = f1 * sums[2] - (float)own_dot;
+            own_dot += (double)writer->own[i] * difference[i];
+        writer->rest[slot] = -(float)own_dot;
     }
-    ((uint16_t *)(record + layout->f0))[slot] = to_bf16(f0);
-    ((uint16_t *)(record + layout->f1))[slot] = to_bf16(f1);
+}
+
+void cotra_code_writer_end(cotra_code_writer *writer, uint8_t *record)
+{
+    cotra_record_head *head = (cotra_record_head *)record;
+    const int centred = writer->gap2 > COTRA_CENTRED * COTRA_CENTRED * writer->nearest2;
+    uint16_t *f0 = (uint16_t *)(record + writer->layout->f0);
+    for (uint32_t j = 0; j < writer->count; j++)
+        f0[j] = to_bf16(centred ? writer->rest[j] : writer->rest[j] + writer->shift[j]);
+    head->flags = (head->flags & ~(uint32_t)COTRA_NODE_CENTRED) | (centred ? COTRA_NODE_CENTRED : 0);
+    head->norm2 = writer->metric == COTRA_METRIC_L2 ? 0 : writer->gap2;
 }

@@ -29,7 +29,7 @@
 #define COTRA_IMAGE_MAGIC 0x3147484152544F43u /* "COTRAHG1" read as a little-endian word */
 
 enum {
-    COTRA_FORMAT_VERSION = 3,
+    COTRA_FORMAT_VERSION = 4,
     COTRA_HEADER_BYTES = 4096,
     COTRA_IVF_HEADER_BYTES = 64,
     COTRA_BLOCK = 32, /* neighbours whose codes are scanned together */
@@ -38,7 +38,8 @@ enum {
     COTRA_MAX_M = 512,
     COTRA_MAX_LEVELS = 64,
     COTRA_RECORD_HEAD_BYTES = 32,
-    COTRA_NODE_DELETED = 1 /* a flag of a node: walked through, never returned */
+    COTRA_NODE_DELETED = 1, /* a flag of a node: walked through, never returned */
+    COTRA_NODE_CENTRED = 2  /* its factors are for a table that is made for it: layout/codes.h */
 };
 
 #define COTRA_NO_NODE   UINT32_MAX
@@ -69,12 +70,13 @@ typedef struct cotra_record_head {
     uint16_t count; /* neighbours */
     uint16_t reserved;
     uint32_t generation; /* low half of the image's */
-    uint32_t reserved2;
+    float norm2;         /* ip, cosine: of the own vector, its squared length; l2: 0 */
 } cotra_record_head;
 
 static_assert(sizeof(cotra_record_head) == COTRA_RECORD_HEAD_BYTES, "the record is part of the format");
 static_assert(offsetof(cotra_record_head, label) == 8, "the record is part of the format");
 static_assert(offsetof(cotra_record_head, count) == 20, "the record is part of the format");
+static_assert(offsetof(cotra_record_head, norm2) == 28, "the record is part of the format");
 
 /* Where things are in a record; derived, never stored. */
 typedef struct cotra_record_layout {

@@ -406,32 +406,29 @@ int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotr
         return status;
     if (atomic_load(&packer->linked) != info->count)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "packer: all nodes must be linked before one is encoded");
-    size_t n = info->code_dim;
-    float *memory = malloc(6 * n * sizeof *memory);
-    if (!memory)
-        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "packer: no memory");
-    float *own = memory, *own_rotated = memory + n, *neighbour = memory + 2 * n, *scratch = memory + 3 * n;
+    cotra_code_writer writer;
+    status = cotra_code_writer_create(&writer, &packer->rotation, info, &packer->layout, packer->mean, err);
+    if (status)
+        return status;
     for (uint64_t node = begin; node < end; node++) {
         uint8_t *record = record_of(packer, node);
         cotra_record_head *head = (cotra_record_head *)record;
         const uint32_t *numbers = (const uint32_t *)(record + packer->layout.numbers);
         while (head->count < info->degree && numbers[head->count] != COTRA_NO_NODE)
             head->count++;
-        cotra_vector_load(info->vector_type, record + COTRA_RECORD_HEAD_BYTES, info->dim, own);
-        for (uint32_t i = 0; i < info->dim; i++)
-            scratch[i] = own[i] - packer->mean[i];
-        cotra_rotation_apply(&packer->rotation, scratch, own_rotated);
+        cotra_vector_load(info->vector_type, record + COTRA_RECORD_HEAD_BYTES, info->dim, writer.own);
+        cotra_code_writer_begin(&writer);
         for (uint32_t j = 0; j < head->count; j++) {
             if (j + 1 < head->count)
                 __builtin_prefetch(record_of(packer, numbers[j + 1]) + COTRA_RECORD_HEAD_BYTES);
             cotra_vector_load(info->vector_type, record_of(packer, numbers[j]) + COTRA_RECORD_HEAD_BYTES, info->dim,
-                              neighbour);
-            cotra_code_write(&packer->rotation, info->metric, own, own_rotated, neighbour, scratch, &packer->layout,
-                             record, j);
+                              writer.neighbour);
+            cotra_code_writer_add(&writer, record);
         }
+        cotra_code_writer_end(&writer, record);
         head->checksum = cotra_record_checksum(record, info->record_bytes, head->node);
     }
-    free(memory);
+    cotra_code_writer_destroy(&writer);
     atomic_fetch_add(&packer->encoded, end - begin);
     return COTRA_OK;
 }

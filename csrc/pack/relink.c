@@ -34,7 +34,7 @@ struct cotra_relinker {
 typedef struct work {
     float *vectors;  /* [capacity][padded]: of the candidates */
     float *own;      /* [padded] */
-    float *scratch;  /* [3 * code_dim]: the own vector rotated, then for codes */
+    cotra_code_writer codes;
     uint64_t *words; /* [capacity]: distance << 32 | candidate, sorted */
     uint32_t *numbers;
     uint32_t *chosen; /* [degree] */
@@ -88,25 +88,28 @@ static void work_free(work *w)
 {
     free(w->vectors);
     free(w->own);
-    free(w->scratch);
+    cotra_code_writer_destroy(&w->codes);
     free(w->words);
     free(w->numbers);
     free(w->chosen);
 }
 
-static int work_make(work *w, const cotra_image_info *info, uint32_t width, cotra_error *err)
+static int work_make(const cotra_relinker *relinker, work *w, uint32_t width, cotra_error *err)
 {
+    const cotra_image_info *info = &relinker->info;
+    const float *mean = (const float *)(relinker->source + info->nav_offset);
     *w = (work){.capacity = info->degree + width, .padded = (info->dim + 31u) / 32 * 32};
     w->vectors = calloc((size_t)w->capacity * w->padded, sizeof *w->vectors);
     w->own = calloc(w->padded, sizeof *w->own);
-    w->scratch = malloc(3 * (size_t)info->code_dim * sizeof *w->scratch);
+    int status = cotra_code_writer_create(&w->codes, &relinker->rotation, info, &relinker->layout, mean, err);
     w->words = malloc(w->capacity * sizeof *w->words);
     w->numbers = malloc(w->capacity * sizeof *w->numbers);
     w->chosen = malloc(info->degree * sizeof *w->chosen);
-    if (w->vectors && w->own && w->scratch && w->words && w->numbers && w->chosen)
-        return COTRA_OK;
-    work_free(w);
-    return cotra_fail(err, COTRA_ERR_NO_MEMORY, "relinker: no memory");
+    if (!status && !(w->vectors && w->own && w->words && w->numbers && w->chosen))
+        status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "relinker: no memory");
+    if (status)
+        work_free(w);
+    return status;
 }
 
 static const float *vector_of(const work *w, uint32_t candidate)
@@ -173,16 +176,14 @@ static void write_record(const cotra_relinker *relinker, work *w, uint32_t count
     memset(record + layout->numbers, 0, info->record_bytes - layout->numbers);
     memset(numbers, 0xFF, 4 * (size_t)layout->slots);
     head->count = (uint16_t)count;
-    float *own_rotated = w->scratch, *scratch = w->scratch + info->code_dim;
-    const float *mean = (const float *)(relinker->source + info->nav_offset);
-    for (uint32_t i = 0; i < info->dim; i++)
-        scratch[i] = w->own[i] - mean[i];
-    cotra_rotation_apply(&relinker->rotation, scratch, own_rotated);
+    memcpy(w->codes.own, w->own, info->dim * sizeof *w->own);
+    cotra_code_writer_begin(&w->codes);
     for (uint32_t j = 0; j < count; j++) {
         numbers[j] = w->numbers[w->chosen[j]];
-        cotra_code_write(&relinker->rotation, info->metric, w->own, own_rotated, vector_of(w, w->chosen[j]), scratch,
-                         layout, record, j);
+        memcpy(w->codes.neighbour, vector_of(w, w->chosen[j]), info->dim * sizeof *w->own);
+        cotra_code_writer_add(&w->codes, record);
     }
+    cotra_code_writer_end(&w->codes, record);
 }
 
 static int link_node(const cotra_relinker *relinker, work *w, uint64_t node, const uint32_t *candidates,
@@ -239,7 +240,7 @@ int cotra_relinker_link(const cotra_relinker *relinker, uint64_t begin, uint64_t
                           (unsigned long long)begin, (unsigned long long)end, (unsigned long long)info->count,
                           far->width);
     work w;
-    int status = work_make(&w, info, far->width, err);
+    int status = work_make(relinker, &w, far->width, err);
     if (status)
         return status;
     for (uint64_t i = 0; i < end - begin && !status; i++)

@@ -1,37 +1,54 @@
 #include "search/candidates.h"
 
-#include "base/ranked.h"
 #include "base/status.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    ROOM = 4096,
-    SEEN = 512
-}; /* sorting out costs more than memory; a table of seen nodes that is too small grows */
+enum { ROOM = 4096, SEEN = 512 }; /* both grow */
 
-static uint32_t capacity_for(uint32_t kept)
+static uint32_t padded_floors(uint32_t slots)
 {
-    const uint32_t open = 2 * kept < ROOM ? ROOM : 2 * kept;
-    return (2 + (open + COTRA_BLOCK) / COTRA_KEYS_BLOCK) * COTRA_KEYS_BLOCK;
+    return (slots / COTRA_KEYS_BLOCK + COTRA_LEAST_STEP - 1u) / COTRA_LEAST_STEP * COTRA_LEAST_STEP;
 }
 
-int cotra_candidates_create(cotra_candidates *all, uint32_t kept, cotra_error *err)
+/* Gives the arrays room for so many slots, of which the first `count` are kept. */
+static int allocate(cotra_candidates *all, uint32_t slots, cotra_error *err)
+{
+    const uint32_t blocks = (all->count + COTRA_KEYS_BLOCK - 1) / COTRA_KEYS_BLOCK;
+    float *keys = aligned_alloc(64, slots * sizeof *keys);
+    float *floors = aligned_alloc(64, padded_floors(slots) * sizeof *floors);
+    uint32_t *nodes = malloc(slots * sizeof *nodes);
+    if (!keys || !floors || !nodes) {
+        free(keys);
+        free(floors);
+        free(nodes);
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk of %u candidates", slots);
+    }
+    if (all->count) {
+        memcpy(keys, all->keys, (size_t)blocks * COTRA_KEYS_BLOCK * sizeof *keys);
+        memcpy(floors, all->floors, blocks * sizeof *floors);
+        memcpy(nodes, all->nodes, all->count * sizeof *nodes);
+    }
+    free(all->keys);
+    free(all->floors);
+    free(all->nodes);
+    all->keys = keys;
+    all->floors = floors;
+    all->nodes = nodes;
+    all->allocated = slots;
+    return COTRA_OK;
+}
+
+int cotra_candidates_create(cotra_candidates *all, cotra_error *err)
 {
     memset(all, 0, sizeof *all);
-    all->allocated = capacity_for(kept);
-    const size_t padded =
-        (all->allocated / COTRA_KEYS_BLOCK + COTRA_LEAST_STEP - 1u) / COTRA_LEAST_STEP * COTRA_LEAST_STEP;
     all->seen_mask = SEEN - 1;
     all->seen = calloc(SEEN, sizeof *all->seen);
-    all->keys = aligned_alloc(64, all->allocated * sizeof *all->keys);
-    all->nodes = malloc(all->allocated * sizeof *all->nodes);
-    all->floors = aligned_alloc(64, padded * sizeof *all->floors);
-    if (all->seen && all->keys && all->nodes && all->floors)
-        return COTRA_OK;
-    cotra_candidates_destroy(all);
-    return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk of %u candidates", kept);
+    int status = all->seen ? allocate(all, ROOM, err) : cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory");
+    if (status)
+        cotra_candidates_destroy(all);
+    return status;
 }
 
 void cotra_candidates_destroy(cotra_candidates *all)
@@ -40,13 +57,12 @@ void cotra_candidates_destroy(cotra_candidates *all)
     free(all->keys);
     free(all->nodes);
     free(all->floors);
-    free(all->words);
     memset(all, 0, sizeof *all);
 }
 
-void cotra_candidates_clear(cotra_candidates *all, uint32_t kept)
+void cotra_candidates_clear(cotra_candidates *all)
 {
-    all->capacity = capacity_for(kept); /* when they are sorted out is the walk's own matter, not that of memory */
+    all->capacity = ROOM;
     all->count = COTRA_KEYS_BLOCK;
     all->seen_count = 0;
     cotra_candidates_empty_bin(all);
@@ -85,38 +101,37 @@ static void prepare(cotra_candidates *all, uint32_t n)
     }
 }
 
-static int sort_out(cotra_candidates *all, uint32_t kept, float limit, cotra_error *err)
+/* Leaves the nodes below the limit, in their order. */
+static void sort_out(cotra_candidates *all, float limit)
 {
-    if (!all->words && !(all->words = malloc(all->allocated * sizeof *all->words)))
-        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for %u candidates", all->allocated);
-    uint32_t n = 0;
-    for (uint32_t slot = COTRA_KEYS_BLOCK; slot < all->count; slot++) {
-        const uint32_t node = all->nodes[slot];
-        if (all->keys[slot] < limit)
-            all->words[n++] = (uint64_t)cotra_key(all->keys[slot]) << 32 | node;
-        else
-            cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->slot = COTRA_BIN;
-    }
-    qsort(all->words, n, sizeof *all->words, cotra_by_word);
-    all->count = COTRA_KEYS_BLOCK;
-    prepare(all, kept < n ? kept : n);
-    for (uint32_t i = 0; i < n; i++) {
-        const uint32_t node = (uint32_t)all->words[i], slot = i < kept ? all->count++ : COTRA_BIN;
-        cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->slot = slot;
-        if (slot == COTRA_BIN)
+    const uint32_t count = all->count;
+    uint32_t kept = COTRA_KEYS_BLOCK;
+    for (uint32_t slot = COTRA_KEYS_BLOCK; slot < count; slot++) {
+        const float key = all->keys[slot];
+        const uint32_t node = all->nodes[slot], to = key < limit ? kept++ : COTRA_BIN;
+        cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->slot = to;
+        if (to == COTRA_BIN)
             continue;
-        float *floor = &all->floors[slot / COTRA_KEYS_BLOCK];
-        all->keys[slot] = cotra_unkey((uint32_t)(all->words[i] >> 32));
-        all->nodes[slot] = node;
-        *floor = all->keys[slot] < *floor ? all->keys[slot] : *floor;
+        float *floor = &all->floors[to / COTRA_KEYS_BLOCK];
+        *floor = to % COTRA_KEYS_BLOCK && *floor < key ? *floor : key;
+        all->keys[to] = key;
+        all->nodes[to] = node;
     }
-    return COTRA_OK;
+    for (uint32_t slot = kept; slot < count; slot++)
+        all->keys[slot] = INFINITY;
+    all->count = kept;
 }
 
-int cotra_candidates_make_room(cotra_candidates *all, uint32_t kept, float limit, cotra_error *err)
+int cotra_candidates_make_room(cotra_candidates *all, float limit, cotra_error *err)
 {
     if (all->count + COTRA_BLOCK > all->capacity) {
-        int status = sort_out(all, kept, limit, err);
+        sort_out(all, limit);
+        if (all->count > all->capacity / 2) {
+            if (all->capacity > UINT32_MAX / 4)
+                return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: a walk of more than 2^30 candidates");
+            all->capacity *= 2;
+        }
+        int status = all->capacity > all->allocated ? allocate(all, all->capacity, err) : COTRA_OK;
         if (status)
             return status;
     }

@@ -1,8 +1,10 @@
 /* What a walk knows of the nodes that it has heard of: which it has seen, and the keys of those that are open.
  *
  * Open nodes are in no order: to add one and to change its key are a few stores, without a branch that a CPU could
- * guess wrong. The least key is looked for block by block; `floors` says where. A key is exact, or the mean of a node's
- * estimates: each of the nodes that link to it has a code of its own for it, so their errors are independent.
+ * guess wrong. The least key is looked for block by block; `floors` says where. A key is exact, or the weighted mean of
+ * a node's estimates: each of the nodes that link to it has a code of its own for it, so their errors are independent.
+ *
+ * No open node below the limit is ever dropped: the arrays grow.
  *
  * Slot 0 is a bin: estimates of nodes that are not open any more are written there.
  */
@@ -15,13 +17,15 @@
 #include <math.h>
 #include <stdint.h>
 
-enum { COTRA_BIN = 0, COTRA_KEYS_BLOCK = 64, COTRA_EXACT = 16 };
+enum { COTRA_BIN = 0, COTRA_KEYS_BLOCK = 64 };
+
+#define COTRA_EXACT 1e38f /* the weight of an exact distance: beside it, no estimate's counts */
 
 typedef struct cotra_seen {
     uint32_t epoch; /* of the walk that wrote it: a new walk needs no clearing */
     uint32_t number;
-    uint32_t slot;      /* COTRA_BIN once it is not open any more */
-    uint32_t estimates; /* that its key is the mean of, below COTRA_EXACT: that one is not to be changed */
+    uint32_t slot; /* COTRA_BIN once it is not open any more */
+    float weight;  /* of its key */
 } cotra_seen;
 
 typedef struct cotra_candidates {
@@ -30,18 +34,16 @@ typedef struct cotra_candidates {
     float *keys;              /* [allocated]; infinite where nothing is open */
     uint32_t *nodes;          /* [allocated] */
     float *floors;            /* [allocated / COTRA_KEYS_BLOCK, padded]: no key of the block is less */
-    uint64_t *words;          /* for sorting out; made when it is needed */
-    uint32_t count, capacity; /* of this walk */
-    uint32_t allocated;       /* for any walk */
+    uint32_t count, capacity; /* of this walk: what is done with its nodes does not depend on walks before it */
+    uint32_t allocated;
 } cotra_candidates;
 
-/* For walks that keep at most `kept` open nodes, and as many more (4,096 at least) before they are sorted out. */
-int cotra_candidates_create(cotra_candidates *all, uint32_t kept, cotra_error *err);
+int cotra_candidates_create(cotra_candidates *all, cotra_error *err);
 void cotra_candidates_destroy(cotra_candidates *all);
-void cotra_candidates_clear(cotra_candidates *all, uint32_t kept);
-/* Makes room for a block of neighbours. Where there is none left, keeps the `kept` least of the keys below the limit.
- */
-int cotra_candidates_make_room(cotra_candidates *all, uint32_t kept, float limit, cotra_error *err);
+void cotra_candidates_clear(cotra_candidates *all);
+/* Makes room for a block of neighbours. Where there is none left, nodes that are not below the limit go; where most are
+ * below it, the arrays grow. */
+int cotra_candidates_make_room(cotra_candidates *all, float limit, cotra_error *err);
 
 static inline uint32_t cotra_candidates_hash(uint32_t node)
 {
@@ -63,21 +65,24 @@ static inline void cotra_candidates_prefetch(const cotra_candidates *all, uint32
     __builtin_prefetch(&all->seen[cotra_candidates_hash(node) & all->seen_mask]);
 }
 
-/* Takes an exact distance (estimates COTRA_EXACT) or an estimate (0) of a node, for which there must be room. */
-static inline void cotra_candidates_take(cotra_candidates *all, uint32_t node, float key, uint32_t estimates)
+/* Whether a node was chosen, or dropped; of one that was never seen, 0. */
+static inline int cotra_candidates_is_closed(const cotra_candidates *all, uint32_t node)
 {
-    static const float share[COTRA_EXACT + 1] = {0,         1,         1.0f / 2,  1.0f / 3,  1.0f / 4,  1.0f / 5,
-                                                 1.0f / 6,  1.0f / 7,  1.0f / 8,  1.0f / 9,  1.0f / 10, 1.0f / 11,
-                                                 1.0f / 12, 1.0f / 13, 1.0f / 14, 1.0f / 15, 0};
+    const cotra_seen *place = cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node);
+    return place->epoch == all->epoch && place->slot == COTRA_BIN;
+}
+
+/* Takes an exact distance (weight COTRA_EXACT) or an estimate of a node, for which there must be room. */
+static inline void cotra_candidates_take(cotra_candidates *all, uint32_t node, float key, float weight)
+{
     cotra_seen *place = cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node);
     const int fresh = place->epoch != all->epoch;
     const uint32_t slot = fresh ? all->count : place->slot;
     const float old = fresh ? key : all->keys[slot];
-    uint32_t n = fresh ? estimates : place->estimates;
-    n += n < COTRA_EXACT - 1;
-    const float mean = old + (key - old) * share[n];
+    const float sum = (fresh ? 0 : place->weight) + weight;
+    const float mean = old + (key - old) * (weight / sum);
     float *floor = &all->floors[slot / COTRA_KEYS_BLOCK];
-    *place = (cotra_seen){.epoch = all->epoch, .number = node, .slot = slot, .estimates = n};
+    *place = (cotra_seen){.epoch = all->epoch, .number = node, .slot = slot, .weight = sum};
     all->keys[slot] = mean;
     all->nodes[slot] = node;
     *floor = mean < *floor ? mean : *floor;

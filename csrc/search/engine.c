@@ -20,6 +20,11 @@ enum {
 enum { NEAR_READS = 8 }; /* in progress on each shard, or graph, at first: more give nothing where memory is near */
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
+/* Of a walk's limit, in units of 1 / sqrt(D): docs/explanation/how-it-works.md. */
+#define SLACK     0.25f
+#define SLACK_LOG 1.0f
+enum { FULL_RANK = 16 };
+
 /* What a shard must be to take its place in an engine. */
 static int check_shard(const cotra_engine_shard *shard, uint32_t i, cotra_error *err)
 {
@@ -76,8 +81,9 @@ static int make_spaces(cotra_engine *engine, const cotra_engine_shard *shards, u
     const uint32_t n_spaces = one ? 1 : n_shards;
     engine->spaces = calloc(n_spaces, sizeof *engine->spaces);
     engine->plans = calloc(n_spaces, sizeof *engine->plans);
+    engine->rows = calloc(n_shards, sizeof *engine->rows);
     int status = COTRA_OK;
-    if (!engine->spaces || !engine->plans)
+    if (!engine->spaces || !engine->plans || !engine->rows)
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u shards", n_shards);
     for (; engine->n_spaces < n_spaces && !status; engine->n_spaces += !status)
         status =
@@ -135,6 +141,7 @@ static void drop_walks(cotra_engine *engine)
         free(run->told);
         free(run->told_numbers);
         free(run->told_estimates);
+        free(run->told_weights);
     }
     free(engine->walks);
     engine->walks = NULL;
@@ -159,6 +166,7 @@ void cotra_engine_destroy(cotra_engine *engine)
         cotra_space_destroy(&engine->spaces[i]);
     free(engine->spaces);
     free(engine->plans);
+    free(engine->rows);
     free(engine->lanes);
     free(engine->started_ns);
     free(engine);
@@ -179,22 +187,22 @@ static int make_queues(cotra_engine *engine, cotra_lane *lane, cotra_error *err)
     return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", engine->n_walks);
 }
 
-static int make_walks(cotra_engine *engine, uint32_t n_walks, uint32_t k, uint32_t pool, uint32_t width,
+static int make_walks(cotra_engine *engine, uint32_t n_walks, uint32_t k, uint32_t rank, uint32_t width,
                       cotra_error *err)
 {
-    if (engine->n_walks == n_walks && engine->k == k && engine->pool == pool && engine->width == width)
+    if (engine->n_walks == n_walks && engine->k == k && engine->rank == rank && engine->width == width)
         return COTRA_OK;
     drop_walks(engine);
     engine->walks = calloc(n_walks, sizeof *engine->walks);
     if (!engine->walks)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
     engine->k = k;
-    engine->pool = pool;
+    engine->rank = rank;
     engine->width = width;
     int status = COTRA_OK;
     for (uint32_t i = 0; i < n_walks && !status; i++) {
         cotra_running *run = &engine->walks[i];
-        status = cotra_walk_create(&run->walk, engine->max_dim, k, pool, width, err);
+        status = cotra_walk_create(&run->walk, engine->max_dim, k, rank, width, err);
         if (status)
             break;
         engine->n_walks++;
@@ -219,52 +227,74 @@ static uint64_t count_rows(const uint8_t *filter, uint64_t count)
     return count % 8 ? n + (uint64_t)__builtin_popcount(filter[count / 8] & ((1u << count % 8) - 1)) : n;
 }
 
-/* How each space is walked. Filters that let 1 of f rows through need a pool f times as large for as many answers, and
- * about as many READs; when the rows they let through are fewer than that, they are read themselves. */
-static int make_plans(cotra_engine *engine, const cotra_search_params *params, const cotra_search_scope *scope,
-                      uint32_t *pool, uint32_t *width, cotra_error *err)
+/* The exact distances that a walk ranks: hnswlib's rule asks for ef of them, but its lists are shorter and a fuller one
+ * finds as much with fewer (measured: docs/explanation/how-it-works.md). */
+static uint32_t choose_rank(uint32_t ef, uint32_t k)
 {
-    const uint8_t *const *filters = scope ? scope->filters : NULL;
-    *pool = 1;
+    const uint32_t rank = ef < FULL_RANK ? ef : FULL_RANK + (ef - FULL_RANK) / 2;
+    return rank > k ? rank : k;
+}
+
+/* Counts the rows of a shard that may be returned: a little too high where some that a filter lets through are deleted.
+ */
+static int count_shard(cotra_engine *engine, uint32_t shard, const cotra_search_scope *scope, cotra_error *err)
+{
+    const cotra_image_info *info = &engine->lanes[shard].view->info;
+    const uint8_t *filter = scope && scope->filters ? scope->filters[shard] : NULL;
+    const uint64_t live = info->count - info->deleted_count;
+    engine->rows[shard] = live;
+    if (!filter)
+        return COTRA_OK;
+    if (scope->filter_bytes[shard] < (info->count + 7) / 8)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has %llu rows, its filter %llu bits", shard,
+                          (unsigned long long)info->count, 8 * (unsigned long long)scope->filter_bytes[shard]);
+    const uint64_t passed = count_rows(filter, info->count);
+    engine->rows[shard] = passed < live ? passed : live;
+    return COTRA_OK;
+}
+
+/* How each space is walked. Where filters let 1 of f rows through, a walk reads about f rows for each that counts; when
+ * the rows they let through are fewer than that, they are read themselves. */
+static int make_plans(cotra_engine *engine, const cotra_search_params *params, const cotra_search_scope *scope,
+                      uint32_t *width, cotra_error *err)
+{
     *width = params->beam;
+    for (uint32_t shard = 0; shard < engine->n_shards; shard++) {
+        int status = count_shard(engine, shard, scope, err);
+        if (status)
+            return status;
+    }
     for (uint32_t s = 0; s < engine->n_spaces; s++) {
         const cotra_space *space = &engine->spaces[s];
+        const float unit = 1 / sqrtf((float)space->views[0]->info.code_dim);
         cotra_walk_plan *plan = &engine->plans[s];
-        *plan = (cotra_walk_plan){.ef = params->ef,
-                                  .pool = COTRA_POOL_FACTOR * params->ef,
-                                  .beam = params->beam,
-                                  .numbers = params->numbers != 0};
+        *plan = (cotra_walk_plan){
+            .rank = choose_rank(params->ef, params->k),
+            .most = params->most ? params->most : UINT32_MAX,
+            .beam = params->beam,
+            .slack = SLACK * unit,
+            .slack_k = (SLACK + SLACK_LOG * logf((float)params->ef / (float)params->k)) * unit,
+            .rows = engine->rows,
+            .numbers = params->numbers != 0,
+        };
         uint64_t count = 0, rows = 0;
         for (uint32_t i = 0; i < space->n; i++) {
-            const uint64_t here = space->views[i]->info.count;
             const uint32_t shard = space->shards[i];
-            count += here;
-            if (!filters || !filters[shard]) {
-                rows += here;
-                continue;
-            }
-            if (scope->filter_bytes[shard] < (here + 7) / 8)
-                return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has %llu rows, its filter %llu bits", shard,
-                                  (unsigned long long)here, 8 * (unsigned long long)scope->filter_bytes[shard]);
-            rows += count_rows(filters[shard], here);
-            plan->filters = filters;
+            count += space->views[i]->info.count;
+            rows += engine->rows[shard];
+            if (scope && scope->filters && scope->filters[shard])
+                plan->filters = scope->filters;
         }
-        if (plan->filters && rows * rows <= params->ef * count) {
-            plan->direct = 1;
-            *width = params->beam > DIRECT_WIDTH ? params->beam : DIRECT_WIDTH;
-            continue;
-        }
-        const uint64_t grown = plan->filters ? (plan->pool * count + rows - 1) / rows : plan->pool;
-        const uint64_t most = count < COTRA_POOL_FACTOR * MAX_EF ? count : COTRA_POOL_FACTOR * MAX_EF;
-        plan->pool = (uint32_t)(grown < most ? grown : most); /* no walk expands more than all */
-        *pool = plan->pool > *pool ? plan->pool : *pool;
+        plan->direct = plan->filters && rows * rows <= params->ef * count;
+        if (plan->direct && *width < DIRECT_WIDTH)
+            *width = DIRECT_WIDTH;
     }
     return COTRA_OK;
 }
 
 /* How many walks there are to be. */
 static int choose_walks(const cotra_engine *engine, const cotra_search_params *params, uint64_t n_queries,
-                        uint32_t pool, uint32_t *width, uint32_t *n_walks, cotra_error *err)
+                        uint32_t *width, uint32_t *n_walks, cotra_error *err)
 {
     uint32_t slots = COTRA_MOST_SLOTS, wanted = 0, most = MAX_AUTOMATIC;
     for (uint32_t s = 0; s < engine->n_shards; s++) {
@@ -286,7 +316,8 @@ static int choose_walks(const cotra_engine *engine, const cotra_search_params *p
     n = n < slots / *width ? n : slots / *width;
     most = params->inflight ? MAX_INFLIGHT : most;
     n = n < most ? n : most;
-    const uint32_t affordable = MAX_CANDIDATES / pool > 2 ? MAX_CANDIDATES / pool : 2; /* of huge ef: memory */
+    const uint32_t per_walk = 8 * params->ef; /* candidates */
+    const uint32_t affordable = MAX_CANDIDATES / per_walk > 2 ? MAX_CANDIDATES / per_walk : 2; /* of huge ef: memory */
     n = n < affordable || params->inflight ? n : affordable;
     *n_walks = n < n_queries * engine->n_spaces ? n : (uint32_t)(n_queries * engine->n_spaces);
     return COTRA_OK;
@@ -320,15 +351,15 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         return COTRA_OK;
     if (n_queries > UINT32_MAX)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "%llu queries in one call", (unsigned long long)n_queries);
-    uint32_t pool = 0, width = 0, n_walks = 0;
-    int status = make_plans(engine, params, scope, &pool, &width, err);
+    uint32_t width = 0, n_walks = 0;
+    int status = make_plans(engine, params, scope, &width, err);
     for (uint32_t s = 0; s < engine->n_shards && !status; s++)
         if (engine->lanes[s].channel)
             status = cotra_channel_settle(engine->lanes[s].channel, err);
     if (!status)
-        status = choose_walks(engine, params, n_queries, pool, &width, &n_walks, err);
+        status = choose_walks(engine, params, n_queries, &width, &n_walks, err);
     if (!status)
-        status = make_walks(engine, n_walks, params->k, pool, width, err);
+        status = make_walks(engine, n_walks, params->k, choose_rank(params->ef, params->k), width, err);
     if (status)
         return status;
     engine->mask = scope ? scope->mask : NULL;
@@ -381,20 +412,22 @@ static int make_told(const cotra_engine *engine, cotra_running *run, cotra_error
         return COTRA_OK;
     run->told_numbers = malloc(n * sizeof *run->told_numbers);
     run->told_estimates = malloc(n * sizeof *run->told_estimates);
-    if (run->told_numbers && run->told_estimates)
+    run->told_weights = malloc(n * sizeof *run->told_weights);
+    if (run->told_numbers && run->told_estimates && run->told_weights)
         run->told = malloc(engine->width * sizeof *run->told);
     if (run->told)
         return COTRA_OK;
     free(run->told_numbers);
     free(run->told_estimates);
+    free(run->told_weights);
     run->told_numbers = NULL;
-    run->told_estimates = NULL;
+    run->told_estimates = run->told_weights = NULL;
     return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for expansions");
 }
 
 int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cotra_expansion *found, uint64_t n,
-                                 const uint32_t *numbers, const float *estimates, uint64_t n_neighbours,
-                                 cotra_error *err)
+                                 const uint32_t *numbers, const float *estimates, const float *weights,
+                                 uint64_t n_neighbours, cotra_error *err)
 {
     if (shard >= engine->n_shards)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u of %u", shard, engine->n_shards);
@@ -417,6 +450,10 @@ int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cot
             return cotra_at_shard(err, shard,
                                   cotra_fail(err, COTRA_ERR_FORMAT, "an expansion links to node %u of %llu", numbers[i],
                                              (unsigned long long)lane->view->info.graph_count));
+    for (uint64_t i = 0; i < n_neighbours; i++)
+        if (!(weights[i] >= COTRA_LEAST_WEIGHT && weights[i] <= COTRA_MOST_WEIGHT)) /* nor is NaN */
+            return cotra_at_shard(err, shard,
+                                  cotra_fail(err, COTRA_ERR_FORMAT, "an expansion with the weight %g", weights[i]));
     for (uint64_t p = 0; p < n; p++) {
         int status = make_told(engine, &engine->walks[lane->pushed[p] / engine->width], err);
         if (status)
@@ -429,8 +466,10 @@ int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cot
         to->told[i] = found[p];
         memcpy(to->told_numbers + first, numbers, found[p].count * sizeof *numbers);
         memcpy(to->told_estimates + first, estimates, found[p].count * sizeof *estimates);
+        memcpy(to->told_weights + first, weights, found[p].count * sizeof *weights);
         numbers += found[p].count;
         estimates += found[p].count;
+        weights += found[p].count;
         to->records[i] = COTRA_TOLD;
         to->missing--;
     }

@@ -34,9 +34,9 @@ typedef struct cotra_running {
     cotra_walk walk;
     const uint8_t **records; /* [width] */
     uint8_t *copies;         /* [width][copy_bytes]: of cached records; NULL where there is no cache */
-    cotra_expansion *told;   /* [width], with [width][degree] numbers and estimates; NULL until an owner answers */
+    cotra_expansion *told;   /* [width], with [width][degree] numbers, estimates and weights; NULL until an owner answers */
     uint32_t *told_numbers;
-    float *told_estimates;
+    float *told_estimates, *told_weights;
     uint64_t query;
     uint32_t space;
     uint32_t missing;  /* of the frontier */
@@ -52,11 +52,12 @@ struct cotra_engine {
     cotra_lane *lanes;
     cotra_space *spaces; /* [n_spaces]: of one shard each, or one of all */
     cotra_walk_plan *plans;
+    uint64_t *rows; /* [n_shards]: that may be returned, in the search in progress */
     cotra_running *walks;
     uint64_t *started_ns; /* [n_queries] of the search in progress; NULL: none is */
     uint32_t n_shards, n_spaces, max_dim, max_degree;
     uint32_t copy_bytes;              /* the longest record of a shard with a cache; 0: there is none */
-    uint32_t n_walks, k, pool, width; /* what `walks` was made for */
+    uint32_t n_walks, k, rank, width; /* what `walks` was made for */
     int broken;                       /* READs of a failed call may still be on their way into the slots */
     /* the search in progress */
     const float *queries;

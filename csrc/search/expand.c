@@ -11,7 +11,7 @@ typedef struct expander {
     const cotra_kernels *kernels;
     cotra_query query;
     uint32_t *numbers;
-    float *estimates;
+    float *estimates, *weights;
     uint64_t n_neighbours;
 } expander;
 
@@ -28,15 +28,20 @@ static int expand(expander *self, const cotra_push *push, cotra_expansion *out, 
     *out = (cotra_expansion){.label = head->label, .flags = head->flags};
     out->distance =
         cotra_metric_distance(self->kernels, info->metric, info->vector_type, self->query.vector, vector, info->dim);
+    if (push->limit == -INFINITY) /* the walk sweeps: it wants no neighbours */
+        return COTRA_OK;
+    cotra_hop hop;
+    cotra_query_hop(&self->query, self->kernels, self->view, head, vector, out->distance, &hop);
     if (info->metric == COTRA_METRIC_IP)
-        out->norm2 = cotra_query_norm2(&self->query, self->kernels, info, vector);
+        out->scale = cotra_query_scale(self->view, record, head->count, &hop);
     for (uint32_t begin = 0; begin < head->count; begin += COTRA_BLOCK) {
-        float estimates[COTRA_BLOCK];
-        uint32_t below = cotra_query_estimate(&self->query, self->kernels, self->view, record, begin, head->count,
-                                              out->distance, push->limit, estimates);
+        float estimates[COTRA_BLOCK], f1[COTRA_BLOCK];
+        uint32_t below = cotra_query_estimate(&hop, self->kernels, self->view, record, begin, head->count, push->limit,
+                                              estimates, f1);
         for (; below; below &= below - 1) {
             const uint32_t j = (uint32_t)__builtin_ctz(below);
             self->numbers[self->n_neighbours] = numbers[begin + j];
+            self->weights[self->n_neighbours] = cotra_estimate_weight(f1[j], hop.spread);
             self->estimates[self->n_neighbours++] = estimates[j];
             out->count++;
         }
@@ -46,7 +51,7 @@ static int expand(expander *self, const cotra_push *push, cotra_expansion *out, 
 
 int cotra_view_expand(const cotra_view *view, const cotra_arena *arena, const float *queries, uint64_t n_queries,
                       const cotra_push *pushes, uint64_t n, cotra_expansion *out, uint32_t *numbers, float *estimates,
-                      uint64_t *n_neighbours, cotra_error *err)
+                      float *weights, uint64_t *n_neighbours, cotra_error *err)
 {
     const cotra_image_info *info = &view->info;
     cotra_arena_info memory;
@@ -58,7 +63,8 @@ int cotra_view_expand(const cotra_view *view, const cotra_arena *arena, const fl
                      .records = cotra_arena_data(arena) + info->records_offset,
                      .kernels = cotra_kernels_get(cotra_simd_best()),
                      .numbers = numbers,
-                     .estimates = estimates};
+                     .estimates = estimates,
+                     .weights = weights};
     uint64_t query = UINT64_MAX;
     int status = cotra_query_create(&self.query, info->dim, err);
     for (uint64_t i = 0; i < n && !status; i++) {
@@ -70,7 +76,7 @@ int cotra_view_expand(const cotra_view *view, const cotra_arena *arena, const fl
         if (pushes[i].query != query) {
             query = pushes[i].query;
             cotra_query_copy(view, queries + query * info->dim, self.query.vector);
-            cotra_query_encode(&self.query, view);
+            cotra_query_encode(&self.query, self.kernels, view);
         }
         status = expand(&self, &pushes[i], &out[i], err);
     }

@@ -116,7 +116,7 @@ void cotra_probe_begin(cotra_probe *probe, const float *query, const uint8_t *ma
         const cotra_probe_shard *shard = &probe->shards[list->shard];
         cotra_query_codes *codes = &probe->codes[list->shard];
         if (codes->scale == 0)
-            cotra_query_codes_make(&shard->view->rotation, probe->query, shard->view->mean, probe->scratch, codes);
+            cotra_query_codes_make(&shard->view->rotation, probe->query, shard->view->mean, probe->scratch, codes); /*E*/
         if (probe->limits.automatic)
             list->margin = margin_of(probe, list, norm2);
         const uint64_t blocks = cotra_ivf_blocks(shard->table->sizes[list->number]);
@@ -186,7 +186,7 @@ int cotra_probe_take_piece(cotra_probe *probe, uint32_t piece_number, const uint
         const float bound = bound_of(probe, list->margin);
         uint32_t below =
             probe->kernels->estimate(sums, (const float *)(block + layout->f0), (const float *)(block + layout->f1),
-                                     list->distance, offset, codes->scale, bound, estimates);
+                                     list->distance, 1, offset, codes->scale, bound, estimates);
         const uint64_t left = table->sizes[list->number] - (piece->first_block + b) * COTRA_BLOCK;
         if (left < COTRA_BLOCK)
             below &= (1u << left) - 1;

@@ -6,6 +6,9 @@
 #include <math.h>
 #include <stdlib.h>
 
+#define CODE_COSINE   0.8f  /* of a residual and its code: sqrt(2 / pi) */
+#define CODE_VARIANCE 0.36f /* 1 - CODE_COSINE^2 */
+
 static size_t padded_dim(uint32_t dim)
 {
     return (dim + 31u) / 32 * 32;
@@ -21,9 +24,11 @@ int cotra_query_create(cotra_query *query, uint32_t max_dim, cotra_error *err)
     const size_t code_dim = cotra_code_dim(max_dim);
     memset(query, 0, sizeof *query);
     query->codes.table = aligned_alloc(64, round_up64(code_dim * 4));
+    query->near.table = aligned_alloc(64, round_up64(code_dim * 4));
+    query->own = aligned_alloc(64, round_up64(padded_dim(max_dim) * sizeof(float)));
     query->vector = aligned_alloc(64, round_up64(padded_dim(max_dim) * sizeof(float)));
     query->scratch = aligned_alloc(64, round_up64(2 * code_dim * sizeof(float)));
-    if (query->codes.table && query->vector && query->scratch)
+    if (query->codes.table && query->near.table && query->vector && query->own && query->scratch)
         return COTRA_OK;
     cotra_query_destroy(query);
     return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a query");
@@ -32,6 +37,8 @@ int cotra_query_create(cotra_query *query, uint32_t max_dim, cotra_error *err)
 void cotra_query_destroy(cotra_query *query)
 {
     free(query->codes.table);
+    free(query->near.table);
+    free(query->own);
     free(query->vector);
     free(query->scratch);
     memset(query, 0, sizeof *query);
@@ -52,16 +59,59 @@ void cotra_query_copy(const cotra_view *view, const float *vector, float *to)
     }
 }
 
-void cotra_query_encode(cotra_query *query, const cotra_view *view)
+void cotra_query_encode(cotra_query *query, const cotra_kernels *kernels, const cotra_view *view)
 {
-    cotra_query_codes_make(&view->rotation, query->vector, view->mean, query->scratch, &query->codes);
+    const int l2 = view->info.metric == COTRA_METRIC_L2;
+    query->norm2 = l2 ? 0 : kernels->dot[COTRA_VECTOR_F32](query->vector, query->vector, view->info.dim);
+    cotra_query_codes_make(&view->rotation, query->vector, l2 ? view->mean : NULL, query->scratch, &query->codes);
 }
 
-float cotra_query_norm2(cotra_query *query, const cotra_kernels *kernels, const cotra_image_info *info,
-                        const uint8_t *vector)
+/* Makes the table of u = q - t c, and returns |u|^2. */
+static float encode_near(cotra_query *query, const cotra_view *view, const uint8_t *own, float t)
 {
-    const uint32_t dim = info->dim;
-    cotra_vector_load(info->vector_type, vector, dim, query->scratch);
-    memset(query->scratch + dim, 0, (padded_dim(dim) - dim) * sizeof *query->scratch);
-    return kernels->dot[COTRA_VECTOR_F32](query->scratch, query->scratch, dim);
+    const uint32_t dim = view->info.dim;
+    float gap2 = 0;
+    cotra_vector_load(view->info.vector_type, own, dim, query->own);
+    for (uint32_t i = 0; i < dim; i++) {
+        query->own[i] *= t;
+        gap2 += (query->vector[i] - query->own[i]) * (query->vector[i] - query->own[i]);
+    }
+    cotra_query_codes_make(&view->rotation, query->vector, query->own, query->scratch, &query->near);
+    return gap2;
+}
+
+void cotra_query_hop(cotra_query *query, const cotra_kernels *kernels, const cotra_view *view,
+                     const cotra_record_head *head, const uint8_t *own, float distance, cotra_hop *hop)
+{
+    float t = 1, gap2 = distance;
+    if (view->info.metric != COTRA_METRIC_L2) {
+        const float product = 1 - distance;
+        t = head->norm2 > 0 ? product / head->norm2 : 0;
+        gap2 = query->norm2 - t * product;
+    }
+    const int centred = (head->flags & COTRA_NODE_CENTRED) != 0;
+    if (centred)
+        gap2 = encode_near(query, view, own, t);
+    gap2 = gap2 > 0 ? gap2 : 0;
+    const cotra_query_codes *codes = centred ? &query->near : &query->codes;
+    *hop = (cotra_hop){.codes = codes,
+                       .distance = distance,
+                       .t = t,
+                       .gap = sqrtf(gap2),
+                       .spread = sqrtf(CODE_VARIANCE * gap2 + codes->rounding2)};
+}
+
+float cotra_query_scale(const cotra_view *view, const uint8_t *record, uint32_t count, const cotra_hop *hop)
+{
+    float sum = 0, f1[COTRA_BLOCK];
+    for (uint32_t begin = 0; begin < count; begin += COTRA_BLOCK) {
+        const uint32_t n = count - begin < COTRA_BLOCK ? count - begin : COTRA_BLOCK;
+        cotra_load_factors(record + view->record.f1 + 2 * begin, f1);
+        for (uint32_t j = 0; j < n; j++)
+            sum += f1[j];
+    }
+    /* f1 = |x - c| / (a sqrt(D)) */
+    const float length = count ? CODE_COSINE * sqrtf((float)view->info.code_dim) * sum / (float)count : 0;
+    const float scale = hop->gap * length / 2;
+    return scale < INFINITY ? scale : 0; /* nor is NaN */
 }

@@ -54,6 +54,7 @@ static void finish(cotra_engine *engine, cotra_running *run)
     stats->cached_records += walk->stats.cached_records;
     stats->own += walk->stats.own;
     stats->pushed += walk->stats.pushed;
+    stats->incomplete += walk->stats.incomplete;
     stats->read_bytes += (uint64_t)walk->stats.reads * walk->view->info.record_bytes;
     stats->rounds = walk->stats.rounds > stats->rounds ? walk->stats.rounds : stats->rounds;
     stats->latency_ns = latency > stats->latency_ns ? latency : stats->latency_ns;
@@ -102,8 +103,8 @@ static int expand(cotra_engine *engine, cotra_running *run, cotra_error *err)
             prefetch_record(run->records[i + 1], record_bytes);
         if (record == COTRA_TOLD) {
             const size_t first = (size_t)i * engine->max_degree;
-            status =
-                cotra_walk_take(walk, i, &run->told[i], run->told_numbers + first, run->told_estimates + first, err);
+            status = cotra_walk_take(walk, i, &run->told[i], run->told_numbers + first, run->told_estimates + first,
+                                     run->told_weights + first, err);
         } else {
             const int cached = from->cache && record == run->copies + (size_t)i * engine->copy_bytes;
             status = cotra_walk_expand(walk, i, record, cached, err);

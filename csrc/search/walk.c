@@ -20,7 +20,7 @@ static float clamp(float distance)
     return distance > -FARTHEST ? distance : -FARTHEST;
 }
 
-int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t max_pool, uint32_t max_width,
+int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t max_rank, uint32_t max_width,
                       cotra_error *err)
 {
     memset(walk, 0, sizeof *walk);
@@ -30,10 +30,11 @@ int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t m
     walk->frontier = malloc(max_width * sizeof *walk->frontier);
     walk->places = malloc(max_width * sizeof *walk->places);
     walk->hits = malloc(k * sizeof *walk->hits);
+    walk->ranked = malloc(max_rank * sizeof *walk->ranked);
     int status = cotra_query_create(&walk->query, max_dim, err);
     if (!status)
-        status = cotra_candidates_create(&walk->candidates, max_pool, err);
-    if (!status && !(walk->nearest && walk->frontier && walk->places && walk->hits))
+        status = cotra_candidates_create(&walk->candidates, err);
+    if (!status && !(walk->nearest && walk->frontier && walk->places && walk->hits && walk->ranked))
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk");
     if (status)
         cotra_walk_destroy(walk);
@@ -48,6 +49,7 @@ void cotra_walk_destroy(cotra_walk *walk)
     free(walk->frontier);
     free(walk->places);
     free(walk->hits);
+    free(walk->ranked);
     memset(walk, 0, sizeof *walk);
 }
 
@@ -91,7 +93,7 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
 {
     const uint32_t base = (uint32_t)view->info.graph_base;
     if (view->info.upper_count == 0) {
-        int failed = cotra_candidates_make_room(&walk->candidates, walk->plan.pool, INFINITY, err);
+        int failed = cotra_candidates_make_room(&walk->candidates, INFINITY, err);
         if (!failed)
             cotra_candidates_take(&walk->candidates, base + view->info.entry_node, FARTHEST, COTRA_EXACT);
         return failed;
@@ -111,7 +113,7 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
                 }
             }
         }
-    int status = cotra_candidates_make_room(&walk->candidates, walk->plan.pool, INFINITY, err);
+    int status = cotra_candidates_make_room(&walk->candidates, INFINITY, err);
     if (status)
         return status;
     distance = clamp(distance); /* a start is a start */
@@ -129,7 +131,7 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
         const uint32_t *row = upper_row(view, (uint32_t)nearest[i] & ~DONE, 1);
         for (uint32_t j = 1; j <= row[0]; j++) {
             if ((j - 1) % COTRA_BLOCK == 0) {
-                status = cotra_candidates_make_room(&walk->candidates, walk->plan.pool, INFINITY, err);
+                status = cotra_candidates_make_room(&walk->candidates, INFINITY, err);
                 if (status)
                     return status;
             }
@@ -203,21 +205,18 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
     walk->next_row = walk->next_place = walk->n_starts = 0;
     walk->next_start = 0;
     walk->kernels = kernels;
-    walk->hit_count = walk->frontier_count = walk->beam = 0;
+    walk->hit_count = walk->ranked_count = walk->frontier_count = walk->beam = 0;
+    walk->sweeping = plan->direct;
+    walk->rows = 0;
+    for (uint32_t i = 0; i < space->n; i++)
+        walk->rows += is_open(walk, i) ? plan->rows[space->shards[i]] : 0;
     memset(&walk->stats, 0, sizeof walk->stats);
     cotra_query_copy(view, query, walk->query.vector);
     walk->limit = INFINITY;
-    walk->query_norm2 = view->info.metric == COTRA_METRIC_IP
-                            ? kernels->dot[COTRA_VECTOR_F32](walk->query.vector, walk->query.vector, view->info.dim)
-                            : 0;
-    /* One bit a dimension estimates a squared distance with an error of about 1.5 / sqrt(D) of it (RaBitQ, theorem 3.2,
-     * for a residual as long as the distance). How many of those are worth waiting for is what ef / k asks for; the
-     * factor is measured (docs/performance.md). */
-    walk->slack = 0.5f / sqrtf((float)view->info.code_dim) * logf((float)plan->ef / (float)walk->k);
     if (plan->direct)
         return COTRA_OK;
-    cotra_query_encode(&walk->query, view);
-    cotra_candidates_clear(&walk->candidates, walk->plan.pool);
+    cotra_query_encode(&walk->query, kernels, view);
+    cotra_candidates_clear(&walk->candidates);
     return space->n == 1 ? descend(walk, view, err) : start(walk, COTRA_START_SHARDS, err);
 }
 
@@ -232,24 +231,34 @@ static int lets_through(const uint8_t *filter, uint64_t row)
     return !filter || (filter[row / 8] >> row % 8 & 1);
 }
 
-/* The next rows that the filters of a direct plan let through. */
+static uint32_t min_u32(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+/* The next rows of a sweep: that the filters let through, and that were not read before. */
 static void choose_rows(cotra_walk *walk)
 {
     const cotra_space *space = walk->space;
+    const uint32_t width = min_u32(walk->width, walk->plan.most - walk->stats.expansions);
     uint32_t n = 0;
     for (; walk->next_place < space->n; walk->next_place++, walk->next_row = 0) {
         const uint32_t place = walk->next_place;
         const uint8_t *filter = filter_of(walk, place);
         const uint64_t count = is_open(walk, place) ? space->views[place]->info.count : 0;
-        for (; walk->next_row < count && n < walk->width; walk->next_row++) {
+        for (; walk->next_row < count && n < width; walk->next_row++) {
             if (filter && walk->next_row % 8 == 0 && filter[walk->next_row / 8] == 0) {
                 walk->next_row += 7;
-            } else if (lets_through(filter, walk->next_row)) {
-                walk->frontier[n] = space->bases[place] + (uint32_t)walk->next_row;
-                walk->places[n++] = place;
+                continue;
             }
+            const uint32_t node = space->bases[place] + (uint32_t)walk->next_row;
+            if (!lets_through(filter, walk->next_row) ||
+                (!walk->plan.direct && cotra_candidates_is_closed(&walk->candidates, node)))
+                continue;
+            walk->frontier[n] = node;
+            walk->places[n++] = place;
         }
-        if (n == walk->width)
+        if (n == width)
             break;
     }
     walk->frontier_count = n;
@@ -257,8 +266,9 @@ static void choose_rows(cotra_walk *walk)
 
 static void choose_nearest(cotra_walk *walk)
 {
+    const uint32_t width = min_u32(walk->beam, walk->plan.most - walk->stats.expansions);
     uint32_t n = 0;
-    while (n < walk->beam && walk->stats.expansions + n < walk->plan.pool) {
+    while (n < width) {
         const uint32_t node = cotra_candidates_choose(&walk->candidates, walk->kernels, walk->limit);
         if (node == COTRA_NO_NODE)
             break;
@@ -271,17 +281,19 @@ static void choose_nearest(cotra_walk *walk)
     walk->frontier_count = n;
 }
 
-int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
+/* Whether there may be rows to return that only a sweep finds. */
+static int lacks_hits(const cotra_walk *walk)
 {
-    walk->taken = 0;
-    if (walk->plan.direct) {
-        choose_rows(walk);
-        return COTRA_OK;
-    }
+    return walk->hit_count < walk->k && walk->hit_count < walk->rows;
+}
+
+/* The nearest candidates, or where there are none, those of a new start. */
+static int choose_next(cotra_walk *walk, cotra_error *err)
+{
     /* What is nearest after a round or two is worth more than what was nearest at the start. */
-    walk->beam = walk->beam + 2 < walk->plan.beam ? walk->beam + 2 : walk->plan.beam;
+    walk->beam = min_u32(walk->beam + 2, walk->plan.beam);
     choose_nearest(walk);
-    while (walk->frontier_count == 0 && walk->space->n > 1 && walk->stats.expansions < walk->plan.pool) {
+    while (walk->frontier_count == 0 && walk->space->n > 1) {
         const uint64_t before = walk->next_start;
         const uint32_t n = count_restarts(walk);
         int status = n ? start(walk, n, err) : COTRA_OK;
@@ -292,7 +304,65 @@ int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
     return COTRA_OK;
 }
 
-/* Keeps the k best, and the limit that follows from them. */
+int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
+{
+    walk->taken = 0;
+    walk->frontier_count = 0;
+    if (walk->stats.expansions >= walk->plan.most) {
+        walk->stats.incomplete = 1;
+        return COTRA_OK;
+    }
+    if (!walk->sweeping) {
+        if (walk->ranked_count >= walk->rows) /* nothing is left to be found */
+            return COTRA_OK;
+        /* By now, to read all rows that the filter lets through would have cost no more. */
+        const int starves =
+            walk->plan.filters && walk->ranked_count < walk->plan.rank && walk->stats.expansions >= walk->rows;
+        int status = starves ? COTRA_OK : choose_next(walk, err);
+        if (status || walk->frontier_count || !(starves || lacks_hits(walk)))
+            return status;
+        walk->sweeping = 1;
+    }
+    choose_rows(walk);
+    return COTRA_OK;
+}
+
+/* Keeps the least distances of plan.rank rows that may be returned. */
+static void rank(cotra_walk *walk, float distance)
+{
+    float *heap = walk->ranked;
+    const uint32_t n = walk->plan.rank;
+    uint32_t i;
+    if (walk->ranked_count < n) {
+        for (i = walk->ranked_count++; i > 0 && heap[(i - 1) / 2] < distance; i = (i - 1) / 2)
+            heap[i] = heap[(i - 1) / 2];
+        heap[i] = distance;
+    } else if (distance < heap[0]) {
+        for (i = 0; 2 * i + 1 < n;) {
+            uint32_t child = 2 * i + 1;
+            child += child + 1 < n && heap[child + 1] > heap[child];
+            if (heap[child] <= distance)
+                break;
+            heap[i] = heap[child];
+            i = child;
+        }
+        heap[i] = distance;
+    }
+}
+
+static void set_limit(cotra_walk *walk)
+{
+    if (walk->ranked_count < walk->plan.rank || walk->hit_count < walk->k)
+        return;
+    const cotra_hit *last = &walk->hits[walk->k - 1];
+    float scale = walk->view->info.metric == COTRA_METRIC_IP ? last->scale : last->distance;
+    scale = scale > 0 ? scale : 0;
+    const float by_rank = walk->ranked[0] + walk->plan.slack * scale;
+    const float by_hits = last->distance + walk->plan.slack_k * scale;
+    walk->limit = by_rank > by_hits ? by_rank : by_hits;
+}
+
+/* Keeps the k best. */
 static void hits_insert(cotra_walk *walk, cotra_hit hit)
 {
     const uint32_t k = walk->k;
@@ -313,12 +383,6 @@ static void hits_insert(cotra_walk *walk, cotra_hit hit)
         hits[i] = hits[i - 1];
     }
     hits[i] = hit;
-    if (walk->hit_count == k) {
-        float far = hits[k - 1].distance, scale = far; /* l2: |q - x|^2; cosine: |q - x|^2 / 2 */
-        if (walk->view->info.metric == COTRA_METRIC_IP)
-            scale = (walk->query_norm2 + hits[k - 1].norm2) / 2 + far - 1; /* the same half, of vectors of any length */
-        walk->limit = far + walk->slack * (scale > 0 ? scale : 0);
-    }
 }
 
 /* Whether a node is of a shard that is there, and open to the query. */
@@ -329,20 +393,21 @@ static int is_at_hand(const cotra_walk *walk, uint32_t node)
 }
 
 /* Takes the estimates in that are below the limit: nothing above it will ever be expanded. */
-static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, const float *estimates, uint32_t below,
-                          cotra_error *err)
+static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, const float *estimates,
+                          const float *weights, uint32_t below, cotra_error *err)
 {
     cotra_candidates *all = &walk->candidates;
-    int status = cotra_candidates_make_room(all, walk->plan.pool, walk->limit, err);
+    int status = cotra_candidates_make_room(all, walk->limit, err);
     if (status)
         return status;
     uint32_t nodes[COTRA_BLOCK], n = 0, highest = 0;
-    float keys[COTRA_BLOCK];
+    float keys[COTRA_BLOCK], counts[COTRA_BLOCK];
     for (; below; below &= below - 1) {
         const uint32_t j = (uint32_t)__builtin_ctz(below), node = numbers[j];
         highest = node > highest ? node : highest;
         cotra_candidates_prefetch(all, node);
         nodes[n] = node;
+        counts[n] = weights[j];
         keys[n++] = estimates[j];
     }
     if (highest >= walk->space->count)
@@ -351,7 +416,7 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
     const int some = !walk->space->whole || walk->space->n_lost || walk->mask;
     for (uint32_t i = 0; i < n; i++)
         if (!some || is_at_hand(walk, nodes[i]))
-            cotra_candidates_take(all, nodes[i], clamp(keys[i]), 0);
+            cotra_candidates_take(all, nodes[i], clamp(keys[i]), counts[i]);
     cotra_candidates_empty_bin(all);
     return COTRA_OK;
 }
@@ -359,7 +424,7 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
 /* A node's exact distance, where it may be an answer: once, though its links were a lie and another owner told them
  * anew.
  */
-static void take_hit(cotra_walk *walk, uint32_t i, float distance, float norm2, int64_t label, uint32_t flags)
+static void take_hit(cotra_walk *walk, uint32_t i, float distance, float scale, int64_t label, uint32_t flags)
 {
     if (i < walk->taken)
         return;
@@ -371,7 +436,9 @@ static void take_hit(cotra_walk *walk, uint32_t i, float distance, float norm2, 
         return;
     if (walk->plan.numbers)
         label = walk->frontier[i];
-    hits_insert(walk, (cotra_hit){.distance = distance, .norm2 = norm2, .label = label, .place = place});
+    hits_insert(walk, (cotra_hit){.distance = distance, .scale = scale, .label = label, .place = place});
+    rank(walk, distance);
+    set_limit(walk);
 }
 
 int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int checked, cotra_error *err)
@@ -388,16 +455,24 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
     const uint8_t *own = record + COTRA_RECORD_HEAD_BYTES;
     const float distance =
         cotra_metric_distance(walk->kernels, info->metric, info->vector_type, walk->query.vector, own, info->dim);
-    const float norm2 = info->metric == COTRA_METRIC_IP ? cotra_query_norm2(&walk->query, walk->kernels, info, own) : 0;
-    take_hit(walk, i, distance, norm2, head.label, head.flags);
-    if (walk->plan.direct)
+    if (walk->sweeping) {
+        take_hit(walk, i, distance, 0, head.label, head.flags);
         return COTRA_OK;
+    }
+    cotra_hop hop;
+    cotra_query_hop(&walk->query, walk->kernels, view, &head, own, distance, &hop);
+    const float scale = info->metric == COTRA_METRIC_IP ? cotra_query_scale(view, record, count, &hop) : 0;
+    take_hit(walk, i, distance, scale, head.label, head.flags);
     const volatile uint32_t *numbers = (const volatile uint32_t *)(record + view->record.numbers);
     for (uint32_t begin = 0; begin < count; begin += COTRA_BLOCK) {
-        float estimates[COTRA_BLOCK];
-        const uint32_t below = cotra_query_estimate(&walk->query, walk->kernels, view, record, begin, count, distance,
-                                                    walk->limit, estimates);
-        status = take_estimates(walk, numbers + begin, estimates, below, err);
+        float estimates[COTRA_BLOCK], weights[COTRA_BLOCK];
+        const uint32_t below = cotra_query_estimate(&hop, walk->kernels, view, record, begin, count, walk->limit,
+                                                    estimates, weights);
+        for (uint32_t rest = below; rest; rest &= rest - 1) {
+            const uint32_t j = (uint32_t)__builtin_ctz(rest);
+            weights[j] = cotra_estimate_weight(weights[j], hop.spread);
+        }
+        status = take_estimates(walk, numbers + begin, estimates, weights, below, err);
         if (status)
             return status;
     }
@@ -405,17 +480,17 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
 }
 
 int cotra_walk_take(cotra_walk *walk, uint32_t i, const cotra_expansion *found, const uint32_t *numbers,
-                    const float *estimates, cotra_error *err)
+                    const float *estimates, const float *weights, cotra_error *err)
 {
-    take_hit(walk, i, found->distance, found->norm2, found->label, found->flags);
-    if (walk->plan.direct)
+    take_hit(walk, i, found->distance, found->scale, found->label, found->flags);
+    if (walk->sweeping)
         return COTRA_OK;
     for (uint32_t begin = 0; begin < found->count; begin += COTRA_BLOCK) {
         const uint32_t n = found->count - begin < COTRA_BLOCK ? found->count - begin : COTRA_BLOCK;
         uint32_t below = 0;
         for (uint32_t j = 0; j < n; j++)
             below |= (uint32_t)(estimates[begin + j] < walk->limit) << j;
-        int status = take_estimates(walk, numbers + begin, estimates + begin, below, err);
+        int status = take_estimates(walk, numbers + begin, estimates + begin, weights + begin, below, err);
         if (status)
             return status;
     }

@@ -9,10 +9,17 @@
  * candidates as the next frontier; the engine READs their records, in any order, whenever they come; expand() takes
  * them in the order of the frontier. So the answer depends on the image and the parameters alone.
  *
- * A walk ends when no candidate is nearer than its limit: the k-th exact distance so far, plus slack for what an
- * estimate may be wrong by. An easy query so ends early, a hard one goes on, at most to its plan's number of
- * expansions. Where shards in which it started are lost meanwhile, or it ends with too few answers and not all of the
- * graph is open to it, it starts anew in the next nearest.
+ * A walk ends when no candidate is below its limit. The limit is the larger of two (docs/explanation/how-it-works.md):
+ *
+ *   d_m + slack scale       d_m: the m-th least exact distance so far, m = plan.rank. This is hnswlib's rule for ef
+ *   d_k + slack_k scale     d_k: the k-th. An easy query ends by the first one, a hard one goes on for this one
+ *
+ * There is none before m rows that may be returned were found. Rows that a filter excludes or that are deleted lead on
+ * and do not count. Where shards in which a walk started are lost meanwhile, or it ends with too few answers and not
+ * all of the graph is open to it, it starts anew in the next nearest.
+ *
+ * A walk that found too few answers sweeps: it reads the rows that may be returned and that it has not read, one after
+ * the other. So does one that has read more rows than a filter lets through. A direct plan begins with it.
  */
 #ifndef COTRA_SEARCH_WALK_H
 #define COTRA_SEARCH_WALK_H
@@ -21,22 +28,23 @@
 #include "search/query.h"
 #include "search/space.h"
 
-enum { COTRA_POOL_FACTOR = 8 };
 enum { COTRA_START_SHARDS = 2 };
 
 typedef struct cotra_hit {
     float distance;
-    float norm2; /* of the vector; only kept for inner products, where the limit needs it */
+    float scale; /* of errors near it; only kept for inner products, where the limit needs it */
     int64_t label;
     uint32_t place; /* of its shard in the space */
 } cotra_hit;
 
 /* How a space is walked in one search. */
 typedef struct cotra_walk_plan {
-    uint32_t ef;   /* of the search: what slack is made of */
-    uint32_t pool; /* expansions at most, and candidates kept: COTRA_POOL_FACTOR * ef, more under a filter */
+    uint32_t rank; /* at least k */
+    uint32_t most; /* expansions at most, by the caller's wish */
     uint32_t beam; /* expansions a round at most: two in the first, two more in each that follows */
+    float slack, slack_k;
     const uint8_t *const *filters; /* NULL, or for each of the engine's shards NULL or a bit for each row */
+    const uint64_t *rows;          /* for each of the engine's shards: how many may be returned, or a little more */
     int direct;                    /* no walk: every row that the filters let through is read */
     int numbers;                   /* hits get their nodes' numbers for labels */
 } cotra_walk_plan;
@@ -50,8 +58,10 @@ typedef struct cotra_walk {
     cotra_query query;
     uint32_t k;
     uint32_t width;    /* READs a round at most: of `frontier` */
-    uint64_t next_row; /* of a direct plan, in the shard at next_place */
+    uint64_t rows;     /* that may be returned, of all shards that are open to it */
+    uint64_t next_row; /* of a sweep, in the shard at next_place */
     uint32_t next_place;
+    int sweeping;
     uint32_t starts[COTRA_START_SHARDS]; /* places of the shards that it descended in */
     uint32_t n_starts;
     uint64_t next_start; /* distance << 32 | place: the least that the next one may have */
@@ -64,14 +74,14 @@ typedef struct cotra_walk {
     uint32_t taken;  /* of the frontier, from its beginning: their hits are in */
     cotra_hit *hits; /* [k], sorted by distance, then label */
     uint32_t hit_count;
-    float slack; /* of the limit, relative to the k-th squared distance */
-    float limit; /* infinite while there are fewer than k hits */
-    float query_norm2;
+    float *ranked; /* [plan.rank]: a heap of the least exact distances, the greatest on top */
+    uint32_t ranked_count;
+    float limit; /* infinite while there are fewer than plan.rank */
     cotra_query_stats stats;
 } cotra_walk;
 
-/* For plans of at most max_pool candidates and max_width READs a round. */
-int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t max_pool, uint32_t max_width,
+/* For plans of at most max_rank and max_width READs a round. */
+int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t max_rank, uint32_t max_width,
                       cotra_error *err);
 void cotra_walk_destroy(cotra_walk *walk);
 
@@ -91,10 +101,12 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
 /* Takes what an owner made of it for cotra_walk_push_limit(): the walk then is where the record would have brought it.
  */
 int cotra_walk_take(cotra_walk *walk, uint32_t i, const cotra_expansion *found, const uint32_t *numbers,
-                    const float *estimates, cotra_error *err);
+                    const float *estimates, const float *weights, cotra_error *err);
 /* No estimate that is not below it will be of use. Of inner products the limit may rise again. */
 static inline float cotra_walk_push_limit(const cotra_walk *walk)
 {
+    if (walk->sweeping)
+        return -INFINITY;
     return walk->view->info.metric == COTRA_METRIC_IP ? INFINITY : walk->limit;
 }
 

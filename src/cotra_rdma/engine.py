@@ -36,7 +36,7 @@ STATS_DTYPE = np.dtype(
         ("cached_records", "<u4"),
         ("own", "<u4"),
         ("pushed", "<u4"),
-        ("reserved", "<u4"),
+        ("incomplete", "<u4"),
     ]
 )
 """What a query took. expansions = reads + cached_records + own + pushed: records that were READ, that a cache had, in this
@@ -175,7 +175,7 @@ class View(Handle):
         pushes = np.ascontiguousarray(pushes, PUSH_DTYPE)
         found = np.empty(len(pushes), EXPANSION_DTYPE)
         numbers = np.empty(len(pushes) * info.degree, np.uint32)
-        estimates = np.empty(len(numbers), np.float32)
+        estimates, weights = np.empty(len(numbers), np.float32), np.empty(len(numbers), np.float32)
         n, err = ffi.new("uint64_t *"), new_error()
         status = lib.cotra_view_expand(
             self.ptr,
@@ -187,11 +187,12 @@ class View(Handle):
             _buffer(_EXPANSIONS, found),
             _buffer(_NUMBERS, numbers),
             _buffer(_FLOATS, estimates),
+            _buffer(_FLOATS, weights),
             n,
             err,
         )
         check(status, err)
-        return Expansions(found, numbers[: n[0]], estimates[: n[0]])
+        return Expansions(found, numbers[: n[0]], estimates[: n[0]], weights[: n[0]])
 
     def _destroy(self, ptr: Any) -> None:
         lib.cotra_view_close(ptr)
@@ -397,8 +398,11 @@ class Engine(Handle):
         found = np.ascontiguousarray(told.found, EXPANSION_DTYPE)
         numbers = np.ascontiguousarray(told.numbers, np.uint32)
         estimates = np.ascontiguousarray(told.estimates, np.float32)
-        if len(numbers) != len(estimates):
-            raise FormatError(f"{len(numbers)} neighbours with {len(estimates)} estimates", shard=shard)
+        weights = np.ascontiguousarray(told.weights, np.float32)
+        if not len(numbers) == len(estimates) == len(weights):
+            raise FormatError(
+                f"{len(numbers)} neighbours with {len(estimates)} estimates and {len(weights)} weights", shard=shard
+            )
         status = lib.cotra_engine_take_expansions(
             self.ptr,
             shard,
@@ -406,6 +410,7 @@ class Engine(Handle):
             len(found),
             _buffer(_NUMBERS, numbers),
             _buffer(_FLOATS, estimates),
+            _buffer(_FLOATS, weights),
             len(numbers),
             err,
         )

@@ -18,8 +18,8 @@ from cotra_rdma.payload import Reader, array_prefix, bin_prefix
 from cotra_rdma.wire import MAX_PAYLOAD_BYTES, Buffer, Payload, encode_array
 
 _MAX_BATCH_BYTES = 16 << 20
-_NEIGHBOUR_BYTES = 8  # a number and an estimate
-_REQUEST_FIELDS, _RESPONSE_FIELDS = 4, 5
+_NEIGHBOUR_BYTES = 12  # a number, an estimate and its weight
+_REQUEST_FIELDS, _RESPONSE_FIELDS = 4, 6
 _ALIGNMENT = 8  # the C shim reads what was received where it lies
 _HEAD_BYTES = 1024  # of an answer that is no error, beside its arrays: generously
 
@@ -134,7 +134,7 @@ class ExpandRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpandResponse:
-    """Type 59: [code u32, message str, expansions bin, numbers bin, estimates bin].
+    """Type 59: [code u32, message str, expansions bin, numbers bin, estimates bin, weights bin].
 
     Attributes:
         code, message: as in `SearchResponse`; with an error the rest is empty.
@@ -148,8 +148,7 @@ class ExpandResponse:
     @classmethod
     def failed(cls, code: int, message: str) -> ExpandResponse:
         """An answer that only says what went wrong."""
-        nothing = Expansions(np.empty(0, EXPANSION_DTYPE), np.empty(0, np.uint32), np.empty(0, np.float32))
-        return cls(code, message, nothing)
+        return cls(code, message, Expansions.none())
 
     def encode(self) -> tuple[Buffer, ...]:
         """The payload in parts: the large fields are the arrays' own memory."""
@@ -160,6 +159,7 @@ class ExpandResponse:
             _bytes_of(told.found, EXPANSION_DTYPE),
             _bytes_of(told.numbers, "<u4"),
             _bytes_of(told.estimates, "<f4"),
+            _bytes_of(told.weights, "<f4"),
         )
 
     @classmethod
@@ -175,15 +175,17 @@ class ExpandResponse:
             raise FormatError(f"{what}: an array of {_RESPONSE_FIELDS} was expected")
         code, message = reader.unsigned(), reader.text()
         found = _take(reader, EXPANSION_DTYPE, what)
-        numbers, estimates = _take(reader, "<u4", what), _take(reader, "<f4", what)
+        numbers = _take(reader, "<u4", what)
+        estimates, weights = _take(reader, "<f4", what), _take(reader, "<f4", what)
         reader.end()
         total = int(found["count"].sum(dtype=np.uint64))
-        if not total == len(numbers) == len(estimates):
+        if not total == len(numbers) == len(estimates) == len(weights):
             raise FormatError(
-                f"{what}: {len(numbers)} neighbours and {len(estimates)} estimates where {total} are counted"
+                f"{what}: {len(numbers)} neighbours, {len(estimates)} estimates and {len(weights)} weights where {total} are "
+                "counted"
             )
-        if not (np.isfinite(found["distance"]).all() and np.isfinite(found["norm2"]).all()):
+        if not (np.isfinite(found["distance"]).all() and np.isfinite(found["scale"]).all()):
             raise FormatError(f"{what}: a distance is NaN or infinite")
         if np.isnan(estimates).any():
             raise FormatError(f"{what}: an estimate is NaN")
-        return cls(code, message, Expansions(found, numbers, estimates))
+        return cls(code, message, Expansions(found, numbers, estimates, weights))

@@ -451,11 +451,7 @@ class Peer:
             self._expand_part(ExpandRequest.of(queries, pushes[part]), degree, timeout_s)
             for part in split_pushes(pushes, queries.shape[1], degree)
         ]
-        if len(parts) == 1:
-            return parts[0]
-        nothing = Expansions(np.empty(0, EXPANSION_DTYPE), np.empty(0, np.uint32), np.empty(0, np.float32))
-        columns = zip(*((part.found, part.numbers, part.estimates) for part in [nothing, *parts]), strict=True)
-        return Expansions(*(np.concatenate(column) for column in columns))
+        return Expansions.joined(parts)
 
     def _expand_part(self, request: ExpandRequest, degree: int, timeout_s: float) -> Expansions:
         kind = VShardMessageType.VECTOR_EXPAND_REQUEST
