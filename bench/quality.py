@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import markdown_table, put_between, whole
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -108,35 +110,20 @@ def text(row: Row) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """One table: a row a family, recall of both by ef."""
-    points = rows[0].points
-    heads = ["data", "rows x dim, metric", *(f"ef {point.ef}" for point in points)]
-    heads += [f"READs, ef {point.ef}" for point in points if point.ef in (64, 1024)]
-    heads += [f"k = ef = {k}" for k in sorted({point.k for row in rows for point in row.full})]
-    lines = ["| " + " | ".join([*heads, "worst"]) + " |", "|" + "---|" * (len(heads) + 1)]
+    efs = [point.ef for point in rows[0].points]
+    ks = sorted({point.k for row in rows for point in row.full})
+    counted = [ef for ef in efs if ef in (64, 1024)]
+    heads = ["data", "rows x dim, metric", *(f"ef {ef}" for ef in efs), *(f"READs, ef {ef}" for ef in counted)]
+    heads += [*(f"k = ef = {k}" for k in ks), "worst"]
+    lines = []
     for row in rows:
         full = {point.k: point for point in row.full}
         cells = [row.family, f"{row.rows:,} x {row.dim}, {row.metric}"]
         cells += [f"{point.cotra:.3f} / {point.hnswlib:.3f}" for point in row.points]
-        cells += [f"{point.reads:.0f}" for point in row.points if point.ef in (64, 1024)]
-        for k in sorted({point.k for other in rows for point in other.full}):
-            cells.append(f"{full[k].cotra:.3f} / {full[k].hnswlib:.3f}" if k in full else "")
-        lines.append("| " + " | ".join([*cells, f"{0 - row.worst.lost:+.3f}"]) + " |")
-    return "\n".join(lines)
-
-
-def put_between(file: Path, name: str, table: str) -> None:
-    """Replaces what a page has between the two comments `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    before, found, rest = file.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        sys.exit(f"{file} has no lines {begin.strip()} and {end}")
-    file.write_text(f"{before}{begin}\n{table}\n\n{end}{after}", encoding="utf-8")
-
-
-def whole(words: str) -> list[int]:
-    """Whole numbers, separated by commas."""
-    return [int(word) for word in words.split(",") if word]
+        cells += [f"{point.reads:.0f}" for point in row.points if point.ef in counted]
+        cells += [f"{full[k].cotra:.3f} / {full[k].hnswlib:.3f}" if k in full else "" for k in ks]
+        lines.append([*cells, f"{0 - row.worst.lost:+.3f}"])
+    return markdown_table(heads, lines)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,21 +144,29 @@ def _fingerprint(family: Family) -> str:
     return digest.hexdigest()
 
 
-def ask_hnswlib(index: hnswlib.Index, queries: Floats, k: int, ef: int) -> Ids:
-    """hnswlib's answers: int64[n_queries, k], -1 in places that it leaves empty."""
+def ask_hnswlib(
+    index: hnswlib.Index, queries: Floats, k: int, ef: int, passes: Callable[[int], bool] | None = None
+) -> Ids:
+    """hnswlib's answers: int64[n_queries, k], -1 in places that it leaves empty.
+
+    Args:
+        passes: a filter: whether an id may be returned.
+    """
     index.set_ef(ef)
     try:
-        return index.knn_query(queries, k, num_threads=1)[0].astype(np.int64)
+        return index.knn_query(queries, k, num_threads=1, filter=passes)[0].astype(np.int64)
     except RuntimeError:  # it raises where one query has fewer than k answers
-        return np.array([_ask_for_one(index, query, k) for query in queries])
+        return np.array([_ask_for_one(index, query, k, passes) for query in queries])
 
 
-def _ask_for_one(index: hnswlib.Index, query: Floats, k: int) -> Ids:
-    low, high, best = 0, k, np.empty(0, np.int64)  # it finds `low`, and fewer than `high` + 1
+def _ask_for_one(index: hnswlib.Index, query: Floats, k: int, passes: Callable[[int], bool] | None) -> Ids:
+    best = np.empty(0, np.int64)
+    low, high = 0, k  # it finds `low` answers, and no more than `high`
     while low < high:
         asked = (low + high + 1) // 2
         try:
-            best, low = index.knn_query(query, asked, num_threads=1)[0][0].astype(np.int64), asked
+            best = index.knn_query(query, asked, num_threads=1, filter=passes)[0][0].astype(np.int64)
+            low = asked
         except RuntimeError:
             high = asked - 1
     return np.concatenate([best, np.full(k - len(best), -1, np.int64)])
