@@ -106,7 +106,8 @@ static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1,
                          float scale, float bound, float *out)
 {
     uint32_t below = 0;
-    const __m256 d = _mm256_set1_ps(distance), m = _mm256_set1_ps(t), o = _mm256_set1_ps(offset), s = _mm256_set1_ps(scale);
+    const __m256 d = _mm256_set1_ps(distance), m = _mm256_set1_ps(t), o = _mm256_set1_ps(offset),
+                 s = _mm256_set1_ps(scale);
     for (int j = 0; j < 32; j += 8) {
         __m256 sum = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(sums + j)));
         __m256 dot = _mm256_add_ps(o, _mm256_mul_ps(s, sum));

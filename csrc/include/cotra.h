@@ -466,12 +466,14 @@ typedef struct cotra_expansion {
     float scale;    /* of what estimates near it are wrong by, for inner products; else 0 */
     int64_t label;
     uint32_t flags; /* as in the record */
-    uint32_t count; /* of its neighbours that are below the limit: their numbers, estimates, weights follow the others' */
+    uint32_t
+        count; /* of its neighbours that are below the limit: their numbers, estimates, weights follow the others' */
 } cotra_expansion;
 
 /* An owner's side of it: expands nodes of the image in its arena, that of the view, for queries float32[n_queries,
  * dim]. Pushes of one query follow each other. numbers, estimates and weights (what each estimate counts for in a
- * mean) have room for the degree of n nodes; n_neighbours says how many there are. Any thread may call it. COTRA_ERR_ARGUMENT for a query or row that is not there. */
+ * mean) have room for the degree of n nodes; n_neighbours says how many there are. Any thread may call it.
+ * COTRA_ERR_ARGUMENT for a query or row that is not there. */
 int cotra_view_expand(const cotra_view *view, const cotra_arena *arena, const float *queries, uint64_t n_queries,
                       const cotra_push *pushes, uint64_t n, cotra_expansion *out, uint32_t *numbers, float *estimates,
                       float *weights, uint64_t *n_neighbours, cotra_error *err);

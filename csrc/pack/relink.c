@@ -32,8 +32,8 @@ struct cotra_relinker {
 
 /* What one thread needs. */
 typedef struct work {
-    float *vectors;  /* [capacity][padded]: of the candidates */
-    float *own;      /* [padded] */
+    float *vectors; /* [capacity][padded]: of the candidates */
+    float *own;     /* [padded] */
     cotra_code_writer codes;
     uint64_t *words; /* [capacity]: distance << 32 | candidate, sorted */
     uint32_t *numbers;

@@ -21,9 +21,8 @@ enum { NEAR_READS = 8 }; /* in progress on each shard, or graph, at first: more 
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 /* Of a walk's limit, in units of 1 / sqrt(D): docs/explanation/how-it-works.md. */
-#define SLACK     0.25f
-#define SLACK_LOG 1.0f
-enum { FULL_RANK = 16 };
+#define SLACK         0.25f
+#define LEAST_SLACK_K 0.75f
 
 /* What a shard must be to take its place in an engine. */
 static int check_shard(const cotra_engine_shard *shard, uint32_t i, cotra_error *err)
@@ -227,12 +226,12 @@ static uint64_t count_rows(const uint8_t *filter, uint64_t count)
     return count % 8 ? n + (uint64_t)__builtin_popcount(filter[count / 8] & ((1u << count % 8) - 1)) : n;
 }
 
-/* The exact distances that a walk ranks: hnswlib's rule asks for ef of them, but its lists are shorter and a fuller one
- * finds as much with fewer (measured: docs/explanation/how-it-works.md). */
-static uint32_t choose_rank(uint32_t ef, uint32_t k)
+/* A walk ends between hnswlib's rule for half of ef and that for ef: lists are fuller than hnswlib's, and find as much
+ * with fewer expansions (measured: docs/explanation/how-it-works.md). */
+static uint32_t choose_low_rank(const cotra_search_params *params)
 {
-    const uint32_t rank = ef < FULL_RANK ? ef : FULL_RANK + (ef - FULL_RANK) / 2;
-    return rank > k ? rank : k;
+    const uint32_t half = (params->ef + 1) / 2;
+    return half > params->k ? half : params->k;
 }
 
 /* Counts the rows of a shard that may be returned: a little too high where some that a filter lets through are deleted.
@@ -267,13 +266,15 @@ static int make_plans(cotra_engine *engine, const cotra_search_params *params, c
     for (uint32_t s = 0; s < engine->n_spaces; s++) {
         const cotra_space *space = &engine->spaces[s];
         const float unit = 1 / sqrtf((float)space->views[0]->info.code_dim);
+        const float by_ef = SLACK + logf((float)params->ef / (float)params->k);
         cotra_walk_plan *plan = &engine->plans[s];
         *plan = (cotra_walk_plan){
-            .rank = choose_rank(params->ef, params->k),
+            .low = choose_low_rank(params),
+            .high = 2 * choose_low_rank(params),
             .most = params->most ? params->most : UINT32_MAX,
             .beam = params->beam,
             .slack = SLACK * unit,
-            .slack_k = (SLACK + SLACK_LOG * logf((float)params->ef / (float)params->k)) * unit,
+            .slack_k = (by_ef > LEAST_SLACK_K ? by_ef : LEAST_SLACK_K) * unit,
             .rows = engine->rows,
             .numbers = params->numbers != 0,
         };
@@ -316,7 +317,7 @@ static int choose_walks(const cotra_engine *engine, const cotra_search_params *p
     n = n < slots / *width ? n : slots / *width;
     most = params->inflight ? MAX_INFLIGHT : most;
     n = n < most ? n : most;
-    const uint32_t per_walk = 8 * params->ef; /* candidates */
+    const uint32_t per_walk = 8 * params->ef;                                                  /* candidates */
     const uint32_t affordable = MAX_CANDIDATES / per_walk > 2 ? MAX_CANDIDATES / per_walk : 2; /* of huge ef: memory */
     n = n < affordable || params->inflight ? n : affordable;
     *n_walks = n < n_queries * engine->n_spaces ? n : (uint32_t)(n_queries * engine->n_spaces);
@@ -359,7 +360,7 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     if (!status)
         status = choose_walks(engine, params, n_queries, &width, &n_walks, err);
     if (!status)
-        status = make_walks(engine, n_walks, params->k, choose_rank(params->ef, params->k), width, err);
+        status = make_walks(engine, n_walks, params->k, 2 * choose_low_rank(params), width, err);
     if (status)
         return status;
     engine->mask = scope ? scope->mask : NULL;

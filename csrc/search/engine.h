@@ -34,7 +34,8 @@ typedef struct cotra_running {
     cotra_walk walk;
     const uint8_t **records; /* [width] */
     uint8_t *copies;         /* [width][copy_bytes]: of cached records; NULL where there is no cache */
-    cotra_expansion *told;   /* [width], with [width][degree] numbers, estimates and weights; NULL until an owner answers */
+    cotra_expansion
+        *told; /* [width], with [width][degree] numbers, estimates and weights; NULL until an owner answers */
     uint32_t *told_numbers;
     float *told_estimates, *told_weights;
     uint64_t query;

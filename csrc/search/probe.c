@@ -116,7 +116,8 @@ void cotra_probe_begin(cotra_probe *probe, const float *query, const uint8_t *ma
         const cotra_probe_shard *shard = &probe->shards[list->shard];
         cotra_query_codes *codes = &probe->codes[list->shard];
         if (codes->scale == 0)
-            cotra_query_codes_make(&shard->view->rotation, probe->query, shard->view->mean, probe->scratch, codes); /*E*/
+            cotra_query_codes_make(&shard->view->rotation, probe->query, shard->view->mean, probe->scratch,
+                                   codes); /*E*/
         if (probe->limits.automatic)
             list->margin = margin_of(probe, list, norm2);
         const uint64_t blocks = cotra_ivf_blocks(shard->table->sizes[list->number]);

@@ -73,8 +73,8 @@ static inline uint32_t cotra_query_estimate(const cotra_hop *hop, const cotra_ke
                   view->info.code_dim, sums);
     cotra_load_factors(record + layout->f0 + 2 * begin, f0);
     cotra_load_factors(record + layout->f1 + 2 * begin, f1);
-    const uint32_t below = kernels->estimate(sums, f0, f1, hop->distance, hop->t, hop->codes->offset,
-                                             hop->codes->scale, limit, estimates);
+    const uint32_t below =
+        kernels->estimate(sums, f0, f1, hop->distance, hop->t, hop->codes->offset, hop->codes->scale, limit, estimates);
     return count - begin < COTRA_BLOCK ? below & ((1u << (count - begin)) - 1) : below;
 }
 

@@ -30,11 +30,13 @@ int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t m
     walk->frontier = malloc(max_width * sizeof *walk->frontier);
     walk->places = malloc(max_width * sizeof *walk->places);
     walk->hits = malloc(k * sizeof *walk->hits);
-    walk->ranked = malloc(max_rank * sizeof *walk->ranked);
+    walk->low.heap = malloc(max_rank * sizeof(float));
+    walk->high.heap = malloc(max_rank * sizeof(float));
     int status = cotra_query_create(&walk->query, max_dim, err);
     if (!status)
         status = cotra_candidates_create(&walk->candidates, err);
-    if (!status && !(walk->nearest && walk->frontier && walk->places && walk->hits && walk->ranked))
+    if (!status &&
+        !(walk->nearest && walk->frontier && walk->places && walk->hits && walk->low.heap && walk->high.heap))
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk");
     if (status)
         cotra_walk_destroy(walk);
@@ -49,7 +51,8 @@ void cotra_walk_destroy(cotra_walk *walk)
     free(walk->frontier);
     free(walk->places);
     free(walk->hits);
-    free(walk->ranked);
+    free(walk->low.heap);
+    free(walk->high.heap);
     memset(walk, 0, sizeof *walk);
 }
 
@@ -205,8 +208,11 @@ int cotra_walk_begin(cotra_walk *walk, const cotra_space *space, const cotra_wal
     walk->next_row = walk->next_place = walk->n_starts = 0;
     walk->next_start = 0;
     walk->kernels = kernels;
-    walk->hit_count = walk->ranked_count = walk->frontier_count = walk->beam = 0;
+    walk->hit_count = walk->frontier_count = walk->beam = 0;
     walk->sweeping = plan->direct;
+    walk->low.count = walk->high.count = 0;
+    walk->low.capacity = plan->low;
+    walk->high.capacity = plan->high;
     walk->rows = 0;
     for (uint32_t i = 0; i < space->n; i++)
         walk->rows += is_open(walk, i) ? plan->rows[space->shards[i]] : 0;
@@ -313,11 +319,11 @@ int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
         return COTRA_OK;
     }
     if (!walk->sweeping) {
-        if (walk->ranked_count >= walk->rows) /* nothing is left to be found */
+        if (walk->low.count >= walk->rows) /* nothing is left to be found */
             return COTRA_OK;
         /* By now, to read all rows that the filter lets through would have cost no more. */
         const int starves =
-            walk->plan.filters && walk->ranked_count < walk->plan.rank && walk->stats.expansions >= walk->rows;
+            walk->plan.filters && walk->low.count < walk->plan.low && walk->stats.expansions >= walk->rows;
         int status = starves ? COTRA_OK : choose_next(walk, err);
         if (status || walk->frontier_count || !(starves || lacks_hits(walk)))
             return status;
@@ -327,14 +333,14 @@ int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
     return COTRA_OK;
 }
 
-/* Keeps the least distances of plan.rank rows that may be returned. */
-static void rank(cotra_walk *walk, float distance)
+/* Takes a distance in, where it is one of the least. */
+static void rank(cotra_least *ranked, float distance)
 {
-    float *heap = walk->ranked;
-    const uint32_t n = walk->plan.rank;
+    float *heap = ranked->heap;
+    const uint32_t n = ranked->capacity;
     uint32_t i;
-    if (walk->ranked_count < n) {
-        for (i = walk->ranked_count++; i > 0 && heap[(i - 1) / 2] < distance; i = (i - 1) / 2)
+    if (ranked->count < n) {
+        for (i = ranked->count++; i > 0 && heap[(i - 1) / 2] < distance; i = (i - 1) / 2)
             heap[i] = heap[(i - 1) / 2];
         heap[i] = distance;
     } else if (distance < heap[0]) {
@@ -352,14 +358,16 @@ static void rank(cotra_walk *walk, float distance)
 
 static void set_limit(cotra_walk *walk)
 {
-    if (walk->ranked_count < walk->plan.rank || walk->hit_count < walk->k)
+    if (walk->low.count < walk->low.capacity || walk->hit_count < walk->k)
         return;
     const cotra_hit *last = &walk->hits[walk->k - 1];
     float scale = walk->view->info.metric == COTRA_METRIC_IP ? last->scale : last->distance;
     scale = scale > 0 ? scale : 0;
-    const float by_rank = walk->ranked[0] + walk->plan.slack * scale;
-    const float by_hits = last->distance + walk->plan.slack_k * scale;
-    walk->limit = by_rank > by_hits ? by_rank : by_hits;
+    const float least = walk->low.heap[0] + walk->plan.slack * scale;
+    const float most =
+        walk->high.count == walk->high.capacity ? walk->high.heap[0] + walk->plan.slack * scale : INFINITY;
+    const float limit = last->distance + walk->plan.slack_k * scale;
+    walk->limit = limit < least ? least : limit > most ? most : limit;
 }
 
 /* Keeps the k best. */
@@ -437,7 +445,8 @@ static void take_hit(cotra_walk *walk, uint32_t i, float distance, float scale, 
     if (walk->plan.numbers)
         label = walk->frontier[i];
     hits_insert(walk, (cotra_hit){.distance = distance, .scale = scale, .label = label, .place = place});
-    rank(walk, distance);
+    rank(&walk->low, distance);
+    rank(&walk->high, distance);
     set_limit(walk);
 }
 
@@ -466,8 +475,8 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
     const volatile uint32_t *numbers = (const volatile uint32_t *)(record + view->record.numbers);
     for (uint32_t begin = 0; begin < count; begin += COTRA_BLOCK) {
         float estimates[COTRA_BLOCK], weights[COTRA_BLOCK];
-        const uint32_t below = cotra_query_estimate(&hop, walk->kernels, view, record, begin, count, walk->limit,
-                                                    estimates, weights);
+        const uint32_t below =
+            cotra_query_estimate(&hop, walk->kernels, view, record, begin, count, walk->limit, estimates, weights);
         for (uint32_t rest = below; rest; rest &= rest - 1) {
             const uint32_t j = (uint32_t)__builtin_ctz(rest);
             weights[j] = cotra_estimate_weight(weights[j], hop.spread);

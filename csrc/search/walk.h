@@ -9,14 +9,14 @@
  * candidates as the next frontier; the engine READs their records, in any order, whenever they come; expand() takes
  * them in the order of the frontier. So the answer depends on the image and the parameters alone.
  *
- * A walk ends when no candidate is below its limit. The limit is the larger of two (docs/explanation/how-it-works.md):
+ * A walk ends when no candidate is below its limit (docs/explanation/how-it-works.md). With d_n the n-th least exact
+ * distance so far, and `scale` that of an estimate's error, the limit is
  *
- *   d_m + slack scale       d_m: the m-th least exact distance so far, m = plan.rank. This is hnswlib's rule for ef
- *   d_k + slack_k scale     d_k: the k-th. An easy query ends by the first one, a hard one goes on for this one
+ *   d_k + slack_k scale, but at least d_low + slack scale, and at most d_high + slack scale
  *
- * There is none before m rows that may be returned were found. Rows that a filter excludes or that are deleted lead on
- * and do not count. Where shards in which a walk started are lost meanwhile, or it ends with too few answers and not
- * all of the graph is open to it, it starts anew in the next nearest.
+ * hnswlib's rule is d_ef alone. There is no limit before `low` rows that may be returned were found. Rows that a filter
+ * excludes or that are deleted lead on and do not count. Where shards in which a walk started are lost meanwhile, or it
+ * ends with too few answers and not all of the graph is open to it, it starts anew in the next nearest.
  *
  * A walk that found too few answers sweeps: it reads the rows that may be returned and that it has not read, one after
  * the other. So does one that has read more rows than a filter lets through. A direct plan begins with it.
@@ -37,11 +37,17 @@ typedef struct cotra_hit {
     uint32_t place; /* of its shard in the space */
 } cotra_hit;
 
+/* The least exact distances so far: a heap, the greatest on top. */
+typedef struct cotra_least {
+    float *heap;
+    uint32_t count, capacity;
+} cotra_least;
+
 /* How a space is walked in one search. */
 typedef struct cotra_walk_plan {
-    uint32_t rank; /* at least k */
-    uint32_t most; /* expansions at most, by the caller's wish */
-    uint32_t beam; /* expansions a round at most: two in the first, two more in each that follows */
+    uint32_t low, high; /* ranks of the limit: at least k */
+    uint32_t most;      /* expansions at most, by the caller's wish */
+    uint32_t beam;      /* expansions a round at most: two in the first, two more in each that follows */
     float slack, slack_k;
     const uint8_t *const *filters; /* NULL, or for each of the engine's shards NULL or a bit for each row */
     const uint64_t *rows;          /* for each of the engine's shards: how many may be returned, or a little more */
@@ -74,13 +80,12 @@ typedef struct cotra_walk {
     uint32_t taken;  /* of the frontier, from its beginning: their hits are in */
     cotra_hit *hits; /* [k], sorted by distance, then label */
     uint32_t hit_count;
-    float *ranked; /* [plan.rank]: a heap of the least exact distances, the greatest on top */
-    uint32_t ranked_count;
+    cotra_least low, high;
     float limit; /* infinite while there are fewer than plan.rank */
     cotra_query_stats stats;
 } cotra_walk;
 
-/* For plans of at most max_rank and max_width READs a round. */
+/* For plans whose ranks and READs a round are at most these. */
 int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t max_rank, uint32_t max_width,
                       cotra_error *err);
 void cotra_walk_destroy(cotra_walk *walk);
