@@ -9,6 +9,10 @@ const cotra_kernels *cotra_kernels_get(int simd)
     if (simd == COTRA_SIMD_PORTABLE)
         return &cotra_kernels_portable;
 #if defined(__x86_64__)
+    if (simd == COTRA_SIMD_AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        cotra_kernels_get(COTRA_SIMD_AVX2))
+        return &cotra_kernels_avx512;
     if (simd == COTRA_SIMD_AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c"))
         return &cotra_kernels_avx2;
@@ -18,7 +22,10 @@ const cotra_kernels *cotra_kernels_get(int simd)
 
 int cotra_simd_best(void)
 {
-    return cotra_kernels_get(COTRA_SIMD_AVX2) ? COTRA_SIMD_AVX2 : COTRA_SIMD_PORTABLE;
+    for (int simd = COTRA_SIMD_AVX512; simd > COTRA_SIMD_PORTABLE; simd--)
+        if (cotra_kernels_get(simd))
+            return simd;
+    return COTRA_SIMD_PORTABLE;
 }
 
 const char *cotra_simd_name(int simd)

@@ -15,6 +15,9 @@ typedef float (*cotra_pair_kernel)(const float *query, const void *vector, uint3
 
 enum { COTRA_LEAST_STEP = 16 };
 
+#define COTRA_LEAST_WEIGHT 1e-30f
+#define COTRA_MOST_WEIGHT  1e30f
+
 typedef struct cotra_kernels {
     cotra_pair_kernel l2[3], dot[3]; /* by vector type */
     /* sums[32] of a 4-bit look-up table over one block of codes; laid out as in layout/{codes,image}.h */
@@ -22,6 +25,8 @@ typedef struct cotra_kernels {
     /* out[32] = distance + t f0 - f1 (offset + scale x sums); the bits of those below `bound` (a NaN is not) */
     uint32_t (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float t, float offset,
                          float scale, float bound, float *out);
+    /* out[32] = 1 / (f1 spread), within COTRA_LEAST_WEIGHT and COTRA_MOST_WEIGHT (the most where that is a NaN) */
+    void (*weigh)(const float *f1, float spread, float *out);
     /* the place of the least of n keys, the first where there are several; n is a multiple of COTRA_LEAST_STEP, keys
      * are 64-byte aligned and no NaN */
     uint32_t (*least)(const float *keys, uint32_t n);
@@ -29,6 +34,7 @@ typedef struct cotra_kernels {
 
 extern const cotra_kernels cotra_kernels_portable;
 extern const cotra_kernels cotra_kernels_avx2;
+extern const cotra_kernels cotra_kernels_avx512;
 
 /* NULL where this CPU or this build does not have the level. */
 const cotra_kernels *cotra_kernels_get(int simd);

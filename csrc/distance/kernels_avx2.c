@@ -119,6 +119,16 @@ static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1,
     return below;
 }
 
+static void weigh(const float *f1, float spread, float *out)
+{
+    const __m256 one = _mm256_set1_ps(1), s = _mm256_set1_ps(spread);
+    const __m256 least = _mm256_set1_ps(COTRA_LEAST_WEIGHT), most = _mm256_set1_ps(COTRA_MOST_WEIGHT);
+    for (int j = 0; j < 32; j += 8) {
+        __m256 weight = _mm256_div_ps(one, _mm256_mul_ps(_mm256_loadu_ps(f1 + j), s));
+        _mm256_storeu_ps(out + j, _mm256_max_ps(_mm256_min_ps(weight, most), least));
+    }
+}
+
 static uint32_t least(const float *keys, uint32_t n)
 {
     __m256 a = _mm256_load_ps(keys), b = _mm256_load_ps(keys + 8);
@@ -142,6 +152,7 @@ const cotra_kernels cotra_kernels_avx2 = {.l2 = {l2_f32, l2_f16, l2_u8},
                                           .dot = {dot_f32, dot_f16, dot_u8},
                                           .scan = scan,
                                           .estimate = estimate,
+                                          .weigh = weigh,
                                           .least = least};
 
 #else

@@ -52,6 +52,15 @@ static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1,
     return below;
 }
 
+static void weigh(const float *f1, float spread, float *out)
+{
+    for (int j = 0; j < 32; j++) {
+        const float weight = 1 / (f1[j] * spread);
+        const float bounded = weight < COTRA_MOST_WEIGHT ? weight : COTRA_MOST_WEIGHT; /* nor is NaN */
+        out[j] = bounded > COTRA_LEAST_WEIGHT ? bounded : COTRA_LEAST_WEIGHT;
+    }
+}
+
 static uint32_t least(const float *keys, uint32_t n)
 {
     uint32_t place = 0;
@@ -65,4 +74,5 @@ const cotra_kernels cotra_kernels_portable = {.l2 = {l2_f32, l2_f16, l2_u8},
                                               .dot = {dot_f32, dot_f16, dot_u8},
                                               .scan = scan,
                                               .estimate = estimate,
+                                              .weigh = weigh,
                                               .least = least};

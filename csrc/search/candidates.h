@@ -16,6 +16,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 enum { COTRA_BIN = 0, COTRA_KEYS_BLOCK = 64 };
 
@@ -72,14 +73,25 @@ static inline int cotra_candidates_is_closed(const cotra_candidates *all, uint32
     return place->epoch == all->epoch && place->slot == COTRA_BIN;
 }
 
+/* yes ? a : b, without a branch: a compiler makes a jump of it where it can, and a CPU guesses half of them wrong. */
+static inline float cotra_choose(int yes, float a, float b)
+{
+    uint32_t x, y;
+    memcpy(&x, &a, sizeof x);
+    memcpy(&y, &b, sizeof y);
+    x = (x & (uint32_t)-yes) | (y & ((uint32_t)yes - 1));
+    memcpy(&a, &x, sizeof a);
+    return a;
+}
+
 /* Takes an exact distance (weight COTRA_EXACT) or an estimate of a node, for which there must be room. */
 static inline void cotra_candidates_take(cotra_candidates *all, uint32_t node, float key, float weight)
 {
     cotra_seen *place = cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node);
     const int fresh = place->epoch != all->epoch;
     const uint32_t slot = fresh ? all->count : place->slot;
-    const float old = fresh ? key : all->keys[slot];
-    const float sum = (fresh ? 0 : place->weight) + weight;
+    const float old = cotra_choose(fresh, key, all->keys[slot]);
+    const float sum = cotra_choose(fresh, 0, place->weight) + weight;
     const float mean = old + (key - old) * (weight / sum);
     float *floor = &all->floors[slot / COTRA_KEYS_BLOCK];
     *place = (cotra_seen){.epoch = all->epoch, .number = node, .slot = slot, .weight = sum};

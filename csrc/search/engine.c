@@ -21,8 +21,8 @@ enum { NEAR_READS = 8 }; /* in progress on each shard, or graph, at first: more 
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 /* Of a walk's limit, in units of 1 / sqrt(D): docs/explanation/how-it-works.md. */
-#define SLACK         0.25f
-#define LEAST_SLACK_K 0.75f
+#define SLACK     0.25f
+#define SLACK_OF_K 0.13f
 
 /* What a shard must be to take its place in an engine. */
 static int check_shard(const cotra_engine_shard *shard, uint32_t i, cotra_error *err)
@@ -266,7 +266,8 @@ static int make_plans(cotra_engine *engine, const cotra_search_params *params, c
     for (uint32_t s = 0; s < engine->n_spaces; s++) {
         const cotra_space *space = &engine->spaces[s];
         const float unit = 1 / sqrtf((float)space->views[0]->info.code_dim);
-        const float by_ef = SLACK + logf((float)params->ef / (float)params->k);
+        const float by_ef = logf((float)params->ef / (float)params->k);
+        const float by_k = params->k > 10 ? SLACK_OF_K * logf((float)params->k / 10) : 0;
         cotra_walk_plan *plan = &engine->plans[s];
         *plan = (cotra_walk_plan){
             .low = choose_low_rank(params),
@@ -274,7 +275,7 @@ static int make_plans(cotra_engine *engine, const cotra_search_params *params, c
             .most = params->most ? params->most : UINT32_MAX,
             .beam = params->beam,
             .slack = SLACK * unit,
-            .slack_k = (by_ef > LEAST_SLACK_K ? by_ef : LEAST_SLACK_K) * unit,
+            .slack_k = (SLACK + (by_ef > by_k ? by_ef : by_k)) * unit,
             .rows = engine->rows,
             .numbers = params->numbers != 0,
         };

@@ -35,13 +35,13 @@ static int expand(expander *self, const cotra_push *push, cotra_expansion *out, 
     if (info->metric == COTRA_METRIC_IP)
         out->scale = cotra_query_scale(self->view, record, head->count, &hop);
     for (uint32_t begin = 0; begin < head->count; begin += COTRA_BLOCK) {
-        float estimates[COTRA_BLOCK], f1[COTRA_BLOCK];
+        float estimates[COTRA_BLOCK], weights[COTRA_BLOCK];
         uint32_t below = cotra_query_estimate(&hop, self->kernels, self->view, record, begin, head->count, push->limit,
-                                              estimates, f1);
+                                              estimates, weights);
         for (; below; below &= below - 1) {
             const uint32_t j = (uint32_t)__builtin_ctz(below);
             self->numbers[self->n_neighbours] = numbers[begin + j];
-            self->weights[self->n_neighbours] = cotra_estimate_weight(f1[j], hop.spread);
+            self->weights[self->n_neighbours] = weights[j];
             self->estimates[self->n_neighbours++] = estimates[j];
             out->count++;
         }

@@ -50,31 +50,22 @@ static inline void cotra_load_factors(const uint8_t *from, float *to)
     memcpy(to, bits, sizeof bits);
 }
 
-#define COTRA_LEAST_WEIGHT 1e-30f
-#define COTRA_MOST_WEIGHT  1e30f
-
-/* What an estimate counts for in a mean: the inverse of its standard deviation, within bounds that no sum leaves. */
-static inline float cotra_estimate_weight(float f1, float spread)
-{
-    const float weight = 1 / (f1 * spread);
-    return weight < COTRA_MOST_WEIGHT ? (weight > COTRA_LEAST_WEIGHT ? weight : COTRA_LEAST_WEIGHT) : COTRA_MOST_WEIGHT;
-}
-
-/* Estimates of the block of a record's `count` neighbours that begins at `begin`, and the factors f1 that their weights
- * follow from; the bits of those below the limit. */
+/* Estimates of the block of a record's `count` neighbours that begins at `begin`, and what each counts for in a mean: the
+ * inverse of its standard deviation; the bits of those below the limit. */
 static inline uint32_t cotra_query_estimate(const cotra_hop *hop, const cotra_kernels *kernels, const cotra_view *view,
                                             const uint8_t *record, uint32_t begin, uint32_t count, float limit,
-                                            float *estimates, float *f1)
+                                            float *estimates, float *weights)
 {
     const cotra_record_layout *layout = &view->record;
     uint32_t sums[COTRA_BLOCK];
-    float f0[COTRA_BLOCK];
+    float f0[COTRA_BLOCK], f1[COTRA_BLOCK];
     kernels->scan(hop->codes->table, record + layout->codes + begin / COTRA_BLOCK * layout->block_bytes,
                   view->info.code_dim, sums);
     cotra_load_factors(record + layout->f0 + 2 * begin, f0);
     cotra_load_factors(record + layout->f1 + 2 * begin, f1);
     const uint32_t below =
         kernels->estimate(sums, f0, f1, hop->distance, hop->t, hop->codes->offset, hop->codes->scale, limit, estimates);
+    kernels->weigh(f1, hop->spread, weights);
     return count - begin < COTRA_BLOCK ? below & ((1u << (count - begin)) - 1) : below;
 }
 

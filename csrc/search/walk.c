@@ -477,10 +477,6 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
         float estimates[COTRA_BLOCK], weights[COTRA_BLOCK];
         const uint32_t below =
             cotra_query_estimate(&hop, walk->kernels, view, record, begin, count, walk->limit, estimates, weights);
-        for (uint32_t rest = below; rest; rest &= rest - 1) {
-            const uint32_t j = (uint32_t)__builtin_ctz(rest);
-            weights[j] = cotra_estimate_weight(weights[j], hop.spread);
-        }
         status = take_estimates(walk, numbers + begin, estimates, weights, below, err);
         if (status)
             return status;
