@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -28,8 +28,8 @@ class Family:
 
     name: str
     metric: str
-    base: Floats
-    queries: Floats
+    base: Floats = field(repr=False)
+    queries: Floats = field(repr=False)
     M: int = 16
     ef_construction: int = 200
 

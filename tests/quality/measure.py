@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import hnswlib
@@ -26,9 +26,9 @@ class Truth:
     """The exact distances of the nearest rows that may be returned, in float64."""
 
     family: Family
-    nearest: Doubles
+    nearest: Doubles = field(repr=False)
     """float64[n_queries, most]: ascending; infinite past the last row that may be returned."""
-    allowed: npt.NDArray[np.bool_] | None
+    allowed: npt.NDArray[np.bool_] | None = field(repr=False)
 
     @classmethod
     def of(cls, family: Family, most: int = 500, allowed: npt.NDArray[np.bool_] | None = None) -> Truth:
@@ -178,9 +178,9 @@ class Case:
     """A family, and both systems on one graph."""
 
     family: Family
-    index: hnswlib.Index
+    index: hnswlib.Index = field(repr=False)
     shard: Shard
-    truth: Truth
+    truth: Truth = field(repr=False)
 
     def recalls(self, k: int, ef: int) -> tuple[float, float]:
         """recall@k of hnswlib and of cotra."""
