@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -19,7 +19,7 @@ Doubles = npt.NDArray[np.float64]
 Random = np.random.Generator
 Pair = tuple[Doubles, Doubles]
 
-ROWS, QUERIES = 4000, 200
+ROWS, QUERIES = 3000, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Family:
 
     name: str
     metric: str
-    base: Floats
-    queries: Floats
+    base: Floats = field(repr=False)
+    queries: Floats = field(repr=False)
     M: int = 16
     ef_construction: int = 200
 
@@ -76,11 +76,6 @@ def make(name: str) -> Family:
 def make_all(pattern: str = "*") -> Iterator[Family]:
     """Makes the data of all families that the pattern fits, one after the other."""
     return (make(name) for name in names(pattern))
-
-
-def smaller(family: Family, rows: int, queries: int) -> Family:
-    """Its first rows and queries."""
-    return replace(family, base=family.base[:rows], queries=family.queries[:queries])
 
 
 # ---- arithmetic that is the same everywhere ----
@@ -159,9 +154,9 @@ def _(random: Random) -> Pair:
 @_family("duplicates-32d")
 def _(random: Random) -> Pair:
     """Every row 10 to 50 times; half of the queries are rows."""
-    distinct, queries = normal(random, 32, 140)
-    rows = np.repeat(np.arange(140), random.integers(10, 51, 140))
-    queries[::2] = distinct[random.integers(0, 140, len(queries[::2]))]
+    distinct, queries = normal(random, 32, 100)
+    rows = np.repeat(np.arange(100), random.integers(10, 51, 100))
+    queries[::2] = distinct[random.integers(0, 100, len(queries[::2]))]
     return distinct[random.permutation(rows)], queries
 
 
@@ -239,7 +234,7 @@ def _(random: Random) -> Pair:
     axes = 60
     strength = 1 / np.sqrt(1 + np.arange(axes) / 4)
     topics = random.standard_normal((150, axes)) * strength
-    latent_base, latent_queries = around(random, topics, 0, 3000)
+    latent_base, latent_queries = around(random, topics, 0)
     directions = random.standard_normal((axes, 384))
     common = 3 * random.standard_normal(384)
 
@@ -261,7 +256,7 @@ def _(random: Random) -> Pair:
             row[there] = 0.2 + random.random(len(there))
         return rows
 
-    return some(2500), some(100)
+    return some(2000), some(100)
 
 
 @_family("cosine-lengths-64d", "cosine")
@@ -277,7 +272,7 @@ def _(random: Random) -> Pair:
 def _cone(width: float) -> Callable[[Random], Pair]:
     def make_cone(random: Random) -> Pair:
         axis = unit(random.standard_normal((1, 32)))
-        base, queries = normal(random, 32, 3000)
+        base, queries = normal(random, 32)
         return unit(axis + width * unit(base)), unit(axis + width * unit(queries))
 
     return make_cone
@@ -298,7 +293,7 @@ def _(random: Random) -> Pair:
 @_family("one-hot-200d")
 def _(random: Random) -> Pair:
     hot = np.eye(200)
-    return hot[random.integers(0, 200, 3000)], hot[random.integers(0, 200, QUERIES)]
+    return hot[random.integers(0, 200, ROWS)], hot[random.integers(0, 200, QUERIES)]
 
 
 @_family("few-hot-200d", "cosine")
@@ -311,7 +306,7 @@ def _(random: Random) -> Pair:
             row[random.choice(200, random.integers(3, 7), replace=False)] = 1
         return rows
 
-    return some(3000), some(QUERIES)
+    return some(ROWS), some(QUERIES)
 
 
 @_family("binary-256d")
@@ -322,19 +317,19 @@ def _(random: Random) -> Pair:
     def some(n: int) -> Doubles:
         return (patterns[random.integers(0, 100, n)] ^ (random.random((n, 256)) < 0.15)).astype(np.float64)
 
-    return some(3000), some(QUERIES)
+    return some(ROWS), some(QUERIES)
 
 
 @_family("int8-128d")
 def _(random: Random) -> Pair:
-    base, queries = around(random, 40 * random.standard_normal((100, 128)), 20.0, 3000)
+    base, queries = around(random, 40 * random.standard_normal((100, 128)), 20.0)
     return np.clip(np.rint(base), -128, 127), np.clip(np.rint(queries), -128, 127)
 
 
 @_family("uint8-histograms-128d")
 def _(random: Random) -> Pair:
     """Counts, most of them small and some large, as descriptors of pictures have."""
-    base, queries = around(random, 5 * np.abs(random.standard_normal((100, 128))), 4.0, 3000)
+    base, queries = around(random, 5 * np.abs(random.standard_normal((100, 128))), 4.0)
     return np.clip(np.rint(base * np.abs(base)), 0, 255), np.clip(np.rint(queries * np.abs(queries)), 0, 255)
 
 
@@ -357,7 +352,7 @@ def _(random: Random) -> Pair:
 
 def _series(offset: float) -> Callable[[Random], Pair]:
     def make_series(random: Random) -> Pair:
-        base, queries = normal(random, 128, 3000)
+        base, queries = normal(random, 128)
         return np.cumsum(base, axis=1) / 8 + offset, np.cumsum(queries, axis=1) / 8 + offset
 
     return make_series
@@ -390,7 +385,7 @@ def _(random: Random) -> Pair:
 @_family("low-rank-256d")
 def _(random: Random) -> Pair:
     directions = random.standard_normal((6, 256))
-    base, queries = normal(random, 6, 3000)
+    base, queries = normal(random, 6)
     return product(base, directions), product(queries, directions)
 
 
@@ -433,4 +428,4 @@ for _dim in (1, 2, 3, 7, 63, 65):
 @_family("normal-1536d")
 def _(random: Random) -> Pair:
     """In clusters: rows that are all as far from each other have no nearest to be found."""
-    return around(random, random.standard_normal((100, 1536)), 0.7, 2000, 100)
+    return around(random, random.standard_normal((100, 1536)), 0.7, 1500, 100)

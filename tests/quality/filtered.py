@@ -130,3 +130,11 @@ def ask_among(index: hnswlib.Index, queries: Floats, left: int, k: int, ef: int)
 def padded(ids: Ids, k: int) -> Ids:
     """The same with empty places up to k."""
     return np.pad(ids, ((0, 0), (0, k - ids.shape[1])), constant_values=-1)
+
+
+def check_answers(ids: Ids, allowed: Rows) -> None:
+    """All places for which there is a row are filled, once, with rows that may be returned."""
+    there = min(ids.shape[1], int(allowed.sum()))
+    assert ((ids[:, :there] < 0).mean(), (ids[:, there:] >= 0).mean() if there < ids.shape[1] else 0) == (0, 0)
+    assert allowed[ids[:, :there]].all()
+    assert all(len(set(row)) == there for row in ids[:, :there].tolist())

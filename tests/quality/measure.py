@@ -1,16 +1,17 @@
-"""Exact answers, recall that counts ties, and hnswlib's answers."""
+"""Exact answers, recall that counts ties, hnswlib's answers, and both systems on one graph."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import hnswlib
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma import Shard
 from quality.families import Doubles, Family, Floats
 
 Ids = npt.NDArray[np.int64]
@@ -25,9 +26,9 @@ class Truth:
     """The exact distances of the nearest rows that may be returned, in float64."""
 
     family: Family
-    nearest: Doubles
+    nearest: Doubles = field(repr=False)
     """float64[n_queries, most]: ascending; infinite past the last row that may be returned."""
-    allowed: npt.NDArray[np.bool_] | None
+    allowed: npt.NDArray[np.bool_] | None = field(repr=False)
 
     @classmethod
     def of(cls, family: Family, most: int = 500, allowed: npt.NDArray[np.bool_] | None = None) -> Truth:
@@ -170,3 +171,22 @@ def _ask_for_one(index: hnswlib.Index, query: Floats, k: int, passes: Callable[[
         except RuntimeError:
             high = asked - 1
     return np.concatenate([best, np.full(k - len(best), -1, np.int64)])
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A family, and both systems on one graph."""
+
+    family: Family
+    index: hnswlib.Index = field(repr=False)
+    shard: Shard
+    truth: Truth = field(repr=False)
+
+    def recalls(self, k: int, ef: int) -> tuple[float, float]:
+        """recall@k of hnswlib and of cotra."""
+        theirs = ask_hnswlib(self.index, self.family.queries, k, ef)
+        return self.truth.recall(theirs, k), self.truth.recall(self.answers(k, ef), k)
+
+    def answers(self, k: int, ef: int) -> Ids:
+        """cotra's."""
+        return self.shard.search(self.family.queries, k, ef)[0]
