@@ -27,6 +27,8 @@ typedef struct cotra_kernels {
                          float scale, float bound, float *out);
     /* out[32] = 1 / (f1 spread), within COTRA_LEAST_WEIGHT and COTRA_MOST_WEIGHT (the most where that is a NaN) */
     void (*weigh)(const float *f1, float spread, float *out);
+    /* the inner product of integers, n a multiple of 64 and at most COTRA_MAX_DIM: the same at every level */
+    int32_t (*dot_i8)(const int16_t *query, const int8_t *vector, uint32_t n);
     /* the place of the least of n keys, the first where there are several; n is a multiple of COTRA_LEAST_STEP, keys
      * are 64-byte aligned and no NaN */
     uint32_t (*least)(const float *keys, uint32_t n);

@@ -129,6 +129,21 @@ static void weigh(const float *f1, float spread, float *out)
     }
 }
 
+static int32_t dot_i8(const int16_t *query, const int8_t *vector, uint32_t n)
+{
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (uint32_t i = 0; i < n; i += 32) {
+        const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(vector + i)));
+        const __m256i y = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(vector + i + 16)));
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)(query + i)), x));
+        b = _mm256_add_epi32(b, _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)(query + i + 16)), y));
+    }
+    a = _mm256_add_epi32(a, b);
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
 static uint32_t least(const float *keys, uint32_t n)
 {
     __m256 a = _mm256_load_ps(keys), b = _mm256_load_ps(keys + 8);
@@ -153,6 +168,7 @@ const cotra_kernels cotra_kernels_avx2 = {.l2 = {l2_f32, l2_f16, l2_u8},
                                           .scan = scan,
                                           .estimate = estimate,
                                           .weigh = weigh,
+                                          .dot_i8 = dot_i8,
                                           .least = least};
 
 #else

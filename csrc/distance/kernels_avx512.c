@@ -131,6 +131,18 @@ static void weigh(const float *f1, float spread, float *out)
     }
 }
 
+static int32_t dot_i8(const int16_t *query, const int8_t *vector, uint32_t n)
+{
+    __m512i a = _mm512_setzero_si512(), b = a;
+    for (uint32_t i = 0; i < n; i += 64) {
+        const __m512i x = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(vector + i)));
+        const __m512i y = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(vector + i + 32)));
+        a = _mm512_add_epi32(a, _mm512_madd_epi16(_mm512_loadu_si512(query + i), x));
+        b = _mm512_add_epi32(b, _mm512_madd_epi16(_mm512_loadu_si512(query + i + 32), y));
+    }
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+}
+
 static uint32_t least(const float *keys, uint32_t n)
 {
     __m512 a = _mm512_load_ps(keys);
@@ -150,6 +162,7 @@ const cotra_kernels cotra_kernels_avx512 = {.l2 = {l2_f32, l2_f16, l2_u8},
                                             .scan = scan,
                                             .estimate = estimate,
                                             .weigh = weigh,
+                                            .dot_i8 = dot_i8,
                                             .least = least};
 
 #else

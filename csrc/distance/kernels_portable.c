@@ -61,6 +61,14 @@ static void weigh(const float *f1, float spread, float *out)
     }
 }
 
+static int32_t dot_i8(const int16_t *query, const int8_t *vector, uint32_t n)
+{
+    int32_t sum = 0;
+    for (uint32_t i = 0; i < n; i++)
+        sum += query[i] * vector[i];
+    return sum;
+}
+
 static uint32_t least(const float *keys, uint32_t n)
 {
     uint32_t place = 0;
@@ -75,4 +83,5 @@ const cotra_kernels cotra_kernels_portable = {.l2 = {l2_f32, l2_f16, l2_u8},
                                               .scan = scan,
                                               .estimate = estimate,
                                               .weigh = weigh,
+                                              .dot_i8 = dot_i8,
                                               .least = least};

@@ -18,7 +18,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { COTRA_BIN = 0, COTRA_KEYS_BLOCK = 64 };
+enum { COTRA_BIN = 0, COTRA_KEYS_BLOCK = 32 };
 
 #define COTRA_EXACT 1e38f /* the weight of an exact distance: beside it, no estimate's counts */
 

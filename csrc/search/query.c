@@ -25,10 +25,12 @@ int cotra_query_create(cotra_query *query, uint32_t max_dim, cotra_error *err)
     memset(query, 0, sizeof *query);
     query->codes.table = aligned_alloc(64, round_up64(code_dim * 4));
     query->near.table = aligned_alloc(64, round_up64(code_dim * 4));
+    query->sketch.values = aligned_alloc(64, cotra_sketch_stride(max_dim) * sizeof *query->sketch.values);
     query->own = aligned_alloc(64, round_up64(padded_dim(max_dim) * sizeof(float)));
     query->vector = aligned_alloc(64, round_up64(padded_dim(max_dim) * sizeof(float)));
     query->scratch = aligned_alloc(64, round_up64(2 * code_dim * sizeof(float)));
-    if (query->codes.table && query->near.table && query->vector && query->own && query->scratch)
+    if (query->codes.table && query->near.table && query->sketch.values && query->vector && query->own &&
+        query->scratch)
         return COTRA_OK;
     cotra_query_destroy(query);
     return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a query");
@@ -38,6 +40,7 @@ void cotra_query_destroy(cotra_query *query)
 {
     free(query->codes.table);
     free(query->near.table);
+    free(query->sketch.values);
     free(query->own);
     free(query->vector);
     free(query->scratch);
@@ -64,6 +67,8 @@ void cotra_query_encode(cotra_query *query, const cotra_kernels *kernels, const 
     const int l2 = view->info.metric == COTRA_METRIC_L2;
     query->norm2 = l2 ? 0 : kernels->dot[COTRA_VECTOR_F32](query->vector, query->vector, view->info.dim);
     cotra_query_codes_make(&view->rotation, query->vector, l2 ? view->mean : NULL, query->scratch, &query->codes);
+    if (view->sketch.values)
+        cotra_query_sketch_make(query->vector, l2 ? view->mean : NULL, view->info.dim, &query->sketch);
 }
 
 /* Makes the table of u = q - t c, and returns |u|^2. */

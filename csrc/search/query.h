@@ -14,7 +14,8 @@ typedef struct cotra_query {
     float *own;              /* [dim]: of a centred record */
     cotra_query_codes codes; /* of q - m, for all records that are not centred */
     cotra_query_codes near;  /* for the centred record that is expanded */
-    float norm2;             /* squared length; 0 for l2 */
+    cotra_query_sketch sketch; /* where the view has one */
+    float norm2;               /* squared length; 0 for l2 */
 } cotra_query;
 
 /* A query at one node: what an estimate of its neighbours takes (layout/codes.h). */

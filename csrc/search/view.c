@@ -70,7 +70,10 @@ static int settle(cotra_view *view, cotra_error *err)
     view->vector_stride = (view->record.vector_bytes + 31) / 32 * 32;
     while (view->entry < n && view->nodes[view->entry] != view->info.entry_node)
         view->entry++;
-    return COTRA_OK;
+    if (n == 0 || !cotra_sketch_pays(view->info.vector_type, view->info.dim))
+        return COTRA_OK;
+    return cotra_sketch_create(&view->sketch, view->info.vector_type, view->vectors, view->vector_stride, n,
+                               view->info.dim, view->info.metric == COTRA_METRIC_L2 ? view->mean : NULL, err);
 }
 
 /* Over a channel, or of bytes where there is none. */
@@ -105,7 +108,7 @@ int cotra_view_load(const void *data, uint64_t length_bytes, cotra_view **out, c
 void cotra_view_get_info(const cotra_view *view, cotra_image_info *image, uint64_t *view_bytes)
 {
     *image = view->info;
-    *view_bytes = sizeof *view + view->info.nav_bytes + (uint64_t)4 * view->info.code_dim * sizeof(float);
+    *view_bytes = sizeof *view + view->info.nav_bytes + cotra_sketch_bytes(&view->sketch, view->info.upper_count) + (uint64_t)4 * view->info.code_dim * sizeof(float);
 }
 
 void cotra_view_close(cotra_view *view)
@@ -113,6 +116,7 @@ void cotra_view_close(cotra_view *view)
     if (!view)
         return;
     cotra_rotation_destroy(&view->rotation);
+    cotra_sketch_destroy(&view->sketch);
     free(view->nav);
     free(view);
 }

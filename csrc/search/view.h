@@ -3,6 +3,7 @@
 #define COTRA_SEARCH_VIEW_H
 
 #include "layout/codes.h"
+#include "search/sketch.h"
 
 struct cotra_view {
     cotra_image_info info;
@@ -15,6 +16,7 @@ struct cotra_view {
     const uint32_t *rows;      /* [..][1 + M] */
     const uint8_t *vectors;    /* [upper_count][vector_stride] */
     uint32_t vector_stride;
+    cotra_sketch sketch; /* of the vectors, where it pays; else its values are NULL */
     uint32_t entry; /* the entry point among the upper nodes; 0 when there are none */
 };
 

@@ -58,72 +58,99 @@ void cotra_walk_destroy(cotra_walk *walk)
 
 /* ---- upper layers, in the view ---- */
 
-static float upper_distance(cotra_walk *walk, const cotra_view *view, uint32_t upper)
+static float exact_distance(const cotra_walk *walk, const cotra_view *view, uint32_t upper)
 {
-    walk->stats.cache_hits++;
     return cotra_metric_distance(walk->kernels, view->info.metric, view->info.vector_type, walk->query.vector,
                                  cotra_view_vector(view, upper), view->info.dim);
+}
+
+/* By the sketch, where there is one. */
+static float upper_distance(cotra_walk *walk, const cotra_view *view, uint32_t upper, float *weight)
+{
+    walk->stats.cache_hits++;
+    if (view->sketch.values)
+        return cotra_sketch_distance(&view->sketch, walk->kernels, view->info.metric, &walk->query.sketch, upper,
+                                     weight);
+    *weight = COTRA_EXACT;
+    return exact_distance(walk, view, upper);
 }
 
 /* The row of links of an upper node, whose vectors are on their way. */
 static const uint32_t *upper_row(const cotra_view *view, uint32_t upper, uint32_t level)
 {
+    const uint8_t *vectors = view->sketch.values ? (const uint8_t *)view->sketch.values : view->vectors;
+    const uint32_t stride = view->sketch.values ? view->sketch.stride : view->vector_stride;
     const uint32_t *row = cotra_view_row(view, upper, level);
     for (uint32_t j = 1; j <= row[0]; j++)
-        for (uint32_t line = 0; line < view->vector_stride && line < 512; line += 64)
-            __builtin_prefetch(cotra_view_vector(view, row[j]) + line);
+        for (uint32_t line = 0; line < stride && line < 512; line += 64)
+            __builtin_prefetch(vectors + (size_t)row[j] * stride + line);
     return row;
+}
+
+static uint32_t node_of(const cotra_view *view, uint32_t upper)
+{
+    return (uint32_t)view->info.graph_base + view->nodes[upper];
 }
 
 /* Takes an upper node in; returns its distance, infinite where it was seen before. */
 static float take_upper(cotra_walk *walk, const cotra_view *view, uint32_t upper)
 {
     cotra_candidates *all = &walk->candidates;
-    const uint32_t node = (uint32_t)view->info.graph_base + view->nodes[upper];
+    const uint32_t node = node_of(view, upper);
     if (cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->epoch == all->epoch)
         return INFINITY;
-    const float distance = upper_distance(walk, view, upper);
+    float weight;
+    const float distance = upper_distance(walk, view, upper, &weight);
     if (!(distance < FARTHEST))
         return INFINITY;
-    cotra_candidates_take(all, node, clamp(distance), COTRA_EXACT);
+    cotra_candidates_take(all, node, clamp(distance), weight);
     return clamp(distance);
 }
 
-/* Greedy on the levels above 1, then a best-first search on level 1 for the plan's beam of nearest nodes: the first
- * frontiers then have something to choose from. All nodes that were looked at are candidates, with their exact
- * distances. */
-static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
+/* Greedy on the levels above 1. */
+static uint32_t descend_to_level_1(cotra_walk *walk, const cotra_view *view, float *distance)
 {
-    const uint32_t base = (uint32_t)view->info.graph_base;
-    if (view->info.upper_count == 0) {
-        int failed = cotra_candidates_make_room(&walk->candidates, INFINITY, err);
-        if (!failed)
-            cotra_candidates_take(&walk->candidates, base + view->info.entry_node, FARTHEST, COTRA_EXACT);
-        return failed;
-    }
     uint32_t current = view->entry;
-    float distance = upper_distance(walk, view, current);
+    float weight;
+    *distance = upper_distance(walk, view, current, &weight);
     for (uint32_t level = view->info.max_level; level > 1; level--)
         for (int moved = 1; moved;) {
             moved = 0;
             const uint32_t *row = upper_row(view, current, level);
             for (uint32_t j = 1; j <= row[0]; j++) {
-                float d = upper_distance(walk, view, row[j]);
-                if (d < distance) {
-                    distance = d;
+                float d = upper_distance(walk, view, row[j], &weight);
+                if (d < *distance) {
+                    *distance = d;
                     current = row[j];
                     moved = 1;
                 }
             }
         }
+    return current;
+}
+
+/* Greedy on the levels above 1, then a best-first search on level 1 for the plan's beam of nearest nodes: the first
+ * frontiers then have something to choose from. All nodes that were looked at there are candidates; the nearest have
+ * their exact distances. */
+static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
+{
+    if (view->info.upper_count == 0) {
+        int failed = cotra_candidates_make_room(&walk->candidates, INFINITY, err);
+        if (!failed)
+            cotra_candidates_take(&walk->candidates, (uint32_t)view->info.graph_base + view->info.entry_node, FARTHEST,
+                                  COTRA_EXACT);
+        return failed;
+    }
+    float distance;
+    const uint32_t current = descend_to_level_1(walk, view, &distance);
     int status = cotra_candidates_make_room(&walk->candidates, INFINITY, err);
     if (status)
         return status;
     distance = clamp(distance); /* a start is a start */
-    cotra_candidates_take(&walk->candidates, base + view->nodes[current], distance, COTRA_EXACT);
     const uint32_t width = walk->plan.beam < MAX_STARTS ? walk->plan.beam : MAX_STARTS;
     uint64_t *nearest = walk->nearest; /* distance << 32 | DONE | upper node, sorted */
     uint32_t n = 1;
+    cotra_candidates_take(&walk->candidates, node_of(view, current), distance, COTRA_LEAST_WEIGHT);
     nearest[0] = cotra_major(distance, current);
     for (uint32_t i = 0; i < n;) {
         if (nearest[i] & DONE) {
@@ -144,6 +171,11 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
             const uint32_t place = cotra_insert_word(nearest, &n, width, word);
             i = place < i ? place : i;
         }
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        const uint32_t upper = (uint32_t)nearest[i] & ~DONE;
+        cotra_candidates_take(&walk->candidates, node_of(view, upper), clamp(exact_distance(walk, view, upper)),
+                              COTRA_EXACT);
     }
     return COTRA_OK;
 }
