@@ -65,8 +65,24 @@ AVX2 static uint64_t nh_avx2(const uint8_t *bytes, size_t first, size_t end)
     return (uint64_t)_mm_cvtsi128_si64(pair) + (uint64_t)_mm_extract_epi64(pair, 1);
 }
 
+#define AVX512 __attribute__((target("avx512f")))
+
+AVX512 static uint64_t nh_avx512(const uint8_t *bytes, size_t first, size_t end)
+{
+    __m512i sum = _mm512_setzero_si512();
+    for (size_t i = 0; i < end; i += STRIPE) { /* what is masked out is not read */
+        const __mmask8 some = i < first ? (__mmask8)(0xFF << first) : 0xFF;
+        const __m512i words = _mm512_maskz_loadu_epi64(some, bytes + 8 * (i - first));
+        const __m512i both = _mm512_add_epi32(words, _mm512_maskz_load_epi64(some, keys + i));
+        sum = _mm512_add_epi64(sum, _mm512_mul_epu32(both, _mm512_srli_epi64(both, 32)));
+    }
+    return (uint64_t)_mm512_reduce_add_epi64(sum);
+}
+
 static nh_kernel nh(void)
 {
+    if (__builtin_cpu_supports("avx512f"))
+        return nh_avx512;
     return __builtin_cpu_supports("avx2") ? nh_avx2 : nh_portable;
 }
 #else

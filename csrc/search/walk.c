@@ -97,7 +97,7 @@ static float take_upper(cotra_walk *walk, const cotra_view *view, uint32_t upper
 {
     cotra_candidates *all = &walk->candidates;
     const uint32_t node = node_of(view, upper);
-    if (cotra_candidates_find(all->seen, all->seen_mask, all->epoch, node)->epoch == all->epoch)
+    if (cotra_candidates_is_seen(all, node))
         return INFINITY;
     float weight;
     const float distance = upper_distance(walk, view, upper, &weight);
@@ -135,7 +135,7 @@ static uint32_t descend_to_level_1(cotra_walk *walk, const cotra_view *view, flo
 static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
 {
     if (view->info.upper_count == 0) {
-        int failed = cotra_candidates_make_room(&walk->candidates, INFINITY, err);
+        int failed = cotra_candidates_make_room(&walk->candidates, err);
         if (!failed)
             cotra_candidates_take(&walk->candidates, (uint32_t)view->info.graph_base + view->info.entry_node, FARTHEST,
                                   COTRA_EXACT);
@@ -143,7 +143,7 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
     }
     float distance;
     const uint32_t current = descend_to_level_1(walk, view, &distance);
-    int status = cotra_candidates_make_room(&walk->candidates, INFINITY, err);
+    int status = cotra_candidates_make_room(&walk->candidates, err);
     if (status)
         return status;
     distance = clamp(distance); /* a start is a start */
@@ -161,7 +161,7 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
         const uint32_t *row = upper_row(view, (uint32_t)nearest[i] & ~DONE, 1);
         for (uint32_t j = 1; j <= row[0]; j++) {
             if ((j - 1) % COTRA_BLOCK == 0) {
-                status = cotra_candidates_make_room(&walk->candidates, INFINITY, err);
+                status = cotra_candidates_make_room(&walk->candidates, err);
                 if (status)
                     return status;
             }
@@ -209,7 +209,6 @@ static int start(cotra_walk *walk, uint32_t n_wanted, cotra_error *err)
             (uint32_t)nearest[i];
         status = descend(walk, space->views[(uint32_t)nearest[i]], err);
     }
-    cotra_candidates_empty_bin(&walk->candidates); /* where a walk starts anew, nodes were expanded before */
     return status;
 }
 
@@ -291,7 +290,7 @@ static void choose_rows(cotra_walk *walk)
             }
             const uint32_t node = space->bases[place] + (uint32_t)walk->next_row;
             if (!lets_through(filter, walk->next_row) ||
-                (!walk->plan.direct && cotra_candidates_is_closed(&walk->candidates, node)))
+                (!walk->plan.direct && cotra_candidates_is_chosen(&walk->candidates, node)))
                 continue;
             walk->frontier[n] = node;
             walk->places[n++] = place;
@@ -437,7 +436,7 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
                           const float *weights, uint32_t below, cotra_error *err)
 {
     cotra_candidates *all = &walk->candidates;
-    int status = cotra_candidates_make_room(all, walk->limit, err);
+    int status = cotra_candidates_make_room(all, err);
     if (status)
         return status;
     uint32_t nodes[COTRA_BLOCK], n = 0, highest = 0;
@@ -457,7 +456,6 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
     for (uint32_t i = 0; i < n; i++)
         if (!some || is_at_hand(walk, nodes[i]))
             cotra_candidates_take(all, nodes[i], clamp(keys[i]), counts[i]);
-    cotra_candidates_empty_bin(all);
     return COTRA_OK;
 }
 

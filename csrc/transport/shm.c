@@ -11,6 +11,10 @@
 
 #include <stdlib.h>
 
+/* Of a record that is asked for: of a longer one the CPU fetches the rest by itself, sooner than more prefetches would,
+ * which wait for each other (measured: docs/performance.md). */
+enum { NEAR_BYTES = 1024 };
+
 typedef struct shm_channel {
     cotra_channel base;
     const uint8_t *region;
@@ -26,7 +30,7 @@ static int shm_post(cotra_channel *channel, const cotra_read *reads, uint32_t n,
         n = channel->slots - self->n_ready;
     for (uint32_t i = 0; i < n; i++) {
         const uint8_t *data = self->region + reads[i].offset;
-        uint32_t near = reads[i].length < 4096 ? reads[i].length : 4096;
+        uint32_t near = reads[i].length < NEAR_BYTES ? reads[i].length : NEAR_BYTES;
         for (uint32_t line = 0; line < near; line += 64)
             __builtin_prefetch(data + line);
         self->ready[self->n_ready++] = (cotra_completion){.data = data, .slot = reads[i].slot, .status = COTRA_OK};
