@@ -134,9 +134,10 @@ static inline uint32_t cotra_candidates_choose(cotra_candidates *all, const cotr
         if (all->keys[slot] <= all->floors[block]) {
             all->keys[slot] = COTRA_CHOSEN;
             all->weights[slot] = COTRA_EXACT;
+            all->floors[block] = all->keys[first + kernels->least(all->keys + first, COTRA_KEYS_BLOCK)];
             return all->nodes[slot];
         }
-        all->floors[block] = all->keys[slot]; /* it was of a node that was chosen, or an earlier mean */
+        all->floors[block] = all->keys[slot]; /* it was an earlier mean */
     }
 }
 

@@ -102,7 +102,7 @@ void cotra_query_hop(cotra_query *query, const cotra_kernels *kernels, const cot
     *hop = (cotra_hop){.codes = codes,
                        .distance = distance,
                        .t = t,
-                       .gap = sqrtf(gap2),
+                       .gap2 = gap2,
                        .spread = sqrtf(CODE_VARIANCE * gap2 + codes->rounding2)};
 }
 
@@ -117,6 +117,6 @@ float cotra_query_scale(const cotra_view *view, const uint8_t *record, uint32_t 
     }
     /* f1 = |x - c| / (a sqrt(D)) */
     const float length = count ? CODE_COSINE * sqrtf((float)view->info.code_dim) * sum / (float)count : 0;
-    const float scale = hop->gap * length / 2;
+    const float scale = sqrtf(hop->gap2) * length / 2;
     return scale < INFINITY ? scale : 0; /* nor is NaN */
 }

@@ -23,7 +23,7 @@ typedef struct cotra_hop {
     const cotra_query_codes *codes;
     float distance; /* d(q, c) */
     float t;
-    float gap;    /* |u| */
+    float gap2;   /* |u|^2 */
     float spread; /* the standard deviation of an estimate is f1 times this */
 } cotra_hop;
 

@@ -81,7 +81,7 @@ typedef struct cotra_walk {
     cotra_hit *hits; /* [k], sorted by distance, then label */
     uint32_t hit_count;
     cotra_least low, high;
-    float limit; /* infinite while there are fewer than plan.rank */
+    float limit; /* infinite while there are fewer than plan.low */
     cotra_query_stats stats;
 } cotra_walk;
 

@@ -82,8 +82,7 @@ int cotra_channel_open_shm(const cotra_arena *arena, uint32_t slots, uint32_t sl
     self->base.slots = slots;
     self->base.slot_bytes = slot_bytes;
     self->base.post_batch = 1;
-    self->base.in_flight =
-        8; /* memory behaves like a wire of ~100 ns; more records at once would push each other out of L1 */
+    self->base.in_flight = 3; /* memory is a wire of ~100 ns; tables of more walks push each other out of L1 */
     self->region = (const uint8_t *)(uintptr_t)info.address;
     *out = &self->base;
     return COTRA_OK;
