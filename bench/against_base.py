@@ -129,8 +129,6 @@ class Version:
 
     def __init__(self, label: str, environment: Path) -> None:
         python = environment / "bin" / "python"
-        if not python.exists():
-            raise SystemExit(f"{environment} is no virtual environment: there is no {python}")
         self.label = label
         command = [python, "-P", Path(__file__).resolve(), "--worker"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -250,6 +248,9 @@ def main() -> None:
     for name in names:
         if name not in SETS:
             parser.error(f"--sets: {name!r} is not one of {', '.join(SETS)}")
+    for environment in (options.a, options.b):
+        if not (environment / "bin" / "python").exists():
+            parser.error(f"{environment} is no virtual environment: it has no bin/python")
     options.cache.mkdir(parents=True, exist_ok=True)
     if not options.json:
         print(
