@@ -1,6 +1,7 @@
-"""Other libraries that `cotra bench` measures beside this package, in this process: hnswlib, faiss, usearch.
+"""Other libraries that `cotra bench` measures beside this package, in this process: hnswlib, faiss, usearch, rabitqlib.
 
-All get the same M, ef_construction, metric, threads and float32 vectors. Each is an HNSW graph with 2 M links on level 0.
+All get the same M, ef_construction, metric, threads and float32 vectors. Each is a graph with 2 M links a node: rabitqlib's
+is SymphonyQG's, the others are HNSW graphs with as many on level 0.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ from cotra_rdma.benchmark_data import DataSet, Queries, Rows
 from cotra_rdma.errors import InvalidInputError
 
 SEED = 100
-PACKAGES = {"hnswlib": "hnswlib", "faiss": "faiss-cpu", "usearch": "usearch"}
+PACKAGES = {"hnswlib": "hnswlib", "faiss": "faiss-cpu", "usearch": "usearch", "rabitqlib": "rabitqlib"}
 """Each library's module, and what pip calls it."""
+
+SYMQG_LEAST_DIM = 64
+"""rabitqlib's SymqgIndex takes no vectors with fewer dimensions."""
+SYMQG_BLOCK = 32
+"""Its nodes have a multiple of so many links."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is built, vectors done, vectors in all)."""
@@ -132,19 +138,59 @@ class Usearch(_Library):
         return Answer(np.asarray(found.keys).astype(np.int64).reshape(len(queries), -1))
 
 
-LIBRARIES: dict[str, type[Hnswlib] | type[Faiss] | type[Usearch]] = {
+class Rabitqlib(_Library):
+    """rabitqlib's SymqgIndex, of the authors of SymphonyQG; cosine as the inner product of normalised vectors.
+
+    Of its two equal calls `search` is used, for a batch and for one query. It seeds its builds anew each time.
+    """
+
+    name = "rabitqlib"
+
+    def __init__(self, data: DataSet, plan: Plan, path: Path, progress: Progress) -> None:
+        symqg, degree, count = load("rabitqlib").SymqgIndex, 2 * plan.M, data.vectors.count
+        if count <= degree:
+            raise InvalidInputError(f"rabitqlib needs more than 2 M = {degree} vectors, not {count}")
+        self._padding = max(0, SYMQG_LEAST_DIM - data.vectors.dim)
+        if path.exists():
+            self._index = symqg.load(str(path))
+            return
+        dim = data.vectors.dim + self._padding
+        self._index = symqg(dim, degree, metric="l2" if data.metric == "l2" else "ip")
+        progress("rabitqlib", 0, count)
+        self._index.build(self._padded(_float32(data)), plan.ef_construction, num_threads=_cores())
+        _save(path, self._index.save)
+
+    def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
+        """As `benchmark.System`, without a filter."""
+        assert rows is None
+        n_threads = min(setting.n_threads, len(queries))
+        ids, _ = self._index.search(self._padded(queries), setting.k, setting.ef, num_threads=n_threads)
+        return Answer(ids.astype(np.int64))
+
+    def _padded(self, vectors: Queries) -> Queries:
+        """Vectors with as many zeros as the library needs: they change no distance."""
+        return np.pad(vectors, ((0, 0), (0, self._padding))) if self._padding else vectors
+
+
+LIBRARIES: dict[str, type[Hnswlib] | type[Faiss] | type[Usearch] | type[Rabitqlib]] = {
     "hnswlib": Hnswlib,
     "faiss": Faiss,
     "usearch": Usearch,
+    "rabitqlib": Rabitqlib,
 }
 FILTERED = ("hnswlib",)
 """Those that are measured under filters."""
 
 
-def check_libraries(names: Sequence[str], *, filtered: bool = False) -> None:
+def check_libraries(names: Sequence[str], *, M: int, filtered: bool = False) -> None:
     """Raises `InvalidInputError` for a library that is not installed or cannot be measured so: before a long build."""
     for name in names:
         load(name)
+        if name == "rabitqlib" and 2 * M % SYMQG_BLOCK:
+            raise InvalidInputError(
+                f"rabitqlib's nodes have a multiple of {SYMQG_BLOCK} links, not 2 M = {2 * M}: "
+                "leave it out of --compare, or give another --M"
+            )
         if filtered and name not in FILTERED:
             raise InvalidInputError(
                 f"{name} is measured without filters only: leave it out of --compare, or leave out --filter"

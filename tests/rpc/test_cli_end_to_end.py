@@ -282,15 +282,15 @@ def test_bench_with_a_cache_of_records(data: Path, tmp_path: Path) -> None:
 
 
 def test_bench_beside_every_library(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("faiss")
-    pytest.importorskip("usearch")
+    for name in ("faiss", "usearch", "rabitqlib"):
+        pytest.importorskip(name)
     command = ["bench", "--dataset", data / "small", "--rows", 2000, "--ef", "16,128"]
-    command += ["--repeats", 2, "--threads", "1,2"]
-    command += ["--compare", "hnswlib,faiss,usearch", "--transport", "local", "--inflight", "0,4", "--cache", tmp_path]
+    command += ["--repeats", 2, "--threads", "1,2", "--cache", tmp_path]
+    command += ["--compare", "hnswlib,faiss,usearch,rabitqlib", "--transport", "local", "--inflight", "0,4"]
     command += ["--build", "--ef-construction", 40, "--report", tmp_path / "report.html"]
     _, *rows, last = map(json.loads, cotra(*command, "--json").stdout.splitlines())
     assert [row["build"]["n_threads"] for row in rows[-2:]] == [1, 2]
-    assert len(rows) == 2 * 2 * 5 + 2
+    assert len(rows) == 2 * 2 * 6 + 2
     assert {row["n"] for row in rows[:-2]} == {2000}
     assert all(row["recall"] > 0.9 for row in rows[:-2] if row["ef"] == 128)
     reached = [line for line in last["summary"] if line["qps"] and line["system"] == "cotra"]
@@ -301,6 +301,7 @@ def test_bench_beside_every_library(data: Path, tmp_path: Path, monkeypatch: pyt
     shown = cotra(*command).stdout
     assert "Recall and speed" in shown
     assert "x usearch" in shown
+    assert "x rabitqlib" in shown
     assert "of them padding" in shown
 
 

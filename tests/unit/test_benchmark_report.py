@@ -81,10 +81,26 @@ def test_a_library_that_is_missing_or_cannot_filter_is_named(monkeypatch: pytest
     for name in set(LIBRARIES) - set(FILTERED):
         pytest.importorskip(name)
         with pytest.raises(InvalidInputError, match=f"{name} is measured without filters"):
-            check_libraries(["hnswlib", name], filtered=True)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(InvalidInputError, match=r"faiss cannot be imported .*: pip install faiss-cpu"):
-        load("faiss")
+            check_libraries(["hnswlib", name], M=16, filtered=True)
+    for name, package in (("faiss", "faiss-cpu"), ("rabitqlib", "rabitqlib")):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(InvalidInputError, match=rf"{name} cannot be imported .*: pip install {package}$"):
+            load(name)
+
+
+def test_a_graph_that_rabitqlib_does_not_have_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("rabitqlib")
+    check_libraries(["hnswlib", "rabitqlib"], M=32)
+    with pytest.raises(InvalidInputError, match="a multiple of 32 links, not 2 M = 16"):
+        check_libraries(["hnswlib", "rabitqlib"], M=8)
+    few = np.random.default_rng(3).normal(size=(32, DIM)).astype(np.float32)
+    truth = np.stack([np.argsort(distances("l2", vector, few))[:10] for vector in few])
+    for name, array in (("base", few), ("queries", few), ("gt", truth)):
+        np.save(tmp_path / f"few_{name}.npy", array)
+    data = DataSet.open(tmp_path / "few")
+    with pytest.raises(InvalidInputError, match="more than 2 M = 32 vectors, not 32"):
+        LIBRARIES["rabitqlib"](data, Plan(), tmp_path / "index", lambda what, done, total: None)
+    assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.parametrize("data", ["l2"], indirect=True)
@@ -143,7 +159,7 @@ def test_this_machines_environment(environment: Environment) -> None:
     assert environment.load_at_end is not None
     assert environment.simd_used
     assert environment.versions["hnswlib"]
-    assert set(environment.versions) >= {"cotra-rdma", "python", "numpy", "hnswlib", "faiss", "usearch"}
+    assert set(environment.versions) >= {"cotra-rdma", "python", "numpy", *LIBRARIES}
     facts = environment.facts()
     assert all(facts.values())
     assert " to " in facts["load"]

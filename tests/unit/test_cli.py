@@ -113,7 +113,7 @@ def test_version_and_no_arguments() -> None:
         (("search", "127.0.0.1:1", "--queries", __file__, "--cache-bytes", "-1"), "--cache-bytes"),
         (
             ("bench", "--dataset", "x", "--compare", "hnswlib,annoy"),
-            "'annoy' is not one of hnswlib, faiss, usearch, none",
+            "'annoy' is not one of hnswlib, faiss, usearch, rabitqlib, none",
         ),
     ],
 )

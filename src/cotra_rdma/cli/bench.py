@@ -42,7 +42,7 @@ EPILOG = """**Examples**
 
 cotra bench --dataset data/sift128 --transport shm,model:rtt=5us --ef 32,48,64,96 --beam 1,4
 
-cotra bench --dataset data/sift128 --compare hnswlib,faiss,usearch --threads 1,2 --report report.html
+cotra bench --dataset data/sift128 --compare hnswlib,faiss,usearch,rabitqlib --threads 1,2 --report report.html
 
 cotra bench --dataset glove-100-angular.hdf5 --rows 20000 --build --json > rows.jsonl
 
@@ -97,7 +97,9 @@ def bench(
     compare_with: Annotated[
         str,
         typer.Option(
-            "--compare", metavar="NAME[,NAME...]", help="Measure these beside it: hnswlib, faiss, usearch; or none."
+            "--compare",
+            metavar="NAME[,NAME...]",
+            help="Measure these beside it: hnswlib, faiss, usearch, rabitqlib; or none.",
         ),
     ] = "hnswlib",
     threads: Annotated[str, typer.Option(metavar="N[,N...]", help="Threads that search, for every system.")] = "1",
@@ -272,7 +274,7 @@ def bench(
         raise typer.BadParameter("give --dataset, or --base, --queries and --ground-truth", param_hint="--dataset")
     for name in transports:
         parse_transport(name)
-    check_libraries(libraries, filtered=bool(shares))
+    check_libraries(libraries, M=M, filtered=bool(shares))
     if plot is not None:
         check_plot(plot)
     if report is not None:
