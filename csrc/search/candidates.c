@@ -32,9 +32,9 @@ static int grow_slots(cotra_candidates *all, uint32_t slots, cotra_error *err)
     all->weights = weights ? weights : all->weights;
     uint32_t *nodes = weights ? grow(all->nodes, kept, bytes) : NULL;
     all->nodes = nodes ? nodes : all->nodes;
-    float *floors = nodes ? grow(all->floors, padded_floors(all->capacity) * sizeof(float),
-                                 padded_floors(slots) * sizeof(float))
-                          : NULL;
+    float *floors =
+        nodes ? grow(all->floors, padded_floors(all->capacity) * sizeof(float), padded_floors(slots) * sizeof(float))
+              : NULL;
     all->floors = floors ? floors : all->floors;
     if (!floors)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk of %u candidates", slots);

@@ -6,7 +6,8 @@
  * errors are independent. A node that was chosen keeps its slot, with a key that is never chosen.
  *
  * The table of seen nodes needs no clearing: an entry counts only where the slot that it names holds its node (a sparse
- * set: Briggs and Torczon, ACM Letters on Programming Languages and Systems 2, 1993). No node is ever dropped: all grow.
+ * set: Briggs and Torczon, ACM Letters on Programming Languages and Systems 2, 1993). No node is ever dropped: all
+ * grow.
  */
 #ifndef COTRA_SEARCH_CANDIDATES_H
 #define COTRA_SEARCH_CANDIDATES_H
@@ -20,10 +21,10 @@
 
 enum { COTRA_KEYS_BLOCK = 32 };
 
-#define COTRA_EXACT  1e38f   /* the weight of an exact distance: beside it, no estimate's counts */
-#define COTRA_MOST_SUM 1e9f /* times a weight: a lesser share than its inverse is none, and may be a slow denormal */
-#define COTRA_CHOSEN 2e37f   /* the key of a node that was chosen: no estimate moves it below COTRA_OPEN */
-#define COTRA_OPEN   1.5e37f /* keys of others are below it */
+#define COTRA_EXACT    1e38f   /* the weight of an exact distance: beside it, no estimate's counts */
+#define COTRA_MOST_SUM 1e9f    /* times a weight: a lesser share than its inverse is none, and may be a slow denormal */
+#define COTRA_CHOSEN   2e37f   /* the key of a node that was chosen: no estimate moves it below COTRA_OPEN */
+#define COTRA_OPEN     1.5e37f /* keys of others are below it */
 
 typedef struct cotra_seen {
     uint32_t number, slot;

@@ -15,13 +15,15 @@ enum {
     MAX_INFLIGHT = 1024,
     MAX_AUTOMATIC = 128,
     MAX_CANDIDATES = 1 << 26,
-    DIRECT_WIDTH = 32
+    DIRECT_WIDTH = 32,
+    SWEEP_GAIN =
+        2 /* a record is swept in a quarter of the time that it is expanded in, but for as many READs: measured */
 };
 enum { NEAR_READS = 8 }; /* in progress on each shard, or graph, at first: more give nothing where memory is near */
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 /* Of a walk's limit, in units of 1 / sqrt(D): docs/explanation/how-it-works.md. */
-#define SLACK     0.25f
+#define SLACK      0.25f
 #define SLACK_OF_K 0.13f
 
 /* What a shard must be to take its place in an engine. */
@@ -287,7 +289,8 @@ static int make_plans(cotra_engine *engine, const cotra_search_params *params, c
             if (scope && scope->filters && scope->filters[shard])
                 plan->filters = scope->filters;
         }
-        plan->direct = plan->filters && rows * rows <= params->ef * count;
+        plan->direct = plan->filters && rows * rows / SWEEP_GAIN <= params->ef * count;
+        plan->most_starved = (plan->filters ? rows : count) / SWEEP_GAIN;
         if (plan->direct && *width < DIRECT_WIDTH)
             *width = DIRECT_WIDTH;
     }

@@ -9,11 +9,11 @@
 #include <string.h>
 
 typedef struct cotra_query {
-    float *vector;           /* [dim padded to 32 floats] */
-    float *scratch;          /* [2 * code_dim] */
-    float *own;              /* [dim]: of a centred record */
-    cotra_query_codes codes; /* of q - m, for all records that are not centred */
-    cotra_query_codes near;  /* for the centred record that is expanded */
+    float *vector;             /* [dim padded to 32 floats] */
+    float *scratch;            /* [2 * code_dim] */
+    float *own;                /* [dim]: of a centred record */
+    cotra_query_codes codes;   /* of q - m, for all records that are not centred */
+    cotra_query_codes near;    /* for the centred record that is expanded */
     cotra_query_sketch sketch; /* where the view has one */
     float norm2;               /* squared length; 0 for l2 */
 } cotra_query;
@@ -51,8 +51,8 @@ static inline void cotra_load_factors(const uint8_t *from, float *to)
     memcpy(to, bits, sizeof bits);
 }
 
-/* Estimates of the block of a record's `count` neighbours that begins at `begin`, and what each counts for in a mean: the
- * inverse of its standard deviation; the bits of those below the limit. */
+/* Estimates of the block of a record's `count` neighbours that begins at `begin`, and what each counts for in a mean:
+ * the inverse of its standard deviation; the bits of those below the limit. */
 static inline uint32_t cotra_query_estimate(const cotra_hop *hop, const cotra_kernels *kernels, const cotra_view *view,
                                             const uint8_t *record, uint32_t begin, uint32_t count, float limit,
                                             float *estimates, float *weights)

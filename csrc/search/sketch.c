@@ -8,7 +8,7 @@
 #include <string.h>
 
 enum { MIN_BYTES = 192, UNIT = 64 }; /* a shorter vector is as soon read itself: measured */
-#define MOST_Q 4095 /* 4096 products with 127 fit 32 bits */
+#define MOST_Q 4095                  /* 4096 products with 127 fit 32 bits */
 #define MOST_X 127
 
 int cotra_sketch_pays(uint32_t vector_type, uint32_t dim)

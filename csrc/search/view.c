@@ -108,7 +108,8 @@ int cotra_view_load(const void *data, uint64_t length_bytes, cotra_view **out, c
 void cotra_view_get_info(const cotra_view *view, cotra_image_info *image, uint64_t *view_bytes)
 {
     *image = view->info;
-    *view_bytes = sizeof *view + view->info.nav_bytes + cotra_sketch_bytes(&view->sketch, view->info.upper_count) + (uint64_t)4 * view->info.code_dim * sizeof(float);
+    *view_bytes = sizeof *view + view->info.nav_bytes + cotra_sketch_bytes(&view->sketch, view->info.upper_count) +
+                  (uint64_t)4 * view->info.code_dim * sizeof(float);
 }
 
 void cotra_view_close(cotra_view *view)

@@ -17,7 +17,7 @@ struct cotra_view {
     const uint8_t *vectors;    /* [upper_count][vector_stride] */
     uint32_t vector_stride;
     cotra_sketch sketch; /* of the vectors, where it pays; else its values are NULL */
-    uint32_t entry; /* the entry point among the upper nodes; 0 when there are none */
+    uint32_t entry;      /* the entry point among the upper nodes; 0 when there are none */
 };
 
 static inline const uint32_t *cotra_view_row(const cotra_view *view, uint32_t upper, uint32_t level)

@@ -375,9 +375,7 @@ int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
     if (!walk->sweeping) {
         if (walk->low.count >= walk->rows) /* nothing is left to be found */
             return COTRA_OK;
-        /* By now, to read all rows that the filter lets through would have cost no more. */
-        const int starves =
-            walk->plan.filters && walk->low.count < walk->plan.low && walk->stats.expansions >= walk->rows;
+        const int starves = walk->low.count < walk->plan.low && walk->stats.expansions >= walk->plan.most_starved;
         int status = starves ? COTRA_OK : choose_next(walk, err);
         if (status || walk->frontier_count || !(starves || lacks_hits(walk)))
             return status;

@@ -19,7 +19,8 @@
  * ends with too few answers and not all of the graph is open to it, it starts anew in the next nearest.
  *
  * A walk that found too few answers sweeps: it reads the rows that may be returned and that it has not read, one after
- * the other. So does one that has read more rows than a filter lets through. A direct plan begins with it.
+ * the other. So does one that has expanded so many nodes for so few answers that a sweep is cheaper. A direct plan
+ * begins with it.
  */
 #ifndef COTRA_SEARCH_WALK_H
 #define COTRA_SEARCH_WALK_H
@@ -50,6 +51,7 @@ typedef struct cotra_walk_plan {
     uint32_t beam;      /* expansions a round at most: two in the first, two more in each that follows */
     float slack, slack_k;
     const uint8_t *const *filters; /* NULL, or for each of the engine's shards NULL or a bit for each row */
+    uint64_t most_starved;         /* expansions after which a walk that ranks too few rows sweeps */
     const uint64_t *rows;          /* for each of the engine's shards: how many may be returned, or a little more */
     int direct;                    /* no walk: every row that the filters let through is read */
     int numbers;                   /* hits get their nodes' numbers for labels */
