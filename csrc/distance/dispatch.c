@@ -10,8 +10,7 @@ const cotra_kernels *cotra_kernels_get(int simd)
         return &cotra_kernels_portable;
 #if defined(__x86_64__)
     if (simd == COTRA_SIMD_AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        cotra_kernels_get(COTRA_SIMD_AVX2))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && cotra_kernels_get(COTRA_SIMD_AVX2))
         return &cotra_kernels_avx512;
     if (simd == COTRA_SIMD_AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c"))

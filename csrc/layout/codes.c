@@ -303,5 +303,4 @@ void cotra_code_writer_end(cotra_code_writer *writer, uint8_t *record)
     for (uint32_t j = 0; j < writer->count; j++)
         f0[j] = to_bf16(centred ? writer->rest[j] : writer->rest[j] + writer->shift[j]);
     head->flags = (head->flags & ~(uint32_t)COTRA_NODE_CENTRED) | (centred ? COTRA_NODE_CENTRED : 0);
-    head->norm2 = writer->metric == COTRA_METRIC_L2 ? 0 : writer->gap2;
 }

@@ -258,7 +258,7 @@ int cotra_image_get_node(const void *data, uint64_t length_bytes, uint64_t node,
     if (status)
         return status;
     const cotra_record_head *head = (const cotra_record_head *)record;
-    cotra_vector_load(info.vector_type, record + COTRA_RECORD_HEAD_BYTES, info.dim, vector);
+    cotra_own_load(&info, record + COTRA_RECORD_HEAD_BYTES, vector);
     *label = head->label;
     *flags = head->flags;
     return COTRA_OK;

@@ -70,7 +70,7 @@ typedef struct cotra_record_head {
     uint16_t count; /* neighbours */
     uint16_t reserved;
     uint32_t generation; /* low half of the image's */
-    float norm2;         /* ip, cosine: of the own vector, its squared length; l2: 0 */
+    float norm2;         /* ip, cosine: of the own vector as it is stored, its squared length; l2: 0 */
 } cotra_record_head;
 
 static_assert(sizeof(cotra_record_head) == COTRA_RECORD_HEAD_BYTES, "the record is part of the format");

@@ -2,6 +2,7 @@
 
 #include "cotra.h"
 
+#include <math.h>
 #include <string.h>
 
 float cotra_f16_to_f32(uint16_t half)
@@ -71,4 +72,63 @@ int cotra_vector_store(uint32_t vector_type, const float *values, uint32_t dim, 
         }
     }
     return exact;
+}
+
+int cotra_is_scaled(const cotra_image_info *info)
+{
+    return info->metric == COTRA_METRIC_COSINE && info->vector_type != COTRA_VECTOR_F32;
+}
+
+void cotra_own_load(const cotra_image_info *info, const void *vector, float *out)
+{
+    cotra_vector_load(info->vector_type, vector, info->dim, out);
+    if (!cotra_is_scaled(info))
+        return;
+    double length2 = 0;
+    for (uint32_t i = 0; i < info->dim; i++)
+        length2 += (double)out[i] * out[i];
+    const float inverse = length2 > 0 ? (float)(1 / sqrt(length2)) : 0;
+    for (uint32_t i = 0; i < info->dim; i++)
+        out[i] *= inverse;
+}
+
+#define SCALED_ERROR 6e-7 /* relative: of a component that was normalised in float32 */
+
+/* Whether scale x normalised is, but for rounding, a vector of the type; writes it. */
+static int try_scale(const cotra_image_info *info, const float *normalised, double scale, void *out)
+{
+    uint8_t *bytes = out;
+    uint16_t *halves = out;
+    for (uint32_t i = 0; i < info->dim; i++) {
+        const double wanted = scale * normalised[i];
+        double found;
+        if (info->vector_type == COTRA_VECTOR_U8) {
+            if (!(wanted > -0.5 && wanted < 255.5))
+                return 0;
+            bytes[i] = (uint8_t)(wanted + 0.5);
+            found = bytes[i];
+        } else {
+            halves[i] = cotra_f32_to_f16((float)wanted);
+            found = cotra_f16_to_f32(halves[i]);
+        }
+        if (!(fabs(found - wanted) <= SCALED_ERROR * fabs(wanted)))
+            return 0;
+    }
+    return 1;
+}
+
+/* The largest component of what is looked for is one of 255 numbers, or has one of 1,024 fractions: its exponent does
+ * not matter, for what float16 holds it holds at any larger exponent too. */
+int cotra_scaled_store(const cotra_image_info *info, const float *normalised, void *out)
+{
+    float largest = 0;
+    for (uint32_t i = 0; i < info->dim; i++)
+        largest = fabsf(normalised[i]) > largest ? fabsf(normalised[i]) : largest;
+    if (!(largest > 0))
+        return try_scale(info, normalised, 1, out);
+    const int u8 = info->vector_type == COTRA_VECTOR_U8;
+    for (int i = u8 ? 1 : 1024; i < (u8 ? 256 : 2048); i++)
+        if (try_scale(info, normalised, (u8 ? 1.0 : 16.0) * i / largest, out))
+            return 1;
+    return 0;
 }

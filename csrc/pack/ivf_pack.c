@@ -295,7 +295,7 @@ static void encode_list(cotra_ivf_packer *packer, uint32_t list, float *memory, 
         uint8_t *block = blocks + (uint64_t)(i / COTRA_BLOCK) * layout->block_bytes;
         const uint8_t *record = record_of(packer, rows[i]);
         double own_product = 0; /* <c, x - c> */
-        cotra_vector_load(info->vector_type, record + COTRA_RECORD_HEAD_BYTES, dim, vector);
+        cotra_own_load(info, record + COTRA_RECORD_HEAD_BYTES, vector);
         for (uint32_t j = 0; j < dim; j++) {
             difference[j] = vector[j] - centroid[j];
             own_product += (double)centroid[j] * difference[j];

@@ -2,6 +2,7 @@
 
 #include "base/ranked.h"
 #include "base/status.h"
+#include "distance/record.h"
 #include "layout/vectors.h"
 
 #include <math.h>
@@ -49,8 +50,7 @@ static const uint8_t *record_of(const cotra_linker *linker, uint32_t node)
 static const float *load(cotra_linker *linker, uint32_t node, uint32_t i)
 {
     float *vector = linker->vectors + (size_t)i * linker->padded;
-    cotra_vector_load(linker->info->vector_type, record_of(linker, node) + COTRA_RECORD_HEAD_BYTES, linker->info->dim,
-                      vector);
+    cotra_own_load(linker->info, record_of(linker, node) + COTRA_RECORD_HEAD_BYTES, vector);
     return vector;
 }
 
@@ -94,8 +94,7 @@ static uint32_t find_candidates(cotra_linker *linker, const float *own, const ui
     for (uint32_t i = 0; i < n_far; i++) {
         if (i + AHEAD < n_far)
             prefetch(record_of(linker, far[i + AHEAD]), vector_end);
-        const float d = cotra_metric_distance(linker->kernels, info->metric, info->vector_type, own,
-                                              record_of(linker, far[i]) + COTRA_RECORD_HEAD_BYTES, info->dim);
+        const float d = cotra_record_distance(linker->kernels, info, own, record_of(linker, far[i]));
         if (d < INFINITY)
             cotra_insert_word(linker->candidates, &n, MAX_CANDIDATES, cotra_major(d, far[i]));
     }

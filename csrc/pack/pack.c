@@ -149,6 +149,16 @@ static int is_near_float16(const float *vector, const cotra_image_info *info)
     return info->vector_type == COTRA_VECTOR_F16;
 }
 
+/* The squared length of an own vector as it is stored. */
+static float stored_norm2(const cotra_image_info *info, const uint8_t *own, float *scratch)
+{
+    double norm2 = 0;
+    cotra_vector_load(info->vector_type, own, info->dim, scratch);
+    for (uint32_t i = 0; i < info->dim; i++)
+        norm2 += (double)scratch[i] * scratch[i];
+    return (float)norm2;
+}
+
 /* One element of level 0: u16 count, u8 flags, u8 | u32 links[degree] | float32 vector[dim] | u64 label */
 static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint64_t internal, double *sums,
                         cotra_error *err)
@@ -194,7 +204,11 @@ static int read_element(cotra_packer *packer, cotra_hnswlib_stream *stream, uint
     head->label = label;
     if (head->label < 0)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "node %llu: labels must be below 2^63", (unsigned long long)node);
-    const int exact = cotra_vector_store(info->vector_type, vector, info->dim, record + COTRA_RECORD_HEAD_BYTES);
+    uint8_t *own = record + COTRA_RECORD_HEAD_BYTES;
+    int exact = cotra_is_scaled(info) && cotra_scaled_store(info, vector, own);
+    if (!exact)
+        exact = cotra_vector_store(info->vector_type, vector, info->dim, own);
+    head->norm2 = info->metric == COTRA_METRIC_L2 ? 0 : stored_norm2(info, own, vector);
     if (!exact && !(packer->params.round_vectors && is_near_float16(vector, info)))
         return cotra_fail(err, COTRA_ERR_LOSSY, "the vector with label %lld is not exact as %s", (long long)head->label,
                           info->vector_type == COTRA_VECTOR_U8 ? "uint8" : "float16");
@@ -416,13 +430,12 @@ int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotr
         const uint32_t *numbers = (const uint32_t *)(record + packer->layout.numbers);
         while (head->count < info->degree && numbers[head->count] != COTRA_NO_NODE)
             head->count++;
-        cotra_vector_load(info->vector_type, record + COTRA_RECORD_HEAD_BYTES, info->dim, writer.own);
+        cotra_own_load(info, record + COTRA_RECORD_HEAD_BYTES, writer.own);
         cotra_code_writer_begin(&writer);
         for (uint32_t j = 0; j < head->count; j++) {
             if (j + 1 < head->count)
                 __builtin_prefetch(record_of(packer, numbers[j + 1]) + COTRA_RECORD_HEAD_BYTES);
-            cotra_vector_load(info->vector_type, record_of(packer, numbers[j]) + COTRA_RECORD_HEAD_BYTES, info->dim,
-                              writer.neighbour);
+            cotra_own_load(info, record_of(packer, numbers[j]) + COTRA_RECORD_HEAD_BYTES, writer.neighbour);
             cotra_code_writer_add(&writer, record);
         }
         cotra_code_writer_end(&writer, record);

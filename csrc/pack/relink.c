@@ -126,7 +126,7 @@ static float distance_of(const cotra_relinker *relinker, const float *a, const f
 static void take(const cotra_relinker *relinker, work *w, uint32_t number, const uint8_t *vector)
 {
     float *copy = w->vectors + (size_t)w->n * w->padded;
-    cotra_vector_load(relinker->info.vector_type, vector, relinker->info.dim, copy);
+    cotra_own_load(&relinker->info, vector, copy);
     const uint64_t word = cotra_major(distance_of(relinker, w->own, copy), w->n);
     uint32_t place = w->n;
     w->numbers[w->n++] = number;
@@ -205,7 +205,7 @@ static int link_node(const cotra_relinker *relinker, work *w, uint64_t node, con
     }
     uint32_t n_far = 0;
     w->n = 0;
-    cotra_vector_load(info->vector_type, source + COTRA_RECORD_HEAD_BYTES, info->dim, w->own);
+    cotra_own_load(info, source + COTRA_RECORD_HEAD_BYTES, w->own);
     for (uint32_t j = 0; j < far->width; j++) {
         if (candidates[j] == COTRA_NO_NODE)
             continue;

@@ -1,6 +1,7 @@
 /* An owner's side of pushed expansions: what a walk would make of a record, made where the record is. */
 #include "base/arena.h"
 #include "base/status.h"
+#include "distance/record.h"
 #include "search/query.h"
 
 #include <math.h>
@@ -26,8 +27,7 @@ static int expand(expander *self, const cotra_push *push, cotra_expansion *out, 
     const uint8_t *vector = record + COTRA_RECORD_HEAD_BYTES;
     const uint32_t *numbers = (const uint32_t *)(record + self->view->record.numbers);
     *out = (cotra_expansion){.label = head->label, .flags = head->flags};
-    out->distance =
-        cotra_metric_distance(self->kernels, info->metric, info->vector_type, self->query.vector, vector, info->dim);
+    out->distance = cotra_own_distance(self->kernels, info, self->query.vector, vector, head->norm2);
     if (push->limit == -INFINITY) /* the walk sweeps: it wants no neighbours */
         return COTRA_OK;
     cotra_hop hop;

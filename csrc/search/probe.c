@@ -1,6 +1,7 @@
 #include "search/probe.h"
 
 #include "base/status.h"
+#include "distance/record.h"
 #include "search/query.h"
 
 #include <math.h>
@@ -240,8 +241,8 @@ int cotra_probe_take_vector(cotra_probe *probe, uint32_t number, const uint8_t *
     }
     if (head.label < 0)
         return cotra_fail(err, COTRA_ERR_FORMAT, "record %u has the label %lld", row, (long long)head.label);
-    const float distance = cotra_metric_distance(probe->kernels, info->metric, info->vector_type, probe->query,
-                                                 record + COTRA_RECORD_HEAD_BYTES, info->dim);
+    const float distance =
+        cotra_own_distance(probe->kernels, info, probe->query, record + COTRA_RECORD_HEAD_BYTES, head.norm2);
     if (distance < INFINITY && !(head.flags & COTRA_NODE_DELETED)) /* NaN is not below infinity */
         cotra_heap_offer(&probe->hits,
                          (cotra_ranked){.major = cotra_major(distance, s), .minor = (uint64_t)head.label});

@@ -76,7 +76,7 @@ static float encode_near(cotra_query *query, const cotra_view *view, const uint8
 {
     const uint32_t dim = view->info.dim;
     float gap2 = 0;
-    cotra_vector_load(view->info.vector_type, own, dim, query->own);
+    cotra_own_load(&view->info, own, query->own);
     for (uint32_t i = 0; i < dim; i++) {
         query->own[i] *= t;
         gap2 += (query->vector[i] - query->own[i]) * (query->vector[i] - query->own[i]);
@@ -91,7 +91,8 @@ void cotra_query_hop(cotra_query *query, const cotra_kernels *kernels, const cot
     float t = 1, gap2 = distance;
     if (view->info.metric != COTRA_METRIC_L2) {
         const float product = 1 - distance;
-        t = head->norm2 > 0 ? product / head->norm2 : 0;
+        const float norm2 = view->info.metric == COTRA_METRIC_COSINE ? 1 : head->norm2;
+        t = norm2 > 0 ? product / norm2 : 0;
         gap2 = query->norm2 - t * product;
     }
     const int centred = (head->flags & COTRA_NODE_CENTRED) != 0;

@@ -41,9 +41,11 @@ static int round_to(float value)
     return (int)(value + (value < 0 ? -0.5f : 0.5f));
 }
 
-int cotra_sketch_create(cotra_sketch *sketch, uint32_t vector_type, const uint8_t *vectors, uint32_t stride_bytes,
-                        uint64_t n, uint32_t dim, const float *mean, cotra_error *err)
+int cotra_sketch_create(cotra_sketch *sketch, const cotra_image_info *info, const uint8_t *vectors,
+                        uint32_t stride_bytes, const float *mean, cotra_error *err)
 {
+    const uint64_t n = info->upper_count;
+    const uint32_t dim = info->dim;
     float x[COTRA_MAX_DIM];
     sketch->stride = cotra_sketch_stride(dim);
     sketch->values = calloc(n, sketch->stride);
@@ -55,7 +57,7 @@ int cotra_sketch_create(cotra_sketch *sketch, uint32_t vector_type, const uint8_
                           (unsigned long long)n);
     }
     for (uint64_t u = 0; u < n; u++) {
-        cotra_vector_load(vector_type, vectors + u * stride_bytes, dim, x);
+        cotra_own_load(info, vectors + u * stride_bytes, x);
         for (uint32_t i = 0; i < dim && mean; i++)
             x[i] -= mean[i];
         const float step = find_step(x, dim, MOST_X, &sketch->norms2[u]);

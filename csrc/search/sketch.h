@@ -26,9 +26,9 @@ typedef struct cotra_query_sketch {
 /* Whether vectors of that type and dim are long enough for a sketch to be worth it. */
 int cotra_sketch_pays(uint32_t vector_type, uint32_t dim);
 uint32_t cotra_sketch_stride(uint32_t dim);
-/* Of n vectors, stride_bytes apart. mean: float32[dim], or NULL: 0. */
-int cotra_sketch_create(cotra_sketch *sketch, uint32_t vector_type, const uint8_t *vectors, uint32_t stride_bytes,
-                        uint64_t n, uint32_t dim, const float *mean, cotra_error *err);
+/* Of an image's upper vectors, stride_bytes apart. mean: float32[dim], or NULL: 0. */
+int cotra_sketch_create(cotra_sketch *sketch, const cotra_image_info *info, const uint8_t *vectors,
+                        uint32_t stride_bytes, const float *mean, cotra_error *err);
 void cotra_sketch_destroy(cotra_sketch *sketch);
 uint64_t cotra_sketch_bytes(const cotra_sketch *sketch, uint64_t n);
 

@@ -40,7 +40,7 @@ static void find_centroid(const cotra_view *view, float *scratch, float *centroi
     if (n == 0)
         memcpy(centroid, view->mean, dim * sizeof *centroid);
     for (uint32_t u = 0; u < n; u++) {
-        cotra_vector_load(view->info.vector_type, cotra_view_vector(view, u), dim, scratch);
+        cotra_own_load(&view->info, cotra_view_vector(view, u), scratch);
         for (uint32_t i = 0; i < dim; i++)
             centroid[i] += scratch[i] / (float)n;
     }

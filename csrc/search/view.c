@@ -1,6 +1,7 @@
 #include "search/view.h"
 
 #include "base/status.h"
+#include "layout/vectors.h"
 #include "transport/transport.h"
 
 #include <stdlib.h>
@@ -49,6 +50,23 @@ static int copy_all(cotra_view *view, const uint8_t *data, uint64_t length_bytes
     return status;
 }
 
+static int measure_vectors(cotra_view *view, cotra_error *err)
+{
+    float x[COTRA_MAX_DIM];
+    view->norms2 = malloc(view->info.upper_count * sizeof *view->norms2);
+    if (!view->norms2)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "view: no memory for %llu lengths",
+                          (unsigned long long)view->info.upper_count);
+    for (uint32_t u = 0; u < view->info.upper_count; u++) {
+        double norm2 = 0;
+        cotra_vector_load(view->info.vector_type, cotra_view_vector(view, u), view->info.dim, x);
+        for (uint32_t i = 0; i < view->info.dim; i++)
+            norm2 += (double)x[i] * x[i];
+        view->norms2[u] = (float)norm2;
+    }
+    return COTRA_OK;
+}
+
 /* Checks what was taken in, and finds its way about it. */
 static int settle(cotra_view *view, cotra_error *err)
 {
@@ -70,10 +88,12 @@ static int settle(cotra_view *view, cotra_error *err)
     view->vector_stride = (view->record.vector_bytes + 31) / 32 * 32;
     while (view->entry < n && view->nodes[view->entry] != view->info.entry_node)
         view->entry++;
-    if (n == 0 || !cotra_sketch_pays(view->info.vector_type, view->info.dim))
-        return COTRA_OK;
-    return cotra_sketch_create(&view->sketch, view->info.vector_type, view->vectors, view->vector_stride, n,
-                               view->info.dim, view->info.metric == COTRA_METRIC_L2 ? view->mean : NULL, err);
+    if (n && cotra_is_scaled(&view->info))
+        status = measure_vectors(view, err);
+    if (status || n == 0 || !cotra_sketch_pays(view->info.vector_type, view->info.dim))
+        return status;
+    return cotra_sketch_create(&view->sketch, &view->info, view->vectors, view->vector_stride,
+                               view->info.metric == COTRA_METRIC_L2 ? view->mean : NULL, err);
 }
 
 /* Over a channel, or of bytes where there is none. */
@@ -108,7 +128,8 @@ int cotra_view_load(const void *data, uint64_t length_bytes, cotra_view **out, c
 void cotra_view_get_info(const cotra_view *view, cotra_image_info *image, uint64_t *view_bytes)
 {
     *image = view->info;
-    *view_bytes = sizeof *view + view->info.nav_bytes + cotra_sketch_bytes(&view->sketch, view->info.upper_count) +
+    *view_bytes = sizeof *view + view->info.nav_bytes + (view->norms2 ? 4 * view->info.upper_count : 0) +
+                  cotra_sketch_bytes(&view->sketch, view->info.upper_count) +
                   (uint64_t)4 * view->info.code_dim * sizeof(float);
 }
 
@@ -118,6 +139,7 @@ void cotra_view_close(cotra_view *view)
         return;
     cotra_rotation_destroy(&view->rotation);
     cotra_sketch_destroy(&view->sketch);
+    free(view->norms2);
     free(view->nav);
     free(view);
 }

@@ -15,6 +15,7 @@ struct cotra_view {
     const uint32_t *first_row; /* [upper_count + 1] */
     const uint32_t *rows;      /* [..][1 + M] */
     const uint8_t *vectors;    /* [upper_count][vector_stride] */
+    float *norms2;             /* [upper_count]: of the vectors, where they are scaled; else NULL */
     uint32_t vector_stride;
     cotra_sketch sketch; /* of the vectors, where it pays; else its values are NULL */
     uint32_t entry;      /* the entry point among the upper nodes; 0 when there are none */

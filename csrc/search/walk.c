@@ -2,6 +2,7 @@
 
 #include "base/ranked.h"
 #include "base/status.h"
+#include "distance/record.h"
 #include "layout/vectors.h"
 
 #include <math.h>
@@ -83,8 +84,8 @@ static void rank(cotra_least *ranked, float distance)
 
 static float exact_distance(const cotra_walk *walk, const cotra_view *view, uint32_t upper)
 {
-    return cotra_metric_distance(walk->kernels, view->info.metric, view->info.vector_type, walk->query.vector,
-                                 cotra_view_vector(view, upper), view->info.dim);
+    return cotra_own_distance(walk->kernels, &view->info, walk->query.vector, cotra_view_vector(view, upper),
+                              view->norms2 ? view->norms2[upper] : 1);
 }
 
 /* By the sketch, where there is one. */
@@ -490,8 +491,7 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
     const cotra_record_head head = *(const volatile cotra_record_head *)record;
     const uint32_t count = head.count <= info->degree ? head.count : info->degree;
     const uint8_t *own = record + COTRA_RECORD_HEAD_BYTES;
-    const float distance =
-        cotra_metric_distance(walk->kernels, info->metric, info->vector_type, walk->query.vector, own, info->dim);
+    const float distance = cotra_own_distance(walk->kernels, info, walk->query.vector, own, head.norm2);
     if (walk->sweeping) {
         take_hit(walk, i, distance, 0, head.label, head.flags);
         return COTRA_OK;

@@ -28,6 +28,7 @@ from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import Engine, ImageInfo, RecordCache, View
 from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.kmeans import normalised
 
 MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)
@@ -203,12 +204,12 @@ class _Own:
         return self.info.dim * _TYPES[self.info.vector_type].itemsize
 
     def vectors(self, rows: slice | npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
-        """Own vectors of some nodes: float32[n, dim]."""
+        """Own vectors of some nodes: float32[n, dim]; for cosine normalised."""
         raw = self._records[rows, _RECORD_HEAD_BYTES : _RECORD_HEAD_BYTES + self.vector_bytes]
         found: npt.NDArray[np.float32] = (
             np.ascontiguousarray(raw).view(_TYPES[self.info.vector_type]).astype(np.float32)
         )
-        return found
+        return normalised(found) if self.info.metric == "cosine" else found
 
     def __enter__(self) -> _Own:
         return self

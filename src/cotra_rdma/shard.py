@@ -81,7 +81,7 @@ class Shard:
         Args:
             vectors: [n, dim], 1 <= dim <= 4096, of any real dtype; or a `kmeans.VectorSource`, a `VectorFile` say, which is read
                 some rows at a time. uint8 vectors are held as uint8, and float16 ones as
-                float16 (except for cosine, where normalised vectors are held as float32); all others as float32.
+                float16; all others as float32.
             ids: int64[n], unique and >= 0; None for 0 ... n - 1.
             metric: "l2" (squared), "ip" (1 - inner product) or "cosine" (1 - cosine), as in hnswlib.
             M: links of a node on an upper layer; level 0 has 2 M (HNSW, Malkov and Yashunin, section 4.1).
@@ -133,8 +133,6 @@ class Shard:
                 progress("build", min(begin + step, count), count)
         kind = rows.read(0, 1).dtype
         stored = {np.dtype(np.uint8): "uint8", np.dtype(np.float16): "float16"}.get(kind, "float32")
-        if metric == "cosine":
-            stored = "float32"
         if vector_type != "auto":
             stored = vector_type
         with _saved(index) as state:
@@ -161,7 +159,7 @@ class Shard:
 
         Args:
             vector_type: how own vectors are held: "float32", "float16", "uint8", or "auto": the smallest type that holds
-                all of them exactly.
+                all of them exactly. For cosine it is enough that it holds the vectors that the index normalised.
             n_lists, ivf_bits: as for `build`; deleted vectors are in no list.
 
         Raises:
@@ -179,8 +177,11 @@ class Shard:
             raise InvalidInputError(f"vector_type must be auto, {', '.join(VECTOR_TYPES)}, not {vector_type!r}")
         candidates = [vector_type]
         if vector_type == "auto":
-            some = _some_vectors(index)
-            candidates = [name for name in ("uint8", "float16") if _is_exact(some, name)] + ["float32"]
+            small = ["uint8", "float16"]
+            if index.space != "cosine":  # of normalised vectors only the packer can tell what they were
+                some = _some_vectors(index)
+                small = [name for name in small if _is_exact(some, name)]
+            candidates = [*small, "float32"]
         packing = _Packing(index.dim, index.space, seed, _threads(n_threads), progress, generation, None)
         with _saved(index) as state:
             for name in candidates[:-1]:
