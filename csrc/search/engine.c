@@ -269,7 +269,7 @@ static int make_plans(cotra_engine *engine, const cotra_search_params *params, c
         const cotra_space *space = &engine->spaces[s];
         const float unit = 1 / sqrtf((float)space->views[0]->info.code_dim);
         const float by_ef = logf((float)params->ef / (float)params->k);
-        const float by_k = params->k > 10 ? SLACK_OF_K * logf((float)params->k / 10) : 0;
+        const float by_k = SLACK_OF_K * logf((float)(params->k > 20 ? params->k : 20) / 10);
         cotra_walk_plan *plan = &engine->plans[s];
         *plan = (cotra_walk_plan){
             .low = choose_low_rank(params),
