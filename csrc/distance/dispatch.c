@@ -75,6 +75,27 @@ int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const
     return COTRA_OK;
 }
 
+int cotra_kernel_weigh(int simd, const float *f1, float spread, float *out, cotra_error *err)
+{
+    const cotra_kernels *kernels = get_or_fail(simd, err);
+    if (!kernels)
+        return COTRA_ERR_ARGUMENT;
+    kernels->weigh(f1, spread, out);
+    return COTRA_OK;
+}
+
+int cotra_kernel_dot_i8(int simd, const int16_t *query, const int8_t *vector, uint32_t n, int32_t *out,
+                        cotra_error *err)
+{
+    const cotra_kernels *kernels = get_or_fail(simd, err);
+    if (!kernels)
+        return COTRA_ERR_ARGUMENT;
+    if (n == 0 || n % 64 || n > COTRA_MAX_DIM)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "n must be a multiple of 64, at most %d, not %u", COTRA_MAX_DIM, n);
+    *out = kernels->dot_i8(query, vector, n);
+    return COTRA_OK;
+}
+
 int cotra_kernel_least(int simd, const float *keys, uint32_t n, uint32_t *place, cotra_error *err)
 {
     const cotra_kernels *kernels = get_or_fail(simd, err);

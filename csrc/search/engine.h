@@ -87,7 +87,8 @@ static inline int cotra_at_shard(cotra_error *err, uint32_t shard, int status)
 
 /* Goes on until the search is over, or all that is left waits for owners: COTRA_AGAIN. */
 int cotra_engine_run(cotra_engine *engine, cotra_error *err);
-/* What is missing of a shard is asked for again, by the lane as it is now; where the shard is lost, it is given up. */
+/* What was not expanded of a shard is asked for again, by the lane as it is now; where the shard is lost, it is given
+ * up. */
 void cotra_engine_revisit(cotra_engine *engine, uint32_t shard);
 
 #endif

@@ -340,9 +340,9 @@ void cotra_engine_revisit(cotra_engine *engine, uint32_t shard)
     for (uint32_t w = 0; w < engine->started; w++) {
         cotra_running *run = &engine->walks[w];
         for (uint32_t i = run->expanded; run->walk.view && i < run->walk.frontier_count; i++) {
-            if (run->records[i] || lane_of(engine, run, i) != lane)
+            if (lane_of(engine, run, i) != lane)
                 continue;
-            run->missing--;
+            run->missing -= !run->records[i]; /* what came from the old one may be a lie, too */
             if (cotra_space_is_lost(run->walk.space, run->walk.places[i]))
                 run->records[i] = COTRA_LOST;
             else

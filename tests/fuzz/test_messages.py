@@ -68,7 +68,9 @@ SEEDS: dict[Decoder, list[bytes]] = {
     ExpandRequest.decode: [b"".join(ExpandRequest("docs", np.ones((2, 4), np.float32), _PUSHES).encode())],
     ExpandResponse.decode: [
         b"".join(
-            ExpandResponse(0, "", Expansions(_FOUND, np.arange(3, dtype=np.uint32), np.ones(3, np.float32))).encode()
+            ExpandResponse(
+                0, "", Expansions(_FOUND, np.arange(3, dtype=np.uint32), *np.ones((2, 3), np.float32))
+            ).encode()
         ),
         b"".join(ExpandResponse.failed(1, "no such row").encode()),
     ],

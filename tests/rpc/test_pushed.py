@@ -259,14 +259,15 @@ def with_count(count: int) -> Callable[[Expansions], Expansions]:
         found = of.found.copy()
         found["count"][0] += count
         more = np.zeros(count, np.uint32)
-        return Expansions(found, np.append(of.numbers, more), np.append(of.estimates, more.astype(np.float32)))
+        estimates, weights = (np.append(told, more.astype(np.float32)) for told in (of.estimates, of.weights))
+        return Expansions(found, np.append(of.numbers, more), estimates, weights)
 
     return change
 
 
 def without_last(of: Expansions) -> Expansions:
     left = int(of.found["count"][:-1].sum())
-    return Expansions(of.found[:-1], of.numbers[:left], of.estimates[:left])
+    return Expansions(of.found[:-1], of.numbers[:left], of.estimates[:left], of.weights[:left])
 
 
 class TestOwnersThatLie:
@@ -275,7 +276,7 @@ class TestOwnersThatLie:
         [
             (without_last, "2 expansions of up to .* to 3 nodes"),
             (with_count(100), "of up to .* neighbours to 3 nodes of 32"),
-            (lambda of: Expansions(of.found, of.numbers[:-1], of.estimates), "estimates where .* are counted"),
+            (lambda of: Expansions(of.found, of.numbers[:-1], of.estimates, of.weights), "weights where .* are counted"),
         ],
         ids=["too few", "too many neighbours", "they do not add up"],
     )

@@ -106,7 +106,7 @@ def test_budgets(shard: Shard, queries: Floats) -> None:
 
 
 def test_hot_records_stay_under_a_scan_of_cold_ones(shard: Shard, queries: Floats) -> None:
-    hot, cold = queries[:3], queries[3:]
+    hot, cold = queries[:3], queries[3:80]
     with reader(shard.arena, shard.info.image_bytes // 10) as (_, [engine]):
         for _ in range(10):
             engine.search(hot, 10, 40, 4)

@@ -221,8 +221,13 @@ class Image:
     def array(self, node: int, offset: int, kind: str | np.dtype[Any], count: int) -> npt.NDArray[Any]:
         return np.frombuffer(self.record(node), kind, count, offset)
 
-    def vector(self, node: int) -> npt.NDArray[Any]:
+    def stored(self, node: int) -> npt.NDArray[Any]:
         return self.array(node, 32, self.element, self.dim).astype(np.float64)
+
+    def vector(self, node: int) -> npt.NDArray[Any]:
+        stored = self.stored(node)
+        scaled = self.header["metric"] == 2 and self.header["vector_type"] != 0
+        return stored / np.linalg.norm(stored) if scaled else stored
 
     def code(self, node: int, slot: int) -> npt.NDArray[np.float64]:
         start = self.codes + slot // 32 * self.bits * 4
@@ -231,10 +236,21 @@ class Image:
         return np.where(nibbles[:, np.newaxis] >> np.arange(4) & 1, 1.0, -1.0).reshape(-1)
 
 
-@pytest.fixture(params=[("l2", np.float32, 100, 16), ("ip", np.float16, 130, 8), ("cosine", np.float32, 24, 20)])
+@pytest.fixture(params=[
+        ("l2", np.float32, 100, 16),
+        ("ip", np.float16, 130, 8),
+        ("cosine", np.float32, 24, 20),
+        ("cosine", np.uint8, 70, 8),
+        ("l2, centred", np.float32, 64, 8),
+    ])
 def image(request: pytest.FixtureRequest) -> tuple[Image, Shard]:
     metric, dtype, dim, m = request.param
-    vectors = np.random.default_rng(4).standard_normal((300, dim)).astype(dtype)
+    generator = np.random.default_rng(4)
+    vectors = generator.standard_normal((300, dim)).astype(dtype)
+    if dtype == np.uint8:
+        vectors = generator.integers(0, 256, (300, dim), np.uint8)
+    if metric == "l2, centred":  # some clusters are tight, and far from the mean
+        metric, vectors[:150] = "l2", vectors[0] + 1e-3 * vectors[:150]
     with (
         Shard.build(vectors, metric=metric, M=m, ef_construction=40, seed=7, n_threads=1) as shard,
         shard.arena.view() as view,
@@ -262,15 +278,21 @@ def test_the_header_of_the_format_page(image: tuple[Image, Shard]) -> None:
         assert example == (448, 576, 640, 704, 1216)
 
 
-def test_the_records_of_the_format_page(image: tuple[Image, Shard]) -> None:
+def test_the_records_of_the_format_page(image: tuple[Image, Shard], request: pytest.FixtureRequest) -> None:
     page, _ = image
+    name = request.node.callspec.params["image"][0]
+    l2 = page.header["metric"] == 0
     mean = np.frombuffer(page.raw, "<f4", page.dim, page.header["nav_offset"]).astype(np.float64)
     np.testing.assert_allclose(mean, np.mean([page.vector(i) for i in range(300)], axis=0), atol=1e-6)
+    centre = mean if l2 else np.zeros(page.dim)
     flips = signs(page.header["seed"], page.bits)
-    for node in (0, 299):
+    centred = 0
+    for node in (0, 1, 2, 298, 299):
         head = page.head(node)
-        expected = {"node": node, "label": node, "flags": 0, "reserved": 0, "generation": 1, "reserved2": 0}
+        expected = {"node": node, "label": node, "reserved": 0, "generation": 1}
         assert {name: head[name] for name in expected} == expected
+        norm2 = struct.unpack("<f", struct.pack("<I", head["norm2"]))[0]
+        np.testing.assert_allclose(norm2, 0 if l2 else page.stored(node) @ page.stored(node), rtol=1e-6)
         assert head["checksum"] == checksum(page.record(node)[8:], node)
         numbers = page.array(node, page.numbers, "<u4", page.slots)
         halves = (page.array(node, at, "<u2", page.slots) for at in (page.f0, page.f1))
@@ -281,17 +303,21 @@ def test_the_records_of_the_format_page(image: tuple[Image, Shard]) -> None:
         assert not f0[count:].any()
         assert not f1[count:].any()
         own = page.vector(node)
+        gaps = [np.linalg.norm(page.vector(int(number)) - own) for number in numbers[:count]]
+        far = np.linalg.norm(own - centre) > 32 * min(gap for gap in gaps if gap > 0)
+        assert head["flags"] == 2 * far
+        centred += far
         for slot in range(count):
             difference = page.vector(int(numbers[slot])) - own
             r, code = rotate(difference, flips), page.code(node, slot)
             clear = np.abs(r) > 1e-5  # float32 may round the others to the other side of 0
             np.testing.assert_array_equal(code[clear], np.where(r >= 0, 1.0, -1.0)[clear])
-            scale = (2 if page.header["metric"] == 0 else 1) * (r @ r) / np.abs(r).sum()
-            rest = r @ r if page.header["metric"] == 0 else -own @ difference
+            scale = (2 if l2 else 1) * (r @ r) / np.abs(r).sum()
+            rest = r @ r if l2 else -own @ difference
+            shift = 0 if far else f1[slot] * (code @ rotate(own - centre, flips))
             np.testing.assert_allclose(f1[slot], scale, rtol=2**-8)
-            np.testing.assert_allclose(
-                f0[slot], rest + scale * (code @ rotate(own - mean, flips)), rtol=2**-8, atol=1e-3
-            )
+            np.testing.assert_allclose(f0[slot], rest + shift, rtol=2**-8, atol=1e-3 if not far else 1e-9)
+    assert bool(centred) == ("centred" in name)
 
 
 def test_the_navigation_section_of_the_format_page(image: tuple[Image, Shard]) -> None:
@@ -313,7 +339,7 @@ def test_the_navigation_section_of_the_format_page(image: tuple[Image, Shard]) -
     assert head["nav_checksum"] == checksum(raw[start : start + head["nav_bytes"]], 1)
     for u, node in enumerate(nodes):
         own = np.frombuffer(raw, page.element, page.dim, start + vectors_at + u * stride)
-        np.testing.assert_array_equal(own, page.vector(int(node)))
+        np.testing.assert_array_equal(own, page.stored(int(node)))
     for row in rows:
         assert (row[1 : 1 + row[0]] < n).all()
         assert not row[1 + row[0] :].any()

@@ -124,7 +124,7 @@ def test_no_part_is_too_large_and_none_is_smaller_than_need_be(counts: list[int]
 
     def sizes(part: slice) -> tuple[int, int]:
         request = ExpandRequest.of(queries, pushes[part])
-        return request.queries.nbytes + request.pushes.nbytes, len(request.pushes) * (24 + 8 * degree)
+        return request.queries.nbytes + request.pushes.nbytes, len(request.pushes) * (24 + 12 * degree)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expansion_messages, "_MAX_BATCH_BYTES", limit)
@@ -143,9 +143,9 @@ def test_a_push_that_is_too_large_by_itself_goes_alone(monkeypatch: pytest.Monke
 
 
 def test_an_answer_that_would_not_fit_is_refused_before_it_is_made() -> None:
-    check_fits(200_000, 32)
-    with pytest.raises(InvalidInputError, match="300000 nodes of 32 neighbours do not fit"):
-        check_fits(300_000, 32)
+    check_fits(160_000, 32)
+    with pytest.raises(InvalidInputError, match="170000 nodes of 32 neighbours do not fit"):
+        check_fits(170_000, 32)
 
 
 # ---- 59 ----
@@ -155,16 +155,19 @@ def told_of(*counts: int) -> Expansions:
     found = np.zeros(len(counts), EXPANSION_DTYPE)
     found["label"], found["count"] = np.arange(len(counts)), counts
     total = sum(counts)
-    return Expansions(found, np.arange(total, dtype=np.uint32), np.linspace(0, 1, total, dtype=np.float32))
+    estimates, weights = (np.linspace(start, 1, total, dtype=np.float32) for start in (0, 0.5))
+    return Expansions(found, np.arange(total, dtype=np.uint32), estimates, weights)
 
 
 def test_an_expand_response_byte_for_byte() -> None:
     found = np.array([(0.5, 0, 7, 1, 1)], EXPANSION_DTYPE)
-    response = ExpandResponse(0, "", Expansions(found, np.array([9], np.uint32), np.array([0.25], np.float32)))
-    golden = bytes.fromhex("95 00 a0 c418") + struct.pack("<ffqII", 0.5, 0, 7, 1, 1)
+    estimate, weight = np.array([0.25], np.float32), np.array([2], np.float32)
+    response = ExpandResponse(0, "", Expansions(found, np.array([9], np.uint32), estimate, weight))
+    golden = bytes.fromhex("96 00 a0 c418") + struct.pack("<ffqII", 0.5, 0, 7, 1, 1)
     golden += bytes.fromhex("c404") + struct.pack("<I", 9) + bytes.fromhex("c404") + struct.pack("<f", 0.25)
+    golden += bytes.fromhex("c404") + struct.pack("<f", 2)
     assert b"".join(response.encode()) == golden
-    assert b"".join(ExpandResponse.failed(1, "no").encode()) == bytes.fromhex("95 01 a2 6e6f c400 c400 c400")
+    assert b"".join(ExpandResponse.failed(1, "no").encode()) == bytes.fromhex("96 01 a2 6e6f c400 c400 c400 c400")
 
 
 @fixed(150)
@@ -181,7 +184,7 @@ def test_expand_responses_round_trip(code: int, message: str, counts: list[int],
     for payload in (data, memoryview(b"x" + data)[1:], parts, cut(data, cuts)):
         found = ExpandResponse.decode(payload)
         assert (found.code, found.message) == (code, message)
-        for name in ("found", "numbers", "estimates"):
+        for name in ("found", "numbers", "estimates", "weights"):
             sent, received = getattr(told, name), getattr(found.told, name)
             np.testing.assert_array_equal(received, sent)
             assert received.ctypes.data % 8 == 0
@@ -190,7 +193,7 @@ def test_expand_responses_round_trip(code: int, message: str, counts: list[int],
 def test_large_answers_are_not_copied() -> None:
     told = told_of(*[30] * 100)
     found = ExpandResponse.decode(ExpandResponse(0, "", told).encode()).told
-    for name in ("found", "numbers", "estimates"):
+    for name in ("found", "numbers", "estimates", "weights"):
         assert np.shares_memory(getattr(found, name), getattr(told, name))
 
 
@@ -200,20 +203,23 @@ RESPONSE = b"".join(ExpandResponse(0, "", told_of(2)).encode())
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"count": 1}, "2 neighbours and 2 estimates where 1 are counted"),
+        ({"count": 1}, "2 neighbours, 2 estimates and 2 weights where 1 are counted"),
         ({"count": 2**32 - 1}, "where 4294967295 are counted"),
         ({"distance": np.nan}, "a distance is NaN"),
         ({"distance": np.inf}, "a distance is NaN or infinite"),
-        ({"norm2": -np.inf}, "a distance is NaN or infinite"),
+        ({"scale": -np.inf}, "a distance is NaN or infinite"),
         ({"estimates": np.full(2, np.nan, np.float32)}, "an estimate is NaN"),
-        ({"estimates": np.zeros(3, np.float32)}, "2 neighbours and 3 estimates"),
+        ({"weights": np.zeros(1, np.float32)}, "2 neighbours, 2 estimates and 1 weights"),
+        ({"estimates": np.zeros(3, np.float32)}, "2 neighbours, 3 estimates and 2 weights"),
     ],
 )
 def test_answers_that_contradict_themselves(change: dict[str, Any], reason: str) -> None:
     told = told_of(2)
     for name in set(change) & set(EXPANSION_DTYPE.names or ()):
         told.found[name] = change[name]
-    told = Expansions(told.found, told.numbers, change.get("estimates", told.estimates))
+    told = Expansions(
+        told.found, told.numbers, change.get("estimates", told.estimates), change.get("weights", told.weights)
+    )
     with pytest.raises(FormatError, match=reason):
         ExpandResponse.decode(ExpandResponse(0, "", told).encode())
 
@@ -228,7 +234,7 @@ def test_counts_whose_sum_wraps_around() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"\x94" + RESPONSE[1:],
+        b"\x95" + RESPONSE[1:],
         RESPONSE + b"\0",
         RESPONSE.replace(b"\xc4\x18", b"\xc4\x17"),
         *(RESPONSE[:n] for n in range(len(RESPONSE))),

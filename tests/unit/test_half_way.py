@@ -355,15 +355,19 @@ def test_a_cache_goes_on_with_the_next_owner(world: World, queries: Floats) -> N
 
 
 def test_what_owners_tell_is_checked(world: World, queries: Floats) -> None:
-    def lie(count: int, n_neighbours: int, number: int = 0) -> Expansions:
+    def lie(count: int, n_neighbours: int, number: int = 0, weight: float = 1) -> Expansions:
         found = np.zeros(1, EXPANSION_DTYPE)
         found["count"] = count
-        return Expansions(found, np.full(n_neighbours, number, np.uint32), np.full(n_neighbours, -1, np.float32))
+        estimates, weights = np.full(n_neighbours, -1, np.float32), np.full(n_neighbours, weight, np.float32)
+        return Expansions(found, np.full(n_neighbours, number, np.uint32), estimates, weights)
 
     for told, what in (
         (lie(5, 4), "1 expansions of 4 neighbours"),
         (lie(1000, 1000), "1000 neighbours"),
-        (Expansions(np.zeros(0, EXPANSION_DTYPE), np.zeros(0, np.uint32), np.zeros(0, np.float32)), "0 expansions"),
+        (Expansions.none(), "0 expansions"),
+        (lie(2, 2, weight=np.nan), "the weight nan"),
+        (lie(2, 2, weight=-1), "the weight -1"),
+        (lie(2, 2, weight=1e31), "the weight 1e+31"),
         (lie(2, 2, N), f"links to node {N}"),
     ):
         owners = Owners(world, queries)

@@ -184,7 +184,7 @@ def test_scan_of_any_bytes(simd: int, groups: int, seed: int, values: list[int])
 
 
 def estimate(simd: int, sums: np.ndarray, f0: np.ndarray, f1: np.ndarray, scalars: list[float]) -> tuple[bytes, int]:
-    """The estimates' bits, and which are below the last of the scalars: distance, offset, scale, bound."""
+    """The estimates' bits, and which are below the last of the scalars: distance, t, offset, scale, bound."""
     out, below, err = np.zeros(32, np.float32), ffi.new("uint32_t *"), new_error()
     factors = (ffi.from_buffer("float[]", each) for each in (f0, f1))
     values = ffi.from_buffer("float[]", out)
@@ -222,13 +222,45 @@ def test_estimates_are_the_same_bits(simd: int, data: st.DataObject) -> None:
     factors = st.lists(numbers | st.sampled_from([np.inf, -np.inf, np.nan]), min_size=32, max_size=32)
     f0, f1 = (np.array(data.draw(factors), np.float32) for _ in range(2))
     sums = np.array(data.draw(st.lists(st.integers(0, 255 * 1024), min_size=32, max_size=32)), np.uint32)
-    scalars = [data.draw(numbers) for _ in range(3)] + [data.draw(numbers | st.just(np.inf))]
+    scalars = [data.draw(numbers) for _ in range(4)] + [data.draw(numbers | st.just(np.inf))]
     found, below = estimate(simd, sums, f0, f1, scalars)
-    distance, offset, scale, bound = (np.float32(value) for value in scalars)
+    distance, t, offset, scale, bound = (np.float32(value) for value in scalars)
     with np.errstate(invalid="ignore", over="ignore"):
-        expected = distance + f0 - f1 * (offset + scale * sums.astype(np.float32))
+        expected = distance + t * f0 - f1 * (offset + scale * sums.astype(np.float32))
     np.testing.assert_array_equal(np.frombuffer(found, np.float32), expected)
     assert below == sum(1 << j for j in range(32) if expected[j] < bound)
+
+
+@levels
+@fixed(100)
+@given(data=st.data())
+def test_weights_are_the_same_bits(simd: int, data: st.DataObject) -> None:
+    numbers = st.floats(0, 2.0**60, width=32) | st.sampled_from([np.inf, -np.inf, np.nan, -1.0])
+    f1 = np.array(data.draw(st.lists(numbers, min_size=32, max_size=32)), np.float32)
+    spread = np.float32(data.draw(numbers))
+    out, err = np.zeros(32, np.float32), new_error()
+    check(
+        lib.cotra_kernel_weigh(simd, ffi.from_buffer("float[]", f1), spread, ffi.from_buffer("float[]", out), err), err
+    )
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
+        weights = np.float32(1) / (f1 * spread)
+    bounded = np.where(weights < np.float32(1e30), weights, np.float32(1e30))
+    np.testing.assert_array_equal(out, np.where(bounded > np.float32(1e-30), bounded, np.float32(1e-30)))
+
+
+@levels
+@pytest.mark.parametrize("n", [64, 128, 384, 4096])
+def test_products_of_integers_are_exact(simd: int, n: int) -> None:
+    generator = np.random.default_rng(n)
+    for query, vector in (
+        (np.full(n, 4095, np.int16), np.full(n, 127, np.int8)),
+        (np.full(n, -4095, np.int16), np.full(n, 127, np.int8)),
+        (generator.integers(-4095, 4096, n, np.int16), generator.integers(-127, 128, n, np.int8)),
+    ):
+        out, err = ffi.new("int32_t *"), new_error()
+        sides = ffi.from_buffer("int16_t[]", query), ffi.from_buffer("int8_t[]", vector)
+        check(lib.cotra_kernel_dot_i8(simd, *sides, n, out, err), err)
+        assert out[0] == int(query.astype(np.int64) @ vector.astype(np.int64))
 
 
 @levels
@@ -343,7 +375,7 @@ def test_levels_that_this_cpu_does_not_have(simd: int) -> None:
     with pytest.raises(InvalidInputError, match=f"no {named(simd)} kernels"):
         check(lib.cotra_kernel_distance(simd, 0, 0, ffi.NULL, ffi.NULL, 1, ffi.NULL, err), err)
     with pytest.raises(InvalidInputError, match=f"no {named(simd)} kernels"):
-        estimate(simd, np.zeros(32, np.uint32), np.zeros(32, np.float32), np.zeros(32, np.float32), [0.0] * 4)
+        estimate(simd, np.zeros(32, np.uint32), np.zeros(32, np.float32), np.zeros(32, np.float32), [0.0] * 5)
     with pytest.raises(InvalidInputError, match=f"no {named(simd)} kernels"):
         least(simd, [0.0] * 16)
     with pytest.raises(InvalidInputError, match=f"no {named(simd)} kernels"):

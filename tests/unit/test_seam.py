@@ -401,7 +401,7 @@ GOLDEN: list[tuple[str, int, str, Any, Callable[[bytes], Any]]] = [
     (
         "expand response",
         59,
-        "95 01 a2 6e 6f c4 00 c4 00 c4 00",
+        "96 01 a2 6e 6f c4 00 c4 00 c4 00 c4 00",
         ExpandResponse.failed(1, "no").encode(),
         lambda data: ExpandResponse.decode(data).encode(),
     ),

@@ -116,8 +116,7 @@ def test_dimensions_and_vector_types(metric: str, dim: int, kind: type) -> None:
     rows = octets if kind is np.uint8 else generator.normal(size=(n, dim)).astype(kind)
     queries = (rows[:20].astype(np.float32) + 0.05 * generator.normal(size=(20, dim))).astype(np.float32)
     with Shard.build(rows, metric=metric, ef_construction=50, n_threads=1) as shard:
-        stored = "float32" if metric == "cosine" else np.dtype(kind).name
-        assert (shard.dim, shard.metric, shard.info.vector_type) == (dim, metric, stored)
+        assert (shard.dim, shard.metric, shard.info.vector_type) == (dim, metric, np.dtype(kind).name)
         assert shard.info.code_dim == -(-dim // 64) * 64
         assert recall(shard, rows, queries, 5, n) >= (0.95 if metric != "ip" else 0.9)
 
@@ -334,7 +333,7 @@ def test_size(word_shard: Shard) -> None:
 def test_info(small: Shard, words: Floats) -> None:
     info = small.info
     assert (info.count, info.dim, info.code_dim, info.metric, info.M, info.degree) == (500, 16, 64, "l2", 8, 32)
-    assert (info.ef_construction, info.seed, info.generation, info.format_version) == (50, 100, 1, 3)
+    assert (info.ef_construction, info.seed, info.generation, info.format_version) == (50, 100, 1, 4)
     assert info.records_offset == 4096
     assert info.record_bytes % 64 == info.nav_bytes % 64 == info.nav_offset % 64 == 0
     assert info.image_bytes == info.nav_offset + info.nav_bytes == 4096 + 500 * info.record_bytes + info.nav_bytes
