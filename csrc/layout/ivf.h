@@ -12,12 +12,12 @@
  * Codes: RaBitQ with `bits` bits a dimension (Gao, Gou, Xu, Yang, Long, Wong, SIGMOD 2025; with one bit it is layout/
  * codes.h's), of r = P(x - c) for a row x of the list with centroid c. v is the vector of odd numbers |v_i| < 2^bits
  * whose direction is nearest to r's, of those on a grid of scales; v = sum of 2^b s_b, s_b the signs of plane b (a set
- * bit is +1). With g = |r|^2 / <r, v>, g <v, P(q - c)> estimates <r, P(q - c)>, and <v, P(q - c)> = <v, P(q - m)> -
- * <v, P(c - m)> with the mean m: one query table serves all lists, and all planes, for its sums add up as 2^b do.
+ * bit is +1). With g = |r|^2 / <r, v>, g <v, P(u)> estimates <r, P(u)>: one query table serves all planes, for its
+ * sums add up as 2^b do. A list is long, so each has a table of its own, and u is as short as can be:
  *
- *   d(q, x)  ~  d(q, c) + f0 - f1 <v, P(q - m)>
- *   l2:         f1 = 2 g,   f0 = |r|^2 + f1 <v, P(c - m)>
- *   ip, cosine: f1 = g,     f0 = -<c, x - c> + f1 <v, P(c - m)>
+ *   d(q, x)  ~  d(q, c) + t f0 - f1 <v, P(u)>,  u = q - t c
+ *   l2:         t = 1,              f1 = 2 g,   f0 = |r|^2
+ *   ip, cosine: t = <q, c> / |c|^2, f1 = g,     f0 = -<c, x - c>
  *
  * Checksums form a tree: the image's header holds that of this header, which holds the table's, which holds those of
  * the lists, whose entries hold those of the vectors. A list's is the sum of its blocks' (each seeded with its number),
@@ -31,7 +31,7 @@
 
 #define COTRA_IVF_MAGIC 0x3156494152544F43u /* "COTRAIV1" read as a little-endian word */
 
-enum { COTRA_IVF_VERSION = 1, COTRA_IVF_MAX_LISTS = 1 << 20, COTRA_IVF_MAX_BITS = 8 };
+enum { COTRA_IVF_VERSION = 2, COTRA_IVF_MAX_LISTS = 1 << 20, COTRA_IVF_MAX_BITS = 8 };
 
 typedef struct cotra_ivf_header {
     uint64_t magic;

@@ -244,16 +244,12 @@ static void quantise(code *made, uint32_t n, uint32_t bits)
 }
 
 /* Writes an entry's code and factors. rest is |r|^2 for l2, else -<c, x - c>. */
-static void write_entry(const cotra_ivf_packer *packer, const code *made, const float *centroid_rotated, double rest,
-                        uint8_t *block, uint32_t slot)
+static void write_entry(const cotra_ivf_packer *packer, const code *made, double rest, uint8_t *block, uint32_t slot)
 {
     const uint32_t n = packer->info.code_dim, bits = packer->header.bits;
-    const int shift = slot < 16 ? 0 : 4, top = (1 << bits) - 1;
-    double centroid_product = 0; /* <v, P(c - m)> */
+    const int shift = slot < 16 ? 0 : 4;
     for (uint32_t g = 0; g < n; g += 4) {
         const uint8_t *levels = made->levels + g;
-        for (uint32_t j = 0; j < 4; j++)
-            centroid_product += (double)centroid_rotated[g + j] * (2 * levels[j] - top);
         for (uint32_t b = 0; b < bits; b++) {
             unsigned nibble = (levels[0] >> b & 1u) | (levels[1] >> b & 1u) << 1 | (levels[2] >> b & 1u) << 2 |
                               (levels[3] >> b & 1u) << 3;
@@ -264,19 +260,18 @@ static void write_entry(const cotra_ivf_packer *packer, const code *made, const 
     double f1 = made->product > 0 ? made->length2 / made->product : 0;
     if (packer->info.metric == COTRA_METRIC_L2)
         f1 *= 2;
-    ((float *)(block + packer->layout.f0))[slot] = (float)(rest + f1 * centroid_product);
+    ((float *)(block + packer->layout.f0))[slot] = (float)rest;
     ((float *)(block + packer->layout.f1))[slot] = (float)f1;
 }
 
-/* memory: float32[6 * code_dim], levels: [code_dim] */
+/* memory: float32[5 * code_dim], levels: [code_dim] */
 static void encode_list(cotra_ivf_packer *packer, uint32_t list, float *memory, uint8_t *levels)
 {
     const cotra_image_info *info = &packer->info;
     const cotra_ivf_layout *layout = &packer->layout;
     const uint32_t n = info->code_dim, dim = info->dim, prefix_bytes = cotra_prefix_bytes(info);
-    const float *mean = (const float *)(cotra_arena_data(packer->arena) + info->nav_offset);
-    float *centroid = memory, *centroid_rotated = memory + n, *vector = memory + 2 * n, *difference = memory + 3 * n;
-    code made = {.residual = memory + 4 * n, .absolute = memory + 5 * n, .levels = levels};
+    float *centroid = memory, *vector = memory + n, *difference = memory + 2 * n;
+    code made = {.residual = memory + 3 * n, .absolute = memory + 4 * n, .levels = levels};
     uint8_t *section = section_of(packer);
     uint8_t *blocks = section + layout->table_bytes + packer->blocks[list] * layout->block_bytes;
     const uint32_t *rows = packer->rows + packer->starts[list];
@@ -285,9 +280,6 @@ static void encode_list(cotra_ivf_packer *packer, uint32_t list, float *memory, 
 
     cotra_vector_load(packer->header.centroid_type, section + layout->centroids + (size_t)list * layout->stride, dim,
                       centroid);
-    for (uint32_t i = 0; i < dim; i++)
-        difference[i] = centroid[i] - mean[i];
-    cotra_rotation_apply(&packer->rotation, difference, centroid_rotated);
     for (uint64_t b = 0; b < n_blocks; b++)
         memset(blocks + b * layout->block_bytes + layout->rows, 0xFF, 4 * COTRA_BLOCK);
     double squares = 0, errors = 0;
@@ -302,8 +294,8 @@ static void encode_list(cotra_ivf_packer *packer, uint32_t list, float *memory, 
         }
         cotra_rotation_apply(&packer->rotation, difference, made.residual);
         quantise(&made, n, packer->header.bits);
-        write_entry(packer, &made, centroid_rotated, info->metric == COTRA_METRIC_L2 ? made.length2 : -own_product,
-                    block, i % COTRA_BLOCK);
+        write_entry(packer, &made, info->metric == COTRA_METRIC_L2 ? made.length2 : -own_product, block,
+                    i % COTRA_BLOCK);
         ((uint32_t *)(block + layout->rows))[i % COTRA_BLOCK] = rows[i];
         ((uint32_t *)(block + layout->sums))[i % COTRA_BLOCK] = cotra_prefix_checksum(record, prefix_bytes, rows[i]);
         squares += made.length2;
@@ -325,7 +317,7 @@ int cotra_ivf_packer_encode(cotra_ivf_packer *packer, uint32_t begin, uint32_t e
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "inverted lists: lists [%u, %u) of %u", begin, end,
                           packer->header.n_lists);
     const size_t n = packer->info.code_dim;
-    float *memory = malloc(6 * n * sizeof *memory);
+    float *memory = malloc(5 * n * sizeof *memory);
     uint8_t *levels = malloc(n);
     int status = memory && levels ? COTRA_OK : cotra_fail(err, COTRA_ERR_NO_MEMORY, "inverted lists: no memory");
     for (uint32_t list = begin; list < end && !status; list++)

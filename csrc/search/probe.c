@@ -1,6 +1,7 @@
 #include "search/probe.h"
 
 #include "base/status.h"
+#include "layout/vectors.h"
 #include "distance/record.h"
 #include "search/query.h"
 
@@ -32,20 +33,17 @@ int cotra_probe_create(cotra_probe *probe, const cotra_probe_shard *shards, uint
     probe->kernels = kernels;
     probe->query = aligned_alloc(64, padded(padded(dim, 32) * sizeof(float), 64));
     probe->scratch = aligned_alloc(64, 2 * code_dim * sizeof(float));
-    probe->codes = calloc(n_shards, sizeof *probe->codes);
-    probe->tables = aligned_alloc(64, n_shards * code_dim * 4);
+    probe->centre = aligned_alloc(64, code_dim * sizeof(float));
+    probe->codes.table = aligned_alloc(64, code_dim * 4);
     probe->nearest = heap_make(limits->n_probe);
     probe->lists = malloc(limits->n_probe * sizeof *probe->lists);
     probe->pieces = malloc((limits->n_pieces ? limits->n_pieces : 1) * sizeof *probe->pieces);
     probe->candidates = heap_make(limits->capacity);
     probe->tau = heap_make(limits->automatic ? limits->k : 0);
     probe->hits = heap_make(limits->capacity);
-    if (probe->query && probe->scratch && probe->codes && probe->tables && probe->nearest.items && probe->lists &&
-        probe->pieces && probe->candidates.items && probe->tau.items && probe->hits.items) {
-        for (uint32_t s = 0; s < n_shards; s++)
-            probe->codes[s].table = probe->tables + s * code_dim * 4;
+    if (probe->query && probe->scratch && probe->centre && probe->codes.table && probe->nearest.items && probe->lists &&
+        probe->pieces && probe->candidates.items && probe->tau.items && probe->hits.items)
         return COTRA_OK;
-    }
     cotra_probe_destroy(probe);
     return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory to probe %u lists", limits->n_probe);
 }
@@ -54,8 +52,8 @@ void cotra_probe_destroy(cotra_probe *probe)
 {
     free(probe->query);
     free(probe->scratch);
-    free(probe->codes);
-    free(probe->tables);
+    free(probe->centre);
+    free(probe->codes.table);
     free(probe->nearest.items);
     free(probe->lists);
     free(probe->pieces);
@@ -83,19 +81,36 @@ static void choose_lists(cotra_probe *probe, const uint8_t *mask)
     cotra_heap_sort(&probe->nearest);
 }
 
-/* Standard deviations of an estimate, times MARGIN. What it is wrong by is f1 <e, P(q - c)> with the code's error e,
- * which the table tells, and f1 times the rounding of the query's table: uniform in a step for each of code_dim / 4
- * entries and each plane, where f1 |v| is about 2 |r| and a plane's share of |v| about 2^b / sqrt(code_dim). */
-static float margin_of(const cotra_probe *probe, const cotra_probe_list *list, float norm2)
+/* A query at one list: what an estimate of its entries takes (layout/ivf.h). */
+typedef struct list_hop {
+    float t, margin;
+} list_hop;
+
+/* Makes the table of u = q - t c, and tells how far an estimate may be wrong: MARGIN standard deviations. What it is
+ * wrong by is f1 <e, P(u)> with the code's error e, which the list's table tells, and f1 times the rounding of the
+ * query's table: uniform in a step for each of code_dim / 4 entries and each plane, where f1 |v| is about 2 |r| and a
+ * plane's share of |v| about 2^b / sqrt(code_dim). */
+static list_hop approach(cotra_probe *probe, const cotra_probe_list *list)
 {
     const cotra_probe_shard *shard = &probe->shards[list->shard];
+    const cotra_ivf_table *table = shard->table;
     const int l2 = shard->view->info.metric == COTRA_METRIC_L2;
-    const float centroid_norm2 = shard->table->norms2[list->number];
-    const float gap2 = l2 ? list->distance : norm2 + centroid_norm2 - 2 * (1 - list->distance);
-    const float code = sqrtf(gap2 > 0 ? gap2 : 0) * shard->table->errors[list->number];
-    const float rounding = 0.29f * shard->table->radii[list->number] * probe->codes[list->shard].scale;
+    const float norm2 = table->norms2[list->number];
+    const float t = l2 ? 1 : norm2 > 0 ? (1 - list->distance) / norm2 : 0;
+    float gap2 = 0;
+    cotra_vector_load(table->info.centroid_type, table->centroids + (size_t)list->number * table->layout.stride,
+                      table->dim, probe->centre);
+    for (uint32_t i = 0; i < table->dim; i++) {
+        probe->centre[i] *= t;
+        gap2 += (probe->query[i] - probe->centre[i]) * (probe->query[i] - probe->centre[i]);
+    }
+    cotra_query_codes_make(&shard->view->rotation, probe->query, probe->centre, probe->scratch, &probe->codes);
+    if (!probe->limits.automatic)
+        return (list_hop){.t = t};
+    const float code = sqrtf(gap2) * table->errors[list->number];
+    const float rounding = 0.29f * table->radii[list->number] * probe->codes.scale;
     const float margin = MARGIN * (l2 ? 2.0f : 1.0f) * sqrtf(code * code + rounding * rounding);
-    return margin < FARTHEST ? margin : FARTHEST;
+    return (list_hop){.t = t, .margin = margin < FARTHEST ? margin : FARTHEST};
 }
 
 void cotra_probe_begin(cotra_probe *probe, const float *query, const uint8_t *mask)
@@ -105,9 +120,6 @@ void cotra_probe_begin(cotra_probe *probe, const float *query, const uint8_t *ma
     probe->n_lists = probe->n_pieces = 0;
     cotra_query_copy(probe->shards[0].view, query, probe->query);
     choose_lists(probe, mask);
-    for (uint32_t s = 0; s < probe->n_shards; s++)
-        probe->codes[s].scale = 0;
-    const float norm2 = probe->kernels->dot[COTRA_VECTOR_F32](probe->query, probe->query, probe->shards[0].table->dim);
     for (uint32_t i = 0; i < probe->nearest.count; i++) {
         const cotra_ranked *near = &probe->nearest.items[i];
         cotra_probe_list *list = &probe->lists[probe->n_lists++];
@@ -115,12 +127,6 @@ void cotra_probe_begin(cotra_probe *probe, const float *query, const uint8_t *ma
                                    .number = (uint32_t)near->minor,
                                    .distance = cotra_unkey((uint32_t)(near->major >> 32))};
         const cotra_probe_shard *shard = &probe->shards[list->shard];
-        cotra_query_codes *codes = &probe->codes[list->shard];
-        if (codes->scale == 0)
-            cotra_query_codes_make(&shard->view->rotation, probe->query, shard->view->mean, probe->scratch,
-                                   codes); /*E*/
-        if (probe->limits.automatic)
-            list->margin = margin_of(probe, list, norm2);
         const uint64_t blocks = cotra_ivf_blocks(shard->table->sizes[list->number]);
         for (uint64_t b = 0; b < blocks; b += shard->piece_blocks) {
             const uint64_t rest = blocks - b;
@@ -144,16 +150,16 @@ static float bound_of(const cotra_probe *probe, float margin)
     return limit + margin + (fabsf(limit) + margin) * 1e-6f + 1e-37f;
 }
 
-static void take_estimate(cotra_probe *probe, const cotra_probe_list *list, float estimate, uint32_t row,
+static void take_estimate(cotra_probe *probe, const cotra_probe_list *list, float margin, float estimate, uint32_t row,
                           uint32_t checksum)
 {
     estimate = fmaxf(-FARTHEST, fminf(estimate, FARTHEST));
     if (probe->limits.automatic)
         cotra_heap_offer(&probe->tau,
-                         (cotra_ranked){.major = cotra_major(estimate + list->margin, list->shard), .minor = row});
+                         (cotra_ranked){.major = cotra_major(estimate + margin, list->shard), .minor = row});
     cotra_heap_offer(
         &probe->candidates,
-        (cotra_ranked){.major = cotra_major(estimate - list->margin, list->shard), .minor = row, .extra = checksum});
+        (cotra_ranked){.major = cotra_major(estimate - margin, list->shard), .minor = row, .extra = checksum});
 }
 
 int cotra_probe_take_piece(cotra_probe *probe, uint32_t piece_number, const uint8_t *blocks, cotra_error *err)
@@ -163,9 +169,8 @@ int cotra_probe_take_piece(cotra_probe *probe, uint32_t piece_number, const uint
     const cotra_probe_shard *shard = &probe->shards[list->shard];
     const cotra_ivf_table *table = shard->table;
     const cotra_ivf_layout *layout = &table->layout;
-    const cotra_query_codes *codes = &probe->codes[list->shard];
+    const cotra_query_codes *codes = &probe->codes;
     const uint32_t bits = table->info.bits, code_dim = table->info.code_dim;
-    const float offset = codes->offset * (float)((1u << bits) - 1);
     for (uint32_t b = 0; b < piece->n_blocks; b++)
         list->checksum += cotra_ivf_block_checksum(blocks + (size_t)b * layout->block_bytes, layout->block_bytes,
                                                    piece->first_block + b);
@@ -173,6 +178,8 @@ int cotra_probe_take_piece(cotra_probe *probe, uint32_t piece_number, const uint
         return cotra_fail(err, COTRA_ERR_CHECKSUM,
                           "inverted list %u: torn, corrupt, or rebuilt since its table was read: connect again",
                           list->number);
+    const list_hop hop = approach(probe, list);
+    const float offset = codes->offset * (float)((1u << bits) - 1);
     for (uint32_t b = 0; b < piece->n_blocks; b++) {
         const uint8_t *block = blocks + (size_t)b * layout->block_bytes;
         const volatile uint32_t *rows = (const volatile uint32_t *)(block + layout->rows);
@@ -185,10 +192,10 @@ int cotra_probe_take_piece(cotra_probe *probe, uint32_t piece_number, const uint
             for (uint32_t j = 0; j < COTRA_BLOCK; j++)
                 sums[j] += plane[j] << p;
         }
-        const float bound = bound_of(probe, list->margin);
+        const float bound = bound_of(probe, hop.margin);
         uint32_t below =
             probe->kernels->estimate(sums, (const float *)(block + layout->f0), (const float *)(block + layout->f1),
-                                     list->distance, 1, offset, codes->scale, bound, estimates);
+                                     list->distance, hop.t, offset, codes->scale, bound, estimates);
         const uint64_t left = table->sizes[list->number] - (piece->first_block + b) * COTRA_BLOCK;
         if (left < COTRA_BLOCK)
             below &= (1u << left) - 1;
@@ -201,7 +208,7 @@ int cotra_probe_take_piece(cotra_probe *probe, uint32_t piece_number, const uint
                                   (unsigned long long)shard->view->info.count);
             if (shard->filter && !(shard->filter[row / 8] >> row % 8 & 1))
                 continue;
-            take_estimate(probe, list, estimates[j], row, sums_of_vectors[j]);
+            take_estimate(probe, list, hop.margin, estimates[j], row, sums_of_vectors[j]);
         }
     }
     return COTRA_OK;

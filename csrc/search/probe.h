@@ -34,7 +34,6 @@ typedef struct cotra_probe_shard {
 typedef struct cotra_probe_list {
     uint32_t shard, number;
     float distance;    /* to the centroid */
-    float margin;      /* of its estimates; 0 where n_rerank is given */
     uint32_t checksum; /* of the blocks so far */
     uint32_t missing;  /* pieces */
 } cotra_probe_list;
@@ -56,12 +55,12 @@ typedef struct cotra_probe {
     const cotra_probe_shard *shards;
     uint32_t n_shards;
     const cotra_kernels *kernels;
-    float *query;             /* [dim padded to 32 floats] */
-    float *scratch;           /* [2 * code_dim] */
-    cotra_query_codes *codes; /* [n_shards]; one that is not used has scale 0 */
-    uint8_t *tables;          /* of codes */
-    cotra_heap nearest;       /* [n_probe]: lists */
-    cotra_probe_list *lists;  /* [n_probe] */
+    float *query;            /* [dim padded to 32 floats] */
+    float *scratch;          /* [2 * code_dim] */
+    float *centre;           /* [code_dim] */
+    cotra_query_codes codes; /* for the piece at hand */
+    cotra_heap nearest;      /* [n_probe]: lists */
+    cotra_probe_list *lists; /* [n_probe] */
     uint32_t n_lists;
     cotra_probe_piece *pieces; /* [n_pieces] */
     uint32_t n_pieces;
