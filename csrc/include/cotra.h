@@ -591,6 +591,7 @@ typedef struct cotra_spire_stats {
     uint32_t lists;  /* probed */
     uint32_t reranked;
     uint64_t estimated;  /* entries of the lists */
+    uint64_t allowed;    /* those of them that may be returned */
     uint64_t list_bytes; /* read in round 1 */
     uint64_t read_bytes; /* in both */
     uint64_t latency_ns;

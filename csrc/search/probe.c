@@ -162,6 +162,18 @@ static void take_estimate(cotra_probe *probe, const cotra_probe_list *list, floa
         (cotra_ranked){.major = cotra_major(estimate - margin, list->shard), .minor = row, .extra = checksum});
 }
 
+static uint32_t count_allowed(const cotra_probe_shard *shard, const volatile uint32_t *rows, uint32_t n)
+{
+    if (!shard->filter)
+        return n;
+    uint32_t allowed = 0;
+    for (uint32_t j = 0; j < n; j++) {
+        const uint32_t row = rows[j];
+        allowed += row < shard->view->info.count && (shard->filter[row / 8] >> row % 8 & 1);
+    }
+    return allowed;
+}
+
 int cotra_probe_take_piece(cotra_probe *probe, uint32_t piece_number, const uint8_t *blocks, cotra_error *err)
 {
     const cotra_probe_piece *piece = &probe->pieces[piece_number];
@@ -199,7 +211,9 @@ int cotra_probe_take_piece(cotra_probe *probe, uint32_t piece_number, const uint
         const uint64_t left = table->sizes[list->number] - (piece->first_block + b) * COTRA_BLOCK;
         if (left < COTRA_BLOCK)
             below &= (1u << left) - 1;
-        probe->stats.estimated += left < COTRA_BLOCK ? left : COTRA_BLOCK;
+        const uint32_t n = left < COTRA_BLOCK ? (uint32_t)left : COTRA_BLOCK;
+        probe->stats.estimated += n;
+        probe->stats.allowed += count_allowed(shard, rows, n);
         for (; below; below &= below - 1) {
             const uint32_t j = (uint32_t)__builtin_ctz(below);
             const uint32_t row = rows[j]; /* loaded once: the memory may be a live peer's */

@@ -8,9 +8,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +23,7 @@ from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel, FabricModel
 from cotra_rdma.collection import Collection, collection_directory
 from cotra_rdma.compass import DEFAULT_TARGET, Router
 from cotra_rdma.cost import needs_of_asking, needs_of_reading
-from cotra_rdma.engine import STATS_DTYPE, CacheInfo
+from cotra_rdma.engine import COUNTS, STATS_DTYPE, CacheInfo
 from cotra_rdma.errors import (
     ClosedError,
     CotraError,
@@ -419,15 +420,17 @@ class Cluster:
                 the shards are one graph, of which the rest is as good as before; but where none is left, that is an error.
             algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others; "home" sends
                 each query to the owner of most of its neighbourhood, which walks the whole graph, its own records in place
-                (`Server.search_with`); what a home does not answer is walked here, and where all refuse that is an error;
+                (`Server.search_with`); what a home does not answer is walked here, and where all refuse that is an error. Under
+                filters or `shards` the walk is made here, and the result's algorithm is "cotra";
                 "scatter-gather" asks all owners; "spire" reads inverted lists, in two rounds (`Shard.build(n_lists=)`).
                 "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
                 the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
                 says is quickest, and Compass where leaving shards out pays and was measured: without filters, and for k
                 no larger than at the build (10). Which it was is in the result. It compares times, not recall, and
                 learns, so its answers may differ from call to call; those of all others never do.
-            target_recall: of Compass: the recall to keep, of that which asking every shard has. Filters, and k above 10,
-                lose more.
+            target_recall: of Compass: the recall to keep, of that which asking every shard has; k above 10 loses more. Under
+                filters Compass asks all shards that have a row to return. Where the shards that it chose have fewer than k
+                answers, the others are asked, too.
             owner_cpu: whether "auto" may let owners search whose memory could be read.
             explain: have the cost model's predictions in the result, for any algorithm.
 
@@ -438,25 +441,30 @@ class Cluster:
         """
         self._begin_search(n_threads)
         try:
-            return self._search(
-                self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards),
-                n_threads,
-                allow_partial,
-                algorithm,
+            job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards)
+            run = partial(
+                self._search,
+                n_threads=n_threads,
+                allow_partial=allow_partial,
                 target_recall=target_recall,
                 owner_cpu=owner_cpu,
                 explain=explain,
             )
+            result = run(job, algorithm=algorithm)
+            base = result.algorithm.removeprefix("compass").removeprefix("+") or "cotra"
+            if result.algorithm.startswith("compass"):
+                result = self._fill(result, job, partial(run, algorithm=base))
+            return result
         finally:
             self._end_search()
 
     def _search(
         self,
         job: SearchJob,
+        *,
         n_threads: int,
         allow_partial: bool | None,
         algorithm: str,
-        *,
         target_recall: float,
         owner_cpu: bool,
         explain: bool,
@@ -515,6 +523,25 @@ class Cluster:
                 f"{len(failures)} of {n_shards} shards failed: {why}", result, shard=first.shard
             ) from first
         return result
+
+    def _fill(self, result: SearchResult, job: SearchJob, run: Callable[[SearchJob], SearchResult]) -> SearchResult:
+        """Asks all shards for queries to which those that Compass chose have too few answers."""
+        most = len(result.transports) if job.mask is None else job.mask.sum(axis=1)
+        short = np.flatnonzero((result.ids[:, -1] < 0) & (result.asked < most))
+        if not len(short):
+            return result
+        mask = None if job.mask is None else job.mask[short]
+        more = run(job._replace(queries=job.queries[short], mask=mask))
+        for name in ("ids", "distances", "shards", "asked"):
+            getattr(result, name)[short] = getattr(more, name)
+        for name in (*COUNTS, "rounds", "latency_ns"):
+            result.stats[name][short] += more.stats[name]
+        return replace(
+            result,
+            elapsed_s=result.elapsed_s + more.elapsed_s,
+            failures=result.failures | more.failures,
+            coverage=min(result.coverage, more.coverage),
+        )
 
     def homes(self, queries: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The shard whose owner `search(algorithm="home")` sends each query to: int64[n_queries], positions as in `addresses`.

@@ -34,6 +34,7 @@ SPIRE_STATS_DTYPE = np.dtype(
         ("lists", "<u4"),
         ("reranked", "<u4"),
         ("estimated", "<u8"),
+        ("allowed", "<u8"),
         ("list_bytes", "<u8"),
         ("read_bytes", "<u8"),
         ("latency_ns", "<u8"),

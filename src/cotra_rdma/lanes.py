@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -138,15 +139,24 @@ class _Lane:
             tables = [peer.lists for peer in self._peers]
             assert all(table is not None for table in tables)
             self._spire = SpireEngine.create(self._views, [t for t in tables if t is not None], self._channels())
-        labels, distances, shards, told = self._spire.search(
-            job.queries,
-            job.k,
-            min(math.ceil(job.ef / self._let_through(job)), MAX_PROBE),
-            inflight=job.inflight,
-            timeout_s=job.timeout_s,
-            filters=job.filters,
-            mask=job.mask,
-        )
+        n_probe = min(math.ceil(job.ef / self._let_through(job)), MAX_PROBE)
+        labels, distances, shards, told = self._probe(job, n_probe)
+        infos = [peer.lists.info for peer in self._peers if peer.lists is not None]
+        n_lists, wanted = sum(info.n_lists for info in infos), 0.0
+        if job.filters is not None:
+            wanted = job.ef * sum(info.entries for info in infos) / n_lists / 2
+        while n_probe < n_lists:  # what a filter excludes may lie just where a query is
+            starved = np.flatnonzero((told["allowed"] < wanted) | (labels[:, -1] < 0))
+            if not len(starved):
+                break
+            n_probe = min(4 * n_probe, n_lists)
+            mask = None if job.mask is None else job.mask[starved]
+            *found, more = self._probe(job._replace(queries=job.queries[starved], mask=mask), n_probe)
+            for to, of in zip((labels, distances, shards), found, strict=True):
+                to[starved] = of
+            for name in ("reads", "rounds", "reranked", "read_bytes", "latency_ns"):
+                told[name][starved] += more[name]
+            told["allowed"][starved] = more["allowed"]
         apart = np.arange(len(self._peers))[:, np.newaxis, np.newaxis] == shards
         stats = np.zeros(len(labels), STATS_DTYPE)
         for name in ("reads", "rounds", "read_bytes", "latency_ns"):
@@ -157,6 +167,18 @@ class _Lane:
             np.take_along_axis(np.where(apart, labels, -1), order, 2),
             np.take_along_axis(np.where(apart, distances, np.float32(np.inf)), order, 2),
             stats,
+        )
+
+    def _probe(self, job: SearchJob, n_probe: int) -> tuple[Any, Any, Any, Any]:
+        assert self._spire is not None
+        return self._spire.search(
+            job.queries,
+            job.k,
+            n_probe,
+            inflight=job.inflight,
+            timeout_s=job.timeout_s,
+            filters=job.filters,
+            mask=job.mask,
         )
 
     def _channels(self) -> list[Channel]:

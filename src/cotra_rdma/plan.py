@@ -95,6 +95,8 @@ class Planner:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
         if not self._every:  # nothing to plan: why is told with the answer
             return Plan(algorithm, job.mask, False, frozenset())
+        if algorithm == "home" and self._one_graph and (job.filters is not None or job.mask is not None):
+            algorithm = "cotra"  # homes are told neither: the walk is made here, and the result says so
         if algorithm == "home":
             return Plan(algorithm, job.mask, False, frozenset(), homes=self.homes(job))
         if algorithm == "cotra" and not explain:  # nothing to plan
@@ -160,6 +162,9 @@ class Planner:
         if open_to is not None:
             among = np.empty_like(open_to)
             among[:, numbers] = open_to
+        if job.filters is not None:  # where the rows are that may be returned, Compass does not know
+            may = _may_answer(job)
+            return may if required else job.mask
         mask = self.router.select(job.queries, target_recall, among)[:, numbers]
         most = mask.size if job.mask is None else job.mask.sum()
         return mask if required or mask.sum() < _FULL * most else job.mask
