@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from cotra_rdma.coarse import CoarseTable, check_tables
 from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.exact import exp, log, long_products, products, solve, widest
 from cotra_rdma.kmeans import METRICS, VectorSource, normalised
 from cotra_rdma.queries import check_queries
 
@@ -370,7 +371,7 @@ def nearest(
     for start in range(0, count, step):
         chunk = np.asarray(vectors.read(start, min(start + step, count)), np.float32)
         chunk = normalised(chunk) if metric == "cosine" else chunk - centre
-        gaps = queries @ chunk.T
+        gaps = products(queries, chunk).astype(np.float32)
         gaps *= -2
         if metric != "ip":
             gaps += np.square(chunk).sum(axis=1)
@@ -444,9 +445,9 @@ class _Model:
         self.radii_squared = np.square(radii)
         self.squares = squares.astype(np.float32)
         self.mean_squares = np.square(self.means).sum(axis=1)
-        self.log_sizes = np.log(np.maximum(self.sizes, 1e-3)).astype(np.float32)
+        self.log_sizes = log(np.maximum(self.sizes, 1e-3)).astype(np.float32)
         self.axes = axes
-        self.projected = self.centroids @ axes.T if axes.size else np.empty((self.n_lists, 0), np.float32)
+        self.projected = products(self.centroids, axes).astype(np.float32) if axes.size else np.empty((self.n_lists, 0), np.float32)
         self.chunk_rows = max(16, _CHUNK_FLOATS // self.n_lists)
 
     def raw(self, queries: Floats, own: Ids | None = None) -> _Raw:
@@ -455,7 +456,7 @@ class _Model:
         gaps = self._gaps(rows, self.centroids, self.squares)
         along = np.zeros((1, 1), np.float32)
         if self.axes.size:
-            flat = rows @ self.axes.T
+            flat = products(rows, self.axes).astype(np.float32)
             along = _squared(flat, self.projected, np.square(self.projected).sum(axis=1))
         if own is not None:
             n = self.sizes[own].astype(np.float64)[:, np.newaxis]
@@ -467,7 +468,7 @@ class _Model:
             else:
                 gaps[row, own] = np.square(rows - without).sum(axis=1)
             if self.axes.size:
-                along[row, own] = np.square((rows - without) @ self.axes.T).sum(axis=1)
+                along[row, own] = np.square(products(rows - without, self.axes)).sum(axis=1)
         if self.metric == "ip":
             mean, spread = gaps, np.broadcast_to(np.float32(self.length) * self.radii, gaps.shape)
         else:
@@ -492,12 +493,13 @@ class _Model:
 
     def list_features(self, raw: _Raw, z: Floats, gap: Floats) -> list[Floats]:
         """float32[n, lists] each."""
-        far = np.log(np.sqrt(raw.gaps.min(axis=1, keepdims=True)) / np.float32(self.unit) + np.float32(0.1))
+        nearest = np.sqrt(raw.gaps.min(axis=1, keepdims=True)) / np.float32(self.unit)
+        far = log(nearest + np.float32(0.1)).astype(np.float32)
         along = raw.along / np.float32(self.unit**2)
         share = raw.along / (raw.gaps + np.float32(1e-6 * self.unit**2))
         shape = z.shape
         features = [self.log_sizes, z, z * z, z * far, z * z * far, gap, np.sqrt(gap), along, np.sqrt(along), share * z]
-        features.append(np.log(self.radii / np.float32(self.unit)))
+        features.append(log(self.radii / np.float32(self.unit)).astype(np.float32))
         return [np.broadcast_to(feature, shape) for feature in features]
 
     def shard_features(self, raw: _Raw, list_weights: Wide, caps: Floats) -> Floats:
@@ -510,7 +512,7 @@ class _Model:
             utility += np.float32(weight) * feature
         chances = _softmax(utility)
         shares = np.add.reduceat(chances, self.starts, axis=1)
-        log_shares = np.log(shares + np.float32(1e-6))
+        log_shares = log(shares + np.float32(1e-6)).astype(np.float32)
         doubt = -(shares * log_shares).sum(axis=1, keepdims=True)
         unit = np.float32(self.unit)
         mean = (raw.shard_gaps - raw.shard_gaps.min(axis=1, keepdims=True)) / unit**2
@@ -543,12 +545,12 @@ class _Model:
     def _gaps(self, rows: Floats, centroids: Floats, squares: Floats) -> Floats:
         if self.metric != "ip":
             return _squared(rows, centroids, squares)
-        gaps: Floats = np.float32(self.offset) - 2 * (rows @ centroids.T)
+        gaps: Floats = np.float32(self.offset) - 2 * products(rows, centroids).astype(np.float32)
         return np.maximum(gaps, 0, out=gaps)
 
 
 def _squared(rows: Floats, others: Floats, squares: Floats) -> Floats:
-    found: Floats = rows @ others.T
+    found = products(rows, others).astype(np.float32)
     found *= -2
     found += squares
     found += np.square(rows).sum(axis=1)[:, np.newaxis]
@@ -557,7 +559,7 @@ def _squared(rows: Floats, others: Floats, squares: Floats) -> Floats:
 
 def _softmax(utility: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Along the second axis."""
-    chances = np.exp(utility - utility.max(axis=1, keepdims=True))
+    chances = exp(utility - utility.max(axis=1, keepdims=True)).astype(utility.dtype)
     chances /= chances.sum(axis=1, keepdims=True)
     return np.asarray(chances)
 
@@ -572,8 +574,7 @@ def _at_least(shares: npt.NDArray[Any], threshold: float) -> Mask:
 def _widest(scatter: npt.NDArray[Any]) -> Floats:
     """float32[n, dim]: eigenvectors of the largest eigenvalues, each with its largest component positive."""
     dim = len(scatter)
-    _, vectors = np.linalg.eigh(scatter.astype(np.float64))
-    axes = vectors[:, ::-1][:, : min(_N_DIRECTIONS, dim // 4)].T
+    axes = widest(scatter, min(_N_DIRECTIONS, dim // 4))
     signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, np.newaxis], axis=1)) if axes.size else 1
     return np.ascontiguousarray(axes * signs).astype(np.float16).astype(np.float32)
 
@@ -582,9 +583,15 @@ def _numbers(values: npt.NDArray[Any]) -> tuple[float, ...]:
     return tuple(float(f"{value:.6g}") for value in values)
 
 
+def _weighed(features: npt.NDArray[Any], weights: Wide) -> Wide:
+    """The sum of features [..., f], each times its weight."""
+    flat = features.reshape(-1, features.shape[-1])
+    return long_products(flat, weights[np.newaxis]).reshape(features.shape[:-1])
+
+
 def _shard_shares(features: Floats, weights: Wide, offsets: Wide, slopes: Wide) -> npt.NDArray[Any]:
     """The second model's answer: float64[n, shards]."""
-    return _softmax(features @ weights + offsets + features[:, :, 0] * slopes)
+    return _softmax(_weighed(features, weights) + offsets + features[:, :, 0] * slopes)
 
 
 def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, Wide, Wide]:
@@ -611,7 +618,7 @@ def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, 
 
     def sums(mass: Floats) -> Wide:
         """Of all features, own ones too, times `mass`."""
-        parts: list[npt.NDArray[Any]] = [flat.T.astype(np.float64) @ mass.reshape(-1).astype(np.float64)]
+        parts: list[npt.NDArray[Any]] = [long_products(flat.T, mass.reshape(1, -1))[:, 0]]
         if own:
             parts += [mass.sum(axis=0, dtype=np.float64), (mass * first).sum(axis=0, dtype=np.float64)]
         return np.concatenate(parts)
@@ -619,24 +626,25 @@ def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, 
     wanted = sums(counts)
 
     def likelihood(weights: Wide) -> tuple[float, Floats]:
-        utility = (flat @ weights[:f].astype(np.float32)).reshape(n, alternatives)
+        utility = _weighed(cube, weights[:f]).astype(np.float32)
         if own:
             utility += (weights[offsets] + first * weights[slopes]).astype(np.float32)
         top = utility.max(axis=1, keepdims=True)
-        chances = np.exp(utility - top)
+        chances = exp(utility - top).astype(np.float32)
         norms = chances.sum(axis=1, keepdims=True)
         chances /= norms
-        logs = (top + np.log(norms))[:, 0].astype(np.float64)
-        return float(wanted @ weights - chosen @ logs - 0.5 * ridge @ np.square(weights)) / total, chances
+        logs = (top + log(norms))[:, 0]
+        parts = (wanted * weights).sum() - (chosen * logs).sum() - 0.5 * (ridge * np.square(weights)).sum()
+        return float(parts) / total, chances
 
     def hessian(chances: Floats, mass: Floats) -> Wide:
-        means = [np.einsum("qaf,qa->qf", cube, chances, optimize=True).astype(np.float64)]
+        means = [(cube * chances[:, :, np.newaxis]).sum(axis=1, dtype=np.float64)]
         square = np.diag(ridge + 1e-6 * total)
-        square[:f, :f] += (flat * mass.reshape(-1, 1)).T @ flat
+        square[:f, :f] += long_products((flat * mass.reshape(-1, 1)).T, flat.T)
         if own:
             means += [chances.astype(np.float64), (chances * first).astype(np.float64)]
             for block, part in ((offsets, mass), (slopes, mass * first)):
-                cross = np.einsum("qaf,qa->fa", cube, part, optimize=True)
+                cross = (cube * part[:, :, np.newaxis]).sum(axis=0, dtype=np.float64).T
                 square[:f, block] += cross
                 square[block, :f] += cross.T
             for row, column, part in (
@@ -647,13 +655,13 @@ def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, 
                 square[row, column] += np.diag(part.sum(axis=0, dtype=np.float64))
             square[slopes, slopes] += np.diag((mass * first**2).sum(axis=0, dtype=np.float64))
         joined = np.concatenate(means, axis=1)
-        return np.asarray(square - (joined * chosen[:, np.newaxis]).T @ joined)
+        return np.asarray(square - long_products((joined * chosen[:, np.newaxis]).T, joined.T))
 
     weights = np.zeros(f + 2 * groups)
     value, chances = likelihood(weights)
     for _ in range(_NEWTON_STEPS):
         mass = chances * chosen[:, np.newaxis].astype(np.float32)
-        step = np.linalg.solve(hessian(chances, mass), wanted - sums(mass) - ridge * weights)
+        step = solve(hessian(chances, mass), wanted - sums(mass) - ridge * weights)
         size = 1.0
         while size > 1e-3:
             new_value, new_chances = likelihood(weights + size * step)

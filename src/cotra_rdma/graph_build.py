@@ -46,6 +46,7 @@ from cotra_rdma.compass import CALIBRATION_K, Calibration, HeldOut, calibrate, h
 from cotra_rdma.datasets import VectorFile, open_vectors
 from cotra_rdma.engine import ImageInfo
 from cotra_rdma.errors import FormatError
+from cotra_rdma.exact import long_products
 from cotra_rdma.global_graph import GraphPlan, channel_of_file, link_shard
 from cotra_rdma.kmeans import Clusters, normalised
 from cotra_rdma.messages import BuildExchangeRequest, CentroidTable
@@ -486,7 +487,7 @@ def scatter(
     """
     rows = normalised(some) if metric == "cosine" else some.astype(np.float32)
     gaps = rows - centroids[lists]
-    return np.asarray((gaps.T @ gaps).astype(np.float64) * (count / len(some)))
+    return long_products(gaps.T, gaps.T) * (count / len(some))
 
 
 @dataclass(frozen=True, slots=True)

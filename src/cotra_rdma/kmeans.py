@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.exact import products
 
 Floats = npt.NDArray[np.float32]
 Parts = npt.NDArray[np.int32]
@@ -145,7 +146,7 @@ def nearest_centroids(
 def normalised(rows: npt.ArrayLike) -> Floats:
     """Rows as float32[n, dim] of length 1; a zero row stays zero, as in hnswlib."""
     wide = np.asarray(rows, np.float64)
-    unit: Floats = (wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-30)).astype(np.float32)
+    unit: Floats = (wide / np.maximum(np.sqrt(np.square(wide).sum(axis=-1, keepdims=True)), 1e-30)).astype(np.float32)
     return unit
 
 
@@ -239,7 +240,7 @@ def _nearest(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> tuple
     half = np.square(centroids).sum(axis=1) / 2
 
     def of(piece: Floats) -> tuple[Parts, Floats]:
-        scores = piece @ centroids.T
+        scores = products(piece, centroids).astype(np.float32)
         scores -= half
         best = scores.argmax(axis=1)
         gaps = np.square(piece).sum(axis=1) - 2 * scores[np.arange(len(piece)), best]
@@ -254,7 +255,7 @@ def squared_distances(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor)
     squares = np.square(centroids).sum(axis=1)
 
     def of(piece: Floats) -> Floats:
-        found: Floats = piece @ centroids.T
+        found = products(piece, centroids).astype(np.float32)
         found *= -2
         found += squares
         found += np.square(piece).sum(axis=1)[:, np.newaxis]
