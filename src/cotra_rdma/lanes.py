@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
@@ -18,6 +18,7 @@ from cotra_rdma.expansions import Expansions
 from cotra_rdma.ivf import MAX_PROBE, SpireEngine
 from cotra_rdma.job import Answer, OutOfTimeError, SearchJob
 from cotra_rdma.peer import Peer
+from cotra_rdma.stop import wait_for
 
 Executor = Callable[[], ThreadPoolExecutor]
 _Key = tuple[tuple[Peer, ...], frozenset[Peer]]
@@ -270,7 +271,14 @@ class LanePool:
         n_parts = min(n_threads, len(job.queries))
         if n_parts <= 1:
             return search(job)
-        running = [self._executor().submit(search, part) for part in job.split(n_parts)]
+        running: list[Future[Answer]] = []
+        try:
+            for part in job.split(n_parts):
+                running.append(self._executor().submit(search, part))
+        except BaseException:  # Ctrl-C for one; those that have begun let their lanes go
+            job.stop.set()
+            wait_for(running)
+            raise
         job.stop.wait(running)
         for error in [part.exception() for part in running]:
             if error is not None:
