@@ -13,6 +13,8 @@ const char *cotra_status_name(int status)
         return "ok";
     case COTRA_AGAIN:
         return "again";
+    case COTRA_PAUSED:
+        return "paused";
     case COTRA_ERR_ARGUMENT:
         return "invalid argument";
     case COTRA_ERR_NO_MEMORY:
@@ -43,6 +45,8 @@ const char *cotra_status_name(int status)
         return "the shard was rebuilt";
     case COTRA_ERR_TRANSPORT:
         return "path to the peer broke";
+    case COTRA_ERR_CANCELLED:
+        return "given up";
     default:
         return "unknown status";
     }

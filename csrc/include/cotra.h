@@ -26,6 +26,7 @@
 typedef enum cotra_status {
     COTRA_OK = 0,
     COTRA_AGAIN = 1,            /* back-pressure: nothing is wrong, poll and call again */
+    COTRA_PAUSED = 2,           /* a search stopped half-way, as it was asked to: it can be resumed */
     COTRA_ERR_ARGUMENT = -1,    /* the caller's value is out of its range */
     COTRA_ERR_NO_MEMORY = -2,   /* malloc or mmap refused */
     COTRA_ERR_SYSTEM = -3,      /* a system call failed: see sys_errno */
@@ -40,7 +41,8 @@ typedef enum cotra_status {
     COTRA_ERR_CLOSED = -12,     /* the channel or queue pair is gone */
     COTRA_ERR_LOSSY = -13,      /* a vector cannot be held exactly by the vector type asked for */
     COTRA_ERR_TRANSPORT = -14,  /* the path to a peer broke, without a completion that says how */
-    COTRA_ERR_STALE = -15       /* the shard was rebuilt since its header was read */
+    COTRA_ERR_STALE = -15,      /* the shard was rebuilt since its header was read */
+    COTRA_ERR_CANCELLED = -16   /* a search was given up: see cotra_watch */
 } cotra_status;
 
 typedef struct cotra_error {
@@ -427,6 +429,12 @@ int cotra_channel_read_loop(cotra_channel *channel, const uint64_t *offsets, uin
 typedef struct cotra_view cotra_view;
 typedef struct cotra_engine cotra_engine;
 
+/* What a running search looks at, and tells: memory of its caller's. Several searches may share it. */
+typedef struct cotra_watch {
+    uint64_t stop; /* not 0: the search ends with COTRA_ERR_CANCELLED. Any thread may set it at any time */
+    uint64_t done; /* queries answered; searches only add to it */
+} cotra_watch;
+
 typedef struct cotra_search_params {
     uint32_t k;
     uint32_t ef;         /* k <= ef */
@@ -435,6 +443,10 @@ typedef struct cotra_search_params {
     uint64_t timeout_ns; /* the longest wait for any one READ; 0: 5 s */
     uint32_t numbers;    /* not 0: answers are node numbers in place of labels */
     uint32_t most;       /* records that a walk expands at most; 0: as many as it takes */
+    uint64_t
+        deadline_ns;    /* on cotra_clock_ns: a search that is not over by then ends with COTRA_ERR_DEADLINE; 0: none */
+    uint64_t pause_ns;  /* it stops half-way with COTRA_PAUSED once it ran for so long; 0: never */
+    cotra_watch *watch; /* or NULL */
 } cotra_search_params;
 
 typedef struct cotra_query_stats {
@@ -533,14 +545,16 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
                         const cotra_search_params *params, const cotra_search_scope *scope, int64_t *labels,
                         float *distances, cotra_query_stats *stats, cotra_error *err);
 /* A search stops half-way, and cotra_engine_resume goes on with it,
+ *  - with COTRA_PAUSED, after pause_ns: nothing has to be done before it goes on, with another pause_ns.
  *  - with COTRA_AGAIN where all that is left waits for owners: for each shard with pushes, the nodes that
  *    cotra_engine_get_pushes tells, and cotra_engine_take_expansions takes the answers of;
  *  - with an error whose `shard` is one of the engine's: that one failed. cotra_engine_replace puts another way to the
  *    same image in its place, or none: then the search goes on without its nodes. What was posted or pushed to the old
  *    one is asked for again; the old one must outlive the search. Without it, the search cannot go on.
  * All that was given to cotra_engine_search must stay as it was until the search is over. An engine with a shard that
- * failed can finish its search, and begins no other. */
-int cotra_engine_resume(cotra_engine *engine, cotra_error *err);
+ * failed can finish its search, and begins no other. One whose search was cancelled, ran out of time or was left
+ * half-way is only destroyed: READs may still land in the slots of its channels. */
+int cotra_engine_resume(cotra_engine *engine, uint64_t pause_ns, cotra_error *err);
 /* The nodes that wait for the shard's owner, those of one query one after the other; valid until the next call. */
 void cotra_engine_get_pushes(const cotra_engine *engine, uint32_t shard, const cotra_push **out, uint64_t *n);
 /* The owner's answers to all of them, in the same order. COTRA_ERR_FORMAT where they do not fit; nothing is taken then.
@@ -583,6 +597,9 @@ typedef struct cotra_spire_params {
     uint32_t n_rerank;   /* vectors that are read in round 2, k at least; 0: as many as the estimates' error asks for */
     uint32_t inflight;   /* queries at once; 0: chosen from the channels */
     uint64_t timeout_ns; /* the longest wait for any one READ; 0: 5 s */
+    uint64_t deadline_ns; /* these three as in cotra_search_params */
+    uint64_t pause_ns;
+    cotra_watch *watch;
 } cotra_spire_params;
 
 typedef struct cotra_spire_stats {
@@ -607,6 +624,8 @@ int cotra_spire_create(cotra_view *const *views, cotra_ivf_table *const *tables,
 int cotra_spire_search(cotra_spire *engine, const float *queries, uint64_t n_queries, const cotra_spire_params *params,
                        const cotra_search_scope *scope, int64_t *labels, float *distances, int32_t *shards,
                        cotra_spire_stats *stats, cotra_error *err);
+/* Goes on after COTRA_PAUSED. */
+int cotra_spire_resume(cotra_spire *engine, uint64_t pause_ns, cotra_error *err);
 void cotra_spire_destroy(cotra_spire *engine);
 
 /* Merges sorted answers of n_shards (laid out as above) by distance, then shard, then label; a label that came from

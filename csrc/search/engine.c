@@ -329,8 +329,9 @@ static int choose_walks(const cotra_engine *engine, const cotra_search_params *p
 }
 
 /* Runs, or goes on; an error that no shard is to blame for ends the search. */
-static int run(cotra_engine *engine, cotra_error *err)
+static int run(cotra_engine *engine, uint64_t pause_ns, cotra_error *err)
 {
+    cotra_lookout_pause_in(&engine->lookout, pause_ns);
     const int status = cotra_engine_run(engine, err);
     if (status < 0)
         engine->broken = 1;
@@ -378,8 +379,13 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
                           (unsigned long long)n_queries);
     engine->queries = queries;
     engine->n_queries = n_queries;
-    engine->next_task = 0;
+    engine->next_task = engine->finished = 0;
+    engine->since_look = COTRA_LOOK_AFTER; /* it looks before anything else; after a pause, not before some work */
     engine->active = 0;
+    engine->lookout = (cotra_lookout){
+        .watch = params->watch,
+        .deadline_ns = params->deadline_ns,
+    };
     engine->labels = labels;
     engine->distances = distances;
     engine->stats = stats;
@@ -394,14 +400,14 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     const uint32_t n_start = engine->n_spaces * (NEAR_READS > 2 * params->beam ? NEAR_READS / params->beam : 2);
     engine->started = 0;
     engine->n_start = n_start < n_walks && !params->inflight ? n_start : n_walks;
-    return run(engine, err);
+    return run(engine, params->pause_ns, err);
 }
 
-int cotra_engine_resume(cotra_engine *engine, cotra_error *err)
+int cotra_engine_resume(cotra_engine *engine, uint64_t pause_ns, cotra_error *err)
 {
     if (!engine->started_ns)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "no search is half-way");
-    return run(engine, err);
+    return run(engine, pause_ns, err);
 }
 
 void cotra_engine_get_pushes(const cotra_engine *engine, uint32_t shard, const cotra_push **out, uint64_t *n)

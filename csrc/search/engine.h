@@ -13,6 +13,7 @@
 #ifndef COTRA_SEARCH_ENGINE_H
 #define COTRA_SEARCH_ENGINE_H
 
+#include "search/lookout.h"
 #include "search/walk.h"
 #include "transport/transport.h"
 
@@ -44,6 +45,8 @@ typedef struct cotra_running {
     uint32_t expanded; /* of the frontier, from its beginning */
 } cotra_running;
 
+enum { COTRA_LOOK_AFTER = 1024 }; /* expansions: 0.5 ms, or 10 of the longest vectors */
+
 extern const uint8_t cotra_marks[2];
 #define COTRA_TOLD (&cotra_marks[0])
 #define COTRA_LOST (&cotra_marks[1])
@@ -64,6 +67,9 @@ struct cotra_engine {
     const float *queries;
     const uint8_t *mask; /* NULL, or [n_queries, n_shards] */
     uint64_t n_queries, next_task, timeout_ns;
+    uint64_t finished; /* tasks that are over, those that the mask leaves out included */
+    cotra_lookout lookout;
+    uint32_t since_look; /* work done since, about in expansions */
     uint32_t active;
     uint32_t started, n_start; /* walks that run, and that should */
     int64_t *labels;
@@ -85,7 +91,8 @@ static inline int cotra_at_shard(cotra_error *err, uint32_t shard, int status)
     return status;
 }
 
-/* Goes on until the search is over, or all that is left waits for owners: COTRA_AGAIN. */
+/* Goes on until the search is over, or all that is left waits for owners: COTRA_AGAIN; or until it is to pause:
+ * COTRA_PAUSED. */
 int cotra_engine_run(cotra_engine *engine, cotra_error *err);
 /* What was not expanded of a shard is asked for again, by the lane as it is now; where the shard is lost, it is given
  * up. */

@@ -12,6 +12,7 @@
 
 enum { POLL_BATCH = 64 };
 enum { IDLE_TURNS = 1024 }; /* between looks at the clock, which is a system call on some machines */
+enum { BEGIN_WORK = 8 };    /* what it takes to begin a task, in expansions */
 
 const uint8_t cotra_marks[2];
 
@@ -26,6 +27,13 @@ static int post_queue(cotra_lane *to, cotra_error *err)
     if (to->queued && posted)
         memmove(to->queue, to->queue + posted, to->queued * sizeof *to->queue);
     return status < 0 ? status : COTRA_OK;
+}
+
+/* Tasks are begun in the order of the queries: so many of them are as good as a query that is answered. */
+static void note_task(cotra_engine *engine)
+{
+    if (++engine->finished % engine->n_spaces == 0)
+        cotra_lookout_note(&engine->lookout);
 }
 
 static void finish(cotra_engine *engine, cotra_running *run)
@@ -59,6 +67,7 @@ static void finish(cotra_engine *engine, cotra_running *run)
     stats->rounds = walk->stats.rounds > stats->rounds ? walk->stats.rounds : stats->rounds;
     stats->latency_ns = latency > stats->latency_ns ? latency : stats->latency_ns;
     engine->active--;
+    note_task(engine);
 }
 
 static cotra_lane *lane_of(cotra_engine *engine, const cotra_running *run, uint32_t i)
@@ -185,11 +194,12 @@ static int post_frontier(cotra_engine *engine, cotra_running *run, cotra_error *
 static int begin_task(cotra_engine *engine, cotra_running *run, cotra_error *err)
 {
     const uint64_t n_tasks = engine->n_queries * engine->n_spaces;
-    while (engine->next_task < n_tasks && is_left_out(engine, engine->next_task))
-        engine->next_task++;
+    for (; engine->next_task < n_tasks && is_left_out(engine, engine->next_task); engine->next_task++)
+        note_task(engine);
     if (engine->next_task == n_tasks)
         return 0;
     const uint64_t task = engine->next_task++;
+    engine->since_look += BEGIN_WORK;
     run->query = task / engine->n_spaces;
     run->space = (uint32_t)(task % engine->n_spaces);
     engine->active++;
@@ -203,13 +213,24 @@ static int begin_task(cotra_engine *engine, cotra_running *run, cotra_error *err
 }
 
 /* Expands the frontier, chooses the next one and queues its READs, again where the cache has all of it; at the walk's
- * end, takes the next task. */
+ * end, takes the next task. Where it pauses before that, nothing of the frontier is missing, and it can be called
+ * again.
+ */
 static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
 {
     cotra_running *run = &engine->walks[w];
     cotra_walk *walk = &run->walk;
     do {
-        int status = walk->view ? expand(engine, run, err) : COTRA_OK;
+        int status = COTRA_OK;
+        engine->since_look += walk->frontier_count;
+        if (engine->since_look >= COTRA_LOOK_AFTER) {
+            engine->since_look = 0;
+            status = cotra_look(&engine->lookout, err);
+            if (status)
+                return status;
+        }
+        if (walk->view)
+            status = expand(engine, run, err);
         if (!status && walk->view)
             status = cotra_walk_choose(walk, err);
         if (status)
@@ -230,7 +251,7 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
     return post_frontier(engine, run, err);
 }
 
-/* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */
+/* One turn over one shard's channel: completions, then what is queued. Returns COTRA_AGAIN when something happened. */
 static int turn(cotra_engine *engine, uint32_t shard, cotra_error *err)
 {
     cotra_lane *lane = &engine->lanes[shard];
@@ -272,17 +293,23 @@ static int turn(cotra_engine *engine, uint32_t shard, cotra_error *err)
     }
     if (n || queued != lane->queued) {
         lane->last_progress_ns = 0;
-        return 1;
+        return COTRA_AGAIN;
     }
     if ((lane->outstanding || lane->queued) && ++lane->idle_turns == IDLE_TURNS) {
         lane->idle_turns = 0;
-        uint64_t now = cotra_clock_ns();
+        status = cotra_look(&engine->lookout, err);
+        const int is_late = status == COTRA_ERR_DEADLINE;
+        if (status && !is_late)
+            return status;
+        const uint64_t now = cotra_clock_ns();
         if (lane->last_progress_ns == 0)
             lane->last_progress_ns = now;
-        else if (now - lane->last_progress_ns > engine->timeout_ns)
+        const uint64_t silent_ns = now - lane->last_progress_ns;
+        if (silent_ns > (is_late ? engine->timeout_ns / 2 : engine->timeout_ns)) /* it is what the search waited for */
             return cotra_at_shard(err, shard,
                                   cotra_fail(err, COTRA_ERR_DEADLINE, "a READ did not complete within %llu ms",
-                                             (unsigned long long)(engine->timeout_ns / 1000000u)));
+                                             (unsigned long long)(silent_ns / 1000000u)));
+        return status;
     }
     return 0;
 }
@@ -301,7 +328,7 @@ static int wire_is_silent(const cotra_engine *engine)
 int cotra_engine_run(cotra_engine *engine, cotra_error *err)
 {
     for (uint32_t w = 0; w < engine->started; w++) { /* those that were left half-way, or that owners answered */
-        int status = engine->walks[w].walk.view && engine->walks[w].missing == 0 ? advance(engine, w, err) : COTRA_OK;
+        int status = engine->walks[w].missing == 0 ? advance(engine, w, err) : COTRA_OK;
         if (status)
             return status;
     }
@@ -316,9 +343,9 @@ int cotra_engine_run(cotra_engine *engine, cotra_error *err)
             if (!engine->lanes[s].channel)
                 continue;
             int status = turn(engine, s, err);
-            if (status < 0)
+            if (status < 0 || status == COTRA_PAUSED)
                 return status;
-            busy |= status;
+            busy |= status == COTRA_AGAIN;
         }
         if (busy)
             continue;

@@ -7,6 +7,7 @@
  * so a landing buffer is never looked at later.
  */
 #include "base/status.h"
+#include "search/lookout.h"
 #include "search/probe.h"
 #include "transport/transport.h"
 
@@ -18,6 +19,7 @@ enum { MAX_K = 1 << 20, MAX_INFLIGHT = 64, AUTO_RERANK = 1024, AUTO_RERANK_OF_K 
  * latency.
  */
 enum { INFLIGHT_FAR = 8, INFLIGHT_NEAR = 2 };
+enum { LOOK_AFTER = 256, BEGIN_WORK = 64 }; /* READs worked off, and what it takes to begin a query */
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 typedef struct pending {
@@ -61,8 +63,11 @@ struct cotra_spire {
     /* the call in progress */
     const float *queries;
     const uint8_t *mask;
-    uint64_t n_queries, next_query;
+    uint64_t n_queries, next_query, timeout_ns;
     uint32_t active;
+    uint32_t since_look; /* work done since, in READs */
+    int is_half_way;
+    cotra_lookout lookout;
     int64_t *labels;
     float *distances;
     int32_t *answer_shards;
@@ -286,6 +291,7 @@ static void finish(cotra_spire *engine, running *run)
     engine->stats[run->query] = run->probe.stats;
     run->round = 0;
     engine->active--;
+    cotra_lookout_note(&engine->lookout);
 }
 
 /* Goes on to the round, or the query, that has something to read. */
@@ -304,6 +310,7 @@ static void advance(cotra_spire *engine, uint32_t r)
         run->query = engine->next_query++;
         run->started_ns = cotra_clock_ns();
         engine->active++;
+        engine->since_look += BEGIN_WORK;
         cotra_probe_begin(&run->probe, engine->queries + run->query * engine->dim,
                           engine->mask ? engine->mask + run->query * engine->n_shards : NULL);
         queue_lists(engine, r);
@@ -327,7 +334,7 @@ static int take_completion(cotra_spire *engine, const cotra_completion *completi
 }
 
 /* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */
-static int turn(cotra_spire *engine, lane *lane_, uint64_t timeout_ns, cotra_error *err)
+static int turn(cotra_spire *engine, lane *lane_, cotra_error *err)
 {
     cotra_completion completions[BATCH];
     uint32_t n = 0;
@@ -344,6 +351,7 @@ static int turn(cotra_spire *engine, lane *lane_, uint64_t timeout_ns, cotra_err
         if (status)
             return status;
     }
+    engine->since_look += n ? n : 1;
     if (n) {
         lane_->last_progress_ns = 0;
         return 1;
@@ -351,20 +359,26 @@ static int turn(cotra_spire *engine, lane *lane_, uint64_t timeout_ns, cotra_err
     const uint64_t now = cotra_clock_ns();
     if (lane_->last_progress_ns == 0)
         lane_->last_progress_ns = now;
-    else if (now - lane_->last_progress_ns > timeout_ns)
+    const int is_late = engine->lookout.deadline_ns && now >= engine->lookout.deadline_ns;
+    const uint64_t silent_ns = now - lane_->last_progress_ns;
+    if (silent_ns > (is_late ? engine->timeout_ns / 2 : engine->timeout_ns)) /* it is what the search waited for */
         return cotra_fail(err, COTRA_ERR_DEADLINE, "a READ did not complete within %llu ms",
-                          (unsigned long long)(timeout_ns / 1000000u));
+                          (unsigned long long)(silent_ns / 1000000u));
     return 0;
 }
 
-static int run_all(cotra_spire *engine, uint64_t timeout_ns, cotra_error *err)
+static int run_all(cotra_spire *engine, cotra_error *err)
 {
-    for (uint32_t r = 0; r < engine->n_runs; r++)
-        advance(engine, r);
     while (engine->active) {
         int busy = 0;
+        if (engine->since_look >= LOOK_AFTER) {
+            engine->since_look = 0;
+            int status = cotra_look(&engine->lookout, err);
+            if (status)
+                return status;
+        }
         for (uint32_t s = 0; s < engine->n_shards; s++) {
-            int status = turn(engine, &engine->lanes[s], timeout_ns, err);
+            int status = turn(engine, &engine->lanes[s], err);
             if (status < 0) {
                 if (err)
                     err->shard = (int32_t)s;
@@ -381,10 +395,20 @@ static int run_all(cotra_spire *engine, uint64_t timeout_ns, cotra_error *err)
     return COTRA_OK;
 }
 
+/* Runs, or goes on. */
+static int run(cotra_spire *engine, uint64_t pause_ns, cotra_error *err)
+{
+    cotra_lookout_pause_in(&engine->lookout, pause_ns);
+    const int status = run_all(engine, err);
+    engine->broken = status < 0;
+    engine->is_half_way = status > 0;
+    return status;
+}
+
 static int check_params(const cotra_spire *engine, const cotra_spire_params *params, const cotra_search_scope *scope,
                         cotra_error *err)
 {
-    if (engine->broken)
+    if (engine->broken || engine->is_half_way)
         return cotra_fail(err, COTRA_ERR_CLOSED, "this engine's channels broke in an earlier search");
     if (params->k < 1 || params->k > MAX_K)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "k must be in [1, %d], not %u", MAX_K, params->k);
@@ -452,12 +476,25 @@ int cotra_spire_search(cotra_spire *engine, const float *queries, uint64_t n_que
     engine->mask = scope ? scope->mask : NULL;
     engine->n_queries = n_queries;
     engine->next_query = 0;
+    engine->since_look = LOOK_AFTER; /* it looks before anything else; after a pause, not before some work */
     engine->active = 0;
     engine->labels = labels;
     engine->distances = distances;
     engine->answer_shards = shards;
     engine->stats = stats;
-    status = run_all(engine, params->timeout_ns ? params->timeout_ns : DEFAULT_TIMEOUT_NS, err);
-    engine->broken = status != COTRA_OK;
-    return status;
+    engine->timeout_ns = params->timeout_ns ? params->timeout_ns : DEFAULT_TIMEOUT_NS;
+    engine->lookout = (cotra_lookout){
+        .watch = params->watch,
+        .deadline_ns = params->deadline_ns,
+    };
+    for (uint32_t r = 0; r < engine->n_runs; r++)
+        advance(engine, r);
+    return run(engine, params->pause_ns, err);
+}
+
+int cotra_spire_resume(cotra_spire *engine, uint64_t pause_ns, cotra_error *err)
+{
+    if (!engine->is_half_way)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "no search is half-way");
+    return run(engine, pause_ns, err);
 }

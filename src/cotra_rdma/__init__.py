@@ -24,6 +24,7 @@ from cotra_rdma.errors import (
     MemlockError,
     PartialResultError,
     PeerError,
+    SearchCancelledError,
     StaleShardError,
     TransportError,
     VerbsUnavailableError,
@@ -35,6 +36,7 @@ from cotra_rdma.scatter_gather import ScatterGather, SeamResult, ShardOutcome, S
 from cotra_rdma.seam import VectorShardSeam
 from cotra_rdma.server import Server, serve
 from cotra_rdma.shard import Shard
+from cotra_rdma.stop import Stop
 from cotra_rdma.verbs import QueuePairOptions, register
 
 __version__ = version("cotra-rdma")
@@ -63,6 +65,7 @@ __all__ = [
     "QueuePairOptions",
     "ScatterGather",
     "SeamResult",
+    "SearchCancelledError",
     "SearchResult",
     "Server",
     "ServerKeys",
@@ -71,6 +74,7 @@ __all__ = [
     "ShardStatus",
     "Spire",
     "StaleShardError",
+    "Stop",
     "TransportError",
     "VectorShardSeam",
     "VerbsUnavailableError",

@@ -35,6 +35,7 @@ _SIMPLE: dict[int, type[errors.CotraError]] = {
     lib.COTRA_ERR_LOSSY: errors.LossyVectorError,
     lib.COTRA_ERR_TRANSPORT: errors.TransportError,
     lib.COTRA_ERR_STALE: errors.StaleShardError,
+    lib.COTRA_ERR_CANCELLED: errors.SearchCancelledError,
     lib.COTRA_ERR_SYSTEM: errors.CotraError,
 }
 

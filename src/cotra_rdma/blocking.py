@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from cotra_rdma.errors import ClosedError
+from cotra_rdma.stop import wait_for
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ class LoopThread:
         """
         future = self.submit(coroutine)
         try:
+            wait_for([future])
             return future.result()
         except CancelledError:
             raise ClosedError(f"{self._name} was closed meanwhile") from None

@@ -27,6 +27,7 @@ from cotra_rdma.engine import COUNTS, STATS_DTYPE, CacheInfo
 from cotra_rdma.errors import (
     ClosedError,
     CotraError,
+    DeadlineError,
     FormatError,
     InvalidInputError,
     PartialResultError,
@@ -46,6 +47,7 @@ from cotra_rdma.region import MemoryRegion
 from cotra_rdma.replicas import Owner, Replicas, Tried
 from cotra_rdma.result import SearchResult
 from cotra_rdma.rpc import ClientKeys
+from cotra_rdma.stop import Progress, Stop
 from cotra_rdma.verbs import QueuePairOptions
 from cotra_rdma.wire import fields_of
 
@@ -383,7 +385,7 @@ class Cluster:
         n_threads: int = 1,
         *,
         inflight: int = 0,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
         shards: npt.ArrayLike | None = None,
         allow_partial: bool | None = None,
@@ -391,6 +393,8 @@ class Cluster:
         target_recall: float = DEFAULT_TARGET,
         owner_cpu: bool = False,
         explain: bool = False,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
     ) -> SearchResult:
         """The k nearest vectors of each query, over all shards.
 
@@ -402,6 +406,9 @@ class Cluster:
         Where an owner fails in the middle, the search goes on over another of the same shard, and where there is none without
         the shard.
 
+        Ctrl-C ends a search that was called in Python's main thread, however many threads share it: the owners and the other
+        threads are told, and `KeyboardInterrupt` is raised. `stop` ends one in any thread. The cluster can be used as before.
+
         Args:
             queries: float32[n_queries, dim] or float32[dim].
             k: answers for each query, k <= ef. With fewer vectors than k, places stay empty (-1, inf).
@@ -410,7 +417,9 @@ class Cluster:
             beam: nodes expanded a round at most: a wider one needs fewer rounds. Not for "spire".
             n_threads: threads that share the queries, each with its own queue pairs.
             inflight: queries in progress at once in each thread; 0: chosen for the transport.
-            timeout_s: the longest wait for one READ, or for an owner's answer over RPC.
+            timeout_s: how long the whole search may take, whatever it waits for. What it waits for at one time has less, where it
+                can go on without it: half of the time that is left. None: as long as it goes on; a READ, and an owner's answer
+                to one message, are waited for 5 s.
             filters: for each shard which of its rows may be returned: None (all), bool[count], or a bitmap (bit i of byte
                 i // 8, lowest first, is local row i). Under a selective filter more of the graph is walked, or just the
                 rows that it lets through are read.
@@ -433,15 +442,20 @@ class Cluster:
                 answers, the others are asked, too.
             owner_cpu: whether "auto" may let owners search whose memory could be read.
             explain: have the cost model's predictions in the result, for any algorithm.
+            progress: hears of queries that were answered, some times a second.
+            stop: what another thread may end the search by.
 
         Raises:
             InvalidInputError: a wrong dim, NaN or infinity, k > ef, a filter of another length. TransportError and those
             below it: a shard failed; the error's `shard` tells which. It is a `PartialResultError`, with what the others
             answered in its `result`, where that is to be had: when the shard was asked over RPC.
+            DeadlineError: the search was not over within `timeout_s`; it names a shard where that one kept it waiting.
+            SearchCancelledError: `stop` was set.
         """
         self._begin_search(n_threads)
+        stop = stop or Stop()
         try:
-            job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards)
+            job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards, stop, progress)
             run = partial(
                 self._search,
                 n_threads=n_threads,
@@ -455,6 +469,11 @@ class Cluster:
             if result.algorithm.startswith("compass"):
                 result = self._fill(result, job, partial(run, algorithm=base))
             return result
+        except DeadlineError as error:
+            raise stop.late(error, timeout_s) from None
+        except BaseException:
+            stop.set()  # for all that still works for it
+            raise
         finally:
             self._end_search()
 
@@ -551,7 +570,7 @@ class Cluster:
         """
         assert self._planner is not None
         with self._searching(1):
-            return self._planner.homes(self._job(queries, 1, 1, 1, 0, DEFAULT_TIMEOUT_S, None, None))
+            return self._planner.homes(self._job(queries, 1, 1, 1, 0, None, None, None, Stop()))
 
     def walk(
         self,
@@ -562,7 +581,7 @@ class Cluster:
         n_threads: int = 1,
         *,
         inflight: int = 0,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
     ) -> Answer:
         """The one-sided part of `search`, by shard and not merged, for algorithms that merge it with other answers.
@@ -574,12 +593,17 @@ class Cluster:
             shards that are read over verbs or shm, in their order; and one `STATS_DTYPE` record for each query.
         """
         with self._searching(n_threads):
-            job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, None)
+            stop = Stop()
+            job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, None, stop)
             peers = self._one_sided
             if not peers:
                 shape = (0, len(job.queries), k)
                 return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(job.queries), STATS_DTYPE)
-            return self._lanes.search(peers, job.of_shards([peer.index for peer in peers]), n_threads)[0]
+            stop.expect(len(job.queries))
+            try:
+                return self._lanes.search(peers, job.of_shards([peer.index for peer in peers]), n_threads)[0]
+            except DeadlineError as error:
+                raise stop.late(error, timeout_s) from None
 
     def _begin_search(self, n_threads: int) -> None:
         """`close` waits for its end (`_end_search`). Raises `ClosedError` once closed."""
@@ -611,10 +635,13 @@ class Cluster:
         ef: int,
         beam: int,
         inflight: int,
-        timeout_s: float,
+        timeout_s: float | None,
         filters: Sequence[npt.ArrayLike | bytes | None] | None,
         shards: npt.ArrayLike | None,
+        stop: Stop,
+        progress: Progress | None = None,
     ) -> SearchJob:
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         rows, n_shards = check_queries(queries, self.dim), len(self._peers)
         check_search(k, ef, beam, inflight, timeout_s)
         packed = None
@@ -629,7 +656,9 @@ class Cluster:
                 raise InvalidInputError(
                     f"shards must be bool[{len(rows)}, {n_shards}], not {mask.dtype}{list(mask.shape)}"
                 )
-        return SearchJob(rows, k, ef, beam, inflight, timeout_s, packed, mask)
+        stop.begin(len(rows), progress)
+        wait_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+        return SearchJob(rows, k, ef, beam, inflight, wait_s, stop, packed, mask, deadline)
 
     def _note(
         self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
@@ -695,8 +724,8 @@ class Cluster:
     # ---- the end ----
 
     def close(self) -> None:
-        """Closes lanes, then connections. Searches in progress in other threads are waited for, as long as their own time-outs
-        let them go on; those that come later raise `ClosedError`. Idempotent; one that was interrupted is done by the next."""
+        """Closes lanes, then connections. Searches in progress in other threads are waited for (a `Stop` ends one); those
+        that come later raise `ClosedError`. Idempotent; one that was interrupted is done by the next."""
         with self._lock:
             self._closing = True
             while self._n_searches:

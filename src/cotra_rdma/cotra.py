@@ -30,6 +30,7 @@ from cotra_rdma.scatter_gather import (
 )
 from cotra_rdma.seam import ShardRef, VectorShardSeam
 from cotra_rdma.server import Server
+from cotra_rdma.stop import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class CoTraRdma(VectorShardSeam):
         n_threads: int = 1,
         *,
         inflight: int = 0,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
         allow_partial: bool = False,
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
     ) -> SeamResult:
@@ -104,7 +105,7 @@ class CoTraRdma(VectorShardSeam):
 
         Args:
             queries, k, ef, beam, n_threads, inflight: as `Cluster.search`.
-            timeout_s: the longest wait for one READ, and for all answers over RPC.
+            timeout_s: how long the whole search may take. None: the walk as long as it goes on, and 5 s for all answers over RPC.
             filters: as `Cluster.search`.
             allow_partial: return what there is when shards that are asked over RPC fail. A READ that fails raises anyway,
                 but for one graph, which is walked around a shard that has no owner left.
@@ -126,17 +127,21 @@ class CoTraRdma(VectorShardSeam):
                 bitmap = None if filters is None else pack_filter(filters[at], self._cluster.counts[at])
                 if bitmap is not None:
                     bitmaps[self._fallback.shards[place].vshard_id] = bitmap
-            asking = self._fallback.start_gather(queries, k, ef, beam, timeout_s=timeout_s, filters=bitmaps)
+            patience = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+            asking = self._fallback.start_gather(queries, k, ef, beam, timeout_s=patience, filters=bitmaps)
         try:
             walked = self._cluster.walk(
                 queries, k, ef, beam, n_threads, inflight=inflight, timeout_s=timeout_s, filters=filters
             )
+            walked_s = time.perf_counter() - begin
+            if asking is not None:
+                wait_for([asking])
+            asked = None if asking is None else asking.result()
         except BaseException:
             if asking is not None:
                 asking.cancel()
             raise
-        walked_s = time.perf_counter() - begin
-        gathered = self._together(walked, None if asking is None else asking.result(), walked_s)
+        gathered = self._together(walked, asked, walked_s)
         result = SeamResult(
             *merge(gathered.labels, gathered.distances),
             gathered.stats,
@@ -157,7 +162,7 @@ class CoTraRdma(VectorShardSeam):
         beam: int,
         n_threads: int,
         inflight: int,
-        timeout_s: float,
+        timeout_s: float | None,
         filters: Sequence[npt.ArrayLike | bytes | None] | None,
         *,
         allow_partial: bool,

@@ -49,6 +49,10 @@ class _Connection:
         sending.add_done_callback(sent)
         try:
             return await answer
+        except asyncio.CancelledError:
+            if len(self._waiting) == 1:  # by the end of the connection its owner knows; but others may wait for it, too
+                self.close(TransportError(f"{self.address}: a call was given up"))
+            raise
         finally:
             del self._waiting[number]
             sending.cancel()  # a request goes out whole or not at all

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -15,6 +17,7 @@ from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
 from cotra_rdma.errors import CotraError, FormatError, InvalidInputError
 from cotra_rdma.expansions import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
 from cotra_rdma.queries import check_rows, check_search
+from cotra_rdma.stop import LOOK_S, Stop
 
 Source = Channel | Arena | None
 """How the records of a shard are come by: see `Engine.create`."""
@@ -289,7 +292,8 @@ class Engine(Handle):
         engine = cls(out[0], *views, *sources, *given)
         engine._n_shards = len(views)
         engine._dim = views[0].info.dim
-        engine._params, engine._err = ffi.new("cotra_search_params *"), err
+        engine._params, engine._err = ffi.new("cotra_search_params *", {"pause_ns": PAUSE_NS}), err
+        engine._asked = None
         engine._replaced = []
         return engine
 
@@ -297,6 +301,7 @@ class Engine(Handle):
     _n_shards: int
     _dim: int
     _params: Any  # of the last search
+    _asked: tuple[float, ...] | None  # what is in them
     _err: Any
 
     def _destroy(self, ptr: Any) -> None:
@@ -315,6 +320,8 @@ class Engine(Handle):
         mask: npt.NDArray[np.bool_] | None = None,
         numbers: bool = False,
         helper: Helper | None = None,
+        deadline: float = math.inf,
+        stop: Stop | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         """Searches every shard for every query; the GIL is released. Shards of one graph (`global_graph`) are searched together,
         by one walk a query.
@@ -327,8 +334,11 @@ class Engine(Handle):
             filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
             mask: bool[n_queries, n_shards]: which shards each query is for.
             numbers: have node numbers (of the graph, over all its shards) in place of labels.
-            helper: asked half-way, without which a shard that fails is an error. After a failure the engine is of no use for
-                another search.
+            helper: asked half-way, without which a shard that fails is an error.
+            deadline: of the whole search, on `time.monotonic`'s clock: `DeadlineError`, which names no shard.
+            stop: ends it, and hears of its progress. In Python's main thread Ctrl-C ends it as well.
+
+        After a failure, and a search that was ended before its time, the engine is of no use for another one.
 
         Returns:
             labels int64[n_shards, n_queries, k] (-1 where there are fewer), distances float32 likewise (inf there), each
@@ -336,12 +346,15 @@ class Engine(Handle):
         """
         n = len(queries)
         queries = check_rows(queries, self._dim)
-        check_search(k, ef, beam, inflight, timeout_s)
-        params, err = self._params, self._err
-        params.k, params.ef, params.beam, params.inflight = k, ef, beam, inflight
-        params.timeout_ns = round(timeout_s * 1e9)
-        params.numbers = numbers
-        scope, _held = search_scope(filters, mask, n, self._n_shards)
+        params, err, asked = self._params, self._err, (k, ef, beam, inflight, timeout_s, numbers)
+        if asked != self._asked:  # most searches ask for what the one before did
+            check_search(k, ef, beam, inflight, timeout_s)
+            params.k, params.ef, params.beam, params.inflight = k, ef, beam, inflight
+            params.timeout_ns = round(timeout_s * 1e9)
+            params.numbers = numbers
+            self._asked = asked
+        _held = end_by(params, deadline, stop)
+        scope, _held_too = search_scope(filters, mask, n, self._n_shards)
         labels = np.empty((self._n_shards, n, k), np.int64)
         distances = np.empty((self._n_shards, n, k), np.float32)
         stats = np.empty(n, STATS_DTYPE)
@@ -357,6 +370,9 @@ class Engine(Handle):
             err,
         )
         while status:
+            if status == lib.COTRA_PAUSED:
+                status = lib.cotra_engine_resume(self.ptr, pause_ns(stop), err)
+                continue
             if helper is None or (status < 0 and (err.shard < 0 or status == lib.COTRA_ERR_NO_MEMORY)):
                 check(status, err)
                 raise InvalidInputError("some of the shards are expanded by their owners: that takes a helper")
@@ -364,8 +380,10 @@ class Engine(Handle):
                 self._replace(helper, _error_of(status, err))
             else:
                 self._push(helper)
+                if stop is not None:
+                    stop.tell()
             err.shard = -1
-            status = lib.cotra_engine_resume(self.ptr, err)
+            status = lib.cotra_engine_resume(self.ptr, PAUSE_NS, err)
         return labels, distances, stats
 
     @property
@@ -457,6 +475,29 @@ _FLOATS, _LABELS, _PLACES = ffi.typeof("float[]"), ffi.typeof("int64_t[]"), ffi.
 _STATS = ffi.typeof("cotra_query_stats[]")
 _PUSHES, _EXPANSIONS = ffi.typeof("cotra_push[]"), ffi.typeof("cotra_expansion[]")
 _NUMBERS = ffi.typeof("uint32_t[]")
+_WATCH = ffi.typeof("cotra_watch[]")
+PAUSE_NS = round(LOOK_S * 1e9)
+"""A search pauses first after so long; then as `pause_ns` says."""
+
+
+def end_by(params: Any, deadline: float, stop: Stop | None) -> Any:
+    """Says in the parameters of a search what ends it before its time; what it returns must live as long as the search."""
+    params.deadline_ns = 0 if deadline == math.inf else max(1, round(deadline * 1e9))
+    params.watch = watch = ffi.NULL if stop is None else _buffer(_WATCH, stop.memory)
+    return watch
+
+
+def pause_ns(stop: Stop | None) -> int:
+    """In a search's pause: how long until the next one.
+
+    Python handles signals, Ctrl-C for one, in its main thread only, and only between two calls of C. A search in another thread
+    is ended by who waits for it; it pauses no more, for each pause takes the GIL, unless somebody wants to hear of its progress.
+    """
+    if stop is not None and stop.is_heard:
+        stop.tell()
+    elif threading.get_ident() != threading.main_thread().ident:
+        return 0
+    return PAUSE_NS
 
 
 def search_scope(

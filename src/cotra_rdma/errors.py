@@ -78,7 +78,7 @@ class CompletionError(TransportError):
 
 
 class DeadlineError(TransportError, TimeoutError):
-    """Time ran out before a peer answered."""
+    """Time ran out: before a peer answered, or before a search was over."""
 
 
 class BoundsError(CotraError, IndexError):
@@ -87,6 +87,10 @@ class BoundsError(CotraError, IndexError):
 
 class ClosedError(CotraError):
     """The object was closed."""
+
+
+class SearchCancelledError(CotraError):
+    """A search was given up before its end: by `Stop.set`, or because who asked for it is gone."""
 
 
 class StaleShardError(FormatError):

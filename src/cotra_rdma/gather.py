@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cotra_rdma.engine import COUNTS, STATS_DTYPE, merge
 from cotra_rdma.errors import CotraError, FormatError, TransportError
-from cotra_rdma.job import Answer, SearchJob
+from cotra_rdma.job import Answer, OutOfTimeError, SearchJob
 from cotra_rdma.lanes import LanePool, OnlyAskedError, named
 from cotra_rdma.peer import LOST, Peer
 from cotra_rdma.plan import Plan
@@ -35,8 +35,10 @@ class Gatherer:
         answers: list[tuple[list[int], Answer]] = []
         failures: dict[int, CotraError] = {}
         calls: dict[int, Future[Answer]] = {}
+        stop = job.stop
 
         def ask(peer: Peer) -> None:
+            stop.expect(len(job.queries))
             calls[peer.index] = self._executor().submit(self._ask, peer, job.of_shards([peer.index]), lenient)
 
         near = []
@@ -48,6 +50,10 @@ class Gatherer:
                 ask(peer)
             else:
                 near.append(peer)
+        if near:
+            stop.expect(len(job.queries))
+        if lenient or self._replicas.has_spare:
+            job = job.with_a_spare()
         try:
             while near:
                 try:
@@ -59,13 +65,20 @@ class Gatherer:
                 except OnlyAskedError as error:
                     ask(self._replicas.peers[error.shard or 0])
                     near = [peer for peer in near if peer.index != error.shard]
+        except BaseException:
+            stop.set()
+            raise
         finally:
+            if calls:
+                stop.wait(calls.values())
             for shard, call in calls.items():
                 try:
                     labels, distances, stats = call.result()
                     answers.append(([shard], (labels[np.newaxis], distances[np.newaxis], stats)))
                 except CotraError as error:
                     failures[shard] = error
+        if calls:
+            stop.check()
         return answers, failures, plan if len(calls) == len(plan.asked) else plan._replace(asked=frozenset(calls))
 
     def _walk(
@@ -88,9 +101,13 @@ class Gatherer:
         """Has an owner search its shard, or another of the same shard where it fails, or answers what is none. `lenient`ly the
         last of them is given up too, so that the next search does not wait for it."""
         tried: set[Tried] = set()
+        if len(self._replicas.owners(peer.index)) > 1:
+            job = job.with_a_spare()
         while True:
             try:
                 return peer.search(job)
+            except OutOfTimeError:
+                raise
             except (TransportError, FormatError) as error:
                 other = None
                 if peer.transport != LOST:  # another search gave it up since this one was planned

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.engine import STATS_DTYPE
-from cotra_rdma.errors import CotraError, FormatError, PeerError, TransportError
+from cotra_rdma.errors import CotraError, FormatError, PeerError, SearchCancelledError, TransportError
 from cotra_rdma.gather import Gatherer, Merged, used_of
-from cotra_rdma.job import CollectionAnswer, SearchJob
+from cotra_rdma.job import CollectionAnswer, OutOfTimeError, SearchJob
 from cotra_rdma.peer import LOST, Peer
 from cotra_rdma.plan import Plan
 from cotra_rdma.replicas import Replicas
@@ -62,17 +62,22 @@ class Homes:
         here = np.array([peer.transport in ("own", LOST) for peer in peers])[homes]
         used = ["" for _ in peers]
         calls = {}
+        asking = job.with_a_spare()  # what a home does not answer is walked here
+        job.stop.expect(int((~here).sum()))
         for home in np.unique(homes[~here]).tolist():
             rows = np.flatnonzero(homes == home)
             calls[home] = (
                 rows,
-                self._executor().submit(self._ask_home, peers[home], job._replace(queries=job.queries[rows])),
+                self._executor().submit(self._ask_home, peers[home], asking._replace(queries=job.queries[rows])),
             )
+        job.stop.wait(call for _, call in calls.values())
         failures: dict[int, CotraError] = {}
         refusals = []
         for home, (rows, call) in calls.items():
             try:
                 told, places = call.result()
+            except SearchCancelledError:
+                raise
             except CotraError as error:
                 here[rows] = True
                 refusals += [error] if isinstance(error, PeerError) else []
@@ -124,6 +129,8 @@ class Homes:
             try:
                 told = owner.search_all(job)
                 return told, self._places(owner, told.images)
+            except OutOfTimeError:
+                raise
             except (TransportError, FormatError) as error:
                 log.warning("%s: its queries are walked elsewhere: %s", owner, error)
                 self._deaf[owner] = time.monotonic() + _DEAF_S

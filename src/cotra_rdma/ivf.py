@@ -7,6 +7,7 @@ in Gao, Gou, Xu, Yang, Long and Wong, SIGMOD 2025.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ import numpy.typing as npt
 
 from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
-from cotra_rdma.engine import VECTOR_TYPES, ImageInfo, View, search_scope
+from cotra_rdma.engine import PAUSE_NS, VECTOR_TYPES, ImageInfo, View, end_by, pause_ns, search_scope
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.kmeans import kmeans
 from cotra_rdma.queries import MAX_EF, MAX_INFLIGHT, check_rows, check_timeout, check_whole
+from cotra_rdma.stop import Stop
 
 if TYPE_CHECKING:
     from cotra_rdma.arena import Arena
@@ -221,6 +223,8 @@ class SpireEngine(Handle):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         filters: Sequence[bytes | None] | None = None,
         mask: npt.NDArray[np.bool_] | None = None,
+        deadline: float = math.inf,
+        stop: Stop | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]:
         """Searches all shards for every query in two rounds of READs; the GIL is released.
 
@@ -233,6 +237,7 @@ class SpireEngine(Handle):
             timeout_s: the longest wait for one READ, in seconds.
             filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
             mask: bool[n_queries, n_shards]: which shards each query is for.
+            deadline, stop: as for `Engine.search`.
 
         Returns:
             labels int64[n_queries, k] (-1 where there are fewer), exact distances float32[n_queries, k] (inf there), the
@@ -247,8 +252,9 @@ class SpireEngine(Handle):
         n = len(queries)
         queries = check_rows(queries, self._dim)
         _check_search(k, n_probe, n_rerank, inflight, timeout_s)
-        params = ffi.new("cotra_spire_params *", (k, n_probe, n_rerank, inflight, round(timeout_s * 1e9)))
-        scope, _held = search_scope(filters, mask, n, self._n_shards)
+        params = ffi.new("cotra_spire_params *", (k, n_probe, n_rerank, inflight, round(timeout_s * 1e9), 0, PAUSE_NS))
+        _held = end_by(params, deadline, stop)
+        scope, _held_too = search_scope(filters, mask, n, self._n_shards)
         labels, shards = np.empty((n, k), np.int64), np.empty((n, k), np.int32)
         distances = np.empty((n, k), np.float32)
         stats = np.zeros(n, SPIRE_STATS_DTYPE)
@@ -265,6 +271,8 @@ class SpireEngine(Handle):
             ffi.cast("cotra_spire_stats *", ffi.from_buffer(stats)),
             err,
         )
+        while status == lib.COTRA_PAUSED:
+            status = lib.cotra_spire_resume(self.ptr, pause_ns(stop), err)
         check(status, err)
         return labels, distances, shards, stats
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma.errors import DeadlineError
+from cotra_rdma.stop import Stop
+
 Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]
 """labels int64[n_shards, n_queries, k] (or without the first dimension: of one shard), distances float32, and one
 `engine.STATS_DTYPE` record for each query."""
+
+
+class OutOfTimeError(DeadlineError):
+    """The search is at its deadline, and no owner is to blame for it."""
+
+    def __init__(self) -> None:
+        super().__init__("the search did not end by its deadline")
 
 
 class CollectionAnswer(NamedTuple):
@@ -40,8 +52,10 @@ class SearchJob(NamedTuple):
         k, ef, beam: answers, how far to look and expansions a round at most.
         inflight: queries in progress at once in each thread; 0: chosen for the transport.
         timeout_s: the longest wait for one READ, or for an owner's answer, in seconds.
+        stop: ends the search before its time.
         filters: for each shard None or a bitmap; None: no filter anywhere.
         mask: bool[n_queries, n_shards]: which shards each query is for; None: all.
+        deadline: of the whole search, on `time.monotonic`'s clock.
     """
 
     queries: npt.NDArray[np.float32]
@@ -50,8 +64,25 @@ class SearchJob(NamedTuple):
     beam: int
     inflight: int
     timeout_s: float
+    stop: Stop
     filters: tuple[bytes | None, ...] | None = None
     mask: npt.NDArray[np.bool_] | None = None
+    deadline: float = math.inf
+
+    def with_a_spare(self) -> SearchJob:
+        """The same, where the search can go on over another owner, or without, when one was waited for in vain: half of the time
+        is kept for that."""
+        return self if self.deadline == math.inf else self._replace(timeout_s=self.timeout_s / 2)
+
+    def wait_s(self) -> float:
+        """The longest wait for an owner's answer that begins now."""
+        if self.deadline == math.inf:
+            return self.timeout_s
+        return max(min(self.timeout_s, self.deadline - time.monotonic()), 0.001)
+
+    def is_cut_short(self, wait_s: float) -> bool:
+        """Whether a wait that ended in vain had so little time that its owner is not to blame: the search is over, no more."""
+        return wait_s < self.timeout_s / 2
 
     def of_shards(self, shards: Sequence[int]) -> SearchJob:
         """The part that concerns these shards, which are numbered in this order in it."""

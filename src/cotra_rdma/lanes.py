@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import MOST_SLOTS, STATS_DTYPE, Engine, Source, View
-from cotra_rdma.errors import CotraError, InvalidInputError
+from cotra_rdma.errors import CotraError, DeadlineError, InvalidInputError, SearchCancelledError
 from cotra_rdma.expansions import Expansions
 from cotra_rdma.ivf import MAX_PROBE, SpireEngine
-from cotra_rdma.job import Answer, SearchJob
+from cotra_rdma.job import Answer, OutOfTimeError, SearchJob
 from cotra_rdma.peer import Peer
+from cotra_rdma.stop import wait_for
 
 Executor = Callable[[], ThreadPoolExecutor]
 _Key = tuple[tuple[Peer, ...], frozenset[Peer]]
@@ -83,6 +84,8 @@ class _Lane:
             filters=job.filters,
             mask=job.mask,
             helper=self,
+            deadline=job.deadline,
+            stop=job.stop,
         )
         if self._told_bytes:
             answer[2]["read_bytes"] += np.uint64(self._told_bytes // len(job.queries))
@@ -101,8 +104,15 @@ class _Lane:
 
     def _push(self, peer: Peer, wanted: npt.NDArray[np.void]) -> Expansions | CotraError:
         assert self._job is not None
+        wait_s = self._job.wait_s()
         try:
-            return peer.expand(self._job.queries, wanted, self._job.timeout_s)
+            return peer.expand(self._job.queries, wanted, wait_s, self._job.stop)
+        except SearchCancelledError:
+            raise
+        except DeadlineError as error:
+            if self._job.is_cut_short(wait_s):
+                raise OutOfTimeError from None
+            return error
         except CotraError as error:
             return error
 
@@ -179,6 +189,8 @@ class _Lane:
             timeout_s=job.timeout_s,
             filters=job.filters,
             mask=job.mask,
+            deadline=job.deadline,
+            stop=job.stop,
         )
 
     def _channels(self) -> list[Channel]:
@@ -281,7 +293,15 @@ class LanePool:
         n_parts = min(n_threads, len(job.queries))
         if n_parts <= 1:
             return search(job)
-        running = [self._executor().submit(search, part) for part in job.split(n_parts)]
+        running: list[Future[Answer]] = []
+        try:
+            for part in job.split(n_parts):
+                running.append(self._executor().submit(search, part))
+        except BaseException:  # Ctrl-C for one; those that have begun let their lanes go
+            job.stop.set()
+            wait_for(running)
+            raise
+        job.stop.wait(running)
         for error in [part.exception() for part in running]:
             if error is not None:
                 raise error

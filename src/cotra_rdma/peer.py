@@ -36,9 +36,10 @@ from cotra_rdma.errors import (
 from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse, split_pushes
 from cotra_rdma.expansions import EXPANSION_DTYPE, Expansions
 from cotra_rdma.ivf import IvfTable
-from cotra_rdma.job import Answer, CollectionAnswer, SearchJob
+from cotra_rdma.job import Answer, CollectionAnswer, OutOfTimeError, SearchJob
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.rpc import ClientKeys, RpcClient, parse_address
+from cotra_rdma.stop import Stop
 from cotra_rdma.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma.wire import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
 
@@ -144,11 +145,13 @@ class Peer:
                 return
         client.close()
 
-    def _call(self, kind: VShardMessageType, payload: Payload, timeout_ms: int) -> VShardEnvelope:
+    def _call(
+        self, kind: VShardMessageType, payload: Payload, timeout_ms: int, stop: Stop | None = None
+    ) -> VShardEnvelope:
         envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self.index, payload)
         try:
             with self._client() as client:
-                return client.call(envelope, timeout_ms)
+                return client.call(envelope, timeout_ms, stop)
         except TransportError as error:
             late = isinstance(error, DeadlineError)
             hint = " (is it an owner of cotra-rdma, and does it want CURVE keys?)"
@@ -347,13 +350,24 @@ class Peer:
         for begin in range(0, len(asked), rows):
             part = asked[begin : begin + rows]
             labels[part], distances[part], stats[part] = self._search_part(job, job.queries[part])
+            job.stop.note(len(part))
+        job.stop.note(len(job.queries) - len(asked))
         return labels, distances, stats
+
+    def _call_to_search(self, job: SearchJob, request: bytes) -> VShardEnvelope:
+        wait_s = job.wait_s()
+        try:
+            return self._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(wait_s * 1000)), job.stop)
+        except DeadlineError:
+            if job.is_cut_short(wait_s):
+                raise OutOfTimeError from None
+            raise
 
     def _search_part(self, job: SearchJob, queries: npt.NDArray[np.float32]) -> Answer:
         bitmap = None if job.filters is None else job.filters[0]
         request = messages.SearchRequest("", queries, job.k, job.ef, bitmap, job.beam).encode()
         begin = time.perf_counter_ns()
-        reply = self._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(job.timeout_s * 1000)))
+        reply = self._call_to_search(job, request)
         answer = messages.SearchResponse.decode(reply.payload)
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
@@ -383,7 +397,11 @@ class Peer:
             )
         rows = messages.queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=False)
         starts = range(0, max(len(job.queries), 1), rows)
-        parts = [self._search_all_part(job, job.queries[begin : begin + rows]) for begin in starts]
+        parts = []
+        for begin in starts:
+            part = job.queries[begin : begin + rows]
+            parts.append(self._search_all_part(job, part))
+            job.stop.note(len(part))
         if any(part.images != parts[0].images for part in parts):
             raise FormatError(f"{self}: its shards changed during the search", shard=self.index)
         failures = {shard: why for part in parts for shard, why in part.failures.items()}
@@ -395,7 +413,7 @@ class Peer:
         scope = messages.WHOLE_COLLECTION
         request = messages.SearchRequest("", queries, job.k, job.ef, None, job.beam, scope).encode()
         begin = time.perf_counter_ns()
-        reply = self._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(job.timeout_s * 1000)))
+        reply = self._call_to_search(job, request)
         told = CollectionResponse.decode(reply.payload)
         answer = told.answer
         if answer.code:
@@ -433,13 +451,20 @@ class Peer:
             raise FormatError(f"{self}: its upper layers are of another shard than it announced", shard=self.index)
         return view
 
-    def expand(self, queries: npt.NDArray[np.float32], pushes: npt.NDArray[np.void], timeout_s: float) -> Expansions:
+    def expand(
+        self,
+        queries: npt.NDArray[np.float32],
+        pushes: npt.NDArray[np.void],
+        timeout_s: float,
+        stop: Stop | None = None,
+    ) -> Expansions:
         """The owner expands nodes; one message for the round (several where one would be too large).
 
         Args:
             queries: float32[n_queries, dim], of which those travel that occur in `pushes`.
             pushes: `PUSH_DTYPE`[n]; those of one query follow each other.
             timeout_s: for each message.
+            stop: ends the wait for it.
 
         Raises `TransportError` where the owner is gone, `PeerError` where it refuses, `FormatError` for an answer that does not
         fit. The view must be there (`load_view`).
@@ -448,14 +473,14 @@ class Peer:
         assert self.view is not None
         degree = self.view.info.degree
         parts = [
-            self._expand_part(ExpandRequest.of(queries, pushes[part]), degree, timeout_s)
+            self._expand_part(ExpandRequest.of(queries, pushes[part]), degree, timeout_s, stop)
             for part in split_pushes(pushes, queries.shape[1], degree)
         ]
         return Expansions.joined(parts)
 
-    def _expand_part(self, request: ExpandRequest, degree: int, timeout_s: float) -> Expansions:
+    def _expand_part(self, request: ExpandRequest, degree: int, timeout_s: float, stop: Stop | None) -> Expansions:
         kind = VShardMessageType.VECTOR_EXPAND_REQUEST
-        reply = self._call(kind, request.encode(), max(1, round(timeout_s * 1000)))
+        reply = self._call(kind, request.encode(), max(1, round(timeout_s * 1000)), stop)
         answer = ExpandResponse.decode(reply.payload)
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)

@@ -51,7 +51,7 @@ def check_queries(queries: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(rows)
 
 
-def check_search(k: int, ef: int, beam: int, inflight: int = 0, timeout_s: float = 1.0) -> None:
+def check_search(k: int, ef: int, beam: int, inflight: int = 0, timeout_s: float | None = None) -> None:
     """Raises `InvalidInputError` for a parameter of a search that is out of its range."""
     plain = type(k) is type(ef) is type(beam) is type(inflight) is int
     if not (plain and 1 <= k <= ef <= MAX_EF and 1 <= beam <= MAX_BEAM and 0 <= inflight <= MAX_INFLIGHT):
@@ -59,7 +59,8 @@ def check_search(k: int, ef: int, beam: int, inflight: int = 0, timeout_s: float
         check_whole("k", k, 1, ef, ", which is ef")
         check_whole("beam", beam, 1, MAX_BEAM)
         check_whole("inflight", inflight, 0, MAX_INFLIGHT)
-    check_timeout(timeout_s)
+    if timeout_s is not None:
+        check_timeout(timeout_s)
 
 
 def check_whole(name: str, value: int, low: int, high: int, why: str = "") -> None:

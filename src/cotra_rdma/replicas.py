@@ -219,6 +219,11 @@ class Replicas:
         with self._lock:
             return [self.peers[shard], *self._standby[shard]]
 
+    @property
+    def has_spare(self) -> bool:
+        """Whether some shard has another owner that could take over."""
+        return any(self._standby)
+
     def revive(self, before_each: Callable[[], None]) -> list[str]:
         """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile.
 

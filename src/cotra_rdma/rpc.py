@@ -5,6 +5,8 @@ A message is [request id, envelope...]: 8 bytes that the client chose, then one 
 
 A connection that ends fails the calls in progress at once: the kernel tells of an owner that died, and by TCP's keep-alives of
 a host that vanished. ZeroMQ's own heartbeats would tell of an owner that hangs, too, but they cost the CPU of idle owners.
+The owner watches its connections as well: what works for one that ended is stopped. A reader that waits no more therefore
+closes its connection.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -28,7 +31,16 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
-from cotra_rdma.errors import ClosedError, CotraError, DeadlineError, FormatError, InvalidInputError, TransportError
+from cotra_rdma.errors import (
+    ClosedError,
+    CotraError,
+    DeadlineError,
+    FormatError,
+    InvalidInputError,
+    SearchCancelledError,
+    TransportError,
+)
+from cotra_rdma.stop import Stop
 from cotra_rdma.wire import HEADER_BYTES, MAX_PAYLOAD_BYTES, Buffer, VShardEnvelope
 
 log = logging.getLogger(__name__)
@@ -37,6 +49,7 @@ DEFAULT_TIMEOUT_MS = 5000
 _ID = struct.Struct("<Q")
 _ZERO_COPY_BYTES = 64 * 1024
 _ADDRESS = re.compile(r"(?:tcp://)?(?:\[([^\s\[\]]+)\]|([^\s\[\]]+)):([0-9]{1,5})")
+_LOOK_S = 0.02  # between a waiting call's looks, whether it was given up
 _SHOWN = 300  # characters of a bad address that an error repeats
 _ZAP_DOMAIN = "cotra"  # where it is empty, ZeroMQ asks no authenticator
 _IDLE_S, _PROBE_S, _PROBES = 2, 1, 3
@@ -55,6 +68,9 @@ Later = Callable[[], VShardEnvelope]
 """What makes an answer that needs those of other owners. It runs in threads of its own: were all threads of owners that ask each
 other busy waiting, none would be left to answer."""
 Handler = Callable[[VShardEnvelope], VShardEnvelope | Later]
+
+asker: ContextVar[Stop | None] = ContextVar("asker", default=None)
+"""In a `Handler`, and in what it makes `Later`: set when nobody waits for the answer any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +117,12 @@ def _limit(socket: zmq.Socket[Any], host: str) -> None:
     socket.ipv6 = ":" in host
 
 
+def _probe(socket: zmq.Socket[Any]) -> None:
+    """Has the kernel find out that the other host has vanished."""
+    socket.tcp_keepalive, socket.tcp_keepalive_idle = 1, _IDLE_S
+    socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt, socket.tcp_maxrt = _PROBE_S, _PROBES, _UNANSWERED_MS
+
+
 _Dealer = TypeVar("_Dealer", bound=zmq.Socket[Any])
 
 
@@ -123,8 +145,7 @@ def connect_dealer(dealer: _Dealer, address: str, keys: ClientKeys | None) -> _D
         _limit(dealer, host)
         dealer.immediate = True  # nothing is queued for an owner that is not there
         dealer.reconnect_ivl = -1
-        dealer.tcp_keepalive, dealer.tcp_keepalive_idle = 1, _IDLE_S
-        dealer.tcp_keepalive_intvl, dealer.tcp_keepalive_cnt, dealer.tcp_maxrt = _PROBE_S, _PROBES, _UNANSWERED_MS
+        _probe(dealer)
         if keys:
             dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
             dealer.curve_serverkey = keys.server
@@ -147,6 +168,62 @@ def why_ended(event: list[bytes]) -> str:
     return _ENDS[parse_monitor_message(event)["event"]]
 
 
+class _Work:
+    """What an owner works on, each request with the connection that it came over. A monitor of the ROUTER tells when one ends:
+    what works for it is stopped. `begin` and `look` are for the thread that owns the ROUTER."""
+
+    def __init__(self, router: zmq.Socket[Any]) -> None:
+        self._router = router
+        self.monitor = router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self.monitor.linger = 0
+        self._numbers = itertools.count(1)
+        self._connections: dict[int, int] = {}  # a number for each: the kernel uses descriptors again
+        self._requests: dict[Stop, int] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, message: list[zmq.Frame]) -> Stop:
+        """A request came in. What ends the work on it: is set at once where its connection has ended already."""
+        self.look()  # a connection is told of before anything comes over it
+        number = self._connections.get(int(message[-1].get(zmq.SRCFD)), 0)
+        stop = Stop()
+        if not number:
+            stop.set()
+        with self._lock:
+            self._requests[stop] = number
+        return stop
+
+    def end(self, stop: Stop) -> None:
+        """It was answered, or dropped."""
+        with self._lock:
+            del self._requests[stop]
+
+    def look(self) -> None:
+        """Takes what the monitor tells."""
+        while self.monitor.poll(0):
+            told = parse_monitor_message(self.monitor.recv_multipart())
+            if told["event"] == zmq.EVENT_ACCEPTED:
+                self._connections[int(told["value"])] = next(self._numbers)
+            else:
+                self._stop(self._connections.pop(int(told["value"]), 0))
+
+    def _stop(self, number: int | None = None) -> None:
+        """What works for a connection; None: for all."""
+        with self._lock:
+            for stop, of in self._requests.items():
+                if number in (None, of):
+                    stop.set()
+
+    def __len__(self) -> int:
+        """Requests that were not answered yet."""
+        return len(self._requests)
+
+    def close(self) -> None:
+        """Stops all of it, for the ROUTER is about to be closed."""
+        self._stop()
+        self._router.disable_monitor()
+        self.monitor.close()
+
+
 class RpcServer:
     """Answers envelopes: one I/O thread owns the ROUTER, `n_workers` threads run the handler, so that a long search does not
     hold up the control plane, and as many run what it makes of answers that come `Later`. A malformed message is dropped and
@@ -164,9 +241,12 @@ class RpcServer:
             self._router.curve_server = True
             self._router.curve_publickey, self._router.curve_secretkey = keys.public, keys.secret
             self._router.zap_domain = _ZAP_DOMAIN.encode()
+        _probe(self._router)
+        self._work = _Work(self._router)
         try:
             self._router.bind(_endpoint(host, port or "*"))
         except zmq.ZMQError as error:
+            self._work.close()
             self._router.close()
             self._stop_authenticator()
             self._context.term()
@@ -187,12 +267,15 @@ class RpcServer:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
+        poller.register(self._work.monitor, zmq.POLLIN)
         while not self._stopping:
             ready = dict(poller.poll())
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             while not self._replies.empty():
                 self._send(self._replies.get())
+            if self._work.monitor in ready:
+                self._work.look()
             if self._router in ready:
                 self._receive()
 
@@ -206,38 +289,53 @@ class RpcServer:
         with contextlib.suppress(zmq.Again):
             for _ in range(64):
                 frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-                self._workers.submit(self._answer, [frame.buffer for frame in frames])
+                stop = self._work.begin(frames)
+                self._workers.submit(self._answer, [frame.buffer for frame in frames], stop)
 
-    def _answer(self, frames: list[memoryview]) -> None:
-        self._reply(frames, lambda: self.handler(_request(frames)))
+    def _answer(self, frames: list[memoryview], stop: Stop) -> None:
+        self._reply(frames, stop, lambda: self.handler(_request(frames)))
 
-    def _reply(self, frames: list[memoryview], work: Callable[[], VShardEnvelope | Later]) -> None:
+    def _reply(self, frames: list[memoryview], stop: Stop, work: Callable[[], VShardEnvelope | Later]) -> None:
+        asker.set(stop)
         try:
             made = work()
             if not isinstance(made, VShardEnvelope):
-                self._waiters.submit(self._reply, frames, made)
+                self._waiters.submit(self._reply, frames, stop, made)
                 return
             reply = made.frames()
+        except SearchCancelledError:
+            log.debug("%s: who asked is gone", self.address)
+            self._work.end(stop)
+            return
         except CotraError as error:
             log.warning("%s: a message was dropped: %s", self.address, error)
+            self._work.end(stop)
             return
         except Exception:
             log.exception("%s: a message was dropped", self.address)
+            self._work.end(stop)
             return
+        self._work.end(stop)
         self._replies.put([bytes(frames[0]), bytes(frames[1]), *reply])
         os.eventfd_write(self._wake, 1)
+
+    @property
+    def n_at_work(self) -> int:
+        """Requests that were not answered yet, those that wait for a thread included."""
+        return len(self._work)
 
     def _stop_authenticator(self) -> None:
         if self._authenticator:
             self._authenticator.stop()
 
     def close(self) -> None:
-        """Stops listening; requests in progress are finished, their answers are not sent any more."""
+        """Stops listening, and the searches in progress; other requests are finished, but not answered any more."""
         if self._closed:
             return
         self._closed = self._stopping = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
+        self._work.close()
         self._workers.shutdown(cancel_futures=True)
         self._waiters.shutdown(cancel_futures=True)
         self._router.close()
@@ -295,19 +393,23 @@ class _Connection:
         """Whether it ended; a call then needs a new one."""
         return bool(self._monitor.poll(0))
 
-    def _wait(self, event: int, deadline: float) -> bool:
+    def _wait(self, event: int, deadline: float, stop: Stop | None) -> bool:
         """Until the DEALER can do it; False when time is up. Raises `TransportError` when the connection ends before."""
         self._poller.register(self._dealer, event)
-        left = deadline - time.monotonic()
-        ready = dict(self._poller.poll(max(1, round(left * 1000)))) if left > 0 else {}
+        ready: dict[Any, int] = {}
+        while not ready and (left := deadline - time.monotonic()) > 0:
+            if stop is not None:
+                stop.check()
+                left = min(left, _LOOK_S)
+            ready = dict(self._poller.poll(max(1, round(left * 1000))))
         if self._monitor in ready and self._dealer not in ready:
             why = why_ended(self._monitor.recv_multipart())
             raise TransportError(f"{self._address} cannot be reached: {why}")
         return self._dealer in ready
 
-    def send(self, frames: list[Buffer], deadline: float) -> bool:
+    def send(self, frames: list[Buffer], deadline: float, stop: Stop | None) -> bool:
         """Sends a message once there is a connection; False when time is up."""
-        while self._wait(zmq.POLLOUT, deadline):
+        while self._wait(zmq.POLLOUT, deadline, stop):
             try:
                 self._dealer.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < _ZERO_COPY_BYTES)
             except zmq.Again:  # it ended in between
@@ -315,9 +417,9 @@ class _Connection:
             return True
         return False
 
-    def receive(self, deadline: float) -> list[zmq.Frame]:
+    def receive(self, deadline: float, stop: Stop | None) -> list[zmq.Frame]:
         """The next message; empty when time is up."""
-        return self._dealer.recv_multipart(copy=False) if self._wait(zmq.POLLIN, deadline) else []
+        return self._dealer.recv_multipart(copy=False) if self._wait(zmq.POLLIN, deadline, stop) else []
 
     def close(self) -> None:
         close_dealer(self._dealer, self._monitor)
@@ -336,10 +438,14 @@ class RpcClient:
         self._connection: _Connection | None = None
         self._closed = False
 
-    def call(self, envelope: VShardEnvelope, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> VShardEnvelope:
-        """Sends a request and waits for its answer.
+    def call(
+        self, envelope: VShardEnvelope, timeout_ms: int = DEFAULT_TIMEOUT_MS, stop: Stop | None = None
+    ) -> VShardEnvelope:
+        """Sends a request and waits for its answer. One that is given up, for whatever reason, ends the connection: by that the
+        owner knows.
 
         Raises:
+            SearchCancelledError: `stop` was set.
             TransportError: nobody listens there, or the connection ended during the call. DeadlineError: no answer in time.
             FormatError: it is malformed or of another type. ClosedError: the client was closed.
         """
@@ -353,13 +459,14 @@ class RpcClient:
         if self._connection is None:
             self._connection = _Connection(self.address, self._keys)
         try:
-            answer = self._connection.send(frames, deadline) and self._connection.receive(deadline)
+            answer = self._connection.send(frames, deadline, stop) and self._connection.receive(deadline, stop)
             while answer and not (len(answer) > 1 and answer[0].bytes == number):
-                answer = self._connection.receive(deadline)
-        except TransportError:
+                answer = self._connection.receive(deadline, stop)
+        except BaseException:
             self._disconnect()
             raise
         if not answer:
+            self._disconnect()
             raise DeadlineError(f"{self.address} did not answer within {timeout_ms} ms")
         reply = VShardEnvelope.from_frames([frame.buffer for frame in answer[1:]])
         if reply.msg_type != envelope.msg_type.response:

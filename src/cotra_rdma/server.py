@@ -20,12 +20,18 @@ from cotra_rdma import messages
 from cotra_rdma.arena import Arena
 from cotra_rdma.collection_messages import CollectionResponse
 from cotra_rdma.engine import MORE_STATS_DTYPE, pack_stats
-from cotra_rdma.errors import CotraError, InvalidInputError, MemlockError, VerbsUnavailableError
+from cotra_rdma.errors import (
+    CotraError,
+    InvalidInputError,
+    MemlockError,
+    SearchCancelledError,
+    VerbsUnavailableError,
+)
 from cotra_rdma.expander import Expander
 from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse, check_fits
 from cotra_rdma.handover import HandOver, boot_id
 from cotra_rdma.region import MemoryRegion
-from cotra_rdma.rpc import Later, RpcServer, ServerKeys
+from cotra_rdma.rpc import Later, RpcServer, ServerKeys, asker
 from cotra_rdma.shard import Shard
 from cotra_rdma.verbs import Device, MemoryRegistration, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma.wire import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
@@ -245,6 +251,11 @@ class Server:
         with self._lock:
             return dict(self._counts)
 
+    @property
+    def n_at_work(self) -> int:
+        """Requests that were not answered yet. Those whose reader is gone are stopped, where they are searches, and go."""
+        return self._rpc.n_at_work
+
     def search_with(self, cluster: Cluster | None) -> None:
         """From now on, answers searches of the whole collection as well, by `cluster`: this process's connection to all of its
         shards; None ends that. It stays the caller's. Returns when no search is in progress over the one before: that one may
@@ -314,9 +325,11 @@ class Server:
                 return lambda: self._search_collection(wanted)
             queries = wanted.queries.reshape(-1, self._shard.dim)
             labels, distances, stats = self._shard.search(
-                queries, wanted.top_k, wanted.ef_search, wanted.beam, rows=wanted.filter_bitmap
+                queries, wanted.top_k, wanted.ef_search, wanted.beam, rows=wanted.filter_bitmap, stop=asker.get()
             )
             return messages.SearchResponse(0, "", labels, distances, pack_stats(stats)).encode()
+        except SearchCancelledError:
+            raise
         except (CotraError, MemoryError) as error:
             return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
 
@@ -329,7 +342,9 @@ class Server:
                 )
             queries = wanted.queries.reshape(-1, self._shard.dim)
             with self._held_cluster() as cluster:
-                found = cluster.search(queries, wanted.top_k, wanted.ef_search, wanted.beam, allow_partial=True)
+                found = cluster.search(
+                    queries, wanted.top_k, wanted.ef_search, wanted.beam, allow_partial=True, stop=asker.get()
+                )
                 images = np.array(cluster.images, np.uint64)
             return CollectionResponse(
                 messages.SearchResponse(0, "", found.ids, found.distances, pack_stats(found.stats)),
@@ -338,15 +353,21 @@ class Server:
                 pack_stats(found.stats, MORE_STATS_DTYPE),
                 {shard: str(error) for shard, error in found.failures.items()},
             ).encode()
+        except SearchCancelledError:
+            raise
         except (CotraError, MemoryError) as error:
             return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
 
     def _expand(self, request: VShardEnvelope) -> Payload:
         try:
             expander = self._offered()
+            if (stop := asker.get()) is not None:
+                stop.check()
             wanted = ExpandRequest.decode(request.payload)
             check_fits(len(wanted.pushes), self._shard.info.degree)
             return ExpandResponse(0, "", expander.expand(wanted.queries, wanted.pushes)).encode()
+        except SearchCancelledError:
+            raise
         except (CotraError, MemoryError) as error:
             return ExpandResponse.failed(1, f"{type(error).__name__}: {error}").encode()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-import functools
+import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -22,10 +23,11 @@ from cotra_rdma._native import Handle, check, ffi, lib, new_error
 from cotra_rdma.arena import Arena, trim_memory
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
-from cotra_rdma.errors import FormatError, InvalidInputError, LossyVectorError
+from cotra_rdma.errors import DeadlineError, FormatError, InvalidInputError, LossyVectorError
 from cotra_rdma.ivf import MAX_BITS, IvfInfo, make_lists
 from cotra_rdma.kmeans import ArraySource, VectorSource
 from cotra_rdma.queries import as_array, check_finite, check_queries, check_search, pack_filter
+from cotra_rdma.stop import Stop
 
 if TYPE_CHECKING:
     import hnswlib
@@ -351,38 +353,69 @@ class Shard:
         n_threads: int = 1,
         *,
         rows: npt.ArrayLike | bytes | None = None,
+        timeout_s: float | None = None,
+        stop: Stop | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
-        """Searches the shard in this process, with the same engine that a peer uses.
+        """Searches the shard in this process, with the same engine that a peer uses. In Python's main thread Ctrl-C ends it.
 
         Args:
             queries: float32[n_queries, dim] or float32[dim].
             k, ef, beam: answers, how far to look (k <= ef), expansions a round at most.
             n_threads: threads that share the queries.
             rows: which local rows may be returned: bool[count] or a bitmap (`queries.pack_filter`); None: all.
+            timeout_s: how long the whole search may take; None: as long as it takes.
+            stop: what another thread may end the search by.
 
         Returns:
             labels int64[n_queries, k] (-1 where there are fewer), distances float32[n_queries, k] (inf there), and one
             `cotra_rdma.engine.STATS_DTYPE` record for each query.
+
+        Raises:
+            InvalidInputError: a wrong dim, NaN or infinity, k > ef, a filter of another length.
+            DeadlineError: it was not over within `timeout_s`. SearchCancelledError: `stop` was set.
         """
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         vectors = check_queries(queries, self.dim)
-        check_search(k, ef, beam)
+        check_search(k, ef, beam, 0, timeout_s)
         bitmap = pack_filter(rows, self._info.count)
         threads = max(1, min(n_threads, len(vectors)))
-        if threads == 1:
-            return self._search_part(vectors, k, ef, beam, bitmap)
-        with ThreadPoolExecutor(threads) as pool:
-            search = functools.partial(self._search_part, k=k, ef=ef, beam=beam, bitmap=bitmap)
-            parts = list(pool.map(search, np.array_split(vectors, threads)))
+        stop = stop or Stop()
+        stop.begin(len(vectors))
+        stop.expect(len(vectors))
+        knobs = (k, ef, beam, bitmap, deadline, stop)
+        try:
+            if threads == 1:
+                return self._search_part(vectors, *knobs)
+            with ThreadPoolExecutor(threads) as pool:
+                try:
+                    running = [
+                        pool.submit(self._search_part, part, *knobs) for part in np.array_split(vectors, threads)
+                    ]
+                    stop.wait(running)
+                except BaseException:
+                    stop.set()  # the pool waits for its threads
+                    raise
+            parts = [part.result() for part in running]
+        except DeadlineError as error:
+            raise stop.late(error, timeout_s) from None
         labels, distances, stats = (np.concatenate(column) for column in zip(*parts, strict=True))
         return labels, distances, stats
 
     def _search_part(
-        self, rows: npt.NDArray[np.float32], k: int, ef: int, beam: int, bitmap: bytes | None
+        self,
+        rows: npt.NDArray[np.float32],
+        k: int,
+        ef: int,
+        beam: int,
+        bitmap: bytes | None,
+        deadline: float,
+        stop: Stop,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         with self._lock:
             lane = self._lanes.pop() if self._lanes else None
         lane = lane or _LocalLane(self._arena, self._info.record_bytes)
-        labels, distances, stats = lane.engine.search(rows, k, ef, beam, filters=None if bitmap is None else [bitmap])
+        filters = None if bitmap is None else [bitmap]
+        labels, distances, stats = lane.engine.search(rows, k, ef, beam, filters=filters, deadline=deadline, stop=stop)
         with self._lock:  # a lane whose search failed is not used again
             self._lanes.append(lane)
         return labels[0], distances[0], stats

@@ -39,6 +39,7 @@ from cotra_rdma.job import SearchJob
 from cotra_rdma.owner_process import OwnerProcess
 from cotra_rdma.peer import Peer
 from cotra_rdma.rpc import RpcServer
+from cotra_rdma.stop import Stop
 from cotra_rdma.verbs import QueuePairOptions
 from cotra_rdma.wire import VShardEnvelope, VShardMessageType, fields_of, join
 
@@ -401,7 +402,7 @@ class TestViews:
 
 
 def job_of(queries: Floats, **changes: Any) -> SearchJob:
-    return SearchJob(queries, 10, 50, 8, 0, 5.0)._replace(**changes)
+    return SearchJob(queries, 10, 50, 8, 0, 5.0, Stop())._replace(**changes)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from cotra_rdma.cost import (
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.job import SearchJob
 from cotra_rdma.plan import Plan, Planner
+from cotra_rdma.stop import Stop
 
 NEAR = Link(rtt_s=2e-6, reads_per_s=5e6, bytes_per_s=12e9, rpc_s=50e-6)
 FAR = Link(rtt_s=10e-3, reads_per_s=1600, bytes_per_s=100e6, rpc_s=10e-3)
@@ -289,7 +290,7 @@ def peer(link: Link, transport: str = "verbs", *, rpc: str = "", lists: bool = F
 
 
 def job(n: int = 1, mask: npt.NDArray[np.bool_] | None = None) -> SearchJob:
-    return SearchJob(np.zeros((n, DIM), np.float32), 10, 64, 4, 0, 5.0, None, mask)
+    return SearchJob(np.zeros((n, DIM), np.float32), 10, 64, 4, 0, 5.0, Stop(), None, mask)
 
 
 def plan(

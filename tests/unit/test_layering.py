@@ -20,6 +20,7 @@ VERBS_USERS = {"transport/verbs.c"}
 # Modules of the package, lowest first; those of one row do not import each other.
 LAYERS = (
     ("errors",),
+    ("stop",),
     ("_native", "region", "wire", "queries", "datasets", "job", "expansions", "blocking", "exact"),
     ("payload",),
     ("arena", "messages", "expansion_messages", "rpc", "seam", "owner_process", "kmeans"),

@@ -21,13 +21,17 @@ from cotra_rdma.errors import CotraError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C: what shells make of a SIGINT."""
+
 _WIDTH = shutil.get_terminal_size((160, 24)).columns  # a pipe has no width: room for every column
 out = Console(highlight=False, width=_WIDTH)
 err = Console(stderr=True, highlight=False, width=_WIDTH)
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes an error that a user can act upon one line on stderr (JSON with `--json`) and exit status 1."""
+    """Makes an error that a user can act upon one line on stderr (JSON with `--json`) and exit status 1; and Ctrl-C likewise
+    with 130, which is what shells take an interrupt for."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -36,11 +40,14 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
         except (CotraError, OSError, MemoryError) as error:
             print_error(error, as_json=bool(kwargs.get("as_json")))
             raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print_error(KeyboardInterrupt("interrupted"), as_json=bool(kwargs.get("as_json")))
+            raise typer.Exit(INTERRUPTED) from None
 
     return run
 
 
-def print_error(error: Exception, *, as_json: bool) -> None:
+def print_error(error: BaseException, *, as_json: bool) -> None:
     """One line on stderr."""
     message = " ".join((str(error) or type(error).__name__).split())
     if as_json:

@@ -12,8 +12,9 @@ import numpy as np
 import typer
 
 from cotra_rdma.benchmark_data import recall
+from cotra_rdma.channel import DEFAULT_TIMEOUT_S
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, Timeout, input_file, transports
+from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, input_file, transports
 from cotra_rdma.cli.targets import reachable, targets
 from cotra_rdma.cluster import connect
 from cotra_rdma.compass import DEFAULT_TARGET
@@ -71,7 +72,16 @@ def search(
             help="Write the answers: .npz of ids int64[n, k] and distances float32[n, k], or .npy of both as fields.",
         ),
     ] = None,
-    timeout: Timeout = 5.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            metavar="S",
+            show_default=False,
+            help="How long the search may take, and the longest wait for an owner when connecting, in seconds. Default: a search "
+            "takes as long as it goes on, and any one answer is waited for 5 s.",
+        ),
+    ] = None,
     algorithm: Annotated[
         str,
         typer.Option(
@@ -127,10 +137,15 @@ def search(
         raise InvalidInputError(
             f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
         )
-    owners, missing, lenient = reachable(wanted, timeout, allow_partial=allow_partial)
-    with connect(
-        owners, transport=transport, timeout_s=timeout, cache_bytes=cache_bytes, allow_partial=lenient
-    ) as cluster:
+    patience = timeout or DEFAULT_TIMEOUT_S
+    owners, missing, lenient = reachable(wanted, patience, allow_partial=allow_partial)
+    with (
+        connect(
+            owners, transport=transport, timeout_s=patience, cache_bytes=cache_bytes, allow_partial=lenient
+        ) as cluster,
+        output.progress_bar("queries", disable=as_json) as bar,
+    ):
+        task = bar.add_task("searching", total=len(vectors))
         begin = time.perf_counter()
         result = cluster.search(
             vectors,
@@ -144,6 +159,7 @@ def search(
             target_recall=target_recall,
             owner_cpu=owner_cpu,
             explain=explain,
+            progress=None if bar.disable else lambda done, _total: bar.update(task, completed=done),
         )
         seconds = time.perf_counter() - begin
         names = [address or shard.name for address, shard in zip(cluster.addresses, wanted, strict=True)]

@@ -1,0 +1,59 @@
+"""Signals to this process that come while it does something."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+GENEROUS_S = 60.0
+
+
+def waited(happened: Callable[[], bool]) -> None:
+    """Waits until something happened that nobody tells of. Fails when it does not."""
+    deadline = time.monotonic() + GENEROUS_S
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.001)
+
+
+@contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Has this process, and those that it starts, heed SIGINT: a shell's background jobs are started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Signaller:
+    """Sends this process a signal, once, as soon as something has begun; not at all where the block ends before."""
+
+    def __init__(self, begun: Callable[[], bool], number: int = signal.SIGINT) -> None:
+        self._begun, self._number = begun, number
+        self._over = threading.Event()
+        self._heeding = heeding_ctrl_c()
+        self._thread = threading.Thread(target=self._send)
+
+    def _send(self) -> None:
+        while not self._over.is_set():
+            if self._begun():
+                os.kill(os.getpid(), self._number)
+                return
+            self._over.wait(0.001)
+
+    def __enter__(self) -> Self:
+        self._heeding.__enter__()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+        self._heeding.__exit__(None, None, None)
