@@ -75,12 +75,13 @@ int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const
     return COTRA_OK;
 }
 
-int cotra_kernel_weigh(int simd, const float *f1, float spread, float *out, cotra_error *err)
+int cotra_kernel_weigh(int simd, const float *f0, const float *f1, float spread, float rounding, float *out,
+                       cotra_error *err)
 {
     const cotra_kernels *kernels = get_or_fail(simd, err);
     if (!kernels)
         return COTRA_ERR_ARGUMENT;
-    kernels->weigh(f1, spread, out);
+    kernels->weigh(f0, f1, spread, rounding, out);
     return COTRA_OK;
 }
 

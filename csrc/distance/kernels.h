@@ -25,8 +25,8 @@ typedef struct cotra_kernels {
     /* out[32] = distance + t f0 - f1 (offset + scale x sums); the bits of those below `bound` (a NaN is not) */
     uint32_t (*estimate)(const uint32_t *sums, const float *f0, const float *f1, float distance, float t, float offset,
                          float scale, float bound, float *out);
-    /* out[32] = 1 / (f1 spread), within COTRA_LEAST_WEIGHT and COTRA_MOST_WEIGHT (the most where that is a NaN) */
-    void (*weigh)(const float *f1, float spread, float *out);
+    /* out[32] = 1 / (f1 spread + |f0| rounding), within COTRA_LEAST_WEIGHT and COTRA_MOST_WEIGHT (the most for NaN) */
+    void (*weigh)(const float *f0, const float *f1, float spread, float rounding, float *out);
     /* the inner product of integers, n a multiple of 64 and at most COTRA_MAX_DIM: the same at every level */
     int32_t (*dot_i8)(const int16_t *query, const int8_t *vector, uint32_t n);
     /* the place of the least of n keys, the first where there are several; n is a multiple of COTRA_LEAST_STEP, keys

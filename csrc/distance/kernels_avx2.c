@@ -119,12 +119,14 @@ static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1,
     return below;
 }
 
-static void weigh(const float *f1, float spread, float *out)
+static void weigh(const float *f0, const float *f1, float spread, float rounding, float *out)
 {
-    const __m256 one = _mm256_set1_ps(1), s = _mm256_set1_ps(spread);
+    const __m256 one = _mm256_set1_ps(1), s = _mm256_set1_ps(spread), r = _mm256_set1_ps(rounding);
+    const __m256 sign = _mm256_set1_ps(-0.0f);
     const __m256 least = _mm256_set1_ps(COTRA_LEAST_WEIGHT), most = _mm256_set1_ps(COTRA_MOST_WEIGHT);
     for (int j = 0; j < 32; j += 8) {
-        __m256 weight = _mm256_div_ps(one, _mm256_mul_ps(_mm256_loadu_ps(f1 + j), s));
+        __m256 error = _mm256_mul_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(f0 + j)), r);
+        __m256 weight = _mm256_div_ps(one, _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(f1 + j), s), error));
         _mm256_storeu_ps(out + j, _mm256_max_ps(_mm256_min_ps(weight, most), least));
     }
 }

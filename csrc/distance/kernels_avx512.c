@@ -121,12 +121,13 @@ static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1,
     return below;
 }
 
-static void weigh(const float *f1, float spread, float *out)
+static void weigh(const float *f0, const float *f1, float spread, float rounding, float *out)
 {
-    const __m512 one = _mm512_set1_ps(1), s = _mm512_set1_ps(spread);
+    const __m512 one = _mm512_set1_ps(1), s = _mm512_set1_ps(spread), r = _mm512_set1_ps(rounding);
     const __m512 least = _mm512_set1_ps(COTRA_LEAST_WEIGHT), most = _mm512_set1_ps(COTRA_MOST_WEIGHT);
     for (int j = 0; j < 32; j += 16) {
-        __m512 weight = _mm512_div_ps(one, _mm512_mul_ps(_mm512_loadu_ps(f1 + j), s));
+        __m512 error = _mm512_mul_ps(_mm512_abs_ps(_mm512_loadu_ps(f0 + j)), r);
+        __m512 weight = _mm512_div_ps(one, _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(f1 + j), s), error));
         _mm512_storeu_ps(out + j, _mm512_max_ps(_mm512_min_ps(weight, most), least));
     }
 }

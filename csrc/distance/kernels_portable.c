@@ -2,6 +2,8 @@
 
 #include "layout/vectors.h"
 
+#include <math.h>
+
 /* Eight running sums, as a vector unit would keep them. */
 #define PAIR_KERNEL(name, type, load, term)                                                                            \
     static float name(const float *query, const void *vector, uint32_t dim)                                            \
@@ -52,10 +54,10 @@ static uint32_t estimate(const uint32_t *sums, const float *f0, const float *f1,
     return below;
 }
 
-static void weigh(const float *f1, float spread, float *out)
+static void weigh(const float *f0, const float *f1, float spread, float rounding, float *out)
 {
     for (int j = 0; j < 32; j++) {
-        const float weight = 1 / (f1[j] * spread);
+        const float weight = 1 / (f1[j] * spread + fabsf(f0[j]) * rounding);
         const float bounded = weight < COTRA_MOST_WEIGHT ? weight : COTRA_MOST_WEIGHT; /* nor is NaN */
         out[j] = bounded > COTRA_LEAST_WEIGHT ? bounded : COTRA_LEAST_WEIGHT;
     }

@@ -259,8 +259,9 @@ int cotra_kernel_scan(int simd, const uint8_t *lut, const uint8_t *codes, uint32
 /* out[32] = distance + t f0 - f1 (offset + scale x sums); below: the bits of those below bound. */
 int cotra_kernel_estimate(int simd, const uint32_t *sums, const float *f0, const float *f1, float distance, float t,
                           float offset, float scale, float bound, float *out, uint32_t *below, cotra_error *err);
-/* out[32] = 1 / (f1 x spread), within [1e-30, 1e30]. */
-int cotra_kernel_weigh(int simd, const float *f1, float spread, float *out, cotra_error *err);
+/* out[32] = 1 / (f1 x spread + |f0| x rounding), within [1e-30, 1e30]. */
+int cotra_kernel_weigh(int simd, const float *f0, const float *f1, float spread, float rounding, float *out,
+                       cotra_error *err);
 /* The inner product of integers; n: a multiple of 64, at most 4096; |query| <= 4095, |vector| <= 127. */
 int cotra_kernel_dot_i8(int simd, const int16_t *query, const int8_t *vector, uint32_t n, int32_t *out,
                         cotra_error *err);

@@ -8,6 +8,7 @@
 
 #define CODE_COSINE   0.8f  /* of a residual and its code: sqrt(2 / pi) */
 #define CODE_VARIANCE 0.36f /* 1 - CODE_COSINE^2 */
+#define FACTOR_ERROR  1e-3f /* of a bfloat16, relative: up to 2^-9, evenly */
 
 static size_t padded_dim(uint32_t dim)
 {
@@ -104,7 +105,8 @@ void cotra_query_hop(cotra_query *query, const cotra_kernels *kernels, const cot
                        .distance = distance,
                        .t = t,
                        .gap2 = gap2,
-                       .spread = sqrtf(CODE_VARIANCE * gap2 + codes->rounding2)};
+                       .spread = sqrtf(CODE_VARIANCE * gap2 + codes->rounding2),
+                       .rounding = fabsf(t) * FACTOR_ERROR};
 }
 
 float cotra_query_scale(const cotra_view *view, const uint8_t *record, uint32_t count, const cotra_hop *hop)

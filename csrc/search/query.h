@@ -23,8 +23,8 @@ typedef struct cotra_hop {
     const cotra_query_codes *codes;
     float distance; /* d(q, c) */
     float t;
-    float gap2;   /* |u|^2 */
-    float spread; /* the standard deviation of an estimate is f1 times this */
+    float gap2;             /* |u|^2 */
+    float spread, rounding; /* the standard deviation of an estimate is about f1 spread + |f0| rounding */
 } cotra_hop;
 
 int cotra_query_create(cotra_query *query, uint32_t max_dim, cotra_error *err);
@@ -66,7 +66,7 @@ static inline uint32_t cotra_query_estimate(const cotra_hop *hop, const cotra_ke
     cotra_load_factors(record + layout->f1 + 2 * begin, f1);
     const uint32_t below =
         kernels->estimate(sums, f0, f1, hop->distance, hop->t, hop->codes->offset, hop->codes->scale, limit, estimates);
-    kernels->weigh(f1, hop->spread, weights);
+    kernels->weigh(f0, f1, hop->spread, hop->rounding, weights);
     return count - begin < COTRA_BLOCK ? below & ((1u << (count - begin)) - 1) : below;
 }
 

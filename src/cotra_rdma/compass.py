@@ -447,7 +447,9 @@ class _Model:
         self.mean_squares = np.square(self.means).sum(axis=1)
         self.log_sizes = log(np.maximum(self.sizes, 1e-3)).astype(np.float32)
         self.axes = axes
-        self.projected = products(self.centroids, axes).astype(np.float32) if axes.size else np.empty((self.n_lists, 0), np.float32)
+        self.projected = np.empty((self.n_lists, 0), np.float32)
+        if axes.size:
+            self.projected = products(self.centroids, axes).astype(np.float32)
         self.chunk_rows = max(16, _CHUNK_FLOATS // self.n_lists)
 
     def raw(self, queries: Floats, own: Ids | None = None) -> _Raw:

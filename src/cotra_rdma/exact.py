@@ -35,7 +35,8 @@ def products(rows: npt.NDArray[Any], others: npt.NDArray[Any]) -> Wide:
     a, by_a = _whole(rows)
     b, by_b = _whole(others)
     found: Wide = a @ b.T
-    return np.ldexp(found, by_a[:, np.newaxis] + by_b, out=found)
+    np.ldexp(found, by_a[:, np.newaxis] + by_b, out=found)
+    return found
 
 
 def long_products(rows: npt.NDArray[Any], others: npt.NDArray[Any]) -> Wide:

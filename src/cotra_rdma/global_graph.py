@@ -232,7 +232,11 @@ def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.
     centroids = plan.centroids - centre
     for begin, end in _ranges(own.info.count):
         rows = own.vectors(slice(begin, end)) - centre
-        gaps = np.square(rows).sum(axis=1)[:, np.newaxis] - 2 * products(rows, centroids) + np.square(centroids).sum(axis=1)
+        gaps = (
+            np.square(rows).sum(axis=1)[:, np.newaxis]
+            - 2 * products(rows, centroids)
+            + np.square(centroids).sum(axis=1)
+        )
         bound = border.reach**2 * gaps[:, shard]
         bound[-begin % _FAR_SIGHTED :: _FAR_SIGHTED] = np.inf
         gaps[:, shard] = np.inf

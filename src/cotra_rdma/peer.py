@@ -34,7 +34,7 @@ from cotra_rdma.errors import (
     VerbsUnavailableError,
 )
 from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse, split_pushes
-from cotra_rdma.expansions import EXPANSION_DTYPE, Expansions
+from cotra_rdma.expansions import Expansions
 from cotra_rdma.ivf import IvfTable
 from cotra_rdma.job import Answer, CollectionAnswer, OutOfTimeError, SearchJob
 from cotra_rdma.region import MemoryRegion

@@ -277,7 +277,10 @@ class TestOwnersThatLie:
         [
             (without_last, "2 expansions of up to .* to 3 nodes"),
             (with_count(100), "of up to .* neighbours to 3 nodes of 32"),
-            (lambda of: Expansions(of.found, of.numbers[:-1], of.estimates, of.weights), "weights where .* are counted"),
+            (
+                lambda of: Expansions(of.found, of.numbers[:-1], of.estimates, of.weights),
+                "weights where .* are counted",
+            ),
         ],
         ids=["too few", "too many neighbours", "they do not add up"],
     )

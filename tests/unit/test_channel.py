@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
@@ -62,9 +60,9 @@ def test_memory_that_is_not_aligned_is_refused() -> None:
 
 
 def test_more_queries_join_while_the_wire_is_waited_for(words: np.ndarray) -> None:
-    """64 queries all at once take as long as one; 8 at a time, at least 4 times as long."""
+    """All 64 queries are in progress at once where the wire is far, and no more than were asked for."""
     far = FabricModel(round_trip_s=5e-3)
-    few, seconds = {}, {}
+    few, slots = {}, {}
     with (
         Shard.build(words[:500], n_threads=1) as shard,
         Channel.shm(shard.arena) as inner,
@@ -73,9 +71,8 @@ def test_more_queries_join_while_the_wire_is_waited_for(words: np.ndarray) -> No
         Engine.create([view], [channel]) as engine,
     ):
         for inflight in (8, 0):
-            begin = time.perf_counter()
             few[inflight] = engine.search(words[:64], 10, 10, 1, inflight=inflight)
-            seconds[inflight] = time.perf_counter() - begin
+            slots[inflight] = engine.slots
     assert (few[0][0] == few[8][0]).all()
     assert (few[0][2]["reads"] == few[8][2]["reads"]).all()
-    assert seconds[0] < seconds[8] / 2
+    assert slots == {8: 8, 0: 64}

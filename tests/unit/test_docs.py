@@ -236,13 +236,15 @@ class Image:
         return np.where(nibbles[:, np.newaxis] >> np.arange(4) & 1, 1.0, -1.0).reshape(-1)
 
 
-@pytest.fixture(params=[
+@pytest.fixture(
+    params=[
         ("l2", np.float32, 100, 16),
         ("ip", np.float16, 130, 8),
         ("cosine", np.float32, 24, 20),
         ("cosine", np.uint8, 70, 8),
         ("l2, centred", np.float32, 64, 8),
-    ])
+    ]
+)
 def image(request: pytest.FixtureRequest) -> tuple[Image, Shard]:
     metric, dtype, dim, m = request.param
     generator = np.random.default_rng(4)

@@ -236,14 +236,22 @@ def test_estimates_are_the_same_bits(simd: int, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_weights_are_the_same_bits(simd: int, data: st.DataObject) -> None:
     numbers = st.floats(0, 2.0**60, width=32) | st.sampled_from([np.inf, -np.inf, np.nan, -1.0])
-    f1 = np.array(data.draw(st.lists(numbers, min_size=32, max_size=32)), np.float32)
-    spread = np.float32(data.draw(numbers))
+    f0, f1 = (np.array(data.draw(st.lists(numbers, min_size=32, max_size=32)), np.float32) for _ in range(2))
+    spread, rounding = (np.float32(data.draw(numbers)) for _ in range(2))
     out, err = np.zeros(32, np.float32), new_error()
     check(
-        lib.cotra_kernel_weigh(simd, ffi.from_buffer("float[]", f1), spread, ffi.from_buffer("float[]", out), err), err
+        lib.cotra_kernel_weigh(
+            simd,
+            *(ffi.from_buffer("float[]", each) for each in (f0, f1)),
+            spread,
+            rounding,
+            ffi.from_buffer("float[]", out),
+            err,
+        ),
+        err,
     )
     with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
-        weights = np.float32(1) / (f1 * spread)
+        weights = np.float32(1) / (f1 * spread + np.abs(f0) * rounding)
     bounded = np.where(weights < np.float32(1e30), weights, np.float32(1e30))
     np.testing.assert_array_equal(out, np.where(bounded > np.float32(1e-30), bounded, np.float32(1e-30)))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from owners import figure, start
+from owners import figure, start, stopped
 
 import cotra_rdma
 from cotra_rdma import Shard, TransportError
@@ -62,16 +62,10 @@ def check_a_stopped_owner_is_searched_and_uses_no_cpu(
 ) -> None:
     with cotra_rdma.connect(addresses, transport="verbs") as cluster:
         expected = cluster.search(queries, k=K, ef=EF)
-        try:
-            for owner in owners:
-                os.kill(owner.pid, signal.SIGSTOP)
-                assert os.WIFSTOPPED(os.waitpid(owner.pid, os.WUNTRACED)[1])
+        with stopped(owners):
             before = [owner.cpu_s() for owner in owners]
             result = cluster.search(queries, k=K, ef=EF)
             used = [owner.cpu_s() - b for owner, b in zip(owners, before, strict=True)]
-        finally:
-            for owner in owners:
-                os.kill(owner.pid, signal.SIGCONT)
     assert len(queries) >= 200
     assert used == [0.0, 0.0]
     np.testing.assert_array_equal(result.ids, expected.ids)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from cotra_rdma.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOp
 from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, fields_of
 
 OUT = Path(os.environ["COTRA_RXE_OUT"])
+GENEROUS_S = 300.0  # for a search in a machine that is emulated, beside other work
 
 
 def figure(line: str) -> None:
@@ -29,8 +33,21 @@ def start(paths: list[Path], host: str, device_name: str) -> list[OwnerProcess]:
     """One owner process for each shard, on the device."""
     owners = [OwnerProcess([path], listen=f"{host}:0", device=device_name) for path in paths]
     for owner in owners:
-        owner.wait_ready(120.0)
+        owner.wait_ready(GENEROUS_S)
     return owners
+
+
+@contextmanager
+def stopped(owners: list[OwnerProcess]) -> Iterator[None]:
+    """Their processes do nothing meanwhile: what is found of them is found without them."""
+    try:
+        for owner in owners:
+            os.kill(owner.pid, signal.SIGSTOP)
+            assert os.WIFSTOPPED(os.waitpid(owner.pid, os.WUNTRACED)[1])
+        yield
+    finally:
+        for owner in owners:
+            os.kill(owner.pid, signal.SIGCONT)
 
 
 def ask(address: str, local: QueuePairAttributes) -> tuple[QueuePairAttributes, MemoryRegion]:
