@@ -13,10 +13,14 @@ BUILT_FROM = pyproject.toml CMakeLists.txt tools/generate_ffi.py $(shell find cs
 INSTALL = pip install --quiet --disable-pip-version-check
 SANITIZED_TIERS = tests/unit tests/fuzz tests/transport tests/fakeverbs
 
-.PHONY: help build demo test lint warnings format asan bench docs packages clean
+# What is changed most, and takes under a minute.
+QUICK = $(addprefix tests/unit/test_,arena.py cache.py channel.py cost.py datasets.py estimates.py expansion_messages.py half_way.py \
+	kernels.py layering.py merge.py messages.py native.py owners.py region.py seam.py) tests/transport tests/quality/test_measure.py
+
+.PHONY: help build demo test test-quick lint warnings format asan bench docs packages clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 build: $(VENV)/.built ## build into .venv
 
@@ -26,6 +30,9 @@ demo: build ## build, then search real word vectors in the memory of four other 
 test: packages ## install what the tests need, then run all of them
 	@$(MAKE) --no-print-directory $(VENV)/.tested
 	$(BIN)/python -m pytest $(REQUIRE) $(PYTEST_OPTIONS)
+
+test-quick: $(VENV)/.tested ## the developer's loop: the engine's tests, without owners in other processes, builds and the command line
+	$(BIN)/python -m pytest -q $(QUICK) $(PYTEST_OPTIONS)
 
 lint: packages ## ruff, mypy --strict and clang-format; and no warning of the C compiler
 	@$(MAKE) --no-print-directory $(VENV)/.linted warnings

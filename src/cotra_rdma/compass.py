@@ -586,9 +586,11 @@ def _numbers(values: npt.NDArray[Any]) -> tuple[float, ...]:
 
 
 def _weighed(features: npt.NDArray[Any], weights: Wide) -> Wide:
-    """The sum of features [..., f], each times its weight."""
-    flat = features.reshape(-1, features.shape[-1])
-    return long_products(flat, weights[np.newaxis]).reshape(features.shape[:-1])
+    """The sum of features [..., f], each times its weight: one after the other, in this order on every machine."""
+    total = np.zeros(features.shape[:-1])
+    for number, weight in enumerate(weights):
+        total += features[..., number] * weight
+    return total
 
 
 def _shard_shares(features: Floats, weights: Wide, offsets: Wide, slopes: Wide) -> npt.NDArray[Any]:
@@ -612,6 +614,7 @@ def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, 
     centre = flat.mean(axis=0, dtype=np.float64)
     flat = ((flat - centre) / scale).astype(np.float32)
     cube = flat.reshape(n, alternatives, f)
+    columns = flat.T.astype(np.float64, order="C")
     first, groups = cube[:, :, 0], alternatives if own else 0
     chosen = counts.sum(axis=1, dtype=np.float64)
     total = float(chosen.sum())
@@ -620,7 +623,7 @@ def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, 
 
     def sums(mass: Floats) -> Wide:
         """Of all features, own ones too, times `mass`."""
-        parts: list[npt.NDArray[Any]] = [long_products(flat.T, mass.reshape(1, -1))[:, 0]]
+        parts: list[npt.NDArray[Any]] = [(columns * mass.reshape(-1)).sum(axis=1)]
         if own:
             parts += [mass.sum(axis=0, dtype=np.float64), (mass * first).sum(axis=0, dtype=np.float64)]
         return np.concatenate(parts)
@@ -642,7 +645,8 @@ def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, 
     def hessian(chances: Floats, mass: Floats) -> Wide:
         means = [(cube * chances[:, :, np.newaxis]).sum(axis=1, dtype=np.float64)]
         square = np.diag(ridge + 1e-6 * total)
-        square[:f, :f] += long_products((flat * mass.reshape(-1, 1)).T, flat.T)
+        for row, weighed in enumerate(columns * mass.reshape(-1)):
+            square[row, :f] += (weighed * columns).sum(axis=1)
         if own:
             means += [chances.astype(np.float64), (chances * first).astype(np.float64)]
             for block, part in ((offsets, mass), (slopes, mass * first)):
