@@ -523,6 +523,12 @@ class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
     view: ViewFields | None = None
 
 
+for _kind in (RegionRequest, RegionResponse):
+    msgspec.msgpack.Decoder(
+        _kind
+    )  # msgspec looks into a type when it first meets it; two threads at once have crashed it
+
+
 def encode_region(message: RegionRequest | RegionResponse) -> bytes:
     """Type 56 or 57 as a payload."""
     return encode_array(message)
