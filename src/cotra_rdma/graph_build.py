@@ -78,6 +78,7 @@ those that this builder has to do in it."""
 AllProgress = Callable[[int, str, int], None]
 """The same of all builders: called with (shard, phase, rows done)."""
 
+_SCATTER_ROWS = 128  # of a covariance, at once
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -487,7 +488,11 @@ def scatter(
     """
     rows = normalised(some) if metric == "cosine" else some.astype(np.float32)
     gaps = rows - centroids[lists]
-    return long_products(gaps.T, gaps.T) * (count / len(some))
+    found = np.empty((gaps.shape[1], gaps.shape[1]))
+    for start in range(0, len(found), _SCATTER_ROWS):
+        found[start : start + _SCATTER_ROWS] = long_products(gaps.T[start : start + _SCATTER_ROWS], gaps.T)
+    found *= count / len(some)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

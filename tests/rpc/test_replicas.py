@@ -273,8 +273,9 @@ def test_queries_go_home(
             found.stats["own"] + found.stats["cached_records"] + found.stats["reads"], wanted.stats["expansions"]
         )
         assert found.local_share > 0.7
-        with pytest.raises(InvalidInputError, match="neither filters nor a mask"):
-            reader.search(queries, algorithm="home", shards=np.ones((len(queries), N_SHARDS), bool))
+        masked = reader.search(queries, k=10, ef=48, algorithm="home", shards=np.ones((len(queries), N_SHARDS), bool))
+        assert (masked.algorithm, set(masked.transports)) == ("cotra", {"shm"})  # homes are told no mask: walked here
+        np.testing.assert_array_equal(masked.ids, wanted.ids)
         servers[2].close()
         again = reader.search(queries, k=10, ef=48, algorithm="home")  # its memory is still mapped here
         np.testing.assert_array_equal(again.ids, wanted.ids)

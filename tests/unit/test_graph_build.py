@@ -172,12 +172,13 @@ with open_vectors(out / "in.npy") as vectors:
 print(json.dumps({"loaded": loaded, "peaks": peaks, "image": (out / "shard-000.cotra").stat().st_size}))
 """
 LOADED_BYTES = 70 << 20  # the interpreter with all libraries: 44 MiB measured
-BUFFERS_BYTES = 45 << 20  # what a step takes beside 1.5 images, with the samples and chunks of MEMORY: 31 MiB measured
+SHARE = 1.55  # 1.5 images, and the sketches of upper layers while linking
+BUFFERS_BYTES = 45 << 20  # what a step takes beside that, with the samples and chunks of MEMORY: 31 MiB measured
 
 
 @pytest.mark.skipif("COTRA_SANITIZED" in os.environ, reason="AddressSanitizer keeps memory that was freed")
 def test_no_step_takes_more_than_its_share_of_memory(tmp_path: Path) -> None:
-    """No step's peak passes 1.5 times the shard's image and a fixed part, nor grows faster between a small and a large build."""
+    """No step's peak passes 1.55 times the shard's image and a fixed part, nor grows faster between a small and a large build."""
     figures = []
     for count in (4000, 10_000):
         (tmp_path / str(count)).mkdir()
@@ -187,13 +188,13 @@ def test_no_step_takes_more_than_its_share_of_memory(tmp_path: Path) -> None:
         figures.append(json.loads(done.stdout))
     for build in figures:
         assert build["loaded"] <= LOADED_BYTES, build
-        fixed = {step: peak - build["loaded"] - 1.5 * build["image"] for step, peak in build["peaks"].items()}
+        fixed = {step: peak - build["loaded"] - SHARE * build["image"] for step, peak in build["peaks"].items()}
         assert max(fixed.values()) <= BUFFERS_BYTES, fixed
     small, large = figures
     grown = large["image"] - small["image"]
     assert grown > 20 << 20
     slopes = {step: (large["peaks"][step] - small["peaks"][step]) / grown for step in STEPS[:-1]}
-    assert max(slopes.values()) <= 1.5, slopes
+    assert max(slopes.values()) <= SHARE, slopes
     assert slopes["build"] > 0.5 < slopes["link"], slopes  # the images were there, and seen
 
 
