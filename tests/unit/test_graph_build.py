@@ -172,13 +172,13 @@ with open_vectors(out / "in.npy") as vectors:
 print(json.dumps({"loaded": loaded, "peaks": peaks, "image": (out / "shard-000.cotra").stat().st_size}))
 """
 LOADED_BYTES = 70 << 20  # the interpreter with all libraries: 44 MiB measured
-SHARE = 1.55  # 1.5 images, and the sketches of upper layers while linking
+SHARE = 1.6  # measured 1.52 to 1.56 while linking: images, upper layers and their sketches, and what malloc keeps
 BUFFERS_BYTES = 45 << 20  # what a step takes beside that, with the samples and chunks of MEMORY: 31 MiB measured
 
 
 @pytest.mark.skipif("COTRA_SANITIZED" in os.environ, reason="AddressSanitizer keeps memory that was freed")
 def test_no_step_takes_more_than_its_share_of_memory(tmp_path: Path) -> None:
-    """No step's peak passes 1.55 times the shard's image and a fixed part, nor grows faster between a small and a large build."""
+    """No step's peak passes 1.6 times the shard's image and a fixed part, nor grows faster between a small and a large build."""
     figures = []
     for count in (4000, 10_000):
         (tmp_path / str(count)).mkdir()
