@@ -72,7 +72,7 @@ AVX512 static uint64_t nh_avx512(const uint8_t *bytes, size_t first, size_t end)
     __m512i sum = _mm512_setzero_si512();
     for (size_t i = 0; i < end; i += STRIPE) { /* what is masked out is not read */
         const __mmask8 some = i < first ? (__mmask8)(0xFF << first) : 0xFF;
-        const __m512i words = _mm512_maskz_loadu_epi64(some, bytes + 8 * (i - first));
+        const __m512i words = _mm512_maskz_loadu_epi64(some, bytes - 8 * first + 8 * i);
         const __m512i both = _mm512_add_epi32(words, _mm512_maskz_load_epi64(some, keys + i));
         sum = _mm512_add_epi64(sum, _mm512_mul_epu32(both, _mm512_srli_epi64(both, 32)));
     }
