@@ -76,7 +76,9 @@ AVX512 static uint64_t nh_avx512(const uint8_t *bytes, size_t first, size_t end)
         const __m512i both = _mm512_add_epi32(words, _mm512_maskz_load_epi64(some, keys + i));
         sum = _mm512_add_epi64(sum, _mm512_mul_epu32(both, _mm512_srli_epi64(both, 32)));
     }
-    return (uint64_t)_mm512_reduce_add_epi64(sum);
+    uint64_t sums[8];
+    _mm512_storeu_si512(sums, sum);
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
 static nh_kernel nh(void)
