@@ -38,6 +38,15 @@ static inline uint64_t cotra_major(float value, uint32_t shard)
     return (uint64_t)cotra_key(value) << 32 | shard;
 }
 
+/* The bits that are set of the first `count`. */
+static inline uint64_t cotra_count_bits(const uint8_t *bits, uint64_t count)
+{
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < count / 8; i++)
+        n += (uint64_t)__builtin_popcount(bits[i]);
+    return count % 8 ? n + (uint64_t)__builtin_popcount(bits[count / 8] & ((1u << count % 8) - 1)) : n;
+}
+
 /* For qsort of such words. */
 static inline int cotra_by_word(const void *a, const void *b)
 {

@@ -574,7 +574,7 @@ typedef struct cotra_spire cotra_spire;
 
 typedef struct cotra_spire_params {
     uint32_t k;
-    uint32_t n_probe;    /* lists of a query, over all shards; more than there are: all */
+    uint32_t n_probe;    /* lists of a query, over all shards; more where filters leave too little of them */
     uint32_t n_rerank;   /* vectors that are read in round 2, k at least; 0: as many as the estimates' error asks for */
     uint32_t inflight;   /* queries at once; 0: chosen from the channels */
     uint64_t timeout_ns; /* the longest wait for any one READ; 0: 5 s */
@@ -582,7 +582,7 @@ typedef struct cotra_spire_params {
 
 typedef struct cotra_spire_stats {
     uint32_t reads;
-    uint32_t rounds; /* 2; fewer where there was nothing to read */
+    uint32_t rounds; /* 2; fewer where there was nothing to read, more under filters */
     uint32_t lists;  /* probed */
     uint32_t reranked;
     uint64_t estimated;  /* entries of the lists */
@@ -597,7 +597,7 @@ int cotra_spire_create(cotra_view *const *views, cotra_ivf_table *const *tables,
                        uint32_t n_shards, int simd, cotra_spire **out, cotra_error *err);
 /* queries float32[n_queries, dim] -> labels int64[n_queries, k], distances float32[n_queries, k] (exact), the shard of
  * each int32[n_queries, k], by distance, then shard, then label; a label that came from several shards is kept once;
- * empty places hold -1, infinity, -1. scope may be NULL. */
+ * empty places hold -1, infinity, -1. k rows are found whenever so many may be returned. scope may be NULL. */
 int cotra_spire_search(cotra_spire *engine, const float *queries, uint64_t n_queries, const cotra_spire_params *params,
                        const cotra_search_scope *scope, int64_t *labels, float *distances, int32_t *shards,
                        cotra_spire_stats *stats, cotra_error *err);

@@ -103,7 +103,7 @@ int cotra_ivf_table_validate(const uint8_t *section, const cotra_image_info *inf
         float centroid[COTRA_MAX_DIM];
         cotra_vector_load(header.centroid_type, section + layout.centroids + (size_t)i * layout.stride, info->dim,
                           centroid);
-        int finite = isfinite(radii[i]) && radii[i] >= 0 && isfinite(errors[i]) && errors[i] >= 0;
+        int finite = isfinite(radii[i]) && isfinite(errors[i]) && errors[i] >= 0;
         for (uint32_t j = 0; j < info->dim; j++)
             finite &= isfinite(centroid[j]) != 0;
         if (!finite)

@@ -12,12 +12,16 @@
  * Codes: RaBitQ with `bits` bits a dimension (Gao, Gou, Xu, Yang, Long, Wong, SIGMOD 2025; with one bit it is layout/
  * codes.h's), of r = P(x - c) for a row x of the list with centroid c. v is the vector of odd numbers |v_i| < 2^bits
  * whose direction is nearest to r's, of those on a grid of scales; v = sum of 2^b s_b, s_b the signs of plane b (a set
- * bit is +1). With g = |r|^2 / <r, v>, g <v, P(q - c)> estimates <r, P(q - c)>, and <v, P(q - c)> = <v, P(q - m)> -
- * <v, P(c - m)> with the mean m: one query table serves all lists, and all planes, for its sums add up as 2^b do.
+ * bit is +1). With g = |r|^2 / <r, v>, g <v, P(u)> estimates <r, P(u)>, where u is q - c for l2 and q - t c, t = <q, c>
+ * / |c|^2, for ip and cosine, as there. <v, P(u)> = <v, P(q - m)> - t <v, P(c - m)> with the mean m, 0 for ip and
+ * cosine: one query table serves all lists, and all planes, for its sums add up as 2^b do. With t = 1 for l2:
  *
- *   d(q, x)  ~  d(q, c) + f0 - f1 <v, P(q - m)>
+ *   d(q, x)  ~  d(q, c) + t f0 - f1 <v, P(q - m)>
  *   l2:         f1 = 2 g,   f0 = |r|^2 + f1 <v, P(c - m)>
- *   ip, cosine: f1 = g,     f0 = -<c, x - c> + f1 <v, P(c - m)>
+ *   ip, cosine: f1 = g,     f0 = -<c, x - c> + f1 <v, P(c)>
+ *
+ * Where c - m is longer than COTRA_CENTRED times the list's radius, the list is centred, as a record is: f0 lacks its
+ * second term, and who reads it makes a table of P(u). The table of lists says so by the sign of the radius.
  *
  * Checksums form a tree: the image's header holds that of this header, which holds the table's, which holds those of
  * the lists, whose entries hold those of the vectors. A list's is the sum of its blocks' (each seeded with its number),
@@ -29,9 +33,11 @@
 
 #include "layout/image.h"
 
+#include <math.h>
+
 #define COTRA_IVF_MAGIC 0x3156494152544F43u /* "COTRAIV1" read as a little-endian word */
 
-enum { COTRA_IVF_VERSION = 1, COTRA_IVF_MAX_LISTS = 1 << 20, COTRA_IVF_MAX_BITS = 8 };
+enum { COTRA_IVF_VERSION = 2, COTRA_IVF_MAX_LISTS = 1 << 20, COTRA_IVF_MAX_BITS = 8 };
 
 typedef struct cotra_ivf_header {
     uint64_t magic;
@@ -70,6 +76,11 @@ uint32_t cotra_prefix_checksum(const uint8_t *record, uint32_t prefix_bytes, uin
 uint32_t cotra_ivf_block_checksum(const uint8_t *block, uint32_t block_bytes, uint64_t number);
 uint32_t cotra_ivf_header_checksum(const cotra_ivf_header *header);
 uint32_t cotra_ivf_table_checksum(const uint8_t *section, uint64_t table_bytes);
+/* Whether a list is centred, by its radius in the table. */
+static inline int cotra_ivf_is_centred(float radius)
+{
+    return signbit(radius) != 0;
+}
 static inline uint64_t cotra_ivf_blocks(uint32_t size)
 {
     return ((uint64_t)size + COTRA_BLOCK - 1) / COTRA_BLOCK;

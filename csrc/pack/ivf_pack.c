@@ -55,8 +55,29 @@ static const uint8_t *record_of(const cotra_ivf_packer *packer, uint64_t row)
     return cotra_arena_data(packer->arena) + packer->info.records_offset + row * packer->info.record_bytes;
 }
 
-/* float16 where it moves no centroid by more than a thousandth of its length. */
-static uint32_t choose_type(const cotra_ivf_params *params, uint32_t dim)
+/* The sum of |x - c|^2 over the rows of each list, and how many there are. */
+static void measure_lists(const cotra_ivf_packer *packer, const cotra_ivf_params *params, double *squares,
+                          uint32_t *sizes)
+{
+    const cotra_image_info *info = &packer->info;
+    for (uint64_t row = 0; row < info->count; row++) {
+        const uint8_t *record = record_of(packer, row);
+        const uint32_t list = params->assignment[row];
+        if (((const cotra_record_head *)record)->flags & COTRA_NODE_DELETED || list >= params->n_lists)
+            continue;
+        float vector[COTRA_MAX_DIM], sum = 0;
+        const float *centroid = params->centroids + (size_t)list * info->dim;
+        cotra_vector_load(info->vector_type, record + COTRA_RECORD_HEAD_BYTES, info->dim, vector);
+        for (uint32_t j = 0; j < info->dim; j++)
+            sum += (vector[j] - centroid[j]) * (vector[j] - centroid[j]);
+        squares[list] += sum;
+        sizes[list]++;
+    }
+}
+
+/* float16 where it moves no centroid by more than a thousandth of its length, nor by more than a hundredth of the
+ * list's radius. A list of one row may have any centroid. */
+static uint32_t choose_type(const cotra_ivf_params *params, uint32_t dim, const double *squares, const uint32_t *sizes)
 {
     for (uint32_t i = 0; i < params->n_lists; i++) {
         const float *centroid = params->centroids + (size_t)i * dim;
@@ -66,7 +87,7 @@ static uint32_t choose_type(const cotra_ivf_params *params, uint32_t dim)
             moved += difference * difference;
             length2 += (double)centroid[j] * centroid[j];
         }
-        if (!(moved <= 1e-6 * length2))
+        if (!(moved <= 1e-6 * length2) || (sizes[i] > 1 && moved > 1e-4 * squares[i] / sizes[i]))
             return COTRA_VECTOR_F32;
     }
     return COTRA_VECTOR_F16;
@@ -120,12 +141,22 @@ static int packer_fill(cotra_ivf_packer *packer, const cotra_ivf_params *params,
 {
     const cotra_image_info *info = &packer->info;
     const uint32_t n_lists = params->n_lists;
+    double *squares = calloc(n_lists, sizeof *squares);
+    uint32_t *sizes = calloc(n_lists, sizeof *sizes);
+    if (!squares || !sizes) {
+        free(squares);
+        free(sizes);
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "inverted lists: no memory for %u lists", n_lists);
+    }
+    measure_lists(packer, params, squares, sizes);
     packer->header = (cotra_ivf_header){.magic = COTRA_IVF_MAGIC,
                                         .version = COTRA_IVF_VERSION,
                                         .n_lists = n_lists,
                                         .bits = params->bits,
                                         .code_dim = info->code_dim,
-                                        .centroid_type = choose_type(params, info->dim)};
+                                        .centroid_type = choose_type(params, info->dim, squares, sizes)};
+    free(squares);
+    free(sizes);
     cotra_ivf_layout_make(info, n_lists, params->bits, packer->header.centroid_type, &packer->layout);
     packer->header.table_bytes = packer->layout.table_bytes;
     packer->rows = malloc(info->count * sizeof *packer->rows);
@@ -243,17 +274,18 @@ static void quantise(code *made, uint32_t n, uint32_t bits)
     }
 }
 
-/* Writes an entry's code and factors. rest is |r|^2 for l2, else -<c, x - c>. */
-static void write_entry(const cotra_ivf_packer *packer, const code *made, const float *centroid_rotated, double rest,
+/* Writes an entry's code and factors. rest is |r|^2 for l2, else -<c, x - c>; shift: P(c - m), or 0 where the list is
+ * centred. */
+static void write_entry(const cotra_ivf_packer *packer, const code *made, const float *shift_rotated, double rest,
                         uint8_t *block, uint32_t slot)
 {
     const uint32_t n = packer->info.code_dim, bits = packer->header.bits;
     const int shift = slot < 16 ? 0 : 4, top = (1 << bits) - 1;
-    double centroid_product = 0; /* <v, P(c - m)> */
+    double shift_product = 0; /* <v, P(c - m)> */
     for (uint32_t g = 0; g < n; g += 4) {
         const uint8_t *levels = made->levels + g;
         for (uint32_t j = 0; j < 4; j++)
-            centroid_product += (double)centroid_rotated[g + j] * (2 * levels[j] - top);
+            shift_product += (double)shift_rotated[g + j] * (2 * levels[j] - top);
         for (uint32_t b = 0; b < bits; b++) {
             unsigned nibble = (levels[0] >> b & 1u) | (levels[1] >> b & 1u) << 1 | (levels[2] >> b & 1u) << 2 |
                               (levels[3] >> b & 1u) << 3;
@@ -264,8 +296,22 @@ static void write_entry(const cotra_ivf_packer *packer, const code *made, const 
     double f1 = made->product > 0 ? made->length2 / made->product : 0;
     if (packer->info.metric == COTRA_METRIC_L2)
         f1 *= 2;
-    ((float *)(block + packer->layout.f0))[slot] = (float)(rest + f1 * centroid_product);
+    ((float *)(block + packer->layout.f0))[slot] = (float)(rest + f1 * shift_product);
     ((float *)(block + packer->layout.f1))[slot] = (float)f1;
+}
+
+/* The root mean square of |x - c| over a list's rows. difference: [dim] */
+static double radius_of(const cotra_ivf_packer *packer, const float *centroid, const uint32_t *rows, uint32_t size,
+                        float *difference)
+{
+    double squares = 0;
+    for (uint32_t i = 0; i < size; i++) {
+        cotra_vector_load(packer->info.vector_type, record_of(packer, rows[i]) + COTRA_RECORD_HEAD_BYTES,
+                          packer->info.dim, difference);
+        for (uint32_t j = 0; j < packer->info.dim; j++)
+            squares += ((double)difference[j] - centroid[j]) * ((double)difference[j] - centroid[j]);
+    }
+    return size ? sqrt(squares / size) : 0;
 }
 
 /* memory: float32[6 * code_dim], levels: [code_dim] */
@@ -275,7 +321,7 @@ static void encode_list(cotra_ivf_packer *packer, uint32_t list, float *memory, 
     const cotra_ivf_layout *layout = &packer->layout;
     const uint32_t n = info->code_dim, dim = info->dim, prefix_bytes = cotra_prefix_bytes(info);
     const float *mean = (const float *)(cotra_arena_data(packer->arena) + info->nav_offset);
-    float *centroid = memory, *centroid_rotated = memory + n, *vector = memory + 2 * n, *difference = memory + 3 * n;
+    float *centroid = memory, *shift_rotated = memory + n, *vector = memory + 2 * n, *difference = memory + 3 * n;
     code made = {.residual = memory + 4 * n, .absolute = memory + 5 * n, .levels = levels};
     uint8_t *section = section_of(packer);
     uint8_t *blocks = section + layout->table_bytes + packer->blocks[list] * layout->block_bytes;
@@ -285,12 +331,20 @@ static void encode_list(cotra_ivf_packer *packer, uint32_t list, float *memory, 
 
     cotra_vector_load(packer->header.centroid_type, section + layout->centroids + (size_t)list * layout->stride, dim,
                       centroid);
-    for (uint32_t i = 0; i < dim; i++)
-        difference[i] = centroid[i] - mean[i];
-    cotra_rotation_apply(&packer->rotation, difference, centroid_rotated);
+    const double radius = radius_of(packer, centroid, rows, size, difference);
+    double gap2 = 0; /* |c - m|^2 */
+    for (uint32_t i = 0; i < dim; i++) {
+        difference[i] = info->metric == COTRA_METRIC_L2 ? centroid[i] - mean[i] : centroid[i];
+        gap2 += (double)difference[i] * difference[i];
+    }
+    const int centred = size && gap2 > radius * radius * (COTRA_CENTRED * COTRA_CENTRED);
+    if (centred)
+        memset(shift_rotated, 0, n * sizeof *shift_rotated);
+    else
+        cotra_rotation_apply(&packer->rotation, difference, shift_rotated);
     for (uint64_t b = 0; b < n_blocks; b++)
         memset(blocks + b * layout->block_bytes + layout->rows, 0xFF, 4 * COTRA_BLOCK);
-    double squares = 0, errors = 0;
+    double errors = 0;
     for (uint32_t i = 0; i < size; i++) {
         uint8_t *block = blocks + (uint64_t)(i / COTRA_BLOCK) * layout->block_bytes;
         const uint8_t *record = record_of(packer, rows[i]);
@@ -302,11 +356,10 @@ static void encode_list(cotra_ivf_packer *packer, uint32_t list, float *memory, 
         }
         cotra_rotation_apply(&packer->rotation, difference, made.residual);
         quantise(&made, n, packer->header.bits);
-        write_entry(packer, &made, centroid_rotated, info->metric == COTRA_METRIC_L2 ? made.length2 : -own_product,
-                    block, i % COTRA_BLOCK);
+        write_entry(packer, &made, shift_rotated, info->metric == COTRA_METRIC_L2 ? made.length2 : -own_product, block,
+                    i % COTRA_BLOCK);
         ((uint32_t *)(block + layout->rows))[i % COTRA_BLOCK] = rows[i];
         ((uint32_t *)(block + layout->sums))[i % COTRA_BLOCK] = cotra_prefix_checksum(record, prefix_bytes, rows[i]);
-        squares += made.length2;
         /* g v = r + e, e orthogonal to r; <e, u> for u in any direction but r's has the variance |e|^2 / (D - 1) */
         if (made.product > 0)
             errors += made.length2 * (made.length2 / made.product * (made.v_length2 / made.product) - 1) / (n - 1);
@@ -315,7 +368,7 @@ static void encode_list(cotra_ivf_packer *packer, uint32_t list, float *memory, 
     for (uint64_t b = 0; b < n_blocks; b++)
         sum += cotra_ivf_block_checksum(blocks + b * layout->block_bytes, layout->block_bytes, b);
     ((uint32_t *)(section + layout->checksums))[list] = sum;
-    ((float *)(section + layout->radii))[list] = size ? (float)sqrt(squares / size) : 0;
+    ((float *)(section + layout->radii))[list] = (float)(centred ? -radius : radius);
     ((float *)(section + layout->errors))[list] = size && errors > 0 ? (float)sqrt(errors / size) : 0;
 }
 

@@ -2,6 +2,7 @@
 #include "search/engine.h"
 
 #include "base/arena.h"
+#include "base/ranked.h"
 #include "base/status.h"
 #include "search/cache.h"
 
@@ -218,14 +219,6 @@ static int make_walks(cotra_engine *engine, uint32_t n_walks, uint32_t k, uint32
     return status;
 }
 
-static uint64_t count_rows(const uint8_t *filter, uint64_t count)
-{
-    uint64_t n = 0;
-    for (uint64_t i = 0; i < count / 8; i++)
-        n += (uint64_t)__builtin_popcount(filter[i]);
-    return count % 8 ? n + (uint64_t)__builtin_popcount(filter[count / 8] & ((1u << count % 8) - 1)) : n;
-}
-
 /* A walk ends between hnswlib's rule for half of ef and that for ef: lists are fuller than hnswlib's, and find as much
  * with fewer expansions (measured: docs/explanation/how-it-works.md). */
 static uint32_t choose_low_rank(const cotra_search_params *params)
@@ -247,7 +240,7 @@ static int count_shard(cotra_engine *engine, uint32_t shard, const cotra_search_
     if (scope->filter_bytes[shard] < (info->count + 7) / 8)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u has %llu rows, its filter %llu bits", shard,
                           (unsigned long long)info->count, 8 * (unsigned long long)scope->filter_bytes[shard]);
-    const uint64_t passed = count_rows(filter, info->count);
+    const uint64_t passed = cotra_count_bits(filter, info->count);
     engine->rows[shard] = passed < live ? passed : live;
     return COTRA_OK;
 }

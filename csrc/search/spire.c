@@ -2,6 +2,8 @@
  *
  *   probe begins -> round 1: all pieces of its lists -> round 2: all vectors to re-rank -> answer, next query
  *
+ * Where filters leave too little of the lists, and where very many vectors are to be read, there are more rounds.
+ *
  * All READs of a round are queued at once, each on its shard's lane; a lane posts what its channel has free slots for
  * and keeps the rest for when some complete (back-pressure). A completion is worked off before its slot is free again,
  * so a landing buffer is never looked at later.
@@ -13,18 +15,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_K = 1 << 20, MAX_INFLIGHT = 64, AUTO_RERANK = 1024, AUTO_RERANK_OF_K = 32, BATCH = 64 };
+enum { MAX_K = 1 << 20, MAX_INFLIGHT = 64, BATCH_RERANK = 1024, BATCH_RERANK_OF_K = 32, BATCH = 64 };
 /* A query takes the CPU tens of microseconds: as many of them as hide two round trips on a wire, or the memory's
  * latency.
  */
 enum { INFLIGHT_FAR = 8, INFLIGHT_NEAR = 2 };
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
+enum { FREE, LISTS, VECTORS };
+
 typedef struct pending {
     uint64_t offset;
     uint32_t length;
     uint32_t run;  /* whose */
-    uint32_t item; /* piece in round 1, candidate in round 2 */
+    uint32_t item; /* piece of a list, or candidate */
 } pending;
 
 typedef struct owner {
@@ -33,11 +37,11 @@ typedef struct owner {
 
 typedef struct lane { /* one shard */
     cotra_channel *channel;
-    owner *owners;     /* [slots]: of the READs in progress */
-    uint32_t *idle;    /* [slots]: free slots, a stack */
-    uint32_t n_idle;   /* slots - n_idle READs are in progress */
-    pending *queue;    /* [capacity]: a ring of READs to be posted */
-    uint32_t capacity; /* as many as all runs can have on this lane in a round */
+    owner *owners;   /* [slots]: of the READs in progress */
+    uint32_t *idle;  /* [slots]: free slots, a stack */
+    uint32_t n_idle; /* slots - n_idle READs are in progress */
+    pending *queue;  /* [capacity]: a ring of READs to be posted */
+    uint32_t capacity;
     uint32_t first, queued;
     uint64_t last_progress_ns;
 } lane;
@@ -46,7 +50,7 @@ typedef struct running {
     cotra_probe probe;
     uint64_t query, started_ns;
     uint32_t missing; /* READs of the round that are not there yet */
-    int round;        /* 0: free, 1: lists, 2: vectors */
+    int round;        /* FREE, LISTS, VECTORS */
 } running;
 
 struct cotra_spire {
@@ -93,6 +97,16 @@ static int check_shards(cotra_view *const *views, cotra_ivf_table *const *tables
     return COTRA_OK;
 }
 
+/* The READs that all lists of a shard are. */
+static uint64_t count_pieces(const cotra_probe_shard *shard)
+{
+    const cotra_ivf_table *table = shard->table;
+    uint64_t all = 0;
+    for (uint32_t i = 0; i < table->info.n_lists; i++)
+        all += (cotra_ivf_blocks(table->sizes[i]) + shard->piece_blocks - 1) / shard->piece_blocks;
+    return all;
+}
+
 int cotra_spire_create(cotra_view *const *views, cotra_ivf_table *const *tables, cotra_channel *const *channels,
                        uint32_t n_shards, int simd, cotra_spire **out, cotra_error *err)
 {
@@ -121,6 +135,7 @@ int cotra_spire_create(cotra_view *const *views, cotra_ivf_table *const *tables,
                                                 .table = tables[i],
                                                 .prefix_bytes = cotra_prefix_bytes(&views[i]->info),
                                                 .piece_blocks = channels[i]->slot_bytes / tables[i]->info.block_bytes};
+        engine->shards[i].pieces = count_pieces(&engine->shards[i]);
         to->channel = channels[i];
         to->owners = calloc(channels[i]->slots, sizeof *to->owners);
         to->idle = calloc(channels[i]->slots, sizeof *to->idle);
@@ -144,6 +159,7 @@ static void drop_runs(cotra_spire *engine)
     for (uint32_t i = 0; engine->lanes && i < engine->n_shards; i++) {
         free(engine->lanes[i].queue);
         engine->lanes[i].queue = NULL;
+        engine->lanes[i].capacity = 0;
     }
 }
 
@@ -161,45 +177,15 @@ void cotra_spire_destroy(cotra_spire *engine)
     free(engine);
 }
 
-/* Pieces of at most n_probe lists of a shard. */
-static uint64_t pieces_of(const cotra_probe_shard *shard, uint64_t n_probe)
-{
-    const cotra_ivf_table *table = shard->table;
-    uint64_t all = 0, most = 0;
-    for (uint32_t i = 0; i < table->info.n_lists; i++) {
-        const uint64_t pieces = (cotra_ivf_blocks(table->sizes[i]) + shard->piece_blocks - 1) / shard->piece_blocks;
-        all += pieces;
-        most = pieces > most ? pieces : most;
-    }
-    return all < n_probe * most ? all : n_probe * most;
-}
-
 static int make_runs(cotra_spire *engine, uint32_t n_runs, const cotra_probe_limits *limits, cotra_error *err)
 {
-    if (engine->n_runs == n_runs && engine->limits.k == limits->k && engine->limits.n_probe == limits->n_probe &&
-        engine->limits.capacity == limits->capacity && engine->limits.automatic == limits->automatic)
+    if (engine->n_runs == n_runs && memcmp(&engine->limits, limits, sizeof *limits) == 0)
         return COTRA_OK;
     drop_runs(engine);
     engine->limits = *limits;
-    engine->limits.n_pieces = 0;
-    int failed = 0;
-    for (uint32_t i = 0; i < engine->n_shards; i++) {
-        const uint64_t pieces = pieces_of(&engine->shards[i], limits->n_probe);
-        const uint64_t capacity = (pieces > limits->capacity ? pieces : limits->capacity) * n_runs;
-        lane *to = &engine->lanes[i];
-        if (capacity > UINT32_MAX || engine->limits.n_pieces + pieces > UINT32_MAX)
-            return cotra_fail(err, COTRA_ERR_ARGUMENT, "%u lists of shard %u are %llu READs: too many at once",
-                              limits->n_probe, i, (unsigned long long)pieces);
-        engine->limits.n_pieces += (uint32_t)pieces;
-        to->capacity = (uint32_t)capacity;
-        to->queue = malloc((capacity ? capacity : 1) * sizeof *to->queue);
-        failed |= !to->queue;
-    }
     engine->runs = calloc(n_runs, sizeof *engine->runs);
-    if (failed || !engine->runs) {
-        drop_runs(engine);
+    if (!engine->runs)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u queries at once", n_runs);
-    }
     for (; engine->n_runs < n_runs; engine->n_runs++) {
         int status = cotra_probe_create(&engine->runs[engine->n_runs].probe, engine->shards, engine->n_shards,
                                         engine->kernels, &engine->limits, err);
@@ -211,15 +197,39 @@ static int make_runs(cotra_spire *engine, uint32_t n_runs, const cotra_probe_lim
     return COTRA_OK;
 }
 
-static void enqueue(cotra_spire *engine, uint32_t r, uint32_t shard, uint64_t offset, uint32_t length, uint32_t item)
+/* Makes room for n more READs of a lane. */
+static int make_room(lane *to, uint64_t n, cotra_error *err)
+{
+    const uint64_t wanted = to->queued + n;
+    if (wanted <= to->capacity)
+        return COTRA_OK;
+    const uint64_t capacity = wanted > 2 * (uint64_t)to->capacity ? wanted : 2 * (uint64_t)to->capacity;
+    pending *queue = capacity <= UINT32_MAX ? malloc(capacity * sizeof *queue) : NULL;
+    if (!queue)
+        return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %llu READs", (unsigned long long)capacity);
+    for (uint32_t i = 0; i < to->queued; i++)
+        queue[i] = to->queue[(to->first + i) % to->capacity];
+    free(to->queue);
+    to->queue = queue;
+    to->capacity = (uint32_t)capacity;
+    to->first = 0;
+    return COTRA_OK;
+}
+
+static int enqueue(cotra_spire *engine, uint32_t r, uint32_t shard, uint64_t offset, uint32_t length, uint32_t item,
+                   cotra_error *err)
 {
     lane *to = &engine->lanes[shard];
     running *run = &engine->runs[r];
+    int status = make_room(to, 1, err);
+    if (status)
+        return status;
     to->queue[(to->first + to->queued++) % to->capacity] =
         (pending){.offset = offset, .length = length, .run = r, .item = item};
     run->missing++;
     run->probe.stats.reads++;
     run->probe.stats.read_bytes += length;
+    return COTRA_OK;
 }
 
 /* Posts what there are slots for. */
@@ -248,34 +258,30 @@ static int post_queue(lane *to, cotra_error *err)
     return COTRA_OK;
 }
 
-static void queue_lists(cotra_spire *engine, uint32_t r)
+/* Queues what the probe names next; nothing where it is done. */
+static int queue_round(cotra_spire *engine, uint32_t r, cotra_error *err)
 {
     running *run = &engine->runs[r];
-    for (uint32_t i = 0; i < run->probe.n_pieces; i++) {
-        const cotra_probe_piece *piece = &run->probe.pieces[i];
-        const cotra_probe_list *list = &run->probe.lists[piece->list];
+    cotra_probe *probe = &run->probe;
+    int status = cotra_probe_next(probe, err);
+    run->round = probe->n_pieces ? LISTS : VECTORS;
+    for (uint32_t i = 0; i < probe->n_pieces && !status; i++) {
+        const cotra_probe_piece *piece = &probe->pieces[i];
+        const cotra_probe_list *list = &probe->lists[piece->list];
         const cotra_ivf_table *table = engine->shards[list->shard].table;
         const uint64_t offset = table->offsets[list->number] + piece->first_block * table->info.block_bytes;
-        enqueue(engine, r, list->shard, offset, piece->n_blocks * table->info.block_bytes, i);
+        status = enqueue(engine, r, list->shard, offset, piece->n_blocks * table->info.block_bytes, i, err);
+        probe->stats.list_bytes += piece->n_blocks * table->info.block_bytes;
     }
-    run->round = 1;
-    run->probe.stats.rounds = run->missing ? 1 : 0;
-    run->probe.stats.list_bytes = run->probe.stats.read_bytes;
-}
-
-static void queue_vectors(cotra_spire *engine, uint32_t r)
-{
-    running *run = &engine->runs[r];
-    const uint32_t n = cotra_probe_rerank(&run->probe);
-    for (uint32_t i = 0; i < n; i++) {
-        const cotra_ranked *candidate = &run->probe.candidates.items[i];
+    for (uint32_t i = probe->first_vector; i < probe->first_vector + probe->n_vectors && !status; i++) {
+        const cotra_ranked *candidate = &probe->candidates.items[i];
         const uint32_t s = (uint32_t)candidate->major;
         const cotra_image_info *info = &engine->shards[s].view->info;
-        enqueue(engine, r, s, info->records_offset + candidate->minor * info->record_bytes,
-                engine->shards[s].prefix_bytes, i);
+        status = enqueue(engine, r, s, info->records_offset + candidate->minor * info->record_bytes,
+                         cotra_probe_vector_bytes(probe, s), i, err);
     }
-    run->round = 2;
-    run->probe.stats.rounds += n > 0;
+    probe->stats.rounds += run->missing > 0;
+    return status;
 }
 
 static void finish(cotra_spire *engine, running *run)
@@ -284,30 +290,31 @@ static void finish(cotra_spire *engine, running *run)
     cotra_probe_answer(&run->probe, engine->labels + row, engine->distances + row, engine->answer_shards + row);
     run->probe.stats.latency_ns = cotra_clock_ns() - run->started_ns;
     engine->stats[run->query] = run->probe.stats;
-    run->round = 0;
+    run->round = FREE;
     engine->active--;
 }
 
 /* Goes on to the round, or the query, that has something to read. */
-static void advance(cotra_spire *engine, uint32_t r)
+static int advance(cotra_spire *engine, uint32_t r, cotra_error *err)
 {
     running *run = &engine->runs[r];
     while (run->missing == 0) {
-        if (run->round == 1) {
-            queue_vectors(engine, r);
-            continue;
+        if (run->round == FREE) {
+            if (engine->next_query == engine->n_queries)
+                return COTRA_OK;
+            run->query = engine->next_query++;
+            run->started_ns = cotra_clock_ns();
+            engine->active++;
+            cotra_probe_begin(&run->probe, engine->queries + run->query * engine->dim,
+                              engine->mask ? engine->mask + run->query * engine->n_shards : NULL);
         }
-        if (run->round == 2)
+        int status = queue_round(engine, r, err);
+        if (status)
+            return status;
+        if (run->missing == 0)
             finish(engine, run);
-        if (engine->next_query == engine->n_queries)
-            return;
-        run->query = engine->next_query++;
-        run->started_ns = cotra_clock_ns();
-        engine->active++;
-        cotra_probe_begin(&run->probe, engine->queries + run->query * engine->dim,
-                          engine->mask ? engine->mask + run->query * engine->n_shards : NULL);
-        queue_lists(engine, r);
     }
+    return COTRA_OK;
 }
 
 static int take_completion(cotra_spire *engine, const cotra_completion *completion, lane *from, cotra_error *err)
@@ -317,13 +324,11 @@ static int take_completion(cotra_spire *engine, const cotra_completion *completi
     if (completion->status != COTRA_OK)
         return cotra_channel_report(from->channel, completion->status, err);
     running *run = &engine->runs[whose.run];
-    int status = run->round == 1 ? cotra_probe_take_piece(&run->probe, whose.item, completion->data, err)
-                                 : cotra_probe_take_vector(&run->probe, whose.item, completion->data, err);
+    int status = run->round == LISTS ? cotra_probe_take_piece(&run->probe, whose.item, completion->data, err)
+                                     : cotra_probe_take_vector(&run->probe, whose.item, completion->data, err);
     if (status)
         return status;
-    if (--run->missing == 0)
-        advance(engine, whose.run);
-    return COTRA_OK;
+    return --run->missing == 0 ? advance(engine, whose.run, err) : COTRA_OK;
 }
 
 /* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */
@@ -359,8 +364,11 @@ static int turn(cotra_spire *engine, lane *lane_, uint64_t timeout_ns, cotra_err
 
 static int run_all(cotra_spire *engine, uint64_t timeout_ns, cotra_error *err)
 {
-    for (uint32_t r = 0; r < engine->n_runs; r++)
-        advance(engine, r);
+    for (uint32_t r = 0; r < engine->n_runs; r++) {
+        int status = advance(engine, r, err);
+        if (status)
+            return status;
+    }
     while (engine->active) {
         int busy = 0;
         for (uint32_t s = 0; s < engine->n_shards; s++) {
@@ -412,12 +420,12 @@ static uint32_t plan(const cotra_spire *engine, const cotra_spire_params *params
         rows += engine->shards[s].table->info.entries;
         far |= engine->lanes[s].channel->in_flight == 0;
     }
-    uint64_t capacity = params->n_rerank ? params->n_rerank : AUTO_RERANK + AUTO_RERANK_OF_K * (uint64_t)params->k;
-    capacity = capacity < rows ? capacity : rows;
+    uint64_t batch = BATCH_RERANK + BATCH_RERANK_OF_K * (uint64_t)params->k;
+    batch = batch < rows ? batch : rows;
     *limits = (cotra_probe_limits){.k = params->k,
                                    .n_probe = params->n_probe < n_lists ? params->n_probe : (uint32_t)n_lists,
-                                   .capacity = (uint32_t)capacity,
-                                   .automatic = params->n_rerank == 0};
+                                   .n_rerank = params->n_rerank,
+                                   .batch = (uint32_t)(params->n_rerank > batch ? params->n_rerank : batch)};
     const uint32_t wanted = params->inflight ? params->inflight : far ? INFLIGHT_FAR : INFLIGHT_NEAR;
     return wanted < MAX_INFLIGHT ? wanted : MAX_INFLIGHT;
 }
@@ -437,7 +445,13 @@ int cotra_spire_search(cotra_spire *engine, const float *queries, uint64_t n_que
         status = cotra_channel_settle(to->channel, err);
         if (status && err)
             err->shard = (int32_t)s;
+        const uint64_t live = engine->shards[s].table->info.entries;
         engine->shards[s].filter = scope && scope->filters ? scope->filters[s] : NULL;
+        engine->shards[s].rows = live;
+        if (engine->shards[s].filter) {
+            const uint64_t passed = cotra_count_bits(engine->shards[s].filter, engine->shards[s].view->info.count);
+            engine->shards[s].rows = passed < live ? passed : live;
+        }
         to->first = to->queued = 0;
         to->last_progress_ns = 0;
         to->n_idle = to->channel->slots;
@@ -447,7 +461,7 @@ int cotra_spire_search(cotra_spire *engine, const float *queries, uint64_t n_que
     if (status)
         return status;
     for (uint32_t r = 0; r < engine->n_runs; r++)
-        engine->runs[r].round = engine->runs[r].missing = 0;
+        engine->runs[r].round = FREE, engine->runs[r].missing = 0;
     engine->queries = queries;
     engine->mask = scope ? scope->mask : NULL;
     engine->n_queries = n_queries;

@@ -4,6 +4,7 @@
 #include "layout/vectors.h"
 #include "transport/transport.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -137,8 +138,8 @@ void cotra_ivf_table_get_lists(const cotra_ivf_table *table, float *centroids, u
                           centroids + i * table->dim);
     if (sizes)
         memcpy(sizes, table->sizes, n * sizeof *sizes);
-    if (radii)
-        memcpy(radii, table->radii, n * sizeof *radii);
+    for (size_t i = 0; radii && i < n; i++)
+        radii[i] = fabsf(table->radii[i]);
     if (errors)
         memcpy(errors, table->errors, n * sizeof *errors);
     if (offsets)

@@ -12,7 +12,7 @@ struct cotra_ivf_table {
     uint8_t *data;              /* nobody else can write it, so it is checked once */
     const uint8_t *centroids;   /* [n_lists][layout.stride] */
     const uint32_t *sizes;
-    const float *radii, *errors;
+    const float *radii, *errors; /* of centred lists a radius is negative */
     const uint32_t *checksums;
     uint64_t *offsets; /* [n_lists]: in the region */
     float *norms2;     /* [n_lists]: of the centroids */

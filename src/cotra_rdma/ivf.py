@@ -221,12 +221,13 @@ class SpireEngine(Handle):
         filters: Sequence[bytes | None] | None = None,
         mask: npt.NDArray[np.bool_] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]:
-        """Searches all shards for every query in two rounds of READs; the GIL is released.
+        """Searches all shards for every query in two rounds of READs, more where filters leave too little; the GIL is released.
 
         Args:
             queries: float32[n_queries, dim], C-contiguous.
             k: answers.
-            n_probe: lists that a query reads, the nearest over all shards; more than there are: all.
+            n_probe: lists that a query reads, the nearest over all shards. Under filters it reads more, until it has
+                estimated as many rows that may be returned as so many lists hold on average.
             n_rerank: vectors that it then reads, at least k; 0: as many as the estimates' error asks for.
             inflight: queries in progress at once; 0: chosen from the channels.
             timeout_s: the longest wait for one READ, in seconds.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +140,7 @@ class _Lane:
         labels, distances, shards, told = self._spire.search(
             job.queries,
             job.k,
-            min(math.ceil(job.ef / self._let_through(job)), MAX_PROBE),
+            min(job.ef, MAX_PROBE),
             inflight=job.inflight,
             timeout_s=job.timeout_s,
             filters=job.filters,
@@ -168,17 +167,6 @@ class _Lane:
                 self._stack.push(parts)
             channels.append(source)
         return channels
-
-    def _let_through(self, job: SearchJob) -> float:
-        """The share of the rows that the job's filters let through: so many more lists hold as many of them."""
-        if job.filters is None:
-            return 1.0
-        counts = [peer.shard.count for peer in self._peers]
-        through = 0
-        for bitmap, count in zip(job.filters, counts, strict=True):
-            bits = None if bitmap is None else np.frombuffer(bitmap, np.uint8)
-            through += count if bits is None else int(np.unpackbits(bits, count=count, bitorder="little").sum())
-        return max(through, 1) / max(sum(counts), 1)
 
     def close(self) -> None:
         if self._spire is not None:

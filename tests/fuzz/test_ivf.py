@@ -173,7 +173,7 @@ def test_numbers_that_a_table_must_not_hold(memory: GuardedMemory, path: Path, v
         {head["sizes_at"]: 2**32 - 1},
         {head["sizes_at"]: first + 96, head["sizes_at"] + 4: (second - 96) % 2**32},
         {head["radii"]: 0x7F800000},
-        {head["radii"] + 4: 0xBF800000},
+        {head["radii"] + 4: 0xFF800000},
         {head["errors"]: 0x7FC00000},
         {head["errors"] + 8: 0xBF800000},
         {IVF_HEADER_BYTES: 0xFFFFFFFF},
