@@ -22,7 +22,7 @@ enum { NEAR_READS = 8 }; /* in progress on each shard, or graph, at first: more 
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 /* Of a walk's limit, in units of 1 / sqrt(D): docs/explanation/how-it-works.md. */
-#define SLACK     0.25f
+#define SLACK      0.25f
 #define SLACK_OF_K 0.13f
 
 /* What a shard must be to take its place in an engine. */

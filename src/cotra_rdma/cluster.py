@@ -426,8 +426,8 @@ class Cluster:
                 says is quickest, and Compass where leaving shards out pays and was measured: without filters, and for k
                 no larger than at the build (10). Which it was is in the result. It compares times, not recall, and
                 learns, so its answers may differ from call to call; those of all others never do.
-            target_recall: of Compass: the recall to keep, of that which asking every shard has. Filters, and k above 10,
-                lose more.
+            target_recall: of Compass: the recall to keep, of that which asking every shard has; k above 10 loses more.
+                Under filters it leaves out only shards of which no row may be returned.
             owner_cpu: whether "auto" may let owners search whose memory could be read.
             explain: have the cost model's predictions in the result, for any algorithm.
 
@@ -466,8 +466,8 @@ class Cluster:
         plan = self._planner.plan(
             algorithm, job, n_threads, target_recall=target_recall, owner_cpu=owner_cpu, explain=explain
         )
-        if plan.mask is not job.mask:
-            job = job._replace(mask=plan.mask)
+        open_to, routed = job.mask, plan.mask is not job.mask
+        job = job._replace(mask=plan.mask)
         lenient = self.one_graph if allow_partial is None else allow_partial
         peers = list(self._peers)
         homes = None
@@ -480,7 +480,13 @@ class Cluster:
                 ended = [before if after.transport == LOST else after for before, after in pairs]
             elif not failures:
                 self._note(plan, job, answers, n_threads, seconds)
-            ids, distances, owners, stats = self._gatherer.merge(answers, job)
+            ids, distances, owners, stats = found = self._gatherer.merge(answers, job)
+            if routed and plan.mask is not None:
+                _, lost, asked_in_all = self._gatherer.ask_rest(
+                    list(self._peers), job, plan, open_to, found, n_threads, lenient
+                )
+                failures |= lost
+                job = job._replace(mask=asked_in_all)
             used = [used_of(peer, plan, failures) for peer in ended]
         else:
             here = partial(

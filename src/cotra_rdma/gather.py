@@ -68,6 +68,40 @@ class Gatherer:
                     failures[shard] = error
         return answers, failures, plan if len(calls) == len(plan.asked) else plan._replace(asked=frozenset(calls))
 
+    def ask_rest(
+        self,
+        peers: list[Peer],
+        job: SearchJob,
+        plan: Plan,
+        open_to: npt.NDArray[np.bool_] | None,
+        found: Merged,
+        n_threads: int,
+        lenient: bool,
+    ) -> tuple[Merged, dict[int, CotraError], npt.NDArray[np.bool_]]:
+        """Asks the shards that a plan left out of queries (`open_to` less the job's mask) that have fewer than k answers, though
+        there are more rows: the answers with theirs, the failures, and which shards each query asked in all."""
+        assert job.mask is not None
+        every = np.ones_like(job.mask) if open_to is None else open_to
+        rows_of = np.array([peer.shard.count for peer in peers])
+        lacks = (found[0] >= 0).sum(axis=1) < np.minimum(every @ rows_of, job.k)
+        rest = every & ~job.mask & lacks[:, np.newaxis]
+        rows = np.flatnonzero(rest.any(axis=1))
+        if job.filters is not None or not len(rows):
+            return found, {}, job.mask
+        part = job._replace(queries=job.queries[rows], mask=rest[rows])
+        answers, failures, _ = self.gather(peers, part, plan, n_threads, lenient)
+        more = self.merge(answers, part)
+        for row, *others in zip(rows.tolist(), *more[:3], strict=True):
+            ids, distances, shards = (np.append(own[row], other) for own, other in zip(found[:3], others, strict=True))
+            order = np.lexsort((ids, shards, distances))
+            order = order[np.sort(np.unique(ids[order], return_index=True)[1])]  # a label once, where it is nearest
+            order = order[ids[order] >= 0][: job.k]
+            for own, values in zip(found[:3], (ids, distances, shards), strict=True):
+                own[row, : len(order)] = values[order]
+        for name in (*COUNTS, "rounds", "latency_ns"):
+            found[3][name][rows] += more[3][name]
+        return found, failures, job.mask | rest
+
     def _walk(
         self,
         near: list[Peer],

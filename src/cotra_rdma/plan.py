@@ -144,7 +144,8 @@ class Planner:
         return homes
 
     def _selection(self, job: SearchJob, target_recall: float, *, required: bool) -> npt.NDArray[np.bool_] | None:
-        """The shards that Compass takes, of those that the job is for; the job's own mask where it would take almost all."""
+        """The shards that Compass takes, of those that the job is for; the job's own mask where it would take almost all. Under a
+        filter: all that have a row which it lets through, for the tables do not tell where the nearest of those are."""
         away = [str(at) for at, peer in enumerate(self._peers) if peer.transport == LOST and peer.coarse is None]
         if self.router is None and away:
             raise TransportError(
@@ -154,12 +155,13 @@ class Planner:
             raise InvalidInputError(
                 "compass: these shards are not the whole of a collection with coarse tables: cotra build makes them"
             )
+        if job.filters is not None:
+            return _may_answer(job)
         numbers = [peer.number or 0 for peer in self._peers]
         among = None
-        open_to = _may_answer(job)
-        if open_to is not None:
-            among = np.empty_like(open_to)
-            among[:, numbers] = open_to
+        if job.mask is not None:
+            among = np.empty_like(job.mask)
+            among[:, numbers] = job.mask
         mask = self.router.select(job.queries, target_recall, among)[:, numbers]
         most = mask.size if job.mask is None else job.mask.sum()
         return mask if required or mask.sum() < _FULL * most else job.mask

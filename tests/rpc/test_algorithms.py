@@ -210,6 +210,28 @@ def test_shards_may_be_given_in_any_order(addresses: list[str], cluster: Cluster
             np.testing.assert_array_equal(one.shards, np.array(order)[two.shards])
 
 
+@pytest.mark.parametrize("algorithm", ["compass", "compass+scatter-gather", "compass+spire"])
+def test_compass_asks_the_others_where_its_shards_have_fewer_than_k(
+    algorithm: str, cluster: Cluster, members: list[npt.NDArray[np.int64]], asked: Floats, exact: Wide
+) -> None:
+    largest = max(len(ids) for ids in members)
+    k = largest + 100
+    few = asked[:3]
+    result = cluster.search(few, k, k, algorithm=algorithm, target_recall=0.01)
+    assert (result.ids >= 0).all()
+    assert all(len(set(row)) == k for row in result.ids.tolist())
+    assert (np.diff(result.distances) >= 0).all()
+    assert (result.asked == N_SHARDS).all()
+    held = np.array([np.isin(result.ids, ids) for ids in members])
+    np.testing.assert_array_equal(held.argmax(axis=0), result.shards)
+    assert recall_of(result.ids, exact[:3]) >= 0.98
+    alone = np.zeros((3, N_SHARDS), bool)
+    alone[:, :2] = True
+    some = cluster.search(few, k, k, algorithm=algorithm, target_recall=0.01, shards=alone)
+    assert (some.asked <= 2).all()
+    assert ((some.ids >= 0).sum(axis=1) == min(k, len(members[0]) + len(members[1]))).all()
+
+
 @pytest.mark.parametrize("algorithm", ["spire", "compass+spire"])
 def test_spire_takes_two_rounds(cluster: Cluster, asked: Floats, exact: Wide, algorithm: str) -> None:
     recalls, sizes = [], []
