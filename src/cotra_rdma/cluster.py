@@ -39,7 +39,7 @@ from cotra_rdma.lanes import LanePool
 from cotra_rdma.owners import addresses_of, misfit
 from cotra_rdma.peer import LOST, ONE_SIDED, READ, Peer, check_alike
 from cotra_rdma.plan import Plan, Planner
-from cotra_rdma.queries import check_queries, check_search, check_timeout, pack_filter
+from cotra_rdma.queries import check_most, check_queries, check_search, check_timeout, pack_filter
 from cotra_rdma.reach import Reach
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.replicas import Owner, Replicas, Tried
@@ -390,6 +390,7 @@ class Cluster:
         target_recall: float = DEFAULT_TARGET,
         owner_cpu: bool = False,
         explain: bool = False,
+        max_expansions: int | None = None,
     ) -> SearchResult:
         """The k nearest vectors of each query, over all shards.
 
@@ -419,7 +420,8 @@ class Cluster:
                 the shards are one graph, of which the rest is as good as before; but where none is left, that is an error.
             algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others; "home" sends
                 each query to the owner of most of its neighbourhood, which walks the whole graph, its own records in place
-                (`Server.search_with`); what a home does not answer is walked here, and where all refuse that is an error;
+                (`Server.search_with`); what a home does not answer is walked here, and where all refuse that is an error,
+                but for filters, which owners of earlier versions refuse;
                 "scatter-gather" asks all owners; "spire" reads inverted lists, in two rounds (`Shard.build(n_lists=)`).
                 "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
                 the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
@@ -430,16 +432,21 @@ class Cluster:
                 Under filters it leaves out only shards of which no row may be returned.
             owner_cpu: whether "auto" may let owners search whose memory could be read.
             explain: have the cost model's predictions in the result, for any algorithm.
+            max_expansions: records that a walk expands at most, though it would find more: a bound for what a query costs,
+                whatever the data and the filter. Of shards with graphs of their own each has a walk. The result says which
+                queries that ended (`incomplete`), and `coverage` does not count them. None: as many as it takes. Not for
+                "spire".
 
         Raises:
             InvalidInputError: a wrong dim, NaN or infinity, k > ef, a filter of another length. TransportError and those
             below it: a shard failed; the error's `shard` tells which. It is a `PartialResultError`, with what the others
             answered in its `result`, where that is to be had: when the shard was asked over RPC.
         """
+        check_most(max_expansions)
         self._begin_search(n_threads)
         try:
             return self._search(
-                self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards),
+                self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards)._replace(most=max_expansions),
                 n_threads,
                 allow_partial,
                 algorithm,
@@ -505,7 +512,9 @@ class Cluster:
             stats,
             tuple(used),
             time.perf_counter() - begin,
-            (n_shards - len(failures)) / n_shards,
+            (n_shards - len(failures))
+            / n_shards
+            * (1 - float((stats["incomplete"] > 0).mean()) if len(stats) else 1.0),
             failures,
             asked,
             plan.algorithm,
@@ -615,7 +624,7 @@ class Cluster:
     ) -> None:
         """Tells the cost model what a shard needed: after searches of one kind only, for others say less, and of all shards."""
         n, peers = len(job.queries), self._peers
-        if plan.pushed or job.filters is not None or not answers or not n:
+        if plan.pushed or job.filters is not None or job.most is not None or not answers or not n:
             return
         if len(plan.asked) != len(peers) if plan.asked else any(peer.transport not in ONE_SIDED for peer in peers):
             return

@@ -14,7 +14,7 @@ from cotra_rdma.arena import Arena
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
 from cotra_rdma.errors import CotraError, FormatError, InvalidInputError
 from cotra_rdma.expansions import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
-from cotra_rdma.queries import check_rows, check_search
+from cotra_rdma.queries import check_most, check_rows, check_search
 
 Source = Channel | Arena | None
 """How the records of a shard are come by: see `Engine.create`."""
@@ -41,7 +41,7 @@ STATS_DTYPE = np.dtype(
 )
 """What a query took. expansions = reads + cached_records + own + pushed: records that were READ, that a cache had, in this
 process's own memory, and nodes that their shards' owners expanded. (A READ repeated after a failure is counted twice.)"""
-COUNTS = ("reads", "expansions", "cache_hits", "cached_records", "own", "pushed", "read_bytes")
+COUNTS = ("reads", "expansions", "cache_hits", "cached_records", "own", "pushed", "incomplete", "read_bytes")
 """Those of `STATS_DTYPE` that are summed over shards; of rounds and latency_ns a query has its slowest shard's."""
 OWNER_STATS_DTYPE = np.dtype([(name, STATS_DTYPE[name]) for name in (STATS_DTYPE.names or ())[:6]])
 """What an owner that searches its shard tells of each query, without what a cache did: it has none."""
@@ -314,6 +314,7 @@ class Engine(Handle):
         filters: Sequence[bytes | None] | None = None,
         mask: npt.NDArray[np.bool_] | None = None,
         numbers: bool = False,
+        max_expansions: int | None = None,
         helper: Helper | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         """Searches every shard for every query; the GIL is released. Shards of one graph (`global_graph`) are searched together,
@@ -327,6 +328,8 @@ class Engine(Handle):
             filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
             mask: bool[n_queries, n_shards]: which shards each query is for.
             numbers: have node numbers (of the graph, over all its shards) in place of labels.
+            max_expansions: records that a walk expands at most; `incomplete` in the stats says how many walks that ended. None:
+                as many as it takes.
             helper: asked half-way, without which a shard that fails is an error. After a failure the engine is of no use for
                 another search.
 
@@ -341,6 +344,7 @@ class Engine(Handle):
         params.k, params.ef, params.beam, params.inflight = k, ef, beam, inflight
         params.timeout_ns = round(timeout_s * 1e9)
         params.numbers = numbers
+        params.most = check_most(max_expansions)
         scope, _held = search_scope(filters, mask, n, self._n_shards)
         labels = np.empty((self._n_shards, n, k), np.int64)
         distances = np.empty((self._n_shards, n, k), np.float32)

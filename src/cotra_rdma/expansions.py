@@ -14,8 +14,8 @@ limit that estimates must be below to be of use. `cotra_push` of the C shim, and
 EXPANSION_DTYPE = np.dtype(
     [("distance", "<f4"), ("scale", "<f4"), ("label", "<i8"), ("flags", "<u4"), ("count", "<u4")]
 )
-"""What the owner tells of it: the exact distance, for inner products the scale of what estimates near it are wrong by, label and flags, and of
-how many neighbours it tells. `cotra_expansion` of the C shim, and on the wire."""
+"""What the owner tells of it: the exact distance, for inner products the scale of what estimates near it are wrong by, label and
+flags, and of how many neighbours it tells. `cotra_expansion` of the C shim, and on the wire."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,5 +50,7 @@ class Expansions:
         """Of the nodes of all parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        columns = zip(*((part.found, part.numbers, part.estimates, part.weights) for part in [cls.none(), *parts]), strict=True)
+        columns = zip(
+            *((part.found, part.numbers, part.estimates, part.weights) for part in [cls.none(), *parts]), strict=True
+        )
         return cls(*(np.concatenate(column) for column in columns))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,13 +92,14 @@ class Gatherer:
         part = job._replace(queries=job.queries[rows], mask=rest[rows])
         answers, failures, _ = self.gather(peers, part, plan, n_threads, lenient)
         more = self.merge(answers, part)
+        columns: tuple[npt.NDArray[Any], ...] = found[:3]
         for row, *others in zip(rows.tolist(), *more[:3], strict=True):
-            ids, distances, shards = (np.append(own[row], other) for own, other in zip(found[:3], others, strict=True))
+            ids, distances, shards = (np.append(own[row], other) for own, other in zip(columns, others, strict=True))
             order = np.lexsort((ids, shards, distances))
             order = order[np.sort(np.unique(ids[order], return_index=True)[1])]  # a label once, where it is nearest
             order = order[ids[order] >= 0][: job.k]
-            for own, values in zip(found[:3], (ids, distances, shards), strict=True):
-                own[row, : len(order)] = values[order]
+            for column, values in zip(columns, (ids, distances, shards), strict=True):
+                column[row, : len(order)] = values[order]
         for name in (*COUNTS, "rounds", "latency_ns"):
             found[3][name][rows] += more[3][name]
         return found, failures, job.mask | rest

@@ -42,6 +42,7 @@ class SearchJob(NamedTuple):
         timeout_s: the longest wait for one READ, or for an owner's answer, in seconds.
         filters: for each shard None or a bitmap; None: no filter anywhere.
         mask: bool[n_queries, n_shards]: which shards each query is for; None: all.
+        most: records that a walk expands at most; None: as many as it takes.
     """
 
     queries: npt.NDArray[np.float32]
@@ -52,6 +53,7 @@ class SearchJob(NamedTuple):
     timeout_s: float
     filters: tuple[bytes | None, ...] | None = None
     mask: npt.NDArray[np.bool_] | None = None
+    most: int | None = None
 
     def of_shards(self, shards: Sequence[int]) -> SearchJob:
         """The part that concerns these shards, which are numbered in this order in it."""

@@ -80,6 +80,7 @@ class _Lane:
             timeout_s=job.timeout_s,
             filters=job.filters,
             mask=job.mask,
+            max_expansions=job.most,
             helper=self,
         )
         if self._told_bytes:

@@ -25,7 +25,7 @@ from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
 from cotra_rdma.errors import FormatError, InvalidInputError, LossyVectorError
 from cotra_rdma.ivf import MAX_BITS, IvfInfo, make_lists
 from cotra_rdma.kmeans import ArraySource, VectorSource
-from cotra_rdma.queries import as_array, check_finite, check_queries, check_search, pack_filter
+from cotra_rdma.queries import as_array, check_finite, check_most, check_queries, check_search, pack_filter
 
 if TYPE_CHECKING:
     import hnswlib
@@ -350,6 +350,7 @@ class Shard:
         n_threads: int = 1,
         *,
         rows: npt.ArrayLike | bytes | None = None,
+        max_expansions: int | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         """Searches the shard in this process, with the same engine that a peer uses.
 
@@ -358,6 +359,8 @@ class Shard:
             k, ef, beam: answers, how far to look (k <= ef), expansions a round at most.
             n_threads: threads that share the queries.
             rows: which local rows may be returned: bool[count] or a bitmap (`queries.pack_filter`); None: all.
+            max_expansions: records that a walk expands at most, though it would find more; `incomplete` in the stats says which
+                queries that ended. None: as many as it takes.
 
         Returns:
             labels int64[n_queries, k] (-1 where there are fewer), distances float32[n_queries, k] (inf there), and one
@@ -365,23 +368,25 @@ class Shard:
         """
         vectors = check_queries(queries, self.dim)
         check_search(k, ef, beam)
+        check_most(max_expansions)
         bitmap = pack_filter(rows, self._info.count)
         threads = max(1, min(n_threads, len(vectors)))
         if threads == 1:
-            return self._search_part(vectors, k, ef, beam, bitmap)
+            return self._search_part(vectors, k, ef, beam, bitmap, max_expansions)
         with ThreadPoolExecutor(threads) as pool:
-            search = functools.partial(self._search_part, k=k, ef=ef, beam=beam, bitmap=bitmap)
+            search = functools.partial(self._search_part, k=k, ef=ef, beam=beam, bitmap=bitmap, most=max_expansions)
             parts = list(pool.map(search, np.array_split(vectors, threads)))
         labels, distances, stats = (np.concatenate(column) for column in zip(*parts, strict=True))
         return labels, distances, stats
 
     def _search_part(
-        self, rows: npt.NDArray[np.float32], k: int, ef: int, beam: int, bitmap: bytes | None
+        self, rows: npt.NDArray[np.float32], k: int, ef: int, beam: int, bitmap: bytes | None, most: int | None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         with self._lock:
             lane = self._lanes.pop() if self._lanes else None
         lane = lane or _LocalLane(self._arena, self._info.record_bytes)
-        labels, distances, stats = lane.engine.search(rows, k, ef, beam, filters=None if bitmap is None else [bitmap])
+        filters = None if bitmap is None else [bitmap]
+        labels, distances, stats = lane.engine.search(rows, k, ef, beam, filters=filters, max_expansions=most)
         with self._lock:  # a lane whose search failed is not used again
             self._lanes.append(lane)
         return labels[0], distances[0], stats

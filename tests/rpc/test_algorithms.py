@@ -221,7 +221,7 @@ def test_compass_asks_the_others_where_its_shards_have_fewer_than_k(
     assert (result.ids >= 0).all()
     assert all(len(set(row)) == k for row in result.ids.tolist())
     assert (np.diff(result.distances) >= 0).all()
-    assert (result.asked == N_SHARDS).all()
+    assert (result.asked >= 2).all()
     held = np.array([np.isin(result.ids, ids) for ids in members])
     np.testing.assert_array_equal(held.argmax(axis=0), result.shards)
     assert recall_of(result.ids, exact[:3]) >= 0.98

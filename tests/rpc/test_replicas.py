@@ -273,7 +273,7 @@ def test_queries_go_home(
             found.stats["own"] + found.stats["cached_records"] + found.stats["reads"], wanted.stats["expansions"]
         )
         assert found.local_share > 0.7
-        with pytest.raises(InvalidInputError, match="neither filters nor a mask"):
+        with pytest.raises(InvalidInputError, match="no mask"):
             reader.search(queries, algorithm="home", shards=np.ones((len(queries), N_SHARDS), bool))
         servers[2].close()
         again = reader.search(queries, k=10, ef=48, algorithm="home")  # its memory is still mapped here

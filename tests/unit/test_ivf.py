@@ -471,16 +471,18 @@ def test_a_filter_that_excludes_the_neighbourhood(n_allowed: int, listed: Shard,
 
 def test_a_filter_and_rows_of_which_several_shards_have_the_label(rows: Floats, queries: Floats) -> None:
     build = {"M": 4, "ef_construction": 20, "n_threads": 1, "n_lists": 20, "ivf_bits": 4}
-    with Shard.build(rows[:600], **build) as one, Shard.build(rows[:600], **build) as two:
-        with spire_of(one.arena, two.arena) as engine:
-            labels, _, _, _ = engine.search(queries, 30, 2)
-            assert (labels >= 0).all()
-            assert all(len(set(row)) == 30 for row in labels.tolist())
-            allowed = np.arange(600) < 20
-            bits = pack_filter(allowed, 600)
-            labels, _, _, _ = engine.search(queries, 30, 2, filters=[bits, bits])
-            assert (np.sort(labels[:, :20]) == np.arange(20)).all()
-            assert (labels[:, 20:] == -1).all()
+    with (
+        Shard.build(rows[:600], **build) as one,
+        Shard.build(rows[:600], **build) as two,
+        spire_of(one.arena, two.arena) as engine,
+    ):
+        labels, _, _, _ = engine.search(queries, 30, 2)
+        assert (labels >= 0).all()
+        assert all(len(set(row)) == 30 for row in labels.tolist())
+        bits = pack_filter(np.arange(600) < 20, 600)
+        labels, _, _, _ = engine.search(queries, 30, 2, filters=[bits, bits])
+        assert (np.sort(labels[:, :20]) == np.arange(20)).all()
+        assert (labels[:, 20:] == -1).all()
 
 
 def test_k_answers_of_one_list(rows: Floats, queries: Floats) -> None:
