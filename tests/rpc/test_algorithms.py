@@ -224,7 +224,8 @@ def test_compass_asks_the_others_where_its_shards_have_fewer_than_k(
     assert (result.asked >= 2).all()
     held = np.array([np.isin(result.ids, ids) for ids in members])
     np.testing.assert_array_equal(held.argmax(axis=0), result.shards)
-    assert recall_of(result.ids, exact[:3]) >= 0.98
+    whole = result.asked == N_SHARDS
+    assert recall_of(result.ids[whole], exact[:3][whole]) >= 0.98
     alone = np.zeros((3, N_SHARDS), bool)
     alone[:, :2] = True
     some = cluster.search(few, k, k, algorithm=algorithm, target_recall=0.01, shards=alone)

@@ -345,7 +345,7 @@ def test_the_inverted_lists_of_the_format_page(listed: tuple[Image, int]) -> Non
         head[name.strip("`")] = int.from_bytes(raw[int(offset) : end], "little")
     assert end == 64
     assert struct.pack("<Q", head["magic"]) == b"COTRAIV1"
-    expected = {"version": 1, "n_lists": 5, "bits": bits, "code_dim": page.bits, "entries": 150, "reserved": 0}
+    expected = {"version": 2, "n_lists": 5, "bits": bits, "code_dim": page.bits, "entries": 150, "reserved": 0}
     assert {name: head[name] for name in expected} == expected
     assert page.header["ivf_checksum"] == checksum(raw[:64], 3)
     assert page.header["ivf_bytes"] == len(raw) == head["table_bytes"] + head["list_bytes"]
@@ -359,6 +359,7 @@ def test_the_inverted_lists_of_the_format_page(listed: tuple[Image, int]) -> Non
         np.frombuffer(raw, kind, 5, at + i * column) for i, kind in enumerate(("<u4", "<f4", "<f4", "<u4"))
     )
     mean = np.frombuffer(page.raw, "<f4", page.dim, page.header["nav_offset"]).astype(np.float64)
+    mean *= page.header["metric"] == 0
     flips = signs(page.header["seed"], page.bits)
     at, block_bytes, seen = head["table_bytes"], 4 * bits * page.bits + 512, []
     l2, prefix = page.header["metric"] == 0, 32 + round_up(page.dim * page.element.itemsize, 32)
@@ -369,6 +370,8 @@ def test_the_inverted_lists_of_the_format_page(listed: tuple[Image, int]) -> Non
         at += n_blocks * block_bytes
         assert sums[number] == sum(checksum(block, b) for b, block in enumerate(blocks)) % 2**32
         squares, wrong = [], []
+        shift = rotate(centroid - mean, flips) if radii[number] >= 0 else np.zeros(page.bits)
+        assert (radii[number] < 0) == (np.linalg.norm(centroid - mean) > 32 * abs(radii[number]))
         for entry in range(32 * n_blocks):
             block, slot = blocks[entry // 32], entry % 32
             columns = np.frombuffer(block, "<u4", 128, block_bytes - 512).reshape(4, 32)[:, slot]
@@ -396,10 +399,10 @@ def test_the_inverted_lists_of_the_format_page(listed: tuple[Image, int]) -> Non
             scale = (2 if l2 else 1) * (r @ r) / (r @ v)
             rest = r @ r if l2 else -centroid @ difference
             np.testing.assert_allclose(f1, scale, rtol=1e-3)
-            np.testing.assert_allclose(f0, rest + scale * (v @ rotate(centroid - mean, flips)), rtol=2e-3, atol=2e-2)
+            np.testing.assert_allclose(f0, rest + scale * (v @ shift), rtol=2e-3, atol=2e-2)
             squares.append(r @ r)
             wrong.append(r @ r * (cosine**-2 - 1) / (page.bits - 1))
-        np.testing.assert_allclose(radii[number], np.sqrt(np.mean(squares)), rtol=1e-4)
+        np.testing.assert_allclose(abs(radii[number]), np.sqrt(np.mean(squares)), rtol=1e-4)
         np.testing.assert_allclose(errors[number], np.sqrt(np.mean(wrong)), rtol=2e-2)
     assert sorted(seen) == list(range(150))
     assert at == len(raw)
