@@ -334,17 +334,22 @@ static int take_estimate(cotra_probe *probe, const cotra_probe_list *list, float
     return COTRA_OK;
 }
 
-/* The bits of a block's n entries that may be returned. The memory may be a live peer's. */
-static int allowed_of(const cotra_probe_shard *shard, uint32_t list, const volatile uint32_t *rows, uint32_t n,
-                      uint32_t *copies, uint32_t *out, cotra_error *err)
+static int bad_row(const cotra_probe_shard *shard, uint32_t list, uint32_t row, cotra_error *err)
+{
+    return cotra_fail(err, COTRA_ERR_FORMAT, "inverted list %u has row %u of %llu", list, row,
+                      (unsigned long long)shard->view->info.count);
+}
+
+/* The bits of a block's n entries that a filter lets through. The memory may be a live peer's. */
+static int look_through(const cotra_probe_shard *shard, uint32_t list, const volatile uint32_t *rows, uint32_t n,
+                        uint32_t *out, cotra_error *err)
 {
     *out = 0;
     for (uint32_t j = 0; j < n; j++) {
-        const uint32_t row = copies[j] = rows[j];
+        const uint32_t row = rows[j];
         if (row >= shard->view->info.count)
-            return cotra_fail(err, COTRA_ERR_FORMAT, "inverted list %u has row %u of %llu", list, row,
-                              (unsigned long long)shard->view->info.count);
-        *out |= (uint32_t)(!shard->filter || (shard->filter[row / 8] >> row % 8 & 1)) << j;
+            return bad_row(shard, list, row, err);
+        *out |= (uint32_t)(shard->filter[row / 8] >> row % 8 & 1) << j;
     }
     return COTRA_OK;
 }
@@ -356,11 +361,11 @@ static int take_block(cotra_probe *probe, const cotra_probe_list *list, const co
     const cotra_ivf_layout *layout = &shard->table->layout;
     const uint32_t bits = shard->table->info.bits, code_dim = shard->table->info.code_dim;
     const float offset = codes->offset * (float)((1u << bits) - 1);
+    const volatile uint32_t *rows = (const volatile uint32_t *)(block + layout->rows);
     const uint32_t *sums_of_vectors = (const uint32_t *)(block + layout->sums);
-    uint32_t sums[COTRA_BLOCK], plane[COTRA_BLOCK], rows[COTRA_BLOCK], allowed;
+    uint32_t sums[COTRA_BLOCK], plane[COTRA_BLOCK], allowed = n < COTRA_BLOCK ? (1u << n) - 1 : UINT32_MAX;
     float estimates[COTRA_BLOCK];
-    int status =
-        allowed_of(shard, list->number, (const volatile uint32_t *)(block + layout->rows), n, rows, &allowed, err);
+    int status = shard->filter ? look_through(shard, list->number, rows, n, &allowed, err) : COTRA_OK;
     if (status)
         return status;
     probe->stats.estimated += n;
@@ -380,7 +385,9 @@ static int take_block(cotra_probe *probe, const cotra_probe_list *list, const co
     probe->left_out |= below != allowed;
     for (uint32_t left = below; left && !status; left &= left - 1) {
         const uint32_t j = (uint32_t)__builtin_ctz(left);
-        status = take_estimate(probe, list, estimates[j], rows[j], sums_of_vectors[j], err);
+        const uint32_t row = rows[j]; /* loaded once more, so looked at once more: what is read of it is checked */
+        status = row < shard->view->info.count ? take_estimate(probe, list, estimates[j], row, sums_of_vectors[j], err)
+                                               : bad_row(shard, list->number, row, err);
     }
     return status;
 }
