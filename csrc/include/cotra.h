@@ -262,6 +262,21 @@ int cotra_kernel_least(int simd, const float *keys, uint32_t n, uint32_t *place,
 /* length: a multiple of 8. */
 int cotra_kernel_checksum(int simd, const void *data, uint64_t length, uint32_t seed, uint32_t *out, cotra_error *err);
 
+/* ---- sums in a fixed order: the same bits on every CPU, at every level (csrc/pack/sums.c) ---- */
+
+/* out[n][m] = the products of rows a[n][dim] and b[m][dim]. simd: one of COTRA_SIMD_*. */
+int cotra_sums_products(int simd, const float *a, uint64_t n, const float *b, uint64_t m, uint32_t dim, float *out,
+                        cotra_error *err);
+/* out[f][g] += the sum of a[r][i] b[r][j] over rows r of a[n][f] and b[n][g]. */
+int cotra_sums_add(int simd, const double *a, uint32_t f, const double *b, uint32_t g, uint64_t n, double *out,
+                   cotra_error *err);
+/* vector[n] becomes the x of matrix[n][n] x = vector. The matrix is symmetric and positive definite (of another one
+ * there may be infinite or no numbers); it is used up. */
+void cotra_sums_solve(double *matrix, double *vector, uint32_t n);
+/* In place: e^x, |x| <= 708; ln x of normal numbers above 0. */
+void cotra_sums_exp(double *values, uint64_t n);
+void cotra_sums_log(double *values, uint64_t n);
+
 /* ---- verbs: the only part that knows libibverbs (csrc/verbs/) ---- */
 
 typedef struct cotra_device cotra_device;

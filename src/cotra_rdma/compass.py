@@ -30,6 +30,7 @@ from cotra_rdma.coarse import CoarseTable, check_tables
 from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.kmeans import METRICS, VectorSource, normalised
 from cotra_rdma.queries import check_queries
+from cotra_rdma.sums import add_products, exp, log, products, solve
 
 Floats = npt.NDArray[np.float32]
 Wide = npt.NDArray[np.float64]
@@ -47,12 +48,14 @@ _N_LIST_FEATURES, _N_SHARD_FEATURES = 11, 7
 _TRAINED_VECTORS = 1500  # that the first model, which has one row for each list, is fitted to
 _TRAINED_LISTS = 1024  # the most promising ones of each
 _EDGE = 0.45  # spreads below the mean of the closest list: about where its nearest members are
-_THRESHOLDS = np.geomspace(1e-5, 0.3, 64)
+_THRESHOLDS = np.array([float(f"{value:.6g}") for value in np.geomspace(1e-5, 0.3, 64)])
 _ALL_SHARE = 0.8  # of the shards: where more than that would be asked on average, all are
 _CHUNK_FLOATS = 1 << 20
 _NEWTON_STEPS = 25
 _RIDGE = 1e-5  # times the number of neighbours
 _OWN_RIDGE = 3.0
+_POWER_STEPS = 64  # towards the directions in which the lists are widest
+_ROWS_AT_ONCE = 1 << 16  # of a model's features, in float64
 
 Progress = Callable[[int, int], None]
 """Called as progress(rows done, rows in all)."""
@@ -284,7 +287,7 @@ def calibrate(
         caps = np.maximum(caps, [np.quantile(z, 0.999), np.quantile(gap, 0.999)]).astype(np.float32)
         every = np.stack(model.list_features(raw, z, gap), axis=2)
         if every.shape[1] > _TRAINED_LISTS:
-            close = np.argpartition(z, _TRAINED_LISTS, axis=1)[:, :_TRAINED_LISTS]
+            close = np.argsort(z, axis=1, kind="stable")[:, :_TRAINED_LISTS]
             every = np.take_along_axis(every, close[:, :, np.newaxis], axis=1)
             chosen = np.take_along_axis(chosen, close, axis=1)
         features.append(every)
@@ -370,15 +373,15 @@ def nearest(
     for start in range(0, count, step):
         chunk = np.asarray(vectors.read(start, min(start + step, count)), np.float32)
         chunk = normalised(chunk) if metric == "cosine" else chunk - centre
-        gaps = queries @ chunk.T
+        gaps = products(queries, chunk)
         gaps *= -2
         if metric != "ip":
             gaps += np.square(chunk).sum(axis=1)
         inside = np.flatnonzero((own >= start) & (own < start + len(chunk)))
         gaps[inside, own[inside] - start] = np.inf
         if not start:
-            near = np.argpartition(gaps, min(k, len(chunk)) - 1, axis=1)[:, :k]
-            query, column = np.repeat(np.arange(len(queries)), near.shape[1]), near.ravel()
+            last = min(k, len(chunk)) - 1
+            query, column = np.nonzero(gaps <= np.partition(gaps, last, axis=1)[:, last : last + 1])
         else:  # few are closer than the k-th so far, and ever fewer
             query, column = np.nonzero(gaps < best[:, -1:])
         _merge(best, found, query, gaps[query, column], column + start)
@@ -444,9 +447,9 @@ class _Model:
         self.radii_squared = np.square(radii)
         self.squares = squares.astype(np.float32)
         self.mean_squares = np.square(self.means).sum(axis=1)
-        self.log_sizes = np.log(np.maximum(self.sizes, 1e-3)).astype(np.float32)
+        self.log_sizes = log(np.maximum(self.sizes, 1e-3)).astype(np.float32)
         self.axes = axes
-        self.projected = self.centroids @ axes.T if axes.size else np.empty((self.n_lists, 0), np.float32)
+        self.projected = products(self.centroids, axes) if axes.size else np.empty((self.n_lists, 0), np.float32)
         self.chunk_rows = max(16, _CHUNK_FLOATS // self.n_lists)
 
     def raw(self, queries: Floats, own: Ids | None = None) -> _Raw:
@@ -455,7 +458,7 @@ class _Model:
         gaps = self._gaps(rows, self.centroids, self.squares)
         along = np.zeros((1, 1), np.float32)
         if self.axes.size:
-            flat = rows @ self.axes.T
+            flat = products(rows, self.axes)
             along = _squared(flat, self.projected, np.square(self.projected).sum(axis=1))
         if own is not None:
             n = self.sizes[own].astype(np.float64)[:, np.newaxis]
@@ -467,7 +470,7 @@ class _Model:
             else:
                 gaps[row, own] = np.square(rows - without).sum(axis=1)
             if self.axes.size:
-                along[row, own] = np.square((rows - without) @ self.axes.T).sum(axis=1)
+                along[row, own] = np.square(products(rows - without, self.axes)).sum(axis=1)
         if self.metric == "ip":
             mean, spread = gaps, np.broadcast_to(np.float32(self.length) * self.radii, gaps.shape)
         else:
@@ -492,12 +495,13 @@ class _Model:
 
     def list_features(self, raw: _Raw, z: Floats, gap: Floats) -> list[Floats]:
         """float32[n, lists] each."""
-        far = np.log(np.sqrt(raw.gaps.min(axis=1, keepdims=True)) / np.float32(self.unit) + np.float32(0.1))
+        nearest = np.sqrt(raw.gaps.min(axis=1, keepdims=True)) / np.float32(self.unit)
+        far = log(nearest + np.float32(0.1)).astype(np.float32)
         along = raw.along / np.float32(self.unit**2)
         share = raw.along / (raw.gaps + np.float32(1e-6 * self.unit**2))
         shape = z.shape
         features = [self.log_sizes, z, z * z, z * far, z * z * far, gap, np.sqrt(gap), along, np.sqrt(along), share * z]
-        features.append(np.log(self.radii / np.float32(self.unit)))
+        features.append(log(self.radii / np.float32(self.unit)).astype(np.float32))
         return [np.broadcast_to(feature, shape) for feature in features]
 
     def shard_features(self, raw: _Raw, list_weights: Wide, caps: Floats) -> Floats:
@@ -509,8 +513,8 @@ class _Model:
         for weight, feature in zip(list_weights, self.list_features(raw, z, gap), strict=True):
             utility += np.float32(weight) * feature
         chances = _softmax(utility)
-        shares = np.add.reduceat(chances, self.starts, axis=1)
-        log_shares = np.log(shares + np.float32(1e-6))
+        shares = np.add.reduceat(chances, self.starts, axis=1).astype(np.float32)
+        log_shares = log(shares + np.float32(1e-6)).astype(np.float32)
         doubt = -(shares * log_shares).sum(axis=1, keepdims=True)
         unit = np.float32(self.unit)
         mean = (raw.shard_gaps - raw.shard_gaps.min(axis=1, keepdims=True)) / unit**2
@@ -543,23 +547,23 @@ class _Model:
     def _gaps(self, rows: Floats, centroids: Floats, squares: Floats) -> Floats:
         if self.metric != "ip":
             return _squared(rows, centroids, squares)
-        gaps: Floats = np.float32(self.offset) - 2 * (rows @ centroids.T)
+        gaps: Floats = np.float32(self.offset) - 2 * products(rows, centroids)
         return np.maximum(gaps, 0, out=gaps)
 
 
 def _squared(rows: Floats, others: Floats, squares: Floats) -> Floats:
-    found: Floats = rows @ others.T
+    found = products(rows, others)
     found *= -2
     found += squares
     found += np.square(rows).sum(axis=1)[:, np.newaxis]
     return np.maximum(found, 0, out=found)
 
 
-def _softmax(utility: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _softmax(utility: npt.NDArray[Any]) -> Wide:
     """Along the second axis."""
-    chances = np.exp(utility - utility.max(axis=1, keepdims=True))
+    chances = exp(utility - utility.max(axis=1, keepdims=True))
     chances /= chances.sum(axis=1, keepdims=True)
-    return np.asarray(chances)
+    return chances
 
 
 def _at_least(shares: npt.NDArray[Any], threshold: float) -> Mask:
@@ -570,12 +574,20 @@ def _at_least(shares: npt.NDArray[Any], threshold: float) -> Mask:
 
 
 def _widest(scatter: npt.NDArray[Any]) -> Floats:
-    """float32[n, dim]: eigenvectors of the largest eigenvalues, each with its largest component positive."""
+    """float32[n, dim]: directions that hold about as much as the largest eigenvectors do, orthogonal and of length 1.
+
+    Orthogonal iteration (Golub and Van Loan, "Matrix Computations", section 8.2.4), from random vectors.
+    """
     dim = len(scatter)
-    _, vectors = np.linalg.eigh(scatter.astype(np.float64))
-    axes = vectors[:, ::-1][:, : min(_N_DIRECTIONS, dim // 4)].T
-    signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, np.newaxis], axis=1)) if axes.size else 1
-    return np.ascontiguousarray(axes * signs).astype(np.float16).astype(np.float32)
+    axes = np.random.default_rng(0).random((min(_N_DIRECTIONS, dim // 4), dim)) - 0.5
+    square = (scatter / max(float(np.abs(scatter).max(initial=0)), np.finfo(np.float64).tiny)).astype(np.float32)
+    for _ in range(_POWER_STEPS if axes.size else 0):
+        axes = products(axes, square) + 1e-6 * axes  # not 0, whatever the scatter is
+        for number, axis in enumerate(axes):
+            for _again in range(2):  # once leaves what rounding makes of a small rest
+                axis -= ((axes[:number] * axis).sum(axis=1)[:, np.newaxis] * axes[:number]).sum(axis=0)
+                axis /= math.sqrt(float(np.square(axis).sum()))
+    return axes.astype(np.float16).astype(np.float32)
 
 
 def _numbers(values: npt.NDArray[Any]) -> tuple[float, ...]:
@@ -584,7 +596,10 @@ def _numbers(values: npt.NDArray[Any]) -> tuple[float, ...]:
 
 def _shard_shares(features: Floats, weights: Wide, offsets: Wide, slopes: Wide) -> npt.NDArray[Any]:
     """The second model's answer: float64[n, shards]."""
-    return _softmax(features @ weights + offsets + features[:, :, 0] * slopes)
+    utility = offsets + features[:, :, 0] * slopes
+    for number, weight in enumerate(weights):
+        utility += features[:, :, number] * weight
+    return _softmax(utility)
 
 
 def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, Wide, Wide]:
@@ -609,51 +624,62 @@ def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, 
     ridge = np.concatenate([np.full(f, _RIDGE * total), np.full(2 * groups, _OWN_RIDGE)])
     offsets, slopes = slice(f, f + groups), slice(f + groups, f + 2 * groups)
 
-    def sums(mass: Floats) -> Wide:
-        """Of all features, own ones too, times `mass`."""
-        parts: list[npt.NDArray[Any]] = [flat.T.astype(np.float64) @ mass.reshape(-1).astype(np.float64)]
-        if own:
-            parts += [mass.sum(axis=0, dtype=np.float64), (mass * first).sum(axis=0, dtype=np.float64)]
-        return np.concatenate(parts)
+    def weighted(mass: Wide, axis: int) -> Wide:
+        """Sums of each feature times `mass`, over alternatives (axis 1) or over all others: float64[f, ...]."""
+        return np.stack([(cube[:, :, number] * mass).sum(axis=axis) for number in range(f)])
 
-    wanted = sums(counts)
+    def sums(over: Wide, mass: Wide) -> Wide:
+        """Of all features, own ones too, times `mass`; `over`: what `weighted` makes of it over the alternatives."""
+        found = over.sum(axis=1)
+        return np.concatenate([found, mass.sum(axis=0), (mass * first).sum(axis=0)]) if own else found
 
-    def likelihood(weights: Wide) -> tuple[float, Floats]:
-        utility = (flat @ weights[:f].astype(np.float32)).reshape(n, alternatives)
+    mass = counts.astype(np.float64)
+    wanted = sums(weighted(mass, 1), mass)
+
+    def likelihood(weights: Wide) -> tuple[float, Wide]:
+        utility = products(flat, weights[np.newaxis, :f]).reshape(n, alternatives).astype(np.float64)
         if own:
-            utility += (weights[offsets] + first * weights[slopes]).astype(np.float32)
+            utility += weights[offsets] + first * weights[slopes]
         top = utility.max(axis=1, keepdims=True)
-        chances = np.exp(utility - top)
+        chances = exp(utility - top)
         norms = chances.sum(axis=1, keepdims=True)
         chances /= norms
-        logs = (top + np.log(norms))[:, 0].astype(np.float64)
-        return float(wanted @ weights - chosen @ logs - 0.5 * ridge @ np.square(weights)) / total, chances
+        logs = (top + log(norms))[:, 0]
+        value = (wanted * weights).sum() - (chosen * logs).sum() - 0.5 * (ridge * np.square(weights)).sum()
+        return float(value) / total, chances
 
-    def hessian(chances: Floats, mass: Floats) -> Wide:
-        means = [np.einsum("qaf,qa->qf", cube, chances, optimize=True).astype(np.float64)]
+    def hessian(chances: Wide, mass: Wide, mean: Wide) -> Wide:
+        means = [mean.T]
         square = np.diag(ridge + 1e-6 * total)
-        square[:f, :f] += (flat * mass.reshape(-1, 1)).T @ flat
+        block = np.zeros((f, f))
+        for start in range(0, len(flat), _ROWS_AT_ONCE):
+            part = flat[start : start + _ROWS_AT_ONCE].astype(np.float64)
+            add_products(block, part * mass.reshape(-1, 1)[start : start + _ROWS_AT_ONCE], part)
+        square[:f, :f] += block
         if own:
-            means += [chances.astype(np.float64), (chances * first).astype(np.float64)]
-            for block, part in ((offsets, mass), (slopes, mass * first)):
-                cross = np.einsum("qaf,qa->fa", cube, part, optimize=True)
-                square[:f, block] += cross
-                square[block, :f] += cross.T
+            moved = mass * first
+            means += [chances, chances * first]
+            for place, part in ((offsets, mass), (slopes, moved)):
+                cross = weighted(part, 0)
+                square[:f, place] += cross
+                square[place, :f] += cross.T
             for row, column, part in (
                 (offsets, offsets, mass),
-                (offsets, slopes, mass * first),
-                (slopes, offsets, mass * first),
+                (offsets, slopes, moved),
+                (slopes, offsets, moved),
+                (slopes, slopes, moved * first),
             ):
-                square[row, column] += np.diag(part.sum(axis=0, dtype=np.float64))
-            square[slopes, slopes] += np.diag((mass * first**2).sum(axis=0, dtype=np.float64))
+                square[row, column] += np.diag(part.sum(axis=0))
         joined = np.concatenate(means, axis=1)
-        return np.asarray(square - (joined * chosen[:, np.newaxis]).T @ joined)
+        add_products(square, joined * -chosen[:, np.newaxis], joined)
+        return square
 
     weights = np.zeros(f + 2 * groups)
     value, chances = likelihood(weights)
     for _ in range(_NEWTON_STEPS):
-        mass = chances * chosen[:, np.newaxis].astype(np.float32)
-        step = np.linalg.solve(hessian(chances, mass), wanted - sums(mass) - ridge * weights)
+        mass = chances * chosen[:, np.newaxis]
+        mean = weighted(chances, 1)
+        step = solve(hessian(chances, mass, mean), wanted - sums(mean * chosen, mass) - ridge * weights)
         size = 1.0
         while size > 1e-3:
             new_value, new_chances = likelihood(weights + size * step)

@@ -28,6 +28,7 @@ from cotra_rdma.arena import Arena
 from cotra_rdma.channel import Channel
 from cotra_rdma.engine import Engine, ImageInfo, RecordCache, View
 from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.sums import products
 
 MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)
@@ -230,7 +231,11 @@ def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.
     centroids = plan.centroids - centre
     for begin, end in _ranges(own.info.count):
         rows = own.vectors(slice(begin, end)) - centre
-        gaps = np.square(rows).sum(axis=1)[:, np.newaxis] - 2 * rows @ centroids.T + np.square(centroids).sum(axis=1)
+        gaps = (
+            np.square(rows).sum(axis=1)[:, np.newaxis]
+            - 2 * products(rows, centroids)
+            + np.square(centroids).sum(axis=1)
+        )
         bound = border.reach**2 * gaps[:, shard]
         bound[-begin % _FAR_SIGHTED :: _FAR_SIGHTED] = np.inf
         gaps[:, shard] = np.inf

@@ -60,6 +60,7 @@ from cotra_rdma.partition import (
     train_parts,
 )
 from cotra_rdma.shard import Shard
+from cotra_rdma.sums import add_products
 
 STEPS = ("train", "count", "divide", "build", "link", "calibrate")
 FIRST_ALONE = ("train", "calibrate")
@@ -69,6 +70,7 @@ PACK_SHARE = 0.1  # of the time that a shard takes, about
 _COPY_BYTES = 4 << 20  # of rows, at once
 _HELD_OUT = 1000  # fewer than where each shard is walked by itself: Compass has little to save before one walk over all
 _SCATTER_ROWS = 2048  # of a shard, that tell in which directions lists are wide
+_SCATTERED_AT_ONCE = 256
 
 Progress = Callable[[str, int], None]
 """Called with a step's phase ("partition", "build", "link", "pack", "border", "relink", "calibrate") and the rows done of
@@ -485,8 +487,13 @@ def scatter(
         some: [n, dim], of its `count` members, and `lists` int32[n] that they are in.
     """
     rows = normalised(some) if metric == "cosine" else some.astype(np.float32)
-    gaps = rows - centroids[lists]
-    return np.asarray((gaps.T @ gaps).astype(np.float64) * (count / len(some)))
+    found = np.zeros((rows.shape[1], rows.shape[1]))
+    for start in range(0, len(rows), _SCATTERED_AT_ONCE):
+        here = slice(start, start + _SCATTERED_AT_ONCE)
+        gaps = (rows[here] - centroids[lists[here]]).astype(np.float64)
+        add_products(found, gaps, gaps)
+    found *= count / len(some)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 Lloyd's algorithm (Lloyd 1982, "Least squares quantization in PCM"), trained on a sample and seeded by k-means++ (Arthur and
 Vassilvitskii 2007) where k is small; rows are then assigned a chunk at a time, so memory holds one chunk and the sample.
+
+The clusters are the same on every machine: sums are taken in a fixed order, and of equally near centroids the first wins.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.sums import products
 
 Floats = npt.NDArray[np.float32]
 Parts = npt.NDArray[np.int32]
@@ -84,7 +87,7 @@ def kmeans(
         k: centroids, at most n.
         seed: the same one gives the same clusters.
         n_iterations: of Lloyd's algorithm, on a sample of at most 256 k rows; fewer when nothing changes any more.
-        n_threads: that share the chunks, beside those of BLAS; 0: one for each core.
+        n_threads: that share the chunks; 0: one for each core.
         metric: "cosine" normalises the vectors first (a zero vector stays zero); "l2" and "ip" take them as they are.
         progress: see `Progress`.
 
@@ -145,7 +148,7 @@ def nearest_centroids(
 def normalised(rows: npt.ArrayLike) -> Floats:
     """Rows as float32[n, dim] of length 1; a zero row stays zero, as in hnswlib."""
     wide = np.asarray(rows, np.float64)
-    unit: Floats = (wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-30)).astype(np.float32)
+    unit: Floats = (wide / np.maximum(np.sqrt(np.square(wide).sum(axis=-1, keepdims=True)), 1e-30)).astype(np.float32)
     return unit
 
 
@@ -239,7 +242,7 @@ def _nearest(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> tuple
     half = np.square(centroids).sum(axis=1) / 2
 
     def of(piece: Floats) -> tuple[Parts, Floats]:
-        scores = piece @ centroids.T
+        scores = products(piece, centroids)
         scores -= half
         best = scores.argmax(axis=1)
         gaps = np.square(piece).sum(axis=1) - 2 * scores[np.arange(len(piece)), best]
@@ -254,7 +257,7 @@ def squared_distances(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor)
     squares = np.square(centroids).sum(axis=1)
 
     def of(piece: Floats) -> Floats:
-        found: Floats = piece @ centroids.T
+        found = products(piece, centroids)
         found *= -2
         found += squares
         found += np.square(piece).sum(axis=1)[:, np.newaxis]

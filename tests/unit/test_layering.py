@@ -21,7 +21,7 @@ VERBS_USERS = {"transport/verbs.c"}
 LAYERS = (
     ("errors",),
     ("_native", "region", "wire", "queries", "datasets", "job", "expansions", "blocking"),
-    ("payload",),
+    ("payload", "sums"),
     ("arena", "messages", "expansion_messages", "rpc", "seam", "owner_process", "kmeans"),
     ("verbs", "handover", "dispatch", "coarse", "collection_messages", "owner_status", "partition", "build_mail"),
     ("channel", "compass", "build_network"),
@@ -50,7 +50,7 @@ LAYERS = (
     ("cli",),
 )
 ABOVE_ALL = {"__init__"}
-NATIVE_USERS = {"arena", "channel", "engine", "global_graph", "ivf", "shard", "verbs"}
+NATIVE_USERS = {"arena", "channel", "engine", "global_graph", "ivf", "shard", "sums", "verbs"}
 
 
 def includes(path: Path) -> list[str]:
