@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE / "library"
 INSIDE = "COTRA_FAKEVERBS_REPORTS"
 OLD_SYMBOL = "ibv_query_gid"
-TEST_TIMEOUT_S = 30
+TEST_TIMEOUT_S = 300
 Reports = dict[str, list[pytest.TestReport]]
 REPORTS = pytest.StashKey[Reports]()
 

@@ -350,7 +350,7 @@ print(cluster.search(np.ones(100, np.float32), n_threads=3).transports)
         [sys.executable, "-c", program, shards[0]],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "('verbs',)\n", "")

@@ -28,7 +28,7 @@ COTRA = (sys.executable, "-m", "cotra_rdma.cli")
 
 
 def cotra(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*COTRA, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*COTRA, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == status, done.stderr
     return done
 
@@ -198,7 +198,7 @@ def test_a_signal_ends_serve_cleanly(data: Path, number: signal.Signals) -> None
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["shards"]
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=300)
         assert (process.returncode, errors) == (0, b"")
 
 

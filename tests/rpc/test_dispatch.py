@@ -53,7 +53,7 @@ def run(body: Callable[[], Awaitable[Any]]) -> Any:
     async def watched() -> Any:
         complaints: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             result = await body()
         gc.collect()
         assert complaints == []

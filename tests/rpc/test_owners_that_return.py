@@ -172,7 +172,7 @@ def test_nobody_waits_for_another_shards_owner(
 
     def slowly(peer: Peer) -> None:
         asked.set()
-        assert answer.wait(30.0)
+        assert answer.wait(300.0)
         choose(peer)
 
     monkeypatch.setattr(replicas, "_choose", slowly)
@@ -186,7 +186,7 @@ def test_nobody_waits_for_another_shards_owner(
     ]
     for thread in failover:
         thread.start()
-    assert asked.wait(30.0)
+    assert asked.wait(300.0)
     try:
         assert [owner.address for owner in replicas.owners(1)] == [servers[1].address]
         assert replicas.owners(0)[0] is failed
@@ -198,7 +198,7 @@ def test_nobody_waits_for_another_shards_owner(
     finally:
         answer.set()
         for thread in failover:
-            thread.join(30.0)
+            thread.join(300.0)
     assert [peer.address for peer in found if peer is not None] == [replicas.peers[0].address] * 2
     assert replicas.peers[0] is not failed
 
@@ -260,7 +260,7 @@ def test_the_thread_that_looks_for_owners_survives_everything(
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + 300.0
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -280,7 +280,7 @@ def test_close_waits_for_searches(
     assert not found
     reader.close()
     assert reader._n_searches == 0
-    thread.join(30.0)
+    thread.join(300.0)
     assert found[0].coverage == 1.0
     assert (found[0].ids >= 0).all()
     with pytest.raises(ClosedError):
@@ -313,7 +313,7 @@ def test_searches_go_on_while_a_silent_owner_is_tried_again(
     lose(reader, 3)
     assert thread.is_alive()
     listener.close()
-    thread.join(30.0)
+    thread.join(300.0)
     assert list(reader.lost) == [3]
     assert replicas._away == [(2, address), (3, servers[3].address)]
 
@@ -486,7 +486,7 @@ def test_searches_that_share_threads_do_not_wait_for_each_other(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60.0)
+        thread.join(300.0)
     assert len(found) == 4
     for result in found:
         np.testing.assert_array_equal(result.ids, wanted.ids)

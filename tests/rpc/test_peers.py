@@ -78,7 +78,7 @@ def peer(stack: ExitStack, index: Path, *shards: int, transports: tuple[str, ...
 def search(built: Path, *arguments: object, status: int = 0) -> Any:
     command = [sys.executable, "-m", "cotra_rdma.cli", "search", *map(str, arguments), "--json"]
     command += ["--queries", str(built / "queries.npy"), "--ground-truth", str(built / "gt.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == status, done.stderr
     return json.loads(done.stderr if status else done.stdout)
 
@@ -172,7 +172,7 @@ def test_an_owner_that_was_killed_before_the_search(
         str(built / "queries.npy"),
         *alone,
     ]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "50% of the shards, without shard 1" in shown.stdout
     warned = "warning: the answer is without shard 1; --no-allow-partial makes that an error" in shown.stderr
     assert warned == (graph == "global")
@@ -251,7 +251,7 @@ class Told:
         self.put = self._queue.put
 
     def next(self) -> Walks:
-        return self._queue.get(timeout=30)
+        return self._queue.get(timeout=300)
 
 
 def test_generations_are_not_mixed(built: Path, index: Path, tmp_path: Path, stack: ExitStack) -> None:

@@ -156,11 +156,11 @@ def test_an_owner_that_hangs_is_waited_for_once(paths: list[Path], owners: list[
             with pytest.raises(TransportError):
                 search(allow_partial=False, timeout_s=0.2)
             assert cluster.transports[2] == "rpc"
-            first = search(allow_partial=True, timeout_s=2.0)
-            assert (first.missing, first.elapsed_s > 1.9) == ((2,), True)
-            again = search(allow_partial=True, timeout_s=2.0)
-            assert (again.missing, again.elapsed_s < 1.9) == ((2,), True)
+            assert search(allow_partial=True, timeout_s=2.0).missing == (2,)
             assert cluster.transports[2] == "lost"
+            assert search(allow_partial=True, timeout_s=3600.0).missing == (
+                2,
+            )  # it would wait as long if it asked again
             os.kill(hangs.pid, signal.SIGCONT)
 
 

@@ -30,7 +30,7 @@ from helpers.tiers import FIGURES, cannot_run
 
 ROOT = Path(__file__).parents[2]
 GUEST = Path(__file__).with_name("guest")
-TIMEOUT_S = 600
+TIMEOUT_S = 1800
 VM_DEVICE = "rxe0"
 
 pytestmark = [pytest.mark.rxe, pytest.mark.timeout(TIMEOUT_S + 300)]

@@ -268,7 +268,7 @@ def test_threads_may_share_experience() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert experience.of("walk", 1, 1, 1) == WALK
 
 

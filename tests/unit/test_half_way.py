@@ -173,7 +173,7 @@ def test_another_owner_takes_over_in_the_middle(world: World, queries: Floats, d
     sources[1] = world.failing(1, 300, drop)
     engine = world.stack.enter_context(Engine.create(world.views, sources))
     owners = Owners(world, queries, {1: [world.source(1, other)]})
-    found = engine.search(queries, 10, 32, 8, timeout_s=0.05, helper=owners)
+    found = engine.search(queries, 10, 32, 8, timeout_s=0.5, helper=owners)
     np.testing.assert_array_equal(found[0], wanted[0])
     np.testing.assert_array_equal(found[1], wanted[1])
     np.testing.assert_array_equal(found[2]["expansions"], wanted[2]["expansions"])
@@ -190,7 +190,7 @@ def test_one_owner_after_the_other(world: World, queries: Floats) -> None:
     owners = Owners(world, queries, {2: ways})
     owners.silent = {2}  # the third
     with Engine.create(world.views, sources) as engine:
-        found = engine.search(queries, 10, 32, 8, timeout_s=0.05, helper=owners)
+        found = engine.search(queries, 10, 32, 8, timeout_s=0.5, helper=owners)
     np.testing.assert_array_equal(found[0], wanted[0])
     assert [shard for shard, _ in owners.errors] == [2] * 4
 
@@ -203,7 +203,7 @@ def test_a_shard_without_an_owner_is_walked_around(world: World, queries: Floats
     owners = Owners(world, queries)
     owners.silent = {3}
     with Engine.create(world.views, sources) as engine:
-        found = engine.search(queries, 10, 64, 8, timeout_s=0.05, helper=owners)
+        found = engine.search(queries, 10, 64, 8, timeout_s=0.5, helper=owners)
     assert [shard for shard, _ in owners.errors] == [3]
     held = set(ids_of(world, 3))
     all_ids, _, _ = merge(wanted[0], wanted[1])

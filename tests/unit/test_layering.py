@@ -165,4 +165,4 @@ def test_importing_the_package_does_nothing_else() -> None:
         "assert 'libibverbs' not in open('/proc/self/maps').read();"
         "import sys; assert 'pyverbs' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=300)

@@ -70,7 +70,7 @@ def test_concurrent_owners_lose_nothing(tmp_path: Path) -> None:
         "    if n % 2: remove(sys.argv[1], [(n, f'host{me}:{n + 1}')])\n"
     )
     running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(me)]) for me in range(6)]
-    assert [process.wait(60) for process in running] == [0] * 6
+    assert [process.wait(300) for process in running] == [0] * 6
     found = load(tmp_path)
     assert {number: sorted(addresses) for number, addresses in found.items()} == {
         number: [f"host{me}:{number + 1}" for me in range(6)] for number in range(0, 10, 2)

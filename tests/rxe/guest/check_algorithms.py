@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from owners import OUT, figure
+from owners import OUT, figure, stopped
 
 import cotra_rdma
 from cotra_rdma import TransportError
@@ -22,7 +21,7 @@ K, EF = 10, 24
 @pytest.fixture(scope="module")
 def collection(host: str, device_name: str) -> Iterator[OwnerProcess]:
     with OwnerProcess([OUT / "collection"], listen=f"{host}:0", device=device_name) as owner:
-        owner.wait_ready(120.0)
+        owner.wait_ready(300.0)
         yield owner
 
 
@@ -43,15 +42,15 @@ def check_every_algorithm_over_verbs(collection: OwnerProcess, queries: Floats) 
         cotra_rdma.connect(collection.addresses, transport="shm") as near,
     ):
         for algorithm in ("cotra", "spire", "compass", "compass+spire", "scatter-gather"):
+            one_sided = algorithm != "scatter-gather"
             before = collection.cpu_s()
-            result = far.search(queries, k=K, ef=EF, algorithm=algorithm, timeout_s=30.0)
+            with stopped(collection) if one_sided else nullcontext():
+                result = far.search(queries, k=K, ef=EF, algorithm=algorithm, timeout_s=300.0)
             used = collection.cpu_s() - before
             np.testing.assert_array_equal(
-                result.ids, near.search(queries, k=K, ef=EF, algorithm=algorithm, timeout_s=30.0).ids
+                result.ids, near.search(queries, k=K, ef=EF, algorithm=algorithm, timeout_s=300.0).ids
             )
-            one_sided = algorithm != "scatter-gather"
             assert set(result.transports) == {"verbs" if one_sided else "rpc"}
-            assert (used < 0.005) == one_sided  # its threads wake up now and then
             assert recall(result.ids, truth) > 0.85
             if algorithm.endswith("spire"):
                 assert (result.stats["rounds"] == 2).all()
@@ -66,13 +65,9 @@ def check_every_algorithm_over_verbs(collection: OwnerProcess, queries: Floats) 
 def check_a_stopped_collection_is_searched_one_sided_alone(collection: OwnerProcess, queries: Floats) -> None:
     with cotra_rdma.connect(collection.addresses, transport="verbs") as cluster:
         expected = {name: cluster.search(queries[:20], k=K, ef=EF, algorithm=name).ids for name in ("cotra", "spire")}
-        try:
-            os.kill(collection.pid, signal.SIGSTOP)
-            assert os.WIFSTOPPED(os.waitpid(collection.pid, os.WUNTRACED)[1])
-            before = collection.cpu_s()
+        with stopped(collection):
             for name, ids in expected.items():
                 np.testing.assert_array_equal(cluster.search(queries[:20], k=K, ef=EF, algorithm=name).ids, ids)
-            assert collection.cpu_s() == before
             with pytest.raises(TransportError):
                 cluster.search(queries[:20], k=K, ef=EF, algorithm="scatter-gather", timeout_s=1.0)
             partial = cluster.search(
@@ -80,5 +75,3 @@ def check_a_stopped_collection_is_searched_one_sided_alone(collection: OwnerProc
             )
             assert partial.coverage == 0.0
             assert sorted(partial.failures) == [0, 1, 2, 3]
-        finally:
-            os.kill(collection.pid, signal.SIGCONT)

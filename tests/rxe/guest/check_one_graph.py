@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from owners import OUT, figure, start
+from owners import OUT, figure, start, stopped
 
 import cotra_rdma
 from cotra_rdma import Cluster, SearchResult, Shard
@@ -90,7 +90,7 @@ def search_and_kill(cluster: Cluster, victim: OwnerProcess, device_name: str, qu
     while packets_sent(device_name) < packets + 4000:
         assert thread.is_alive(), found
     os.kill(victim.pid, signal.SIGKILL)
-    thread.join(120)
+    thread.join(300)
     assert not thread.is_alive()
     assert isinstance(found[0], SearchResult), found
     return found[0]
@@ -112,14 +112,12 @@ def check_one_walk_over_four_owners(
         cotra_rdma.connect(homes, transport="verbs") as four,
     ):
         assert four.one_graph
-        before = [owner.cpu_s() for owner in graph]
-        found = four.search(queries, k=K, ef=EF)
-        used = sum(owner.cpu_s() - b for owner, b in zip(graph, before, strict=True))
+        with stopped(*graph):
+            found = four.search(queries, k=K, ef=EF)
         single = one.search(queries, k=K, ef=EF)
         independent = apart.search(queries, k=K, ef=EF)
     assert_same(found, expected)
     assert found.transports == ("verbs",) * N_SHARDS
-    assert used < 0.02
     reads, rounds = (float(found.stats[name].mean() / single.stats[name].mean()) for name in ("reads", "rounds"))
     distances = work(found) / work(independent)
     assert recall(found.ids, truth) > recall(single.ids, truth) - 0.02
@@ -139,7 +137,7 @@ def check_owners_without_a_region_and_own_shards_meet_verbs_in_one_query(
 ) -> None:
     with OwnerProcess([paths[3]], listen=f"{host}:0", transports=("rpc",)) as far, Shard.open(paths[0]) as own:
         with cotra_rdma.connect([own, homes[1], homes[2], *far.addresses], transport="auto") as cluster:
-            found = cluster.search(queries, k=K, ef=EF, timeout_s=30.0)
+            found = cluster.search(queries, k=K, ef=EF, timeout_s=300.0)
         with cotra_rdma.connect([own, *homes[1:]], transport="verbs", halo=0.25) as cluster:
             near = cluster.search(queries, k=K, ef=EF)
     assert found.transports == ("own", "verbs", "verbs", "push")

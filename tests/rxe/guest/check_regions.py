@@ -105,7 +105,7 @@ def perftest(program: str, host: str, device_name: str, gid_index: int, *options
 
     It measures the CPU's clock first, and gives up where a busy host makes that impossible; so it is tried again.
     """
-    command = ["timeout", "60", program, "-d", device_name, "-x", str(gid_index), "-s", str(READ_BYTES), *options]
+    command = ["timeout", "300", program, "-d", device_name, "-x", str(gid_index), "-s", str(READ_BYTES), *options]
     said = ""
     for _ in range(5):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

@@ -63,7 +63,7 @@ class PyverbsQueuePair:
         attributes.ah_attr = AHAttr(port_num=PORT, is_global=1, gr=route)
         self.qp.to_rts(attributes)
 
-    def read(self, addr: int, rkey: int, length: int, timeout_s: float = 5.0) -> tuple[int, bytes]:
+    def read(self, addr: int, rkey: int, length: int, timeout_s: float = 60.0) -> tuple[int, bytes]:
         """One RDMA READ: its completion status, and the bytes."""
         with MR(self.pd, length, IBV_ACCESS_LOCAL_WRITE) as landing:
             part = SGE(landing.buf, length, landing.lkey)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,21 @@ def start(paths: list[Path], host: str, device_name: str) -> list[OwnerProcess]:
     """One owner process for each shard, on the device."""
     owners = [OwnerProcess([path], listen=f"{host}:0", device=device_name) for path in paths]
     for owner in owners:
-        owner.wait_ready(120.0)
+        owner.wait_ready(300.0)
     return owners
+
+
+@contextmanager
+def stopped(*owners: OwnerProcess) -> Iterator[None]:
+    """The owners' processes do nothing meanwhile: what is found in their memory takes none of their time."""
+    try:
+        for owner in owners:
+            os.kill(owner.pid, signal.SIGSTOP)
+            assert os.WIFSTOPPED(os.waitpid(owner.pid, os.WUNTRACED)[1])
+        yield
+    finally:
+        for owner in owners:
+            os.kill(owner.pid, signal.SIGCONT)
 
 
 def ask(address: str, local: QueuePairAttributes) -> tuple[QueuePairAttributes, MemoryRegion]:
@@ -94,7 +110,7 @@ class PyverbsOwner:
         assert self.process.stdout is not None
         self.process.stdin.close()
         try:
-            self.process.wait(20)
+            self.process.wait(300)
         finally:
             self.process.kill()
             self.process.wait()
