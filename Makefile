@@ -11,12 +11,16 @@ WERROR = OFF
 endif
 BUILT_FROM = pyproject.toml CMakeLists.txt tools/generate_ffi.py $(shell find csrc -name '*.[ch]')
 INSTALL = pip install --quiet --disable-pip-version-check
+# Left out of test-quick: files of tests/unit that build collections, start processes or try thousands of inputs.
+SLOW = same_bytes graph_build global_graph collection compass kernels half_way docs cli ivf filters benchmark \
+       benchmark_report benchmark_scaling without_verbs memory owners
+QUICK_TIERS = tests/unit tests/fuzz $(SLOW:%=--ignore=tests/unit/test_%.py)
 SANITIZED_TIERS = tests/unit tests/fuzz tests/transport tests/fakeverbs
 
-.PHONY: help build demo test lint warnings format asan bench docs packages clean
+.PHONY: help build demo test test-quick lint warnings format asan bench docs packages clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 build: $(VENV)/.built ## build into .venv
 
@@ -26,6 +30,10 @@ demo: build ## build, then search real word vectors in the memory of four other 
 test: packages ## install what the tests need, then run all of them
 	@$(MAKE) --no-print-directory $(VENV)/.tested
 	$(BIN)/python -m pytest $(REQUIRE) $(PYTEST_OPTIONS)
+
+test-quick: packages ## the unit and fuzz tiers without their slowest files (SLOW): in a minute
+	@$(MAKE) --no-print-directory $(VENV)/.tested
+	$(BIN)/python -m pytest $(QUICK_TIERS) $(PYTEST_OPTIONS)
 
 lint: packages ## ruff, mypy --strict and clang-format; and no warning of the C compiler
 	@$(MAKE) --no-print-directory $(VENV)/.linted warnings
