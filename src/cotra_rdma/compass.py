@@ -645,8 +645,8 @@ def _fit(features: Floats, counts: Floats, *, own: bool = False) -> tuple[Wide, 
     def hessian(chances: Floats, mass: Floats) -> Wide:
         means = [(cube * chances[:, :, np.newaxis]).sum(axis=1, dtype=np.float64)]
         square = np.diag(ridge + 1e-6 * total)
-        for row, weighed in enumerate(columns * mass.reshape(-1)):
-            square[row, :f] += (weighed * columns).sum(axis=1)
+        for number, weighed in enumerate(columns * mass.reshape(-1)):
+            square[number, :f] += (weighed * columns).sum(axis=1)
         if own:
             means += [chances.astype(np.float64), (chances * first).astype(np.float64)]
             for block, part in ((offsets, mass), (slopes, mass * first)):
