@@ -165,7 +165,7 @@ void cotra_query_codes_make(const cotra_rotation *rotation, const float *vector,
     fill_table(rotated, widths, n, 1 / step, codes->table);
     codes->offset = offset;
     codes->scale = step;
-    codes->rounding2 = step * step * (float)(n / 4) / 12; /* each entry errs evenly by up to half a step */
+    codes->rounding2 = widest > 1e-30f ? step * step * (float)(n / 4) / 12 : 0; /* each errs by up to half a step */
 }
 
 /* The upper half of a float, rounded to nearest even: finite for every value that is far from overflow. */

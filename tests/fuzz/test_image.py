@@ -58,6 +58,8 @@ WORDS = st.sampled_from(
     [*(value for value in INTERESTING if value < 2**32), 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F7FFFFF]
 )
 ANY_WORD = WORDS | st.integers(0, 2**32 - 1)
+FLOATS = np.array([0, -0.0, 1e-45, 1e-30, -1, 3.4e38, np.inf, -np.inf, np.nan], np.float32)
+FLOAT_BITS = [int(bits) for bits in FLOATS.view(np.uint32)]
 # One of the header's numbers that, changed alone, contradicts others or the bytes.
 STRUCTURAL = ["magic", "version", "image_bytes", "count", "upper_count", "records_offset", "nav_offset", "nav_bytes"]
 STRUCTURAL += ["record_bytes", "code_dim", "M", "max_level", "ivf_offset", "ivf_bytes", "ivf_checksum"]
@@ -85,8 +87,9 @@ def answers(memory: GuardedMemory, data: bytes, simd: int | None = None) -> np.n
     """Labels of a search of a peer's bytes, whatever they are. Raises what the search raises."""
     with reader_of(memory.hold(data), simd=simd) as engine:
         queries = QUERIES if engine._dim == DIM else np.ones((3, engine._dim), np.float32)
-        labels, distances, _ = engine.search(queries, K, EF, BEAM)
+        labels, distances, stats = engine.search(queries, K, EF, BEAM)
     assert (distances[..., :-1] <= distances[..., 1:]).all()  # so none is NaN
+    assert (stats["expansions"] <= int.from_bytes(data[24:32], "little")).all()  # each node once
     return labels[0]
 
 
@@ -198,7 +201,7 @@ def consistent_headers(draw: st.DrawFn) -> dict[str, int]:
     vector_bytes = info["dim"] * {0: 4, 1: 2}.get(info["vector_type"], 1)
     stride, slots = -(-vector_bytes // 32) * 32, -(-info["degree"] // 32) * 32
     info["code_dim"] = -(-info["dim"] // 64) * 64
-    info["record_bytes"] = -(-(32 + stride + 12 * slots + slots // 32 * info["code_dim"] * 4) // 64) * 64
+    info["record_bytes"] = -(-(32 + stride + 8 * slots + slots // 32 * info["code_dim"] * 4) // 64) * 64
     at = (
         -(-4 * info["dim"] // 8) * 8 + -(-4 * info["upper_count"] // 8) * 8 + -(-4 * (info["upper_count"] + 1) // 8) * 8
     )
@@ -267,7 +270,7 @@ def flat() -> bytes:
 
 
 @pytest.mark.parametrize("field", list(RECORD_FIELDS))
-@pytest.mark.parametrize("value", INTERESTING)
+@pytest.mark.parametrize("value", [*INTERESTING, *FLOAT_BITS])
 def test_heads_of_records(memory: GuardedMemory, path: Path, flat: bytes, field: str, value: int) -> None:
     image = Image(flat)
     image.set_record(image.header["entry_node"], field, value)
@@ -301,7 +304,7 @@ def test_numbers_that_a_record_must_not_hold(memory: GuardedMemory, path: Path, 
 @fixed(300)
 @given(
     changes=st.lists(
-        st.tuples(st.integers(0, N - 1), st.integers(0, 175), ANY_WORD | st.integers(0, N)), min_size=1, max_size=12
+        st.tuples(st.integers(0, N - 1), st.integers(0, 143), ANY_WORD | st.integers(0, N)), min_size=1, max_size=12
     )
 )
 def test_records_with_right_checksums(
@@ -326,11 +329,48 @@ def test_every_record_is_hostile(memory: GuardedMemory, path: Path, valid: bytes
             image.set_record(node, "count", int(generator.integers(0, image.header["degree"] + 1)))
         if what in ("floats", "all"):
             record[32 : image.numbers].view(np.float32)[:] = generator.choice(floats, DIM)
-            record[image.f0 : image.codes].view(np.float32)[:] = generator.choice(floats, 2 * image.slots)
+            halves = (floats.view(np.uint32) >> 16).astype(np.uint16)
+            record[image.f0 : image.codes].view(np.uint16)[:] = generator.choice(halves, 2 * image.slots)
+            image.set_record(node, "norm2", int(generator.choice(floats.view(np.uint32))))
+            image.set_record(node, "flags", int(generator.integers(0, 4)))
         if what in ("codes", "all"):
             record[image.codes :] = generator.integers(0, 256, image.record_bytes - image.codes)
         del record
     survives(memory, path, bytes(image.seal(*range(N))))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("l2", np.float32), ("ip", np.float32), ("cosine", np.float32), ("cosine", np.float16)],
+    ids=str,
+)
+def of_metric(request: pytest.FixtureRequest) -> bytes:
+    metric, kind = request.param
+    rows = np.random.default_rng(3).normal(size=(N, DIM)).astype(kind)
+    with Shard.build(rows, metric=metric, M=4, ef_construction=20, n_threads=1) as shard:
+        return image_bytes(shard)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("norm2", FLOATS, ids=str)
+def test_estimates_of_hostile_numbers(
+    memory: GuardedMemory, path: Path, of_metric: bytes, norm2: np.float32, centred: bool
+) -> None:
+    """The norm in each record, any factors, and the flag that has a table made for the record: right checksums, and a walk that
+    ends."""
+    image = Image(of_metric)
+    for node in range(N):
+        image.set_record(node, "norm2", int(norm2.view(np.uint32)))
+        if centred:
+            image.set_record(node, "flags", 2)
+    survives(memory, path, bytes(image.seal(*range(N))))
+    for f0, f1 in ((0xFF80, 0), (0x7FC0, 0x7FC0), (0, 0x7F80), (0x3F80, 0xFF80), (0x7F7F, 0x7F7F), (0, 0x8000)):
+        for node in range(N):
+            at = image.record(node)
+            for slot in range(image.slots):
+                image.set_half(at + image.f0 + 2 * slot, f0)
+                image.set_half(at + image.f1 + 2 * slot, f1)
+        survives(memory, path, bytes(image.seal(*range(N))))
 
 
 def test_a_cycle_of_equal_records_ends(memory: GuardedMemory, valid: bytes) -> None:
@@ -341,8 +381,8 @@ def test_a_cycle_of_equal_records_ends(memory: GuardedMemory, valid: bytes) -> N
         image.data[at + 32 : at + image.numbers] = bytes(image.numbers - 32)
         for slot in range(image.header["degree"]):
             image.set_word(at + image.numbers + 4 * slot, (node + slot + 1) % N)
-            image.set_word(at + image.f0 + 4 * slot, 0xFF800000)
-            image.set_word(at + image.f1 + 4 * slot, 0)
+            image.set_half(at + image.f0 + 2 * slot, 0xFF80)
+            image.set_half(at + image.f1 + 2 * slot, 0)
         image.set_record(node, "count", image.header["degree"])
     labels = answers(memory, bytes(image.seal(*range(N))))
     assert all(len(set(row[row >= 0].tolist())) == (row >= 0).sum() for row in labels)

@@ -52,7 +52,7 @@ RECORD_FIELDS = {
     "count": (20, "<H"),
     "reserved": (22, "<H"),
     "generation": (24, "<I"),
-    "reserved2": (28, "<I"),
+    "norm2": (28, "<I"),  # the bits of a float32
 }
 
 
@@ -92,8 +92,8 @@ class Image:
         self.slots = -(-degree // BLOCK) * BLOCK
         self.numbers = RECORD_HEAD_BYTES + -(-vector_bytes // 32) * 32
         self.f0 = self.numbers + 4 * self.slots
-        self.f1 = self.f0 + 4 * self.slots
-        self.codes = self.f1 + 4 * self.slots
+        self.f1 = self.f0 + 2 * self.slots
+        self.codes = self.f1 + 2 * self.slots
         self.used_record_bytes = self.codes + self.slots // BLOCK * (code_dim // 4 * 16)
         upper = self.header["upper_count"]
         self.nav = self.header["nav_offset"]
@@ -125,6 +125,10 @@ class Image:
     def set_word(self, offset: int, value: int) -> None:
         """A u32 anywhere."""
         struct.pack_into("<I", self.data, offset, value)
+
+    def set_half(self, offset: int, value: int) -> None:
+        """A u16 anywhere: the bits of a bfloat16 for one."""
+        struct.pack_into("<H", self.data, offset, value)
 
     def get_word(self, offset: int) -> int:
         return int(struct.unpack_from("<I", self.data, offset)[0])
