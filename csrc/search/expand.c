@@ -31,7 +31,7 @@ static int expand(expander *self, const cotra_push *push, cotra_expansion *out, 
     if (push->limit == -INFINITY) /* the walk sweeps: it wants no neighbours */
         return COTRA_OK;
     cotra_hop hop;
-    cotra_query_hop(&self->query, self->kernels, self->view, head, vector, out->distance, &hop);
+    cotra_query_hop(&self->query, self->view, head, vector, out->distance, &hop);
     if (info->metric == COTRA_METRIC_IP)
         out->scale = cotra_query_scale(self->view, record, head->count, &hop);
     for (uint32_t begin = 0; begin < head->count; begin += COTRA_BLOCK) {

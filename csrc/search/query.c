@@ -86,8 +86,8 @@ static float encode_near(cotra_query *query, const cotra_view *view, const uint8
     return gap2;
 }
 
-void cotra_query_hop(cotra_query *query, const cotra_kernels *kernels, const cotra_view *view,
-                     const cotra_record_head *head, const uint8_t *own, float distance, cotra_hop *hop)
+void cotra_query_hop(cotra_query *query, const cotra_view *view, const cotra_record_head *head, const uint8_t *own,
+                     float distance, cotra_hop *hop)
 {
     float t = 1, gap2 = distance;
     if (view->info.metric != COTRA_METRIC_L2) {

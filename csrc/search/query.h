@@ -34,8 +34,8 @@ void cotra_query_copy(const cotra_view *view, const float *vector, float *to);
 /* Makes the look-up table; it serves all shards of one graph. */
 void cotra_query_encode(cotra_query *query, const cotra_kernels *kernels, const cotra_view *view);
 /* Prepares for the neighbours of the node whose record this is, at its exact distance. */
-void cotra_query_hop(cotra_query *query, const cotra_kernels *kernels, const cotra_view *view,
-                     const cotra_record_head *head, const uint8_t *own, float distance, cotra_hop *hop);
+void cotra_query_hop(cotra_query *query, const cotra_view *view, const cotra_record_head *head, const uint8_t *own,
+                     float distance, cotra_hop *hop);
 /* The scale of what estimates near a node are wrong by: half of |u| times the length of its links, on average. That is
  * about the distance itself for l2 and cosine; an inner product says nothing of it. */
 float cotra_query_scale(const cotra_view *view, const uint8_t *record, uint32_t count, const cotra_hop *hop);

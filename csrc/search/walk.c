@@ -497,7 +497,7 @@ int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int c
         return COTRA_OK;
     }
     cotra_hop hop;
-    cotra_query_hop(&walk->query, walk->kernels, view, &head, own, distance, &hop);
+    cotra_query_hop(&walk->query, view, &head, own, distance, &hop);
     const float scale = info->metric == COTRA_METRIC_IP ? cotra_query_scale(view, record, count, &hop) : 0;
     take_hit(walk, i, distance, scale, head.label, head.flags);
     const volatile uint32_t *numbers = (const volatile uint32_t *)(record + view->record.numbers);
