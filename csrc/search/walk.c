@@ -297,11 +297,19 @@ static uint32_t min_u32(uint32_t a, uint32_t b)
     return a < b ? a : b;
 }
 
+/* The records of a round that the bound leaves; one where it leaves none: whether there is one says if the bound ends
+ * it. */
+static uint32_t within_bound(const cotra_walk *walk, uint32_t wanted)
+{
+    const uint32_t left = walk->plan.most - walk->stats.expansions;
+    return min_u32(wanted, left ? left : 1);
+}
+
 /* The next rows of a sweep: that the filters let through, and that were not read before. */
 static void choose_rows(cotra_walk *walk)
 {
     const cotra_space *space = walk->space;
-    const uint32_t width = min_u32(walk->width, walk->plan.most - walk->stats.expansions);
+    const uint32_t width = within_bound(walk, walk->width);
     uint32_t n = 0;
     for (; walk->next_place < space->n; walk->next_place++, walk->next_row = 0) {
         const uint32_t place = walk->next_place;
@@ -327,7 +335,7 @@ static void choose_rows(cotra_walk *walk)
 
 static void choose_nearest(cotra_walk *walk)
 {
-    const uint32_t width = min_u32(walk->beam, walk->plan.most - walk->stats.expansions);
+    const uint32_t width = within_bound(walk, walk->beam);
     uint32_t n = 0;
     while (n < width) {
         const uint32_t node = cotra_candidates_choose(&walk->candidates, walk->kernels, walk->limit);
@@ -365,14 +373,8 @@ static int choose_next(cotra_walk *walk, cotra_error *err)
     return COTRA_OK;
 }
 
-int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
+static int choose(cotra_walk *walk, cotra_error *err)
 {
-    walk->taken = 0;
-    walk->frontier_count = 0;
-    if (walk->stats.expansions >= walk->plan.most) {
-        walk->stats.incomplete = 1;
-        return COTRA_OK;
-    }
     if (!walk->sweeping) {
         if (walk->low.count >= walk->rows) /* nothing is left to be found */
             return COTRA_OK;
@@ -384,6 +386,18 @@ int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
     }
     choose_rows(walk);
     return COTRA_OK;
+}
+
+int cotra_walk_choose(cotra_walk *walk, cotra_error *err)
+{
+    walk->taken = 0;
+    walk->frontier_count = 0;
+    int status = choose(walk, err);
+    if (!status && walk->frontier_count && walk->stats.expansions >= walk->plan.most) {
+        walk->stats.incomplete = 1;
+        walk->frontier_count = 0;
+    }
+    return status;
 }
 
 static void set_limit(cotra_walk *walk)

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +41,7 @@ from cotra_rdma.lanes import LanePool
 from cotra_rdma.owners import addresses_of, misfit
 from cotra_rdma.peer import LOST, ONE_SIDED, READ, Peer, check_alike
 from cotra_rdma.plan import Plan, Planner
-from cotra_rdma.queries import check_queries, check_search, check_timeout, pack_filter
+from cotra_rdma.queries import check_most, check_queries, check_search, check_timeout, pack_filter
 from cotra_rdma.reach import Reach
 from cotra_rdma.region import MemoryRegion
 from cotra_rdma.replicas import Owner, Replicas, Tried
@@ -393,6 +393,7 @@ class Cluster:
         target_recall: float = DEFAULT_TARGET,
         owner_cpu: bool = False,
         explain: bool = False,
+        max_expansions: int | None = None,
         progress: Progress | None = None,
         stop: Stop | None = None,
     ) -> SearchResult:
@@ -429,8 +430,9 @@ class Cluster:
                 the shards are one graph, of which the rest is as good as before; but where none is left, that is an error.
             algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others; "home" sends
                 each query to the owner of most of its neighbourhood, which walks the whole graph, its own records in place
-                (`Server.search_with`); what a home does not answer is walked here, and where all refuse that is an error. Under
-                filters or `shards` the walk is made here, and the result's algorithm is "cotra";
+                (`Server.search_with`); what a home does not answer is walked here, and where all refuse that is an error,
+                but for filters and bounds, which owners of earlier versions refuse. With `shards` the walk is made here, and
+                the result's algorithm is "cotra";
                 "scatter-gather" asks all owners; "spire" reads inverted lists, in two rounds (`Shard.build(n_lists=)`).
                 "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
                 the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
@@ -442,6 +444,10 @@ class Cluster:
                 answers, the others are asked, too.
             owner_cpu: whether "auto" may let owners search whose memory could be read.
             explain: have the cost model's predictions in the result, for any algorithm.
+            max_expansions: records that a walk expands at most, though it would find more: a bound for what a query costs,
+                whatever the data and the filter. Of shards with graphs of their own each has a walk. The result says which
+                queries that ended (`incomplete`), and `coverage` does not count them. None: as many as it takes. Not for
+                "spire".
             progress: hears of queries that were answered, some times a second.
             stop: what another thread may end the search by.
 
@@ -452,10 +458,12 @@ class Cluster:
             DeadlineError: the search was not over within `timeout_s`; it names a shard where that one kept it waiting.
             SearchCancelledError: `stop` was set.
         """
+        check_most(max_expansions)
         self._begin_search(n_threads)
         stop = stop or Stop()
         try:
             job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards, stop, progress)
+            job = job._replace(most=max_expansions)
             run = partial(
                 self._search,
                 n_threads=n_threads,
@@ -526,7 +534,7 @@ class Cluster:
             stats,
             tuple(used),
             time.perf_counter() - begin,
-            (n_shards - len(failures)) / n_shards,
+            _coverage(n_shards, failures, stats),
             failures,
             asked,
             plan.algorithm,
@@ -553,13 +561,15 @@ class Cluster:
         more = run(job._replace(queries=job.queries[short], mask=mask))
         for name in ("ids", "distances", "shards", "asked"):
             getattr(result, name)[short] = getattr(more, name)
+        result.stats["incomplete"][short] = 0
         for name in (*COUNTS, "rounds", "latency_ns"):
             result.stats[name][short] += more.stats[name]
+        failures = result.failures | more.failures
         return replace(
             result,
             elapsed_s=result.elapsed_s + more.elapsed_s,
-            failures=result.failures | more.failures,
-            coverage=min(result.coverage, more.coverage),
+            failures=failures,
+            coverage=_coverage(len(result.transports), failures, result.stats),
         )
 
     def homes(self, queries: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -665,7 +675,7 @@ class Cluster:
     ) -> None:
         """Tells the cost model what a shard needed: after searches of one kind only, for others say less, and of all shards."""
         n, peers = len(job.queries), self._peers
-        if plan.pushed or job.filters is not None or not answers or not n:
+        if plan.pushed or job.filters is not None or job.most is not None or not answers or not n:
             return
         if len(plan.asked) != len(peers) if plan.asked else any(peer.transport not in ONE_SIDED for peer in peers):
             return
@@ -761,6 +771,12 @@ def _attend(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
         if alive is not None:
             alive._look_after_owners()
         del alive
+
+
+def _coverage(n_shards: int, failures: Mapping[int, CotraError], stats: npt.NDArray[np.void]) -> float:
+    """The share of the shards that answered, times the share of the queries of which no bound ended a walk."""
+    cut_short = float((stats["incomplete"] > 0).mean()) if len(stats) else 0.0
+    return (1 - len(failures) / n_shards) * (1 - cut_short)
 
 
 def _router(peers: list[Peer]) -> Router | None:

@@ -16,7 +16,7 @@ from cotra_rdma.arena import Arena
 from cotra_rdma.channel import DEFAULT_TIMEOUT_S, Channel
 from cotra_rdma.errors import CotraError, FormatError, InvalidInputError
 from cotra_rdma.expansions import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
-from cotra_rdma.queries import check_rows, check_search
+from cotra_rdma.queries import check_most, check_rows, check_search
 from cotra_rdma.stop import LOOK_S, Stop
 
 Source = Channel | Arena | None
@@ -44,7 +44,7 @@ STATS_DTYPE = np.dtype(
 )
 """What a query took. expansions = reads + cached_records + own + pushed: records that were READ, that a cache had, in this
 process's own memory, and nodes that their shards' owners expanded. (A READ repeated after a failure is counted twice.)"""
-COUNTS = ("reads", "expansions", "cache_hits", "cached_records", "own", "pushed", "read_bytes")
+COUNTS = ("reads", "expansions", "cache_hits", "cached_records", "own", "pushed", "incomplete", "read_bytes")
 """Those of `STATS_DTYPE` that are summed over shards; of rounds and latency_ns a query has its slowest shard's."""
 OWNER_STATS_DTYPE = np.dtype([(name, STATS_DTYPE[name]) for name in (STATS_DTYPE.names or ())[:6]])
 """What an owner that searches its shard tells of each query, without what a cache did: it has none."""
@@ -301,7 +301,7 @@ class Engine(Handle):
     _n_shards: int
     _dim: int
     _params: Any  # of the last search
-    _asked: tuple[float, ...] | None  # what is in them
+    _asked: tuple[float | None, ...] | None  # what is in them
     _err: Any
 
     def _destroy(self, ptr: Any) -> None:
@@ -319,6 +319,7 @@ class Engine(Handle):
         filters: Sequence[bytes | None] | None = None,
         mask: npt.NDArray[np.bool_] | None = None,
         numbers: bool = False,
+        max_expansions: int | None = None,
         helper: Helper | None = None,
         deadline: float = math.inf,
         stop: Stop | None = None,
@@ -334,6 +335,8 @@ class Engine(Handle):
             filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
             mask: bool[n_queries, n_shards]: which shards each query is for.
             numbers: have node numbers (of the graph, over all its shards) in place of labels.
+            max_expansions: records that a walk expands at most; `incomplete` in the stats says how many walks that ended. None:
+                as many as it takes.
             helper: asked half-way, without which a shard that fails is an error.
             deadline: of the whole search, on `time.monotonic`'s clock: `DeadlineError`, which names no shard.
             stop: ends it, and hears of its progress. In Python's main thread Ctrl-C ends it as well.
@@ -346,12 +349,13 @@ class Engine(Handle):
         """
         n = len(queries)
         queries = check_rows(queries, self._dim)
-        params, err, asked = self._params, self._err, (k, ef, beam, inflight, timeout_s, numbers)
+        params, err, asked = self._params, self._err, (k, ef, beam, inflight, timeout_s, numbers, max_expansions)
         if asked != self._asked:  # most searches ask for what the one before did
             check_search(k, ef, beam, inflight, timeout_s)
             params.k, params.ef, params.beam, params.inflight = k, ef, beam, inflight
             params.timeout_ns = round(timeout_s * 1e9)
             params.numbers = numbers
+            params.most = check_most(max_expansions)
             self._asked = asked
         _held = end_by(params, deadline, stop)
         scope, _held_too = search_scope(filters, mask, n, self._n_shards)

@@ -47,7 +47,8 @@ class Homes:
         """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
         here, and those whose home was lost meanwhile, has no connection to the others, or answers what is none, too.
 
-        `plan_here` plans the walk of those.
+        `plan_here` plans the walk of those. Owners that do not take filters, or a bound, refuse them, and their queries
+        are walked here.
 
         Returns the answers, what was used for each shard, the failures, and `SearchResult.homes`. Raises `PeerError` where no
         owner that was asked has a connection to the others.
@@ -60,6 +61,9 @@ class Homes:
             np.zeros(len(ids), STATS_DTYPE),
         )
         here = np.array([peer.transport in ("own", LOST) for peer in peers])[homes]
+        named = set(self._replicas.images) - {0}
+        if job.filters is not None and len(named) < len(peers):  # filters could not be told apart
+            here[:] = True
         used = ["" for _ in peers]
         calls = {}
         asking = job.with_a_spare()  # what a home does not answer is walked here
@@ -87,7 +91,7 @@ class Homes:
             _put(found, rows, (told.labels, told.distances, shards, told.stats))
             for at, why in told.failures.items():
                 failures.setdefault(int(places[at]), PeerError(f"{peers[home]}: {why}", shard=int(places[at])))
-        if calls and len(refusals) == len(calls):
+        if calls and len(refusals) == len(calls) and job.filters is None and job.most is None:
             raise refusals[0]
         for refusal in refusals:
             log.warning("its queries are walked here: %s", refusal)
@@ -127,7 +131,7 @@ class Homes:
             if self._deaf.get(owner, 0.0) > time.monotonic():
                 continue
             try:
-                told = owner.search_all(job)
+                told = owner.search_all(job, self._replicas.images)
                 return told, self._places(owner, told.images)
             except OutOfTimeError:
                 raise

@@ -56,6 +56,7 @@ class SearchJob(NamedTuple):
         filters: for each shard None or a bitmap; None: no filter anywhere.
         mask: bool[n_queries, n_shards]: which shards each query is for; None: all.
         deadline: of the whole search, on `time.monotonic`'s clock.
+        most: records that a walk expands at most; None: as many as it takes.
     """
 
     queries: npt.NDArray[np.float32]
@@ -68,6 +69,7 @@ class SearchJob(NamedTuple):
     filters: tuple[bytes | None, ...] | None = None
     mask: npt.NDArray[np.bool_] | None = None
     deadline: float = math.inf
+    most: int | None = None
 
     def with_a_spare(self) -> SearchJob:
         """The same, where the search can go on over another owner, or without, when one was waited for in vain: half of the time

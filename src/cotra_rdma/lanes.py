@@ -83,6 +83,7 @@ class _Lane:
             timeout_s=job.timeout_s,
             filters=job.filters,
             mask=job.mask,
+            max_expansions=job.most,
             helper=self,
             deadline=job.deadline,
             stop=job.stop,

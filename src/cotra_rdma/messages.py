@@ -7,7 +7,7 @@ answer to a search of the whole collection is in `collection_messages`.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
@@ -40,7 +40,7 @@ def queries_per_message(dim: int, k: int, ef: int, *, filtered: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """Type 50, NodeDB's VectorScatterPayload: a MessagePack array, then the filter, then (ours) beam and scope.
+    """Type 50, NodeDB's VectorScatterPayload: a MessagePack array, then the filter, then (ours) beam, scope and what follows.
 
     Attributes:
         collection: a name; "" where the owner serves one shard.
@@ -49,6 +49,9 @@ class SearchRequest:
         filter_bitmap: bit i (of byte i // 8, lowest first) = local row i may be returned; None for no filter.
         beam: expansions a round; only written when it is not the default, 8, or the scope follows.
         scope: `OWN_SHARD`, or `WHOLE_COLLECTION`, which is answered with a `CollectionResponse`.
+        most: records that a walk expands at most; 0: as many as it takes.
+        filters: of a search of the whole collection: for each shard the checksum of its image, which names it, and a bitmap as
+            `filter_bitmap`, or None. None: no filter anywhere.
     """
 
     collection: str
@@ -58,6 +61,8 @@ class SearchRequest:
     filter_bitmap: bytes | None = None
     beam: int = DEFAULT_BEAM
     scope: int = OWN_SHARD
+    most: int = 0
+    filters: tuple[tuple[int, bytes | None], ...] | None = None
 
     def encode(self) -> bytes:
         """The payload."""
@@ -75,10 +80,15 @@ class SearchRequest:
         ]
         if self.filter_bitmap is not None:
             parts += [struct.pack("<I", len(self.filter_bitmap)), self.filter_bitmap]
-        if self.scope != OWN_SHARD:
-            parts.append(encode_array([self.beam, self.scope]))
-        elif self.beam != DEFAULT_BEAM:
-            parts.append(encode_array([self.beam]))
+        extension = [self.beam, self.scope, self.most]
+        n = 3 if self.most else 2 if self.scope != OWN_SHARD else 1 if self.beam != DEFAULT_BEAM else 0
+        if self.filters is not None:
+            parts += [array_prefix(4), *map(encode_array, extension), array_prefix(1 + len(self.filters))]
+            parts.append(binary(np.array([image for image, _ in self.filters], "<u8")))
+            for _, bitmap in self.filters:
+                parts += [bin_prefix(len(bitmap or b"")), bitmap or b""]
+        elif n:
+            parts.append(encode_array(extension[:n]))
         return b"".join(parts)
 
     @classmethod
@@ -93,26 +103,38 @@ class SearchRequest:
         bitmap = None
         if has_filter:
             bitmap = bytes(reader.take(struct.unpack("<I", reader.take(4))[0]))
-        beam, scope = DEFAULT_BEAM, OWN_SHARD
+        beam, scope, most, filters = DEFAULT_BEAM, OWN_SHARD, 0, None
         if not reader.at_end():
             length = reader.array()
-            if length not in (1, 2):
-                raise FormatError("search request: its extension must be an array of 1 or 2")
+            if not 1 <= length <= 4:
+                raise FormatError("search request: its extension must be an array of 1 to 4")
             beam = reader.unsigned()
             scope = reader.unsigned() if length > 1 else OWN_SHARD
+            most = reader.unsigned() if length > 2 else 0
+            filters = _read_filters(reader) if length > 3 else None
         if scope not in (OWN_SHARD, WHOLE_COLLECTION):
             raise FormatError(f"search request: scope {scope} is unknown")
         reader.end()
-        return cls(collection, queries, top_k, ef_search, bitmap, beam, scope)
+        return cls(collection, queries, top_k, ef_search, bitmap, beam, scope, most, filters)
+
+
+def _read_filters(reader: Reader) -> tuple[tuple[int, bytes | None], ...]:
+    n = reader.array() - 1
+    images = reader.vector("<u8", n).tolist() if n >= 0 else []
+    if not images:
+        raise FormatError("search request: filters of no shards")
+    return tuple((image, bytes(reader.binary()) or None) for image in images)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResponse:
-    """Type 51: [code u32, message str, n u32, k u32, labels bin, distances bin, stats bin].
+    """Type 51: [code u32, message str, n u32, k u32, labels bin, distances bin, stats bin], and after the array, where the
+    request had `most`, a bin: `incomplete`.
 
     Attributes:
         code: 0; else the request failed, `message` says why, and the rest is empty.
         labels: int64[n, k], little-endian. distances: float32[n, k]. stats: `engine.OWNER_STATS_DTYPE`[n] as raw bytes (32 each).
+        incomplete: uint32[n], little-endian: walks that `most` ended; None where it was not asked.
     """
 
     code: int
@@ -120,6 +142,7 @@ class SearchResponse:
     labels: npt.NDArray[np.int64]
     distances: npt.NDArray[np.float32]
     stats: Buffer
+    incomplete: npt.NDArray[np.uint32] | None = None
 
     def encode(self) -> tuple[Buffer, ...]:
         """The payload in parts: the large fields are the arrays' own memory."""
@@ -134,6 +157,8 @@ class SearchResponse:
         parts: list[Buffer] = [head + bin_prefix(len(fields[0])), fields[0]]
         for field in fields[1:]:
             parts += [bin_prefix(len(field)), field]
+        if self.incomplete is not None:
+            parts.append(binary(np.ascontiguousarray(self.incomplete, "<u4")))
         return tuple(parts)
 
     @classmethod
@@ -146,6 +171,8 @@ class SearchResponse:
         """Reads a payload; the arrays are views of it where it came in parts. Raises `FormatError`."""
         reader = Reader(payload, "search response")
         answer = cls.read(reader)
+        if not reader.at_end():
+            answer = replace(answer, incomplete=reader.vector("<u4", len(answer.labels)))
         reader.end()
         return answer
 

@@ -8,7 +8,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -365,7 +365,7 @@ class Peer:
 
     def _search_part(self, job: SearchJob, queries: npt.NDArray[np.float32]) -> Answer:
         bitmap = None if job.filters is None else job.filters[0]
-        request = messages.SearchRequest("", queries, job.k, job.ef, bitmap, job.beam).encode()
+        request = messages.SearchRequest("", queries, job.k, job.ef, bitmap, job.beam, most=job.most or 0).encode()
         begin = time.perf_counter_ns()
         reply = self._call_to_search(job, request)
         answer = messages.SearchResponse.decode(reply.payload)
@@ -377,30 +377,32 @@ class Peer:
             stats = unpack_stats(answer.stats, len(queries))
         except FormatError as error:
             raise FormatError(f"{self}: {error}", shard=self.index) from None
+        if answer.incomplete is not None:
+            stats["incomplete"] = answer.incomplete
         # What the owner read in its own memory crossed no wire: this side made one round of one message.
         stats["reads"], stats["rounds"] = 0, 1
         stats["read_bytes"] = (len(request) + reply.payload_len) // len(queries)
         stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's: nobody has an answer before that
         return answer.labels, answer.distances, stats
 
-    def search_all(self, job: SearchJob) -> CollectionAnswer:
+    def search_all(self, job: SearchJob, images: Sequence[int] = ()) -> CollectionAnswer:
         """The owner searches the whole collection, as it sees it; messages as of `search`.
 
         Args:
-            job: without filters and mask.
+            job: without mask.
+            images: the checksum of the image of each shard that the job has a filter for.
 
         Raises `PeerError` where the owner has no connection to the other shards, or is of an earlier version.
         """
-        if job.filters is not None or job.mask is not None:
-            raise InvalidInputError(
-                "a search that a peer makes of the whole collection takes neither filters nor a mask"
-            )
-        rows = messages.queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=False)
+        if job.mask is not None:
+            raise InvalidInputError("a search that a peer makes of the whole collection takes no mask")
+        filters = None if job.filters is None else tuple(zip(images, job.filters, strict=True))
+        rows = messages.queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filters is not None)
         starts = range(0, max(len(job.queries), 1), rows)
         parts = []
         for begin in starts:
             part = job.queries[begin : begin + rows]
-            parts.append(self._search_all_part(job, part))
+            parts.append(self._search_all_part(job, part, filters))
             job.stop.note(len(part))
         if any(part.images != parts[0].images for part in parts):
             raise FormatError(f"{self}: its shards changed during the search", shard=self.index)
@@ -409,9 +411,15 @@ class Peer:
         labels, distances, shards, stats = (np.concatenate(column) for column in columns)
         return CollectionAnswer(labels, distances, shards, parts[0].images, stats, failures)
 
-    def _search_all_part(self, job: SearchJob, queries: npt.NDArray[np.float32]) -> CollectionAnswer:
+    def _search_all_part(
+        self,
+        job: SearchJob,
+        queries: npt.NDArray[np.float32],
+        filters: tuple[tuple[int, bytes | None], ...] | None,
+    ) -> CollectionAnswer:
         scope = messages.WHOLE_COLLECTION
-        request = messages.SearchRequest("", queries, job.k, job.ef, None, job.beam, scope).encode()
+        wanted = messages.SearchRequest("", queries, job.k, job.ef, None, job.beam, scope, job.most or 0, filters)
+        request = wanted.encode()
         begin = time.perf_counter_ns()
         reply = self._call_to_search(job, request)
         told = CollectionResponse.decode(reply.payload)

@@ -95,8 +95,8 @@ class Planner:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
         if not self._every:  # nothing to plan: why is told with the answer
             return Plan(algorithm, job.mask, False, frozenset())
-        if algorithm == "home" and self._one_graph and (job.filters is not None or job.mask is not None):
-            algorithm = "cotra"  # homes are told neither: the walk is made here, and the result says so
+        if algorithm == "home" and self._one_graph and job.mask is not None:
+            algorithm = "cotra"  # homes are told no mask: the walk is made here, and the result says so
         if algorithm == "home":
             return Plan(algorithm, job.mask, False, frozenset(), homes=self.homes(job))
         if algorithm == "cotra" and not explain:  # nothing to plan
@@ -107,7 +107,7 @@ class Planner:
             mask = self._selection(job, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()
         base = algorithm.removeprefix("compass").removeprefix("+") or "cotra"
-        if base == "spire" and (why := self._no_lists()):
+        if base == "spire" and (why := self._no_lists(job)):
             raise InvalidInputError(f"spire: {why}")
         if algorithm == "auto" or explain:
             auto = algorithm == "auto"
@@ -129,8 +129,8 @@ class Planner:
 
         Raises `InvalidInputError` where these shards or the job cannot have one, `TransportError` where no shard has an owner.
         """
-        if not self._one_graph or job.filters is not None or job.mask is not None:
-            raise InvalidInputError("home: takes shards of one graph, and neither filters nor a mask of shards")
+        if not self._one_graph or job.mask is not None:
+            raise InvalidInputError("home: takes shards of one graph, and no mask of shards")
         there = sorted(self._every)
         if not there:
             raise TransportError("home: no shard has an owner")
@@ -174,8 +174,10 @@ class Planner:
         calibration = None if self.router is None else self.router.calibration
         return calibration is not None and job.k <= calibration.k and job.filters is None
 
-    def _no_lists(self) -> str:
+    def _no_lists(self, job: SearchJob) -> str:
         """Why inverted lists cannot be searched; "" when they can."""
+        if job.most is not None:
+            return "max_expansions is a bound of walks"
         for peer in (self._peers[at] for at in self._every):
             if peer.transport not in ONE_SIDED:
                 return f"{peer} cannot be read"
@@ -248,7 +250,7 @@ class Planner:
         elif not owner_cpu and readable:
             gathered = forbidden(gathered, "the owners' CPU is not to be used")
         found.append(gathered)
-        if not (why := self._no_lists()):
+        if not (why := self._no_lists(job)):
             whole, parts_of = self._lists(job), self._shares(lists_mask)[every]
             asked = max(float(parts_of.sum()), 1e-9)
             each = Needs(whole.reads / asked, whole.rounds, whole.bytes / asked, whole.cpu_s / asked)

@@ -13,6 +13,7 @@ MAX_COMPONENT = 1e15
 """Of a vector, either way: squared distances of larger ones do not fit float32."""
 MAX_EF, MAX_BEAM, MAX_INFLIGHT = 1 << 20, 256, 1024
 MAX_TIMEOUT_S = 1e6
+MAX_EXPANSIONS = 2**32 - 1
 
 
 def as_array(values: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
@@ -61,6 +62,14 @@ def check_search(k: int, ef: int, beam: int, inflight: int = 0, timeout_s: float
         check_whole("inflight", inflight, 0, MAX_INFLIGHT)
     if timeout_s is not None:
         check_timeout(timeout_s)
+
+
+def check_most(max_expansions: int | None) -> int:
+    """0 for None, as C and messages have it. Raises `InvalidInputError` for a bound that is out of its range."""
+    if max_expansions is None:
+        return 0
+    check_whole("max_expansions", max_expansions, 1, MAX_EXPANSIONS)
+    return max_expansions
 
 
 def check_whole(name: str, value: int, low: int, high: int, why: str = "") -> None:

@@ -46,7 +46,7 @@ class AbsentPeer(Peer):
         """Raises `TransportError`."""
         raise TransportError(f"{self} has no owner", shard=self.index)
 
-    def search_all(self, job: SearchJob) -> Any:
+    def search_all(self, job: SearchJob, images: Sequence[int] = ()) -> Any:
         """Raises `TransportError`."""
         raise TransportError(f"{self} has no owner", shard=self.index)
 

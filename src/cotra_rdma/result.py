@@ -27,7 +27,8 @@ class SearchResult:
             walk), "rpc" (its owner searched), "home" (its owner searched the collection), "peers" (the owners of others did, and
             reached it), or "lost" (it has no owner left).
         elapsed_s: of the whole call, in seconds.
-        coverage: the share of the shards that the answer is of: 1.0 unless some are missing.
+        coverage: the share of the shards that the answer is of, times the share of the queries that are not `incomplete`: 1.0
+            unless shards are missing, or `max_expansions` ended a walk.
         failures: the shards that are missing, and why. What was read of one before it failed is kept.
         asked: int32[n_queries]: how many shards each query was for.
         algorithm: what was done: "cotra", "compass+spire"...
@@ -47,6 +48,11 @@ class SearchResult:
     algorithm: str
     predictions: tuple[Prediction, ...]
     homes: npt.NDArray[np.int32] | None = None
+
+    @property
+    def incomplete(self) -> npt.NDArray[np.bool_]:
+        """bool[n_queries]: whether `max_expansions` ended a walk of the query: then there may be nearer rows, or more."""
+        return np.asarray(self.stats["incomplete"] > 0)
 
     @property
     def missing(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -325,9 +325,16 @@ class Server:
                 return lambda: self._search_collection(wanted)
             queries = wanted.queries.reshape(-1, self._shard.dim)
             labels, distances, stats = self._shard.search(
-                queries, wanted.top_k, wanted.ef_search, wanted.beam, rows=wanted.filter_bitmap, stop=asker.get()
+                queries,
+                wanted.top_k,
+                wanted.ef_search,
+                wanted.beam,
+                rows=wanted.filter_bitmap,
+                max_expansions=wanted.most or None,
+                stop=asker.get(),
             )
-            return messages.SearchResponse(0, "", labels, distances, pack_stats(stats)).encode()
+            incomplete = stats["incomplete"] if wanted.most else None
+            return messages.SearchResponse(0, "", labels, distances, pack_stats(stats), incomplete).encode()
         except SearchCancelledError:
             raise
         except (CotraError, MemoryError) as error:
@@ -342,8 +349,16 @@ class Server:
                 )
             queries = wanted.queries.reshape(-1, self._shard.dim)
             with self._held_cluster() as cluster:
+                filters = None if wanted.filters is None else _filters_of(cluster.images, dict(wanted.filters))
                 found = cluster.search(
-                    queries, wanted.top_k, wanted.ef_search, wanted.beam, allow_partial=True, stop=asker.get()
+                    queries,
+                    wanted.top_k,
+                    wanted.ef_search,
+                    wanted.beam,
+                    filters=filters,
+                    allow_partial=True,
+                    max_expansions=wanted.most or None,
+                    stop=asker.get(),
                 )
                 images = np.array(cluster.images, np.uint64)
             return CollectionResponse(
@@ -494,6 +509,13 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _filters_of(images: Sequence[int], filters: dict[int, bytes | None]) -> list[bytes | None]:
+    """The filter of each image. Raises `InvalidInputError` where one has none: its rows must not be returned unfiltered."""
+    if not set(images) <= set(filters):
+        raise InvalidInputError("the filters are of other shards than those that this owner is connected to")
+    return [filters[image] for image in images]
 
 
 def _answer(request: VShardEnvelope, payload: Payload) -> VShardEnvelope:

@@ -26,7 +26,7 @@ from cotra_rdma.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
 from cotra_rdma.errors import DeadlineError, FormatError, InvalidInputError, LossyVectorError
 from cotra_rdma.ivf import MAX_BITS, IvfInfo, make_lists
 from cotra_rdma.kmeans import ArraySource, VectorSource
-from cotra_rdma.queries import as_array, check_finite, check_queries, check_search, pack_filter
+from cotra_rdma.queries import as_array, check_finite, check_most, check_queries, check_search, pack_filter
 from cotra_rdma.stop import Stop
 
 if TYPE_CHECKING:
@@ -353,6 +353,7 @@ class Shard:
         n_threads: int = 1,
         *,
         rows: npt.ArrayLike | bytes | None = None,
+        max_expansions: int | None = None,
         timeout_s: float | None = None,
         stop: Stop | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
@@ -363,6 +364,8 @@ class Shard:
             k, ef, beam: answers, how far to look (k <= ef), expansions a round at most.
             n_threads: threads that share the queries.
             rows: which local rows may be returned: bool[count] or a bitmap (`queries.pack_filter`); None: all.
+            max_expansions: records that a walk expands at most, though it would find more; `incomplete` in the stats says which
+                queries that ended. None: as many as it takes.
             timeout_s: how long the whole search may take; None: as long as it takes.
             stop: what another thread may end the search by.
 
@@ -377,12 +380,13 @@ class Shard:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         vectors = check_queries(queries, self.dim)
         check_search(k, ef, beam, 0, timeout_s)
+        check_most(max_expansions)
         bitmap = pack_filter(rows, self._info.count)
         threads = max(1, min(n_threads, len(vectors)))
         stop = stop or Stop()
         stop.begin(len(vectors))
         stop.expect(len(vectors))
-        knobs = (k, ef, beam, bitmap, deadline, stop)
+        knobs = (k, ef, beam, bitmap, max_expansions, deadline, stop)
         try:
             if threads == 1:
                 return self._search_part(vectors, *knobs)
@@ -408,6 +412,7 @@ class Shard:
         ef: int,
         beam: int,
         bitmap: bytes | None,
+        most: int | None,
         deadline: float,
         stop: Stop,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
@@ -415,7 +420,9 @@ class Shard:
             lane = self._lanes.pop() if self._lanes else None
         lane = lane or _LocalLane(self._arena, self._info.record_bytes)
         filters = None if bitmap is None else [bitmap]
-        labels, distances, stats = lane.engine.search(rows, k, ef, beam, filters=filters, deadline=deadline, stop=stop)
+        labels, distances, stats = lane.engine.search(
+            rows, k, ef, beam, filters=filters, max_expansions=most, deadline=deadline, stop=stop
+        )
         with self._lock:  # a lane whose search failed is not used again
             self._lanes.append(lane)
         return labels[0], distances[0], stats

@@ -172,8 +172,8 @@ def test_shards_of_their_own(
         ("own", "cotra", "own"),
         ("shm", "cotra", "shm"),
         ("rpc", "cotra", "push"),
-        ("shm", "home", "shm"),  # filters are not for homes: the walk is made here
-        ("rpc", "home", "push"),
+        ("shm", "home", "home"),
+        ("rpc", "home", "home"),
         ("shm", "scatter-gather", "rpc"),
         ("shm", "compass", "shm"),
         ("shm", "spire", "shm"),

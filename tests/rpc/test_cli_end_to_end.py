@@ -94,6 +94,13 @@ def test_build_serve_search(data: Path, served: OwnerProcess, tmp_path: Path, tr
     np.testing.assert_array_equal(fields["id"], ids)
     np.testing.assert_array_equal(fields["distance"], near)
     assert "recall@10" in cotra("search", *asked).stdout
+    assert (summary["incomplete"], summary["coverage"]) == (0, 1.0)
+    bounded = (*asked, "--max-expansions", 12)
+    cut_short = answer("search", *bounded, "--out", tmp_path / "cut.npz")
+    assert (cut_short["incomplete"], cut_short["coverage"]) == (N_QUERIES, 0.0)
+    with np.load(tmp_path / "cut.npz") as found:
+        assert found["incomplete"].all()
+    assert f"{N_QUERIES:,} queries" in cotra("search", *bounded).stdout
 
 
 @pytest.fixture(scope="module")

@@ -489,9 +489,12 @@ class TestWholeCollection:
         with cotra_rdma.connect(addresses) as cluster:
             owners[0].search_with(cluster)
             peer = cluster._peers[0]
-            for changes in ({"filters": (None, None)}, {"mask": np.ones((200, 2), bool)}):
-                with pytest.raises(InvalidInputError, match="neither filters nor a mask"):
-                    peer.search_all(job_of(queries, **changes))
+            with pytest.raises(InvalidInputError, match="takes no mask"):
+                peer.search_all(job_of(queries, mask=np.ones((200, 2), bool)))
+            with pytest.raises(PeerError, match="filters are of other shards"):
+                peer.search_all(job_of(queries, filters=(None, None)), [cluster.images[0], 12])
+            with pytest.raises(PeerError, match="a filter"):
+                peer.search_all(job_of(queries, filters=(b"\0", None)), cluster.images)
             request = messages.SearchRequest("", queries[:1], 10, 50, bytes(250), scope=1).encode()
             reply = peer._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, 5000)
             assert "a filter is for the rows of one shard" in messages.SearchResponse.decode(reply.payload).message

@@ -160,7 +160,15 @@ def test_a_search_request_byte_for_byte() -> None:
     filtered = dataclasses.replace(request, filter_bitmap=b"\x05\x80")
     assert filtered.encode() == golden[:-1] + bytes.fromhex("c3 02000000 0580")
     assert dataclasses.replace(filtered, beam=4).encode() == filtered.encode() + bytes.fromhex("91 04")
-    assert dataclasses.replace(request, scope=1).encode() == golden + bytes.fromhex("92 08 01")
+    whole = dataclasses.replace(request, scope=1)
+    assert whole.encode() == golden + bytes.fromhex("92 08 01")
+    assert dataclasses.replace(request, most=300).encode() == golden + bytes.fromhex("93 08 00 cd012c")
+    filters = ((7, b"\x05\x80"), (2**64 - 1, None))
+    assert dataclasses.replace(whole, filters=filters).encode() == golden + bytes.fromhex(
+        "94 08 01 00"  # beam, scope, no bound
+        "93 c410 0700000000000000 ffffffffffffffff"  # the images of two shards
+        "c402 0580 c400"  # and a filter of the first
+    )
 
 
 @fixed(200)
@@ -172,11 +180,24 @@ def test_a_search_request_byte_for_byte() -> None:
     bitmap=st.none() | st.binary(max_size=40),
     beam=U32,
     scope=st.integers(0, 1),
+    most=U32,
+    filters=st.none()
+    | st.lists(
+        st.tuples(st.integers(0, 2**64 - 1), st.none() | st.binary(min_size=1, max_size=9)), min_size=1, max_size=20
+    ).map(tuple),
 )
 def test_search_requests_round_trip(
-    name: str, queries: np.ndarray, top_k: int, ef: int, bitmap: bytes | None, beam: int, scope: int
+    name: str,
+    queries: np.ndarray,
+    top_k: int,
+    ef: int,
+    bitmap: bytes | None,
+    beam: int,
+    scope: int,
+    most: int,
+    filters: tuple[tuple[int, bytes | None], ...] | None,
 ) -> None:
-    sent = SearchRequest(name, queries, top_k, ef, bitmap, beam, scope)
+    sent = SearchRequest(name, queries, top_k, ef, bitmap, beam, scope, most, filters)
     data = sent.encode()
     for payload in (data, memoryview(data), (data[:3], data[3:3], data[3:])):
         found = SearchRequest.decode(payload)
@@ -230,8 +251,13 @@ GOOD = SearchRequest("docs", np.array([1.0, -2.5], np.float32), 10, 128).encode(
         (GOOD.replace(b"\xcc\x80", b"\xcf" + bytes(8)), "a u32 was expected"),
         (GOOD[:-1] + b"\x00", "a boolean was expected"),
         (GOOD + b"\x00", "an array was expected"),
-        (GOOD + b"\x93\x08\x00\x00", "array of 1 or 2"),
-        (GOOD + b"\x90", "array of 1 or 2"),
+        (GOOD + b"\x95\x08\x00\x00\x90\x00", "array of 1 to 4"),
+        (GOOD + b"\x90", "array of 1 to 4"),
+        (GOOD + b"\x94\x08\x01\x00\x90", "filters of no shards"),
+        (GOOD + b"\x94\x08\x01\x00\x91\xc4\x00", "filters of no shards"),
+        (GOOD + b"\x94\x08\x01\x00\x92\xc4\x07" + bytes(7), "1 numbers take 8"),
+        (GOOD + b"\x94\x08\x01\x00\x92\xc4\x08" + bytes(8), "too early"),
+        (GOOD + b"\x94\x08\x01\x00\xdd\xff\xff\xff\xff\xc4\x08" + bytes(8), "numbers take"),
         (GOOD + b"\x92\x08\x02", "scope 2 is unknown"),
         (GOOD + b"\x92\x08", "too early"),
         (GOOD + b"\x91\x08\x08", "left over"),
@@ -254,6 +280,12 @@ def test_a_search_response_byte_for_byte() -> None:
     golden += bytes.fromhex("c408") + struct.pack("<ff", 0.5, np.inf) + bytes.fromhex("c420") + b"s" * 32
     assert b"".join(response.encode()) == golden
     assert msgspec.msgpack.decode(golden)[:4] == [0, "", 1, 2]
+    told = dataclasses.replace(response, incomplete=np.array([2], np.uint32))
+    assert b"".join(told.encode()) == golden + bytes.fromhex("c404 02000000")
+    assert SearchResponse.decode(b"".join(told.encode())).incomplete == 2
+    assert SearchResponse.decode(golden).incomplete is None
+    with pytest.raises(FormatError, match="1 numbers take 4"):
+        SearchResponse.decode(golden + bytes.fromhex("c403 020000"))
     assert b"".join(SearchResponse.failed(3, "no").encode()) == bytes.fromhex("97 03 a2 6e6f 00 00 c400 c400 c400")
 
 

@@ -69,7 +69,7 @@ def search(
             metavar="FILE",
             dir_okay=False,
             show_default=False,
-            help="Write the answers: .npz of ids int64[n, k] and distances float32[n, k], or .npy of both as fields.",
+            help="Write the answers: .npz of ids, distances (both [n, k]) and incomplete [n], or .npy of both as fields.",
         ),
     ] = None,
     timeout: Annotated[
@@ -119,6 +119,15 @@ def search(
         int,
         typer.Option(min=0, metavar="N", help="Keep records that are read often, in N bytes at most; 0: none."),
     ] = 0,
+    max_expansions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="End each walk after N records, and say which queries that cut short.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Search shards that are served, and say what it took.
@@ -160,6 +169,7 @@ def search(
             owner_cpu=owner_cpu,
             explain=explain,
             progress=None if bar.disable else lambda done, _total: bar.update(task, completed=done),
+            max_expansions=max_expansions,
         )
         seconds = time.perf_counter() - begin
         names = [address or shard.name for address, shard in zip(cluster.addresses, wanted, strict=True)]
@@ -179,7 +189,7 @@ def search(
 
 def _write(path: Path, result: SearchResult) -> None:
     if path.suffix == ".npz":
-        np.savez(path, ids=result.ids, distances=result.distances)
+        np.savez(path, ids=result.ids, distances=result.distances, incomplete=result.incomplete)
         return
     answers = np.empty(result.ids.shape, [("id", "<i8"), ("distance", "<f4")])
     answers["id"], answers["distance"] = result.ids, result.distances
@@ -203,6 +213,7 @@ def _summary(result: SearchResult, seconds: float, names: list[str], failures: d
         "walked_at_home": None if result.homes is None else int((result.homes >= 0).sum()),
         "transports": dict(zip(names, result.transports, strict=True)),
         "coverage": result.coverage,
+        "incomplete": int(result.incomplete.sum()),
         "failures": failures,
         "algorithm": result.algorithm,
         "shards_per_query": float(result.asked.mean()),
@@ -255,6 +266,7 @@ def _homes(summary: dict[str, Any], n_queries: int) -> list[tuple[str, str]]:
 
 def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int) -> None:
     without = ", ".join(summary["failures"])
+    share_of = "shards and queries" if summary["incomplete"] else "the shards"
     output.print_table(
         ("", ""),
         [
@@ -274,7 +286,12 @@ def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int)
             ("rounds per query", f"{summary['rounds_per_query']:.1f}"),
             ("read per query", output.human_bytes(summary["bytes_per_query"])),
             *((f"path to {address}", path) for address, path in summary["transports"].items()),
-            ("coverage", f"{summary['coverage']:.0%} of the shards{without and f', without {without}'}"),
+            ("coverage", f"{summary['coverage']:.0%} of {share_of}{without and f', without {without}'}"),
+            *(
+                [("cut short by --max-expansions", f"{summary['incomplete']:,} queries, which coverage leaves out")]
+                if summary["incomplete"]
+                else []
+            ),
             *((f"no answer from {address}", why) for address, why in summary["failures"].items()),
             *((f"not reached: {shard}", f"{why}; the peers did") for shard, why in summary["unreached"].items()),
             ("algorithm", summary["algorithm"]),
