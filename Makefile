@@ -14,8 +14,9 @@ INSTALL = pip install --quiet --disable-pip-version-check
 SANITIZED_TIERS = tests/unit tests/fuzz tests/transport tests/fakeverbs
 
 # What is changed most, and takes under a minute.
-QUICK = $(addprefix tests/unit/test_,arena.py cache.py channel.py cost.py datasets.py estimates.py expansion_messages.py half_way.py \
-	kernels.py layering.py merge.py messages.py native.py owners.py region.py seam.py) tests/transport tests/quality/test_measure.py
+QUICK = $(addprefix tests/unit/,native/test_arena.py native/test_channel.py native/test_estimates.py native/test_half_way.py \
+	native/test_kernels.py native/test_library.py native/test_merge.py native/test_record_cache.py core/test_memory_region.py \
+	collection/test_owners_file.py protocol reader seam test_datasets.py test_layering.py) tests/transport tests/quality/test_measure.py
 
 .PHONY: help build demo test test-quick lint warnings format asan bench docs packages clean
 

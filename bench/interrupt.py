@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 import cotra_rdma
-from cotra_rdma.channel import FabricModel
-from cotra_rdma.collection import build_collection, shard_paths
+from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._native.channel import FabricModel
+from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.owner_process import OwnerProcess
 
 N, DIM, N_SHARDS, N_QUERIES, EF = 20_000, 32, 4, 400_000, 256
 N_ROUTED, ROUTED_EF, ROUTING_S = 40_000, 2048, 2.5  # where Compass, in numpy, says first where each query goes

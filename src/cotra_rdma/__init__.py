@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from cotra_rdma.algorithms import Compass, Spire
-from cotra_rdma.arena import Arena
-from cotra_rdma.channel import FabricModel
-from cotra_rdma.cluster import Cluster, connect
-from cotra_rdma.cotra import CoTraRdma
-from cotra_rdma.dispatch import ZmqDispatch
+from cotra_rdma._core.memory_region import MemoryRegion
+from cotra_rdma._core.stop import Stop
+from cotra_rdma._native.arena import Arena
+from cotra_rdma._native.channel import FabricModel
+from cotra_rdma._native.verbs import QueuePairOptions, register
+from cotra_rdma._owner.server import Server, serve
+from cotra_rdma._reader.cluster import Cluster, connect
+from cotra_rdma._reader.result import SearchResult
+from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import (
     BoundsError,
     ChecksumError,
@@ -29,15 +32,12 @@ from cotra_rdma.errors import (
     TransportError,
     VerbsUnavailableError,
 )
-from cotra_rdma.region import MemoryRegion
-from cotra_rdma.result import SearchResult
-from cotra_rdma.rpc import ClientKeys, ServerKeys
-from cotra_rdma.scatter_gather import ScatterGather, SeamResult, ShardOutcome, ShardStatus
-from cotra_rdma.seam import VectorShardSeam
-from cotra_rdma.server import Server, serve
-from cotra_rdma.shard import Shard
-from cotra_rdma.stop import Stop
-from cotra_rdma.verbs import QueuePairOptions, register
+from cotra_rdma.protocol.rpc import ClientKeys, ServerKeys
+from cotra_rdma.seam.algorithms import Compass, Spire
+from cotra_rdma.seam.interface import VectorShardSeam
+from cotra_rdma.seam.one_sided import CoTraRdma
+from cotra_rdma.seam.scatter_gather import ScatterGather, SeamResult, ShardOutcome, ShardStatus
+from cotra_rdma.seam.zmq_dispatch import ZmqDispatch
 
 __version__ = version("cotra-rdma")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cotra_rdma.result import SearchResult
-    from cotra_rdma.scatter_gather import SeamResult
+    from cotra_rdma._reader.result import SearchResult
+    from cotra_rdma.seam.scatter_gather import SeamResult
 
 
 class CotraError(Exception):

@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import pytest
 
-from cotra_rdma.verbs import compiled
+from cotra_rdma._native.verbs import compiled
 from helpers.fakeverbs import Fake
 from helpers.tiers import cannot_run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cotra_rdma import Shard, VerbsUnavailableError, connect, serve
-from cotra_rdma.verbs import Device, compiled, devices, library
+from cotra_rdma._native.verbs import Device, compiled, devices, library
 
 LIBRARY = "broken"
 WHY = r"libibverbs cannot be loaded \(.*libibverbs.so.1.*\); install it: libibverbs1"

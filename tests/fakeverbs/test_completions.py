@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cotra_rdma import Arena, CompletionError, DeadlineError, MemoryRegion, TransportError
-from cotra_rdma.channel import Channel
-from cotra_rdma.verbs import Device, MemoryRegistration, QueuePair, QueuePairOptions
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.verbs import Device, MemoryRegistration, QueuePair, QueuePairOptions
 from helpers.fakeverbs import Ends, Fake, assert_reads_work, connected
 
 ERR = 6  # enum ibv_qp_state

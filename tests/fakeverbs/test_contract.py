@@ -9,8 +9,8 @@ from typing import ClassVar
 import pytest
 
 from cotra_rdma import Arena, FabricModel
-from cotra_rdma.channel import Channel
-from cotra_rdma.verbs import Device, QueuePairOptions
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.verbs import Device, QueuePairOptions
 from helpers.contract import ChannelContract, OpenChannel, pattern  # noqa: F401 (a fixture)
 from helpers.fakeverbs import Fake, connected
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from cotra_rdma import Arena
-from cotra_rdma._native import Handle
-from cotra_rdma.benchmark_environment import Environment
-from cotra_rdma.channel import Channel
-from cotra_rdma.verbs import (
+from cotra_rdma._bench.environment import Environment
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.library import Handle
+from cotra_rdma._native.verbs import (
     Device,
     DeviceInfo,
     MemoryRegistration,

@@ -18,8 +18,8 @@ from cotra_rdma import (
     TransportError,
     VerbsUnavailableError,
 )
-from cotra_rdma.channel import Channel
-from cotra_rdma.verbs import Device, MemoryRegistration, QueuePair, QueuePairOptions, devices
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.verbs import Device, MemoryRegistration, QueuePair, QueuePairOptions, devices
 from helpers.fakeverbs import Ends, Fake, assert_reads_work, connected
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cotra_rdma import Shard, VerbsUnavailableError, connect, serve
-from cotra_rdma.verbs import Device, devices, library
+from cotra_rdma._native.verbs import Device, devices, library
 
 LIBRARY = "old"
 WHY = "libibverbs has no ibv_query_gid of version IBVERBS_1.1: it is too old"

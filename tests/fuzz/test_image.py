@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotra_rdma import Arena, ChecksumError, CotraError, FormatError, Shard
-from cotra_rdma._native import lib
-from cotra_rdma.channel import Channel
-from cotra_rdma.engine import View
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.engine import View
+from cotra_rdma._native.library import lib
 from helpers.image import (
     HEADER_BYTES,
     HEADER_FIELDS,

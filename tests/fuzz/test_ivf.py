@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotra_rdma import Arena, ChecksumError, CotraError, FormatError, Shard
-from cotra_rdma._native import lib
-from cotra_rdma.channel import Channel
-from cotra_rdma.engine import View
-from cotra_rdma.ivf import IvfTable
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.engine import View
+from cotra_rdma._native.library import lib
+from cotra_rdma._native.lists import IvfTable
 from helpers.image import IVF_FIELDS, IVF_HEADER_BYTES, GuardedMemory, Image, checksum, image_bytes
 from helpers.lists import spire_of
 from helpers.properties import fixed

@@ -12,10 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cotra_rdma import FormatError
-from cotra_rdma.collection_messages import CollectionResponse
-from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse
-from cotra_rdma.expansions import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
-from cotra_rdma.messages import (
+from cotra_rdma._core.remote_expansion import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
+from cotra_rdma.protocol.collection_search import CollectionResponse
+from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType, join
+from cotra_rdma.protocol.messages import (
     BuildExchangeRequest,
     BuildExchangeResponse,
     CentroidTable,
@@ -34,7 +34,7 @@ from cotra_rdma.messages import (
     decode_region_response,
     encode_region,
 )
-from cotra_rdma.wire import VShardEnvelope, VShardMessageType, join
+from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
 from helpers.properties import fixed
 
 Decoder = Callable[[Any], Any]

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Arena, BoundsError, ClosedError, InvalidInputError, Shard
-from cotra_rdma.channel import Channel
-from cotra_rdma.engine import Engine, View
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.engine import Engine, View
 from helpers.lists import spire_of
 
 OpenChannel = Callable[[Arena], Channel]

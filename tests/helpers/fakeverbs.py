@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from cotra_rdma import Arena
-from cotra_rdma.channel import Channel
-from cotra_rdma.verbs import Device, MemoryRegistration, QueuePair, QueuePairOptions
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.verbs import Device, MemoryRegistration, QueuePair, QueuePairOptions
 
 FAULTS = ("FAIL", "READ", "LATE")
 DEFAULTS = QueuePairOptions()

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma import Arena, Shard
-from cotra_rdma.channel import Channel
-from cotra_rdma.engine import Engine, View
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.engine import Engine, View
 
 HEADER_BYTES, RECORD_HEAD_BYTES, BLOCK = 4096, 32, 32
 _U64 = ["image_bytes", "count", "deleted_count", "upper_count", "generation", "seed", "records_offset", "nav_offset"]

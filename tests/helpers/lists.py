@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma import Arena
-from cotra_rdma.channel import Channel
-from cotra_rdma.engine import View
-from cotra_rdma.ivf import IvfTable, SpireEngine
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.engine import View
+from cotra_rdma._native.lists import IvfTable, SpireEngine
 
 Open = Callable[[Arena], Channel]
 

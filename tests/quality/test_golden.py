@@ -17,9 +17,9 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import Shard
-from cotra_rdma.collection import build_collection, shard_paths
+from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._native.engine import simd_level
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.engine import simd_level
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ROWS, QUERIES, DIM, N_SHARDS, K = 2400, 30, 24, 3, 10

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cotra_rdma.benchmark import Plan
-from cotra_rdma.benchmark_data import DataSet, nearest
-from cotra_rdma.benchmark_peers import Owners, measure_homes, measure_losses
-from cotra_rdma.collection import build_collection
+from cotra_rdma._bench.data import DataSet, nearest
+from cotra_rdma._bench.runner import Plan
+from cotra_rdma._bench.scaling.peers import Owners, measure_homes, measure_losses
+from cotra_rdma._collection.manifest import build_collection
 from cotra_rdma.errors import InvalidInputError
 
 Floats = npt.NDArray[np.float32]

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import CotraError, DeadlineError, FormatError, InvalidInputError, PeerError, Shard, TransportError
-from cotra_rdma.build_machine import build_on_machine
-from cotra_rdma.build_network import NetworkMail
-from cotra_rdma.collection import build_collection
+from cotra_rdma._build.machine import build_on_machine
+from cotra_rdma._build.network_mail import NetworkMail
+from cotra_rdma._collection.manifest import build_collection
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.messages import BuildExchangeRequest
-from cotra_rdma.rpc import RpcServer
+from cotra_rdma.protocol.messages import BuildExchangeRequest
+from cotra_rdma.protocol.rpc import RpcServer
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 1500, 3
@@ -198,7 +198,7 @@ def message(sender: int, step: str, **fields: Any) -> BuildExchangeRequest:
 
 
 def test_messages_arrive_whole_and_once(mails: list[NetworkMail], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cotra_rdma.build_network.PART_BYTES", 1000)
+    monkeypatch.setattr("cotra_rdma._build.network_mail.PART_BYTES", 1000)
     data = np.random.default_rng(1).integers(0, 256, 12_345, np.uint8).tobytes()
     mails[0].tell(message(0, "count", data=data))
     mails[0].tell(message(0, "count", data=data))

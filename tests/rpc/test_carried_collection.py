@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cotra_rdma.collection import MANIFEST, build_collection
+from cotra_rdma._collection.manifest import MANIFEST, build_collection
+from cotra_rdma._collection.owner_probe import ask_owners
+from cotra_rdma._collection.owners_file import OWNERS, add, load
+from cotra_rdma._diagnose.inspection import inspect_collection, inspect_owners
+from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.inspection import inspect_collection, inspect_owners
-from cotra_rdma.owner_process import OwnerProcess
-from cotra_rdma.owner_status import ask_owners
-from cotra_rdma.owners import OWNERS, add, load
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 1500, 3

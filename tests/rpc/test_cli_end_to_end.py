@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from cotra_rdma.benchmark_data import distances
-from cotra_rdma.benchmark_scaling import FABRIC
+from cotra_rdma._bench.data import distances
+from cotra_rdma._bench.scaling.study import FABRIC
+from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.cli import app
 from cotra_rdma.errors import PeerError
-from cotra_rdma.owner_process import OwnerProcess
 
 N, DIM, N_QUERIES = 3000, 24, 50
 COTRA = (sys.executable, "-m", "cotra_rdma.cli")
@@ -212,7 +212,7 @@ def test_a_signal_ends_serve_cleanly(data: Path, number: signal.Signals) -> None
 
 def test_an_owner_process_ends_with_the_one_that_started_it(data: Path) -> None:
     program = (
-        "import sys; from cotra_rdma.owner_process import OwnerProcess; "
+        "import sys; from cotra_rdma._owner.child_process import OwnerProcess; "
         "owner = OwnerProcess(sys.argv[1:], transports=('rpc',)); owner.wait_ready(); assert owner.cpu_s() > 0; "
         "print(owner.pid, flush=True); sys.stdin.read()"
     )

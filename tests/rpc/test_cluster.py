@@ -31,11 +31,11 @@ from cotra_rdma import (
     Shard,
     TransportError,
     VerbsUnavailableError,
-    messages,
 )
-from cotra_rdma import server as server_module
-from cotra_rdma.engine import merge
-from cotra_rdma.owner_process import OwnerProcess
+from cotra_rdma._native.engine import merge
+from cotra_rdma._owner import server as server_module
+from cotra_rdma._owner.child_process import OwnerProcess
+from cotra_rdma.protocol import messages
 
 Floats = npt.NDArray[np.float32]
 HERE = ("shm", "rpc")

@@ -21,10 +21,10 @@ from cotra_rdma import (
     ServerKeys,
     TransportError,
 )
-from cotra_rdma.dispatch import ZmqDispatch
-from cotra_rdma.rpc import RpcServer
-from cotra_rdma.seam import ShardRpcDispatch
-from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, join
+from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, join
+from cotra_rdma.protocol.rpc import RpcServer
+from cotra_rdma.seam.interface import ShardRpcDispatch
+from cotra_rdma.seam.zmq_dispatch import ZmqDispatch
 
 REQUEST = VShardMessageType.VECTOR_SCATTER_REQUEST
 Serve = Callable[..., RpcServer]

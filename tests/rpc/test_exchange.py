@@ -14,14 +14,14 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import FormatError, InvalidInputError, Server, Shard, ZmqDispatch
-from cotra_rdma.messages import (
+from cotra_rdma.protocol.messages import (
     BuildExchangeRequest,
     BuildExchangeResponse,
     CentroidTable,
     CoarseRouteRequest,
     CoarseRouteResponse,
 )
-from cotra_rdma.seam import (
+from cotra_rdma.seam.interface import (
     BuildExchangeFailed,
     ShardMessage,
     ShardMessageKind,

@@ -32,10 +32,10 @@ from cotra_rdma import (
     Shard,
     Stop,
 )
-from cotra_rdma.collection import build_collection, coarse_of, shard_paths
+from cotra_rdma._collection.manifest import build_collection, coarse_of, shard_paths
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
-from cotra_rdma.wire import VShardMessageType
+from cotra_rdma.protocol.envelope import VShardMessageType
+from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
 from helpers.begun import GENEROUS_S, Signaller, heeding_ctrl_c, waited
 
 Floats = npt.NDArray[np.float32]
@@ -251,7 +251,7 @@ def test_owners_stop_for_readers_that_are_gone(
         algorithm = "home" if kind == "whole collection" else "scatter-gather"
         program += "c = cotra_rdma.connect(sys.argv[2:])\n"
         program += f"c.search(many, 10, 10, algorithm={algorithm!r}, timeout_s=600)"
-    caplog.set_level(logging.DEBUG, "cotra_rdma.rpc")
+    caplog.set_level(logging.DEBUG, "cotra_rdma.protocol.rpc")
     path = served.path.parent / "many.npy"
     with subprocess.Popen([sys.executable, "-c", program, str(path), *served.addresses]) as reader:
         waited(lambda: served.n_searches > 0 and served.is_asked())

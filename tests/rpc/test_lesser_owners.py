@@ -11,10 +11,11 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import Cluster, FabricModel, replicas
-from cotra_rdma.collection import build_collection, shard_paths
+from cotra_rdma import Cluster, FabricModel
+from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._owner.child_process import OwnerProcess
+from cotra_rdma._reader import replicas
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.owner_process import OwnerProcess
 
 Floats = npt.NDArray[np.float32]
 N = 2000

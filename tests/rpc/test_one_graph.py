@@ -10,13 +10,13 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import CompletionError, FabricModel, InvalidInputError, PartialResultError
-from cotra_rdma.benchmark import Plan, run
-from cotra_rdma.benchmark_data import DataSet
-from cotra_rdma.benchmark_systems import Split, open_systems
-from cotra_rdma.collection import build_collection, shard_paths
+from cotra_rdma._bench.data import DataSet
+from cotra_rdma._bench.runner import Plan, run
+from cotra_rdma._bench.systems import Split, open_systems
+from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.owner_process import OwnerProcess
-from cotra_rdma.seam import ShardRef
+from cotra_rdma.seam.interface import ShardRef
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 3000, 3

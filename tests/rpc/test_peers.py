@@ -22,16 +22,17 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import FormatError, InvalidInputError, SearchResult, Server, Shard, TransportError, owners
+from cotra_rdma import FormatError, InvalidInputError, SearchResult, Server, Shard, TransportError
+from cotra_rdma._collection import owners_file as owners
+from cotra_rdma._collection.manifest import MANIFEST, Collection, build_collection, coarse_of, shard_paths
+from cotra_rdma._owner.child_process import OwnerProcess
+from cotra_rdma._owner.peering import Peering, Walks
 from cotra_rdma.cli import demo
-from cotra_rdma.collection import MANIFEST, Collection, build_collection, coarse_of, shard_paths
-from cotra_rdma.collection_messages import CollectionResponse
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
-from cotra_rdma.owner_process import OwnerProcess
-from cotra_rdma.peering import Peering, Walks
-from cotra_rdma.rpc import RpcServer
-from cotra_rdma.wire import VShardEnvelope, VShardMessageType, join
+from cotra_rdma.protocol.collection_search import CollectionResponse
+from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType, join
+from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
+from cotra_rdma.protocol.rpc import RpcServer
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS, N_QUERIES = 2000, 4, 100

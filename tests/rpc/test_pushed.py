@@ -27,21 +27,21 @@ from cotra_rdma import (
     Server,
     Shard,
     TransportError,
-    expansion_messages,
-    messages,
 )
-from cotra_rdma.channel import Channel
-from cotra_rdma.engine import Engine, View
-from cotra_rdma.expander import Expander
-from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse
-from cotra_rdma.expansions import PUSH_DTYPE, Expansions
-from cotra_rdma.job import SearchJob
-from cotra_rdma.owner_process import OwnerProcess
-from cotra_rdma.peer import Peer
-from cotra_rdma.rpc import RpcServer
-from cotra_rdma.stop import Stop
-from cotra_rdma.verbs import QueuePairOptions
-from cotra_rdma.wire import VShardEnvelope, VShardMessageType, fields_of, join
+from cotra_rdma._core.remote_expansion import PUSH_DTYPE, Expansions
+from cotra_rdma._core.stop import Stop
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.engine import Engine, View
+from cotra_rdma._native.verbs import QueuePairOptions
+from cotra_rdma._owner.child_process import OwnerProcess
+from cotra_rdma._owner.expander import Expander
+from cotra_rdma._reader.batch import SearchJob
+from cotra_rdma._reader.connection import Peer
+from cotra_rdma.protocol import messages
+from cotra_rdma.protocol import remote_expansion as expansion_messages
+from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType, fields_of, join
+from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
+from cotra_rdma.protocol.rpc import RpcServer
 
 Floats = npt.NDArray[np.float32]
 EXPAND = VShardMessageType.VECTOR_EXPAND_REQUEST

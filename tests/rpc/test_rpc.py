@@ -21,8 +21,8 @@ from cotra_rdma import (
     ServerKeys,
     TransportError,
 )
-from cotra_rdma.rpc import RpcClient, RpcServer, parse_address
-from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, join
+from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, join
+from cotra_rdma.protocol.rpc import RpcClient, RpcServer, parse_address
 
 REQUEST = VShardMessageType.VECTOR_SCATTER_REQUEST
 

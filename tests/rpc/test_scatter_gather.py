@@ -35,13 +35,13 @@ from cotra_rdma import (
     TransportError,
     VectorShardSeam,
     ZmqDispatch,
-    messages,
 )
-from cotra_rdma.engine import OWNER_STATS_DTYPE, merge
-from cotra_rdma.messages import SearchRequest, SearchResponse
-from cotra_rdma.owner_process import OwnerProcess
-from cotra_rdma.seam import ShardRef, ShardSubset
-from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType
+from cotra_rdma._native.engine import OWNER_STATS_DTYPE, merge
+from cotra_rdma._owner.child_process import OwnerProcess
+from cotra_rdma.protocol import messages
+from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType
+from cotra_rdma.protocol.messages import SearchRequest, SearchResponse
+from cotra_rdma.seam.interface import ShardRef, ShardSubset
 
 Floats = npt.NDArray[np.float32]
 HERE = ("shm", "rpc")
@@ -571,7 +571,7 @@ class TestCoTraRdma:
                 for shard, kind in zip(opened, kinds, strict=True)
             ]
             cluster = stack.enter_context(cotra_rdma.connect([server.address for server in servers]))
-            with caplog.at_level(logging.INFO, "cotra_rdma.cotra"):
+            with caplog.at_level(logging.INFO, "cotra_rdma.seam.one_sided"):
                 algorithm = stack.enter_context(CoTraRdma(cluster))
             assert algorithm.by_rpc == tuple(at for at, kind in enumerate(kinds) if kind == "rpc")
             assert len([r for r in caplog.records if "is asked over RPC" in r.message]) == len(algorithm.by_rpc)

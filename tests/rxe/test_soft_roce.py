@@ -22,10 +22,10 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Shard
-from cotra_rdma.collection import build_collection
+from cotra_rdma._collection.manifest import build_collection
+from cotra_rdma._native.verbs import Device, devices
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import VerbsUnavailableError
-from cotra_rdma.verbs import Device, devices
 from helpers.tiers import FIGURES, cannot_run
 
 ROOT = Path(__file__).parents[2]

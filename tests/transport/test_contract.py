@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cotra_rdma import Arena, FabricModel, FormatError, TransportError
-from cotra_rdma.channel import Channel
+from cotra_rdma._native.channel import Channel
 from helpers.contract import ChannelContract, OpenChannel, pattern  # noqa: F401 (a fixture)
 
 

@@ -16,18 +16,18 @@ import pytest
 import typer.main
 
 from cotra_rdma import Shard, errors
-from cotra_rdma._native import check, new_error
-from cotra_rdma.benchmark import Point
-from cotra_rdma.benchmark_build import BuildPoint
-from cotra_rdma.benchmark_environment import Environment
-from cotra_rdma.benchmark_peers import HomeRow, LossRow, Target
-from cotra_rdma.benchmark_prediction import Fit, Prediction, Variation, Workload
-from cotra_rdma.benchmark_scaling import Check, Cost, ShardsRow, SizeRow, Study
-from cotra_rdma.benchmark_summary import Comparison
+from cotra_rdma._bench.build import BuildPoint
+from cotra_rdma._bench.environment import Environment
+from cotra_rdma._bench.runner import Point
+from cotra_rdma._bench.scaling.peers import HomeRow, LossRow, Target
+from cotra_rdma._bench.scaling.prediction import Fit, Prediction, Variation, Workload
+from cotra_rdma._bench.scaling.study import Check, Cost, ShardsRow, SizeRow, Study
+from cotra_rdma._bench.summary import Comparison
+from cotra_rdma._native.library import check, new_error
 from cotra_rdma.cli import app
-from cotra_rdma.collection_messages import CollectionResponse
-from cotra_rdma.expansion_messages import ExpandRequest, ExpandResponse
-from cotra_rdma.messages import (
+from cotra_rdma.protocol.collection_search import CollectionResponse
+from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType
+from cotra_rdma.protocol.messages import (
     BuildExchangeRequest,
     BuildExchangeResponse,
     CoarseRouteRequest,
@@ -38,7 +38,7 @@ from cotra_rdma.messages import (
     decode_region_response,
     encode_region,
 )
-from cotra_rdma.wire import VShardEnvelope, VShardMessageType
+from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
 from helpers.rotation import rotate, signs
 
 ROOT = Path(__file__).parents[2]

@@ -1,8 +1,9 @@
-"""The map, kept true: includes and imports point down it only."""
+"""The map, kept true: includes and imports point down it only, and nothing goes in a circle."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -17,41 +18,22 @@ CSRC, PACKAGE = ROOT / "csrc", ROOT / "src" / "cotra_rdma"
 C_LAYERS = ("include", "base", "layout", "distance", "pack", "verbs", "transport", "search")
 # ... and of these two only this file: search reads through transport.h, and knows no transport.
 VERBS_USERS = {"transport/verbs.c"}
-# Modules of the package, lowest first; those of one row do not import each other.
+# Packages and top-level modules, lowest first. Those of one row do not import each other.
 LAYERS = (
     ("errors",),
-    ("stop",),
-    ("_native", "region", "wire", "queries", "datasets", "job", "expansions", "blocking", "exact"),
-    ("payload",),
-    ("arena", "messages", "expansion_messages", "rpc", "seam", "owner_process", "kmeans"),
-    ("verbs", "handover", "dispatch", "coarse", "collection_messages", "owner_status", "partition", "build_mail"),
-    ("channel", "compass", "build_network"),
-    ("engine",),
-    ("ivf", "global_graph", "graph_stats", "expander"),
-    ("cost",),
-    ("shard", "peer", "result", "scatter_gather", "benchmark_clock", "benchmark_data", "benchmark_transports"),
-    ("lanes", "plan", "own", "halo", "benchmark", "benchmark_prediction", "graph_build"),
-    ("build_processes", "replicas"),
-    ("collection", "reach", "gather"),
-    ("owners", "homes"),
-    ("server", "cluster", "diagnosis", "benchmark_libraries", "benchmark_summary"),
-    (
-        "benchmark_systems",
-        "benchmark_peers",
-        "benchmark_build",
-        "benchmark_plot",
-        "verbs_diagnosis",
-        "cotra",
-        "algorithms",
-        "inspection",
-        "build_machine",
-    ),
-    ("benchmark_environment", "benchmark_tables", "benchmark_scaling", "peering"),
-    ("benchmark_report", "benchmark_scaling_tables", "benchmark_scaling_plot"),
+    ("_core",),
+    ("datasets", "_native", "protocol", "_clustering"),
+    ("_routing",),
+    ("_shard", "_collection"),
+    ("_reader",),
+    ("_owner",),
+    ("_diagnose", "seam", "_build"),
+    ("_bench",),
     ("cli",),
 )
-ABOVE_ALL = {"__init__"}
-NATIVE_USERS = {"arena", "channel", "engine", "global_graph", "ivf", "shard", "verbs"}
+ABOVE_ALL = {"__init__", "lowlevel"}
+"""What users import. The package itself imports neither."""
+NATIVE_USERS = {"_native", "_shard", "_build"}
 
 
 def includes(path: Path) -> list[str]:
@@ -62,38 +44,37 @@ def sources() -> list[Path]:
     return sorted(path for path in CSRC.rglob("*") if path.suffix in (".c", ".h"))
 
 
-def modules() -> dict[str, list[Path]]:
-    """Files by module name; a subpackage is one module."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        found.setdefault(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(path)
-    return found
+def python_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """The dotted name below the package; "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path: Path) -> set[str]:
-    """The package's modules that a file imports when it runs (an import for annotations only is none)."""
-    tree = ast.parse(path.read_text())
-    hidden = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
+    """The package's modules that a file imports, also only for annotations; dotted names below the package."""
+    known = {name_of(file) for file in python_files()} | {"_cotra"}
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide the direction"
             assert node.module
-            names = [node.module]
-            if node.module == "cotra_rdma":
-                names = [f"cotra_rdma.{alias.name}" for alias in node.names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            if name.split(".")[0] == "cotra_rdma" and id(node) not in hidden:
-                found.add([*name.split("."), "__init__"][1])
-    return found
+            if name.split(".")[0] == "cotra_rdma":
+                below = ".".join(name.split(".")[1:])
+                found.add(below if below in known else below.rpartition(".")[0])
+    return found - {name_of(path)}
+
+
+def layer_of(name: str) -> str:
+    return name.split(".")[0] or "__init__"
 
 
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
@@ -118,7 +99,7 @@ def test_includes_point_down(path: Path) -> None:
 
 
 def test_search_knows_one_transport_header() -> None:
-    for path in (CSRC / "search").iterdir():
+    for path in (CSRC / "search").rglob("*.[ch]"):
         assert {name for name in includes(path) if name.startswith("transport/")} <= {"transport/transport.h"}
 
 
@@ -126,37 +107,45 @@ def test_the_public_header_stands_alone() -> None:
     assert includes(CSRC / "include" / "cotra.h") == ["stddef.h", "stdint.h"]
 
 
-def test_every_module_is_on_the_map() -> None:
-    assert set(modules()) == set(LEVEL) | ABOVE_ALL
+def test_every_package_is_on_the_map() -> None:
+    assert {layer_of(name_of(path)) for path in python_files()} == set(LEVEL) | ABOVE_ALL
 
 
-@pytest.mark.parametrize("module", [module for row in LAYERS for module in row])
-def test_imports_point_down(module: str) -> None:
-    for path in modules()[module]:
-        for name in imports(path) - {module}:
-            if name == "_cotra":
-                assert module == "_native"
-                continue
-            assert name not in ABOVE_ALL, f"{path.name} imports the package itself"
-            assert LEVEL[name] < LEVEL[module], f"{module} imports {name}, which is not below it"
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_down(path: Path) -> None:
+    own = layer_of(name_of(path))
+    if own in ABOVE_ALL:
+        return
+    for name in imports(path):
+        other = layer_of(name)
+        if other in ("_cotra", own):
+            continue
+        assert other not in ABOVE_ALL, f"{name} is for users"
+        assert LEVEL[other] < LEVEL[own], f"{name} is not below {own}"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    graph = {name_of(path): imports(path) for path in python_files()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
 def test_the_compiled_module_has_one_importer() -> None:
-    assert {module for module, paths in modules().items() if any("_cotra" in imports(p) for p in paths)} == {"_native"}
-    users = {module for module, paths in modules().items() if any("_native" in imports(path) for path in paths)}
-    assert users == NATIVE_USERS
+    files = {name_of(path): imports(path) for path in python_files()}
+    assert {name for name, names in files.items() if "_cotra" in names} == {"_native.library"}
+    assert {layer_of(name) for name, names in files.items() if "_native.library" in names} == NATIVE_USERS
 
 
-def test_rpc_works_without_the_compiled_module() -> None:
-    """Envelopes and payloads are made where the C part does not exist: nothing below rpc reaches for it."""
-    seen, queue = set(), ["rpc", "wire", "messages", "expansion_messages", "collection_messages", "seam", "dispatch"]
+def test_messages_are_made_without_the_compiled_module() -> None:
+    """Envelopes and payloads are made where the C part does not exist."""
+    reached, queue = set(), ["protocol"]
     while queue:
-        module = queue.pop()
-        if module not in seen:
-            seen.add(module)
-            for path in modules()[module]:
-                queue += imports(path)
-    assert not seen & ({"_native", "_cotra", "__init__"} | NATIVE_USERS)
+        layer = queue.pop()
+        if layer not in reached:
+            reached.add(layer)
+            for path in python_files():
+                if layer_of(name_of(path)) == layer:
+                    queue += [layer_of(name) for name in imports(path)]
+    assert reached == {"protocol", "_core", "errors"}
 
 
 def test_importing_the_package_does_nothing_else() -> None:

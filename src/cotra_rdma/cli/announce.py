@@ -9,11 +9,11 @@ from pathlib import Path
 
 import typer
 
-from cotra_rdma import owners
+from cotra_rdma._collection import owners_file as owners
+from cotra_rdma._collection.manifest import place_of
 from cotra_rdma.cli import output
-from cotra_rdma.collection import place_of
 from cotra_rdma.errors import CotraError
-from cotra_rdma.rpc import parse_address
+from cotra_rdma.protocol.rpc import parse_address
 
 
 def announced_at(text: str) -> tuple[str, int | None]:

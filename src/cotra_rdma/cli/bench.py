@@ -11,17 +11,18 @@ from typing import Annotated
 
 import typer
 
-from cotra_rdma.benchmark import Plan, run
-from cotra_rdma.benchmark_build import measure_builds
-from cotra_rdma.benchmark_data import DataSet
-from cotra_rdma.benchmark_environment import Environment
-from cotra_rdma.benchmark_libraries import LIBRARIES, check_libraries
-from cotra_rdma.benchmark_plot import check_plot, draw
-from cotra_rdma.benchmark_report import write_report
-from cotra_rdma.benchmark_summary import compare
-from cotra_rdma.benchmark_systems import Budget, Split, open_systems
-from cotra_rdma.benchmark_tables import builds_table, cost_table, speed_table, summary_table, title
-from cotra_rdma.benchmark_transports import parse_transport
+from cotra_rdma._bench.build import measure_builds
+from cotra_rdma._bench.data import DataSet
+from cotra_rdma._bench.environment import Environment
+from cotra_rdma._bench.libraries import LIBRARIES, check_libraries
+from cotra_rdma._bench.plot import check_plot, draw
+from cotra_rdma._bench.report import write_report
+from cotra_rdma._bench.runner import Plan, run
+from cotra_rdma._bench.summary import compare
+from cotra_rdma._bench.systems import Budget, Split, open_systems
+from cotra_rdma._bench.tables import builds_table, cost_table, speed_table, summary_table, title
+from cotra_rdma._bench.transports import parse_transport
+from cotra_rdma._reader.planner import ALGORITHMS
 from cotra_rdma.cli import output
 from cotra_rdma.cli.bench_scaling import SHARDS, refuse_others, run_study, scale_of
 from cotra_rdma.cli.options import (
@@ -36,7 +37,6 @@ from cotra_rdma.cli.options import (
     input_file,
     numbers,
 )
-from cotra_rdma.plan import ALGORITHMS
 
 EPILOG = """**Examples**
 

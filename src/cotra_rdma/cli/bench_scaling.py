@@ -10,15 +10,15 @@ from pathlib import Path
 
 import typer
 
-from cotra_rdma.benchmark import Plan
-from cotra_rdma.benchmark_data import DataSet
-from cotra_rdma.benchmark_environment import Environment
-from cotra_rdma.benchmark_prediction import Machine
-from cotra_rdma.benchmark_scaling import FABRIC, Scale, study
-from cotra_rdma.benchmark_scaling_plot import draw_study
-from cotra_rdma.benchmark_scaling_tables import scaling_tables
-from cotra_rdma.benchmark_tables import title
-from cotra_rdma.benchmark_transports import parse_transport
+from cotra_rdma._bench.data import DataSet
+from cotra_rdma._bench.environment import Environment
+from cotra_rdma._bench.runner import Plan
+from cotra_rdma._bench.scaling.plot import draw_study
+from cotra_rdma._bench.scaling.prediction import Machine
+from cotra_rdma._bench.scaling.study import FABRIC, Scale, study
+from cotra_rdma._bench.scaling.tables import scaling_tables
+from cotra_rdma._bench.tables import title
+from cotra_rdma._bench.transports import parse_transport
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import comma_list
 

@@ -10,8 +10,11 @@ from typing import Annotated
 
 import typer
 
-from cotra_rdma.build_machine import DEFAULT_TIMEOUT_S, build_on_machine
-from cotra_rdma.build_processes import Usage
+from cotra_rdma._build.machine import DEFAULT_TIMEOUT_S, build_on_machine
+from cotra_rdma._build.processes import Usage
+from cotra_rdma._collection.manifest import build_collection
+from cotra_rdma._native.lists import MAX_BITS
+from cotra_rdma._routing.compass import DEFAULT_TARGET
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import (
     ConstructionEf,
@@ -25,10 +28,7 @@ from cotra_rdma.cli.options import (
     VectorTypeName,
     comma_list,
 )
-from cotra_rdma.collection import build_collection
-from cotra_rdma.compass import DEFAULT_TARGET
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.ivf import MAX_BITS
 
 EPILOG = """**Examples**
 

@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from cotra_rdma.benchmark_data import recall
+from cotra_rdma._bench.data import recall
+from cotra_rdma._collection.manifest import build_collection
+from cotra_rdma._owner.child_process import OwnerProcess
+from cotra_rdma._reader.cluster import Cluster, connect
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, Json, transports
-from cotra_rdma.cluster import Cluster, connect
-from cotra_rdma.collection import build_collection
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import InvalidInputError
-from cotra_rdma.owner_process import OwnerProcess
 
 EPILOG = """**Examples**
 

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from cotra_rdma._diagnose.host import Check, Host, Status, host_checks, usable
+from cotra_rdma._diagnose.verbs import peer_check, verbs_checks
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import Device, GidIndex, Json, Timeout
-from cotra_rdma.diagnosis import Check, Host, Status, host_checks, usable
-from cotra_rdma.verbs_diagnosis import peer_check, verbs_checks
 
 EPILOG = """**Examples**
 

@@ -12,12 +12,11 @@ import numpy.typing as npt
 import typer
 from rich.markup import escape
 
-from cotra_rdma.cli import output
-from cotra_rdma.cli.options import Json
-from cotra_rdma.cli.targets import targets
-from cotra_rdma.collection import MANIFEST
-from cotra_rdma.graph_stats import degree_range
-from cotra_rdma.inspection import (
+from cotra_rdma._collection.manifest import MANIFEST
+from cotra_rdma._collection.owner_probe import OwnerStatus
+from cotra_rdma._collection.owners_file import OWNERS
+from cotra_rdma._diagnose.graph_stats import degree_range
+from cotra_rdma._diagnose.inspection import (
     Inspection,
     Progress,
     ShardReport,
@@ -25,8 +24,9 @@ from cotra_rdma.inspection import (
     inspect_files,
     inspect_owners,
 )
-from cotra_rdma.owner_status import OwnerStatus
-from cotra_rdma.owners import OWNERS
+from cotra_rdma.cli import output
+from cotra_rdma.cli.options import Json
+from cotra_rdma.cli.targets import targets
 
 EPILOG = """**Examples**
 

@@ -15,17 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
+from cotra_rdma._collection.manifest import coarse_of, place_of, shard_paths
+from cotra_rdma._collection.owners_file import is_address
+from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
+from cotra_rdma._owner.server import Server
+from cotra_rdma._owner.server import serve as serve_shard
+from cotra_rdma._shard.shard import Shard
 from cotra_rdma.cli import output
 from cotra_rdma.cli.announce import announce_owners, announced_at
 from cotra_rdma.cli.options import Device, GidIndex, Json, comma_list, transports
-from cotra_rdma.collection import coarse_of, place_of, shard_paths
 from cotra_rdma.errors import InvalidInputError
-from cotra_rdma.messages import CentroidTable, CoarseRouteResponse
-from cotra_rdma.owners import is_address
-from cotra_rdma.peering import DEFAULT_HALO, Peering, Walks
-from cotra_rdma.server import Server
-from cotra_rdma.server import serve as serve_shard
-from cotra_rdma.shard import Shard
+from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
 
 EPILOG = """**Examples**
 

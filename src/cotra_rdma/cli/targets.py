@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import typer
 
-from cotra_rdma import owners
+from cotra_rdma._collection import owners_file as owners
+from cotra_rdma._collection.manifest import Collection, collection_directory
+from cotra_rdma._collection.owner_probe import OwnerStatus, ask_owners
 from cotra_rdma.cli.options import comma_list
-from cotra_rdma.collection import Collection, collection_directory
 from cotra_rdma.errors import TransportError
-from cotra_rdma.owner_status import OwnerStatus, ask_owners
 
 
 class Reachable(NamedTuple):

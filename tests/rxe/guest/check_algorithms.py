@@ -11,7 +11,7 @@ from owners import GENEROUS_S, OUT, figure, stopped
 
 import cotra_rdma
 from cotra_rdma import TransportError
-from cotra_rdma.owner_process import OwnerProcess
+from cotra_rdma._owner.child_process import OwnerProcess
 
 Floats = npt.NDArray[np.float32]
 K, EF = 10, 24

@@ -15,8 +15,8 @@ from owners import GENEROUS_S, OUT, figure, start, stopped
 
 import cotra_rdma
 from cotra_rdma import Cluster, SearchResult, Shard
-from cotra_rdma.collection import shard_paths
-from cotra_rdma.owner_process import OwnerProcess
+from cotra_rdma._collection.manifest import shard_paths
+from cotra_rdma._owner.child_process import OwnerProcess
 
 Floats = npt.NDArray[np.float32]
 K, EF, N_SHARDS = 10, 48, 4

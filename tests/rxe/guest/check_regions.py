@@ -16,9 +16,9 @@ from pyverbs.device import Context
 from pyverbs.pd import PD
 
 from cotra_rdma import Arena, CompletionError, MemoryRegion
-from cotra_rdma.channel import Channel
-from cotra_rdma.owner_process import OwnerProcess
-from cotra_rdma.verbs import Device, MemoryRegistration, QueuePair, QueuePairOptions
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.verbs import Device, MemoryRegistration, QueuePair, QueuePairOptions
+from cotra_rdma._owner.child_process import OwnerProcess
 from helpers.contract import ChannelContract, OpenChannel, pattern  # noqa: F401 (a fixture)
 
 REMOTE_ACCESS_ERROR = 10  # IBV_WC_REM_ACCESS_ERR

@@ -18,8 +18,8 @@ from owners import figure, start, stopped
 
 import cotra_rdma
 from cotra_rdma import Shard, TransportError
-from cotra_rdma.engine import merge
-from cotra_rdma.owner_process import OwnerProcess
+from cotra_rdma._native.engine import merge
+from cotra_rdma._owner.child_process import OwnerProcess
 
 Floats = npt.NDArray[np.float32]
 K, EF, BEAM = 10, 64, 4

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from owners import OUT, PyverbsOwner, start
 
-from cotra_rdma.owner_process import OwnerProcess
-from cotra_rdma.verbs import Device
+from cotra_rdma._native.verbs import Device
+from cotra_rdma._owner.child_process import OwnerProcess
 
 
 @pytest.fixture(scope="session")

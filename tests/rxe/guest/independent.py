@@ -22,7 +22,7 @@ from pyverbs.pd import PD
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import SGE, SendWR
 
-from cotra_rdma.verbs import QueuePairAttributes
+from cotra_rdma._native.verbs import QueuePairAttributes
 
 PORT = 1
 MTUS = {256: 1, 512: 2, 1024: 3, 2048: 4, 4096: 5}

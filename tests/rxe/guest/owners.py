@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cotra_rdma import MemoryRegion, messages
-from cotra_rdma.owner_process import OwnerProcess
-from cotra_rdma.rpc import RpcClient
-from cotra_rdma.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
-from cotra_rdma.wire import WIRE_VERSION, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma import MemoryRegion
+from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
+from cotra_rdma._owner.child_process import OwnerProcess
+from cotra_rdma.protocol import messages
+from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.rpc import RpcClient
 
 OUT = Path(os.environ["COTRA_RXE_OUT"])
 GENEROUS_S = 300.0  # for a search in a machine that is emulated, beside other work

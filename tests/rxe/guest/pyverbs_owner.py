@@ -11,7 +11,7 @@ from pyverbs.device import Context
 from pyverbs.pd import PD
 
 import cotra_rdma
-from cotra_rdma.verbs import QueuePairAttributes
+from cotra_rdma._native.verbs import QueuePairAttributes
 
 
 def main(image: str, device: str, gid_index: str) -> None:

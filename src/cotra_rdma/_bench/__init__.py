@@ -1,0 +1,1 @@
+"""What `cotra bench` measures, and how it is told."""

@@ -1,0 +1,40 @@
+"""The paths to the vectors that `cotra bench` measures, as its command line names them."""
+
+from __future__ import annotations
+
+import re
+
+from cotra_rdma._native.channel import FabricModel
+from cotra_rdma.errors import InvalidInputError
+
+REMOTE = ("verbs", "shm", "rpc")
+MIXED = "shm+rpc"
+"""Of several shards: the first over shm, the second over RPC, and so on."""
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def parse_transport(text: str) -> tuple[str, FabricModel | None]:
+    """`verbs`, `shm`, `rpc`, `shm+rpc`, `local` (this process), or a modelled fabric: `model:rtt=5us:gbit=100:mreads=10`.
+
+    rtt: the round trip of a READ, in us, ms or s, or 0. gbit: the link's 10^9 bits a second. mreads: 10^6 READs a second.
+    """
+    kind, *settings = text.split(":")
+    if kind in (*REMOTE, MIXED, "local") and not settings:
+        return kind, None
+    values = {"rtt": 0.0, "gbit": 0.0, "mreads": 0.0}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(us|ms|s)?", value)
+        if name not in values or found is None or bool(found[2]) != (name == "rtt" and value != "0"):
+            break
+        values[name] = float(found[1]) * _UNITS.get(found[2], 1.0)
+    else:
+        if kind == "model" and settings:
+            return kind, FabricModel(values["rtt"], values["gbit"] * 1e9 / 8, values["mreads"] * 1e6)
+    raise InvalidInputError(f"{text!r} is not verbs, shm, rpc, shm+rpc, local, or model:rtt=5us[:gbit=100][:mreads=10]")
+
+
+def is_zero_rtt(transport: str | None) -> bool:
+    """Whether it is a modelled fabric without a round trip."""
+    fabric = None if transport is None else parse_transport(transport)[1]
+    return fabric is not None and fabric.round_trip_s == 0

@@ -1,0 +1,1 @@
+"""Builds collections: in this process, in several, or on several machines."""

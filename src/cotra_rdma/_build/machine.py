@@ -1,0 +1,245 @@
+"""One graph built on a machine for each shard: this one's part of it. The steps are those of `graph_build`.
+
+The machine's image is served while the others link theirs to it (`server.serve`), and it READs theirs, over verbs or, on one
+host, shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from cotra_rdma._build.mail import told
+from cotra_rdma._build.network_mail import NetworkMail
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._collection.manifest import Collection, Publication, check_build, of_graph
+from cotra_rdma.datasets import VectorFile
+from cotra_rdma._native.engine import ImageInfo
+from cotra_rdma.errors import CotraError, InvalidInputError, PeerError, VerbsUnavailableError
+from cotra_rdma._build.cross_links import channel_of_fd
+from cotra_rdma._build.steps import BuildSpec, ShardBuilder, result_of
+from cotra_rdma.protocol.messages import BuildExchangeRequest
+from cotra_rdma._reader.connection import Peer
+from cotra_rdma.protocol.rpc import ClientKeys, RpcServer, ServerKeys, parse_address
+from cotra_rdma._owner.server import LEASE_S, serve
+from cotra_rdma._native.verbs import Device, QueuePairOptions
+
+DEFAULT_TIMEOUT_S = 120.0
+_TRANSPORTS = ("verbs", "shm")
+_CALL_MS = 5000
+_PRINTED_ROWS = 64  # of the input, by which builders see that theirs is the same
+
+
+class _Hello(msgspec.Struct, frozen=True):
+    """`hello`: what a builder was told to build, the generation that it would give it, and a digest of some rows."""
+
+    step: str
+    spec: dict[str, Any]
+    generation: int
+    rows: str
+
+
+def build_on_machine(
+    vectors: VectorFile,
+    directory: str | os.PathLike[str],
+    shard: int,
+    peers: Sequence[str],
+    *,
+    listen: str | None = None,
+    metric: str = "l2",
+    M: int = 16,
+    ef_construction: int = 200,
+    seed: int = 100,
+    n_threads: int = 0,
+    n_lists: int = 0,
+    ivf_bits: int = 2,
+    vector_type: str = "auto",
+    force: bool = False,
+    device: str | None = None,
+    gid_index: int | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    server_keys: ServerKeys | None = None,
+    client_keys: Sequence[ClientKeys] | ClientKeys | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> Collection:
+    """Builds one shard of a graph over all shards, together with a builder for each of the others, at the same time.
+
+    Args:
+        vectors: the data set: the same on every machine.
+        directory: gets this shard's file, its coarse table, and the manifest of the whole; it may be shared by the machines.
+        shard: this builder's, 0 to len(peers) - 1.
+        peers: HOST:PORT of each shard's builder, in the order of the shards, with this one's.
+        listen: HOST:PORT to listen on; None: this one's of `peers`.
+        metric, M, ef_construction, seed, n_lists, ivf_bits, vector_type: as `collection.build_collection`; the same everywhere.
+        n_threads, force, progress: of this builder; progress is called with (phase, rows done).
+        device, gid_index: of verbs, as `server.serve`.
+        timeout_s: the longest silence of another builder, also before it starts.
+        server_keys, client_keys: CURVE keys: this builder's, and those to call each of the others with.
+
+    Returns:
+        The collection, of which this directory may hold one shard alone.
+
+    Raises:
+        InvalidInputError: a value is out of its range, or there is a collection already.
+        DeadlineError, PeerError: another builder is gone, or gave up, or builds something else; `shard` is its number. Then
+        nothing is left behind.
+        TransportError: an image can be READ over neither verbs nor shared memory, or the address cannot be listened on.
+    """
+    check_build(vectors, len(peers), None, "global", n_lists)
+    if len(peers) < 2 or len(set(peers)) != len(peers) or not 0 <= shard < len(peers):
+        raise InvalidInputError(f"shard {shard} of {len(peers)} builders: it takes two or more, at different addresses")
+    for address in peers:
+        if not parse_address(address)[1]:
+            raise InvalidInputError(f"{address}: builders have to know each other's ports")
+    if not timeout_s > 0:
+        raise InvalidInputError(f"timeout_s must be above 0, not {timeout_s}")
+    with Publication(directory, force=force) as publication, ExitStack() as stack:
+        mail = NetworkMail(shard, peers, timeout_s=timeout_s, keys=client_keys)
+        stack.callback(mail.close)
+        address = listen or peers[shard]
+        rpc = stack.enter_context(RpcServer(address, mail.answer, keys=server_keys))
+        try:
+            spec = BuildSpec(
+                vectors.count,
+                vectors.dim,
+                len(peers),
+                metric,
+                M,
+                ef_construction,
+                seed,
+                n_threads,
+                n_lists,
+                ivf_bits,
+                vector_type,
+                publication.generation,
+            )
+            spec = _agreed(spec, vectors, mail, shard)
+            builder = ShardBuilder(spec, shard, vectors, mail, publication.aside, progress)
+            if shard == 0:
+                builder.train()
+            builder.count()
+            builder.divide()
+            own = stack.enter_context(builder.build_image())
+            stack.enter_context(serve(own, address, _TRANSPORTS, device, gid_index, exchange=mail.take, rpc=rpc))
+            builder.tell_image(own)
+            with _Images(peers, client_keys, device, gid_index) as images:
+                builder.link(own.arena, images.open)
+            if shard == 0:
+                builder.calibrate()
+            collection = of_graph(spec, result_of(builder))
+        except BaseException as error:
+            mail.fail(error)
+            raise
+        publication.publish(collection, [shard])
+    return collection
+
+
+def _agreed(spec: BuildSpec, vectors: VectorFile, mail: NetworkMail, number: int) -> BuildSpec:
+    """Waits for all builders; the specification that all have. Raises `PeerError` where one has another."""
+    some = np.linspace(0, vectors.count - 1, min(vectors.count, _PRINTED_ROWS)).astype(np.int64)
+    digest = hashlib.sha256(vectors.take(some).tobytes()).hexdigest()
+    here = asdict(spec) | {"type of the rows": str(vectors.dtype)}
+    generation = here.pop("generation")
+    del here["n_threads"]
+    content = msgspec.to_builtins(_Hello("hello", here, generation, digest))
+    mail.tell(BuildExchangeRequest.empty(number, content))
+    for sender in range(spec.n_shards):
+        hello = told(mail.hear("hello", sender), _Hello)
+        for name, value in here.items():
+            if hello.spec.get(name) != value:
+                other = str(hello.spec.get(name))[:80]
+                raise PeerError(
+                    f"shard {sender} is built with {name} {other}, and shard {number} with {value}", shard=sender
+                )
+        if hello.rows != digest:
+            raise PeerError(f"shard {sender} is built from other vectors than shard {number}", shard=sender)
+        if not 0 < hello.generation < 2**63:
+            raise PeerError(f"shard {sender} is built as generation {hello.generation}", shard=sender)
+        generation = max(generation, hello.generation)
+    return replace(spec, generation=generation)
+
+
+class _Images:
+    """The other shards' own images, each connected to when it is first needed. A context manager."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        keys: Sequence[ClientKeys] | ClientKeys | None,
+        device: str | None,
+        gid_index: int | None,
+    ) -> None:
+        self._addresses = addresses
+        self._keys = list(keys) if isinstance(keys, Sequence) else [keys] * len(addresses)
+        self._options = QueuePairOptions() if gid_index is None else QueuePairOptions(gid_index=gid_index)
+        self._peers: dict[int, Peer] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._device: Device | None = None
+        self._no_device = ""
+        try:
+            self._device = Device(device)
+        except VerbsUnavailableError as error:
+            if device is not None:
+                raise
+            self._no_device = str(error)
+        self._renewing = threading.Thread(target=self._renew, name="cotra-build-leases", daemon=True)
+        self._renewing.start()
+
+    @contextlib.contextmanager
+    def open(self, number: int, like: ImageInfo) -> Iterator[Channel]:
+        """A channel to a shard's own image. Raises `TransportError` where it can be READ in no way."""
+        with self._lock:
+            peer = self._peers.get(number) or self._connect(number)
+            arena = peer.memory
+            channel, stack = peer.open_channel() if arena is None else (None, ExitStack())
+        with stack:
+            if arena is not None:  # of this host: read, not mapped, for it is not this builder's memory
+                assert arena.info.fd is not None
+                channel = stack.enter_context(channel_of_fd(arena.info.fd, like.record_bytes))
+            assert channel is not None
+            yield channel
+
+    def _connect(self, number: int) -> Peer:
+        peer = Peer(
+            number,
+            self._addresses[number],
+            keys=self._keys[number],
+            timeout_ms=_CALL_MS,
+            options=self._options,
+            fabric=None,
+        )
+        self._peers[number] = peer
+        peer.choose("auto", self._device, self._no_device)
+        if peer.view is not None:  # upper layers of all others would not be this shard's memory
+            peer.view.close()
+            peer.view = None
+        return peer
+
+    def _renew(self) -> None:
+        while not self._stop.wait(LEASE_S / 4):
+            with self._lock:
+                peers = list(self._peers.values())
+            for peer in peers:
+                with contextlib.suppress(CotraError):  # a READ will tell
+                    peer.renew()
+
+    def __enter__(self) -> _Images:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._renewing.join()
+        for peer in self._peers.values():
+            peer.close()
+        if self._device is not None:
+            self._device.close()

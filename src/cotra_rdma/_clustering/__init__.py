@@ -1,0 +1,1 @@
+"""k-means, plain and with shards of nearly equal size."""

@@ -1,0 +1,1 @@
+"""A collection on disk: its manifest, its owners' addresses, and what these answer."""

@@ -1,0 +1,161 @@
+"""What the records of a shard's image say of its graph: degrees, levels, and which shards its links lead into.
+
+The layout is docs/reference/format.md. Records are read in ranges, from a file or over a channel, and every number that is
+counted was checked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._native.engine import ImageInfo
+from cotra_rdma.errors import FormatError
+
+Read = Callable[[int, int], Any]
+"""Gives the image's bytes [offset, offset + length), as a buffer; all of them, or it raises."""
+
+Progress = Callable[[int], None]
+"""Called with the records that were looked at so far."""
+
+_RANGE_BYTES = 8 << 20
+_HEAD = np.dtype(
+    [
+        ("checksum", "<u4"),
+        ("node", "<u4"),
+        ("label", "<i8"),
+        ("flags", "<u4"),
+        ("count", "<u2"),
+        ("reserved", "<u2"),
+        ("generation", "<u4"),
+        ("reserved2", "<u4"),
+    ]
+)
+_ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
+_DELETED = 1
+_NONE = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GraphStats:
+    """A shard's graph in numbers.
+
+    Attributes:
+        degrees: int64[degree + 1]: nodes with 0, 1, ... links on level 0.
+        levels: int64[max_level + 1]: nodes on level 0, 1, ...
+        links_to: int64[n]: links on level 0 into each of the shards that were named to `graph_stats`.
+        links_elsewhere: links into shards that were not.
+        links_inside: links into the shard itself.
+    """
+
+    degrees: npt.NDArray[np.int64]
+    levels: npt.NDArray[np.int64]
+    links_to: npt.NDArray[np.int64]
+    links_elsewhere: int
+    links_inside: int
+
+    @property
+    def links(self) -> int:
+        """Links on level 0."""
+        return int(self.degrees @ np.arange(len(self.degrees)))
+
+    @property
+    def cross_share(self) -> float:
+        """The share of links that lead into other shards; 0 without links."""
+        return 1 - self.links_inside / self.links if self.links else 0.0
+
+
+def degree_range(degrees: npt.NDArray[np.int64]) -> tuple[int, float, int]:
+    """The least degree of any node, the median and the largest; of a histogram that holds a node at least."""
+    there = np.flatnonzero(degrees)
+    upto, n = np.cumsum(degrees), int(degrees.sum())
+    low, high = np.searchsorted(upto, [(n - 1) // 2, n // 2], side="right")
+    return int(there[0]), float(low + high) / 2, int(there[-1])
+
+
+def graph_stats(
+    info: ImageInfo, read: Read, shards: Sequence[tuple[int, int]], progress: Progress | None = None
+) -> GraphStats:
+    """Reads all records of an image, some MiB at a time.
+
+    Args:
+        info: the image's header, validated.
+        read: the image's bytes.
+        shards: the numbers of the graph's nodes that lie in each shard: (first, how many), which do not overlap; 0 of a
+            shard that is not known. The image's own may be among them.
+        progress: see `Progress`.
+
+    Raises:
+        FormatError: a record or the navigation section that is malformed. What `read` raises.
+    """
+    known = [(first, first + count, position) for position, (first, count) in enumerate(shards) if count]
+    bases, ends, positions = np.array(sorted(known), np.int64).reshape(-1, 3).T
+    degrees = np.zeros(info.degree + 1, np.int64)
+    links_to = np.zeros(len(shards), np.int64)
+    inside = elsewhere = deleted = 0
+    step = max(1, _RANGE_BYTES // info.record_bytes)
+    for begin in range(0, info.count, step):
+        rows = np.arange(begin, min(begin + step, info.count))
+        heads, numbers = _records(info, read, rows)
+        degrees += np.bincount(heads["count"], minlength=len(degrees))
+        deleted += int(np.count_nonzero(heads["flags"] & _DELETED))
+        inside += int(np.count_nonzero((numbers >= info.graph_base) & (numbers < info.graph_base + info.count)))
+        at = np.searchsorted(bases, numbers, side="right") - 1
+        found = np.flatnonzero(at >= 0)
+        found = found[numbers[found] < ends[at[found]]]
+        links_to += np.bincount(positions[at[found]], minlength=len(shards))
+        elsewhere += len(numbers) - len(found)
+        if progress:
+            progress(int(rows[-1]) + 1)
+    if deleted != info.deleted_count:
+        raise FormatError(f"{deleted} records are of deleted nodes, and {info.deleted_count} by the header")
+    return GraphStats(degrees, _levels(info, read), links_to, elsewhere, inside)
+
+
+def _records(
+    info: ImageInfo, read: Read, rows: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
+    """The heads of some records, one after the other in the image, and all numbers of neighbours in them."""
+    begin, n, size = int(rows[0]), len(rows), info.record_bytes
+    records = np.frombuffer(read(info.records_offset + begin * size, n * size), np.uint8).reshape(n, size)
+    heads = np.ascontiguousarray(records[:, : _HEAD.itemsize]).view(_HEAD)[:, 0]
+    at = _HEAD.itemsize + _round_up(info.dim * _ITEM_BYTES[info.vector_type], 32)
+    numbers = np.ascontiguousarray(records[:, at : at + 4 * _round_up(info.degree, 32)]).view("<u4")
+    used = np.arange(numbers.shape[1]) < heads["count"][:, None]
+    for what, bad in (
+        ("the number of another node", heads["node"] != rows),
+        (f"more than {info.degree} neighbours", heads["count"] > info.degree),
+        ("a negative label", heads["label"] < 0),
+        ("another generation than the header", heads["generation"] != info.generation % 2**32),
+        (
+            f"a neighbour beyond the graph's {info.graph_count} nodes",
+            ((numbers >= info.graph_count) & used).any(axis=1),
+        ),
+        ("a neighbour in a place that is not used", ((numbers != _NONE) & ~used).any(axis=1)),
+    ):
+        if bad.any():
+            raise FormatError(f"record {begin + int(bad.argmax())} has {what}")
+    return heads, numbers[used].astype(np.int64)
+
+
+def _levels(info: ImageInfo, read: Read) -> npt.NDArray[np.int64]:
+    """Nodes on each level, by the navigation section's first rows: an upper node has a row for each of its levels."""
+    levels = np.zeros(info.max_level + 1, np.int64)
+    levels[0] = info.count
+    n = info.upper_count
+    if n == 0:
+        return levels
+    at = info.nav_offset + _round_up(4 * info.dim, 8) + _round_up(4 * n, 8)
+    heights = np.diff(np.frombuffer(read(at, 4 * (n + 1)), "<u4").astype(np.int64))
+    if heights.min() < 1 or heights.max() != info.max_level:
+        raise FormatError(f"an upper node is on level {heights.max()} or below 1 of {info.max_level} levels")
+    levels[1:] = n - np.cumsum(np.bincount(heights, minlength=info.max_level + 1))[: info.max_level]
+    return levels
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

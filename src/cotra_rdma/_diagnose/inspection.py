@@ -1,0 +1,320 @@
+"""What is in a collection, in shard files or in the memory of owners; whether it fits together, and who serves it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from cotra_rdma._collection import owners_file as owners
+from cotra_rdma._collection.manifest import Collection, collection_directory
+from cotra_rdma._collection.owner_probe import OwnerStatus, ask_owners
+from cotra_rdma._diagnose.graph_stats import GraphStats, Read, graph_stats
+from cotra_rdma._native.engine import ImageInfo, View
+from cotra_rdma._reader.cluster import connect
+from cotra_rdma._shard.shard import Shard
+from cotra_rdma.errors import CotraError, FormatError
+from cotra_rdma.protocol.messages import ShardFields, as_fields
+
+Progress = Callable[[str, int, int], None]
+"""Called with (a shard's name, records looked at, records in all)."""
+
+
+@dataclass(slots=True, eq=False)
+class ShardReport:
+    """One shard.
+
+    Attributes:
+        name: its file's path, or what else it was called by.
+        number: in the collection that was inspected; its position where there is none.
+        count, image_bytes, generation: of the image; by its header, else as the manifest says or its owner told. None: nobody
+            says.
+        info: the header, where it could be read.
+        graph: of the records, where these were read.
+        here: whether its file is.
+        owners: what became of each that is known; `misfits` has why some of those that answered are of no use to it.
+    """
+
+    name: str
+    number: int
+    count: int | None = None
+    image_bytes: int | None = None
+    generation: int | None = None
+    info: ImageInfo | None = None
+    graph: GraphStats | None = None
+    here: bool = False
+    owners: list[OwnerStatus] = field(default_factory=list)
+    misfits: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def served(self) -> bool:
+        """Whether an owner answers that serves this shard and no other."""
+        return any(not owner.problem and owner.address not in self.misfits for owner in self.owners)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        collection: the manifest; None where shards were named by themselves.
+        shards: in order.
+        problems: what does not fit together or cannot be read, each in a sentence.
+        unserved: likewise, shards without an owner that can be used, and owners that were named and do not answer.
+    """
+
+    collection: Collection | None
+    shards: list[ShardReport]
+    problems: list[str]
+    unserved: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Vectors in all shards whose number is known."""
+        return sum(shard.count or 0 for shard in self.shards)
+
+    @property
+    def balance(self) -> float | None:
+        """The largest shard over their mean; None where a shard's size is not known."""
+        counts = [shard.count for shard in self.shards if shard.count is not None]
+        if len(counts) < len(self.shards) or not any(counts):
+            return None
+        return max(counts) * len(counts) / sum(counts)
+
+    @property
+    def cross_share(self) -> float | None:
+        """The share of all links that lead into other shards; None where no records were read."""
+        graphs = [shard.graph for shard in self.shards if shard.graph is not None]
+        links = sum(graph.links for graph in graphs)
+        inside = sum(graph.links_inside for graph in graphs)
+        return 1 - inside / links if links else None
+
+    @property
+    def graph_ids(self) -> list[int]:
+        """The graphs that the shards are parts of; 0 is for a graph of its own."""
+        return sorted({shard.info.graph_id for shard in self.shards if shard.info is not None})
+
+
+def inspect_collection(
+    path: str | os.PathLike[str], *, records: bool = False, timeout_s: float = 1.0, progress: Progress | None = None
+) -> Inspection:
+    """A collection: its manifest, those shard files that are there, and the owners that `owners.json` has.
+
+    Args:
+        path: its directory or `collection.json`.
+        records: shards whose files are not there are read from the memory of an owner, where one can be read.
+        timeout_s: the longest wait for an owner, in seconds.
+        progress: see `Progress`.
+
+    Raises `FormatError` where there is no collection, or its manifest is malformed.
+    """
+    directory = collection_directory(path)
+    collection = Collection.load(directory, shard_files=False)
+    problems: list[str] = []
+    try:
+        addresses = owners.addresses_of(directory)
+    except FormatError as error:
+        problems.append(str(error))
+        addresses = [[] for _ in collection.shards]
+    shards = [
+        ShardReport(
+            str(directory / entry.name),
+            number,
+            entry.count,
+            entry.image_bytes,
+            collection.generation,
+            here=(directory / entry.name).is_file(),
+        )
+        for number, entry in enumerate(collection.shards)
+    ]
+    _ask(shards, addresses, timeout_s)
+    for shard in shards:
+        for owner in shard.owners:
+            if owner.serves is not None and (misfit := owners.misfit(collection, shard.number, owner.serves)):
+                shard.misfits[owner.address] = f"serves {misfit}"
+                problems.append(f"shard {shard.number}: {owner.address} serves {misfit}")
+    unserved = [f"shard {shard.number}: {_no_owner(shard)}" for shard in shards if not shard.served]
+    problems += _read(shards, records, timeout_s, progress)
+    for shard in shards:
+        if shard.info is None:
+            continue
+        if misfit := owners.misfit(collection, shard.number, _told(shard.info)):
+            problems.append(f"{shard.name} holds {misfit}")
+        if collection.graph == "global" and len(shards) > 1 and shard.info.graph_id == 0:
+            problems.append(f"{shard.name} has a graph of its own, and the collection is one graph")
+    infos = [shard.info for shard in shards if shard.info is not None]
+    total = sum(info.count for info in infos)
+    if len(infos) == len(shards) and infos[0].graph_id and total != infos[0].graph_count:
+        problems.append(f"the shards hold {total} nodes of a graph of {infos[0].graph_count}")
+    return Inspection(collection, shards, problems + _one_graph(shards), unserved if any(addresses) else [])
+
+
+def inspect_files(paths: Iterable[str | os.PathLike[str]], *, progress: Progress | None = None) -> Inspection:
+    """Shard files by themselves. What is malformed is among the `problems`; arguments as `inspect_collection`."""
+    shards = [ShardReport(os.fspath(path), number, here=True) for number, path in enumerate(paths)]
+    problems = _read(shards, records=False, timeout_s=0, progress=progress)
+    return Inspection(None, shards, problems + _alike(shards) + _one_graph(shards))
+
+
+def inspect_owners(
+    addresses: Sequence[Sequence[str]],
+    *,
+    records: bool = False,
+    timeout_s: float = 1.0,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Shards by what their owners say of them.
+
+    Args:
+        addresses: of each shard's owners; several are replicas.
+        records: also read the graph, from an owner's memory.
+        timeout_s, progress: as `inspect_collection`.
+    """
+    shards = [ShardReport(of_one[0], number) for number, of_one in enumerate(addresses)]
+    _ask(shards, addresses, timeout_s)
+    problems: list[str] = []
+    unserved: list[str] = []
+    for shard in shards:
+        answers = [(owner.address, owner.serves) for owner in shard.owners if owner.serves is not None]
+        for address, serves in answers[1:]:
+            if serves != answers[0][1]:
+                shard.misfits[address] = f"serves another shard than {answers[0][0]}"
+                problems.append(f"shard {shard.number}: {address} {shard.misfits[address]}")
+        unserved += [
+            f"shard {shard.number} at {owner.address}: {owner.problem}" for owner in shard.owners if owner.problem
+        ]
+    problems += _read(shards, records, timeout_s, progress)
+    return Inspection(None, shards, problems + _alike(shards) + _one_graph(shards), unserved)
+
+
+def _ask(shards: Sequence[ShardReport], addresses: Sequence[Sequence[str]], timeout_s: float) -> None:
+    everyone = [(shard, address) for shard, of_one in zip(shards, addresses, strict=True) for address in of_one]
+    for (shard, _), status in zip(everyone, ask_owners([at for _, at in everyone], timeout_s), strict=True):
+        shard.owners.append(status)
+        if status.serves is not None and shard.generation is None:
+            shard.count, shard.image_bytes = status.serves.count, status.serves.image_bytes
+            shard.generation = status.serves.generation
+
+
+def _no_owner(shard: ShardReport) -> str:
+    if not shard.owners:
+        return f"no owner is noted in {owners.OWNERS}"
+    silent = "; ".join(f"{owner.address}: {owner.problem}" for owner in shard.owners if owner.problem)
+    return f"no owner that can be used{f': {silent}' if silent else ''}"
+
+
+def _read(shards: Sequence[ShardReport], records: bool, timeout_s: float, progress: Progress | None) -> list[str]:
+    """Fills in `info` and `graph` of what can be read; what cannot be is told."""
+    problems: list[str] = []
+    opened: list[tuple[ShardReport, ImageInfo, Read]] = []
+    with ExitStack() as stack:
+        for shard in shards:
+            alive = [
+                owner.address for owner in shard.owners if not owner.problem and owner.address not in shard.misfits
+            ]
+            try:
+                if shard.here:
+                    info, read = _open_file(shard.name, stack)
+                elif records and alive:
+                    info, read = _open_owner(alive[0], timeout_s, stack)
+                else:
+                    continue
+            except (CotraError, OSError) as error:
+                problems.append(str(error) if shard.name in str(error) else f"{shard.name}: {error}")
+                continue
+            shard.info, shard.count = info, info.count
+            shard.image_bytes, shard.generation = info.image_bytes, info.generation
+            opened.append((shard, info, read))
+        for shard, info, read in opened:
+            known = [
+                (other.info.graph_base, other.info.count)
+                if other.info is not None and (other is shard or other.info.graph_id == info.graph_id != 0)
+                else (0, 0)
+                for other in shards
+            ]
+            try:
+                shard.graph = graph_stats(info, read, known, _told_of(progress, shard.name, info.count))
+            except CotraError as error:
+                problems.append(f"{shard.name}: {error}")
+    return problems
+
+
+def _told_of(progress: Progress | None, name: str, total: int) -> Callable[[int], None] | None:
+    return progress and (lambda done: progress(name, done, total))
+
+
+def _open_file(path: str, stack: ExitStack) -> tuple[ImageInfo, Read]:
+    with Shard.open(path, verify=False) as shard:
+        info = shard.info
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+
+    def read(offset: int, length: int) -> bytes:  # a mapping would keep in memory what was looked at
+        found = os.pread(fd, length, offset)
+        if len(found) < length:
+            raise FormatError(f"it ends at byte {offset + len(found)}, in the middle of what its header tells of")
+        return found
+
+    return info, read
+
+
+def _open_owner(address: str, timeout_s: float, stack: ExitStack) -> tuple[ImageInfo, Read]:
+    cluster = stack.enter_context(connect([address], timeout_s=timeout_s))
+    channel = stack.enter_context(cluster.channel(0))
+    with View.open(channel, timeout_s=timeout_s) as view:
+        return view.info, lambda offset, length: channel.read(offset, length)
+
+
+def _told(info: ImageInfo) -> ShardFields:
+    """A header as its owner would tell it."""
+    fields: ShardFields = as_fields(ShardFields, info)
+    return fields
+
+
+def _alike(shards: Sequence[ShardReport]) -> list[str]:
+    """What keeps shards that were named one by one from being searched together."""
+    told: list[tuple[ShardReport, ShardFields]] = []
+    for shard in shards:
+        answers = [owner.serves for owner in shard.owners if owner.serves is not None]
+        if shard.info is not None:
+            told.append((shard, _told(shard.info)))
+        elif answers:
+            told.append((shard, answers[0]))
+    return [
+        f"{told[0][0].name} has {what} {getattr(told[0][1], what)}, and {shard.name} {getattr(fields, what)}"
+        for shard, fields in told[1:]
+        for what in ("dim", "metric", "generation")
+        if getattr(fields, what) != getattr(told[0][1], what)
+    ]
+
+
+def _one_graph(shards: Sequence[ShardReport]) -> list[str]:
+    """What keeps the shards that were read from being walked as one graph, where one of them is a part of one."""
+    problems: list[str] = []
+    graphs: dict[int, list[tuple[str, ImageInfo]]] = {}
+    for shard in shards:
+        if shard.info is not None:
+            graphs.setdefault(shard.info.graph_id, []).append((shard.name, shard.info))
+    if len(graphs) > 1:
+        which = "; ".join(
+            f"{', '.join(name for name, _ in parts)}: {f'graph {graph:#018x}' if graph else 'graphs of their own'}"
+            for graph, parts in graphs.items()
+        )
+        problems.append(f"not one graph, and not walked as one: {which}")
+    for parts in (parts for graph, parts in graphs.items() if graph):
+        first, one = parts[0]
+        problems += [
+            f"one graph, but {first} has {what} {getattr(one, what)}, and {name} {getattr(info, what)}"
+            for name, info in parts[1:]
+            for what in ("graph_count", "seed", "vector_type", "degree")
+            if getattr(info, what) != getattr(one, what)
+        ]
+        by_base = sorted(parts, key=lambda part: part[1].graph_base)
+        problems += [
+            f"{left} and {right} hold the same nodes of one graph"
+            for (left, a), (right, b) in itertools.pairwise(by_base)
+            if a.graph_base + a.count > b.graph_base
+        ]
+    return problems

@@ -1,0 +1,403 @@
+"""Inverted lists beside the graph: a shard's `IvfTable`, one thread's `SpireEngine`, and the packer that appends them.
+
+A query takes two one-sided rounds whatever the size (SPIRE): the residual codes of the nearest lists over all shards, then
+the exact vectors of the best candidates. Codes are RaBitQ's (Gao and Long, SIGMOD 2024), with several bits a dimension as
+in Gao, Gou, Xu, Yang, Long and Wong, SIGMOD 2025.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._clustering.kmeans import kmeans
+from cotra_rdma._core.query_checks import MAX_EF, MAX_INFLIGHT, check_rows, check_timeout, check_whole
+from cotra_rdma._core.stop import Stop
+from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S, Channel
+from cotra_rdma._native.engine import PAUSE_NS, VECTOR_TYPES, ImageInfo, View, end_by, pause_ns, search_scope
+from cotra_rdma._native.library import Handle, check, ffi, lib, new_error
+from cotra_rdma.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from cotra_rdma._native.arena import Arena
+
+__all__ = ["IvfInfo", "IvfTable", "SpireEngine", "append_lists", "make_lists", "own_vectors"]
+
+SPIRE_STATS_DTYPE = np.dtype(
+    [
+        ("reads", "<u4"),
+        ("rounds", "<u4"),
+        ("lists", "<u4"),
+        ("reranked", "<u4"),
+        ("estimated", "<u8"),
+        ("allowed", "<u8"),
+        ("list_bytes", "<u8"),
+        ("read_bytes", "<u8"),
+        ("latency_ns", "<u8"),
+    ]
+)
+MAX_BITS, MAX_LISTS, MAX_PROBE = 8, 2**20, 2**32 - 1
+_LISTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class IvfInfo:
+    """A section of inverted lists.
+
+    Attributes:
+        entries: rows in all lists: those that are not deleted.
+        table_bytes: what a reader takes once and keeps: header, centroids, sizes.
+        list_bytes: all lists.
+        n_lists, bits, code_dim: lists, bits a dimension, and dimensions of a code.
+        block_bytes: of 32 entries; a channel's slots must hold a block.
+        centroid_type: "float16", or "float32" where that is too coarse.
+        longest: entries of the longest list.
+    """
+
+    entries: int
+    table_bytes: int
+    list_bytes: int
+    n_lists: int
+    bits: int
+    code_dim: int
+    block_bytes: int
+    centroid_type: str
+    longest: int
+
+    @classmethod
+    def from_c(cls, raw: Any) -> Self:
+        """From a `cotra_ivf_info *`."""
+        return cls(
+            entries=raw.entries,
+            table_bytes=raw.table_bytes,
+            list_bytes=raw.list_bytes,
+            n_lists=raw.n_lists,
+            bits=raw.bits,
+            code_dim=raw.code_dim,
+            block_bytes=raw.block_bytes,
+            centroid_type=VECTOR_TYPES[raw.centroid_type],
+            longest=raw.longest,
+        )
+
+    @classmethod
+    def of_arena(cls, arena: Arena) -> Self | None:
+        """What the image in an arena has; None where it has no lists. Raises `FormatError` for a malformed image."""
+        raw, err, memory = ffi.new("cotra_ivf_info *"), new_error(), arena.info
+        check(lib.cotra_ivf_get_info(ffi.cast("void *", memory.addr), memory.len, raw, err), err)
+        return cls.from_c(raw) if raw.n_lists else None
+
+
+class IvfTable(Handle):
+    """What a reader keeps of one shard's inverted lists: centroids, sizes, where each list is. Read once and validated.
+
+    Read-only afterwards: engines of several threads may share it.
+    """
+
+    @classmethod
+    def open(cls, channel: Channel, view: View, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
+        """Reads and validates the table of the shard that `view` was opened on.
+
+        Raises:
+            InvalidInputError: the shard has no inverted lists.
+            FormatError, ChecksumError, TransportError: the bytes, or the way to them, are broken.
+        """
+        timeout_ns = round(timeout_s * 1e9)
+        return cls._made(lambda out, err: lib.cotra_ivf_table_open(channel.ptr, view.ptr, timeout_ns, out, err))
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview, view: View) -> Self:
+        """The same from bytes that came another way: `to_bytes` of a table of the same image.
+
+        Raises: as `open`; `ChecksumError` where the bytes are another image's.
+        """
+        buffer = ffi.from_buffer(data)
+        return cls._made(lambda out, err: lib.cotra_ivf_table_load(buffer, len(buffer), view.ptr, out, err))
+
+    @classmethod
+    def _made(cls, call: Any) -> Self:
+        out, err = ffi.new("cotra_ivf_table **"), new_error()
+        check(call(out, err), err)
+        return cls(out[0])
+
+    def _destroy(self, ptr: Any) -> None:
+        lib.cotra_ivf_table_close(ptr)
+
+    @property
+    def info(self) -> IvfInfo:
+        """Counts and sizes."""
+        raw = ffi.new("cotra_ivf_info *")
+        lib.cotra_ivf_table_get_info(self.ptr, raw)
+        return IvfInfo.from_c(raw)
+
+    def to_bytes(self) -> bytes:
+        """The section's header and table, as they are in the region: `info.table_bytes` of them."""
+        return bytes(ffi.buffer(lib.cotra_ivf_table_data(self.ptr), self.info.table_bytes))
+
+    @property
+    def centroids(self) -> npt.NDArray[np.float32]:
+        """float32[n_lists, dim], as stored: codes are relative to these."""
+        dim: int = lib.cotra_ivf_table_get_dim(self.ptr)
+        return self._column(0, np.float32, "float[]", dim)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.uint32]:
+        """uint32[n_lists]: entries."""
+        return self._column(1, np.uint32, "uint32_t[]")
+
+    @property
+    def radii(self) -> npt.NDArray[np.float32]:
+        """float32[n_lists]: root mean square l2 distance (not squared) of a list's rows to its centroid."""
+        return self._column(2, np.float32, "float[]")
+
+    @property
+    def errors(self) -> npt.NDArray[np.float32]:
+        """float32[n_lists]: standard deviation of an estimate of <x - c, u>, for rows x of the list and unit vectors u."""
+        return self._column(3, np.float32, "float[]")
+
+    @property
+    def offsets(self) -> npt.NDArray[np.uint64]:
+        """uint64[n_lists]: where each list is in the region, in bytes."""
+        return self._column(4, np.uint64, "uint64_t[]")
+
+    def _column(self, place: int, dtype: type[Any], kind: str, *width: int) -> npt.NDArray[Any]:
+        out = np.empty((self.info.n_lists, *width), dtype)
+        columns = [ffi.NULL] * 5
+        columns[place] = ffi.from_buffer(kind, out)
+        lib.cotra_ivf_table_get_lists(self.ptr, *columns)
+        return out
+
+
+class SpireEngine(Handle):
+    """One thread's searcher of n shards' inverted lists: `tables[i]` and `views[i]` are read through `channels[i]`.
+
+    Not shared between threads.
+    """
+
+    @classmethod
+    def create(
+        cls,
+        views: Sequence[View],
+        tables: Sequence[IvfTable],
+        channels: Sequence[Channel],
+        *,
+        simd: int | None = None,
+    ) -> Self:
+        """All views must agree on dim and metric. `simd`: a COTRA_SIMD_* level; None: the CPU's best.
+
+        Raises:
+            InvalidInputError: the parts do not fit each other, or a channel's slots cannot hold a block of codes.
+        """
+        if not len(views) == len(tables) == len(channels) or not views:
+            raise InvalidInputError("an engine needs one table and one channel for each view, and at least one")
+        out, err = ffi.new("cotra_spire **"), new_error()
+        level = lib.cotra_simd_best() if simd is None else simd
+        raw_views = ffi.new("cotra_view *[]", [view.ptr for view in views])
+        raw_tables = ffi.new("cotra_ivf_table *[]", [table.ptr for table in tables])
+        raw_channels = ffi.new("cotra_channel *[]", [channel.ptr for channel in channels])
+        check(lib.cotra_spire_create(raw_views, raw_tables, raw_channels, len(views), level, out, err), err)
+        engine = cls(out[0], *views, *tables, *channels)
+        engine._n_shards = len(views)
+        engine._dim = views[0].info.dim
+        return engine
+
+    _n_shards: int
+    _dim: int
+
+    def _destroy(self, ptr: Any) -> None:
+        lib.cotra_spire_destroy(ptr)
+
+    def search(
+        self,
+        queries: npt.NDArray[np.float32],
+        k: int,
+        n_probe: int,
+        n_rerank: int = 0,
+        *,
+        inflight: int = 0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        filters: Sequence[bytes | None] | None = None,
+        mask: npt.NDArray[np.bool_] | None = None,
+        deadline: float = math.inf,
+        stop: Stop | None = None,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]:
+        """Searches all shards for every query in two rounds of READs; the GIL is released.
+
+        Args:
+            queries: float32[n_queries, dim], C-contiguous.
+            k: answers.
+            n_probe: lists that a query reads, the nearest over all shards; more than there are: all.
+            n_rerank: vectors that it then reads, at least k; 0: as many as the estimates' error asks for.
+            inflight: queries in progress at once; 0: chosen from the channels.
+            timeout_s: the longest wait for one READ, in seconds.
+            filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
+            mask: bool[n_queries, n_shards]: which shards each query is for.
+            deadline, stop: as for `Engine.search`.
+
+        Returns:
+            labels int64[n_queries, k] (-1 where there are fewer), exact distances float32[n_queries, k] (inf there), the
+            position of the shard of each, int32[n_queries, k] (-1 there), sorted by distance, then shard, then label, a
+            label once; and one `SPIRE_STATS_DTYPE` record for each query.
+
+        Raises:
+            InvalidInputError: a wrong shape, k or n_rerank out of range, a filter that is too short.
+            ChecksumError, StaleShardError: torn, corrupt or rebuilt bytes; TransportError, DeadlineError: a READ failed.
+                The error's `shard` says whose; the engine and its channels are not to be used again.
+        """
+        n = len(queries)
+        queries = check_rows(queries, self._dim)
+        _check_search(k, n_probe, n_rerank, inflight, timeout_s)
+        params = ffi.new("cotra_spire_params *", (k, n_probe, n_rerank, inflight, round(timeout_s * 1e9), 0, PAUSE_NS))
+        _held = end_by(params, deadline, stop)
+        scope, _held_too = search_scope(filters, mask, n, self._n_shards)
+        labels, shards = np.empty((n, k), np.int64), np.empty((n, k), np.int32)
+        distances = np.empty((n, k), np.float32)
+        stats = np.zeros(n, SPIRE_STATS_DTYPE)
+        err = new_error()
+        status = lib.cotra_spire_search(
+            self.ptr,
+            ffi.from_buffer("float[]", queries),
+            n,
+            params,
+            scope,
+            ffi.from_buffer("int64_t[]", labels),
+            ffi.from_buffer("float[]", distances),
+            ffi.from_buffer("int32_t[]", shards),
+            ffi.cast("cotra_spire_stats *", ffi.from_buffer(stats)),
+            err,
+        )
+        while status == lib.COTRA_PAUSED:
+            status = lib.cotra_spire_resume(self.ptr, pause_ns(stop), err)
+        check(status, err)
+        return labels, distances, shards, stats
+
+
+def _check_search(k: int, n_probe: int, n_rerank: int, inflight: int, timeout_s: float) -> None:
+    for name, value, low, high in (
+        ("k", k, 1, MAX_EF),
+        ("n_probe", n_probe, 1, MAX_PROBE),
+        ("n_rerank", n_rerank, k if n_rerank else 0, MAX_EF),
+        ("inflight", inflight, 0, MAX_INFLIGHT),
+    ):
+        check_whole(name, value, low, high)
+    check_timeout(timeout_s)
+
+
+class _IvfPacker(Handle):
+    def _destroy(self, ptr: Any) -> None:
+        lib.cotra_ivf_packer_destroy(ptr)
+
+
+def own_vectors(arena: Arena, info: ImageInfo) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """The vectors of an image in an arena, by row: `vector_type`[count, dim], and which rows are not deleted: bool[count].
+
+    The first is a view of the arena's memory: let go of it before the arena is closed or grown.
+    """
+    memory, kind = arena.view(), np.dtype(info.vector_type)
+    shape, strides = (info.count, info.dim), (info.record_bytes, kind.itemsize)
+    vectors: npt.NDArray[Any] = np.ndarray(shape, kind, memory, info.records_offset + 32, strides)
+    flags: npt.NDArray[np.uint32] = np.ndarray(
+        (info.count,), np.uint32, memory, info.records_offset + 16, (info.record_bytes,)
+    )
+    return vectors, flags & 1 == 0
+
+
+def append_lists(
+    arena: Arena,
+    centroids: npt.NDArray[np.float32],
+    assignment: npt.ArrayLike,
+    *,
+    bits: int = 2,
+    n_threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Appends inverted lists to the image in an arena, which grows (its address may change).
+
+    Args:
+        arena: an own memfd that is not locked, sealed or read by anybody yet, with a valid image without lists.
+        centroids: float32[n_lists, dim].
+        assignment: int[count], the list of each row; those of deleted rows are not looked at.
+        bits: of a dimension's code, 1 to 8.
+        n_threads: that encode.
+        progress: called as progress(lists done, lists in all).
+
+    Raises:
+        InvalidInputError: a wrong shape, a list out of range, centroids that are not finite, an arena in use.
+    """
+    info = arena.info
+    raw, err = ffi.new("cotra_image_info *"), new_error()
+    check(lib.cotra_image_validate(ffi.cast("void *", info.addr), info.len, 0, raw, err), err)
+    lists = np.ascontiguousarray(centroids, np.float32)
+    given = np.asarray(assignment)
+    if lists.ndim != 2 or lists.shape[1] != raw.dim or not 1 <= len(lists) <= MAX_LISTS:
+        raise InvalidInputError(f"centroids must be float32[1 ... {MAX_LISTS}, {raw.dim}], not {list(lists.shape)}")
+    if given.shape != (raw.count,) or not np.issubdtype(given.dtype, np.integer):
+        raise InvalidInputError(f"an assignment must be int[{raw.count}], not {given.dtype}{list(given.shape)}")
+    if not 1 <= bits <= MAX_BITS:
+        raise InvalidInputError(f"bits must be in [1, {MAX_BITS}], not {bits}")
+    rows = np.where((given < 0) | (given >= len(lists)), 2**32 - 1, given).astype(np.uint32)
+    buffers = ffi.from_buffer("float[]", lists), ffi.from_buffer("uint32_t[]", rows)
+    params = ffi.new("cotra_ivf_params *", (*buffers, len(lists), bits))
+    out = ffi.new("cotra_ivf_packer **")
+    check(lib.cotra_ivf_packer_create(arena.ptr, params, out, err), err)
+    with _IvfPacker(out[0], arena) as packer:
+
+        def encode(begin: int) -> int:
+            end, failed = min(begin + _LISTS_AT_ONCE, len(lists)), new_error()
+            check(lib.cotra_ivf_packer_encode(packer.ptr, begin, end, failed), failed)
+            return end - begin
+
+        done = 0
+        with ThreadPoolExecutor(n_threads) as pool:
+            for future in as_completed([pool.submit(encode, begin) for begin in range(0, len(lists), _LISTS_AT_ONCE)]):
+                done += future.result()
+                if progress:
+                    progress(done, len(lists))
+        check(lib.cotra_ivf_packer_finish(packer.ptr, err), err)
+
+
+def make_lists(
+    arena: Arena,
+    info: ImageInfo,
+    n_lists: int,
+    bits: int,
+    *,
+    seed: int = 0,
+    n_threads: int = 1,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Clusters the vectors of the image in an arena by k-means and appends the clusters as inverted lists.
+
+    Args:
+        arena, bits, n_threads: as for `append_lists`.
+        info: the image's.
+        n_lists: at most as many as there are vectors that are not deleted.
+        seed: of k-means.
+        progress: called as progress("cluster" | "encode", done, in all).
+
+    Raises:
+        InvalidInputError: n_lists or bits out of range, or a component beyond 1e15.
+    """
+    if not 1 <= n_lists <= min(info.count - info.deleted_count, MAX_LISTS):
+        raise InvalidInputError(f"{info.count - info.deleted_count} vectors cannot make {n_lists} lists")
+    vectors, live = own_vectors(arena, info)
+    if not live.all():
+        vectors = vectors[live]
+    report = (lambda done, total: progress("encode", done, total)) if progress else None
+    clusters = kmeans(
+        vectors,
+        n_lists,
+        seed=seed,
+        n_threads=n_threads,
+        metric="cosine" if info.metric == "cosine" else "l2",
+        progress=(lambda _, done, total: progress("cluster", done, total)) if progress else None,
+    )
+    del vectors  # the arena grows, and its memory moves
+    assignment = np.zeros(info.count, np.uint32)
+    assignment[live] = clusters.assignment
+    append_lists(arena, clusters.centroids, assignment, bits=bits, n_threads=n_threads, progress=report)

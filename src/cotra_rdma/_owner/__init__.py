@@ -1,0 +1,1 @@
+"""Serves shards: answers requests, publishes memory regions, and keeps them while readers read."""

@@ -1,0 +1,529 @@
+"""`serve`: an owner. It packs a shard into one pinned region, publishes it, and answers the control plane and RPC searches."""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from cotra_rdma._core.memory_region import MemoryRegion
+from cotra_rdma._native.arena import Arena
+from cotra_rdma._native.engine import MORE_STATS_DTYPE, pack_stats
+from cotra_rdma._native.memfd_handover import HandOver, boot_id
+from cotra_rdma._native.verbs import Device, MemoryRegistration, QueuePair, QueuePairAttributes, QueuePairOptions
+from cotra_rdma._owner.expander import Expander
+from cotra_rdma._shard.shard import Shard
+from cotra_rdma.errors import (
+    CotraError,
+    InvalidInputError,
+    MemlockError,
+    SearchCancelledError,
+    VerbsUnavailableError,
+)
+from cotra_rdma.protocol import messages
+from cotra_rdma.protocol.collection_search import CollectionResponse
+from cotra_rdma.protocol.envelope import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, check_fits
+from cotra_rdma.protocol.rpc import Later, RpcServer, ServerKeys, asker
+
+if TYPE_CHECKING:
+    from cotra_rdma._reader.cluster import Cluster
+
+log = logging.getLogger(__name__)
+
+TRANSPORTS = ("verbs", "shm", "rpc")
+LEASE_S = 60.0
+"""A peer's queue pairs are taken back when nothing was heard of it for so many seconds."""
+MAX_LANES = 1024
+
+Exchange = Callable[[messages.BuildExchangeRequest], object]
+"""What takes the table that a peer sends at build time: from any of the server's threads, several at once maybe. What it
+returns is not looked at; what it raises is told to the peer, which may send the table again. A list's `append` will do."""
+
+
+@dataclass(slots=True)
+class _Lane:
+    peer: str
+    queue_pair: QueuePair
+
+
+def serve(
+    shard: Shard,
+    address: str = "127.0.0.1:0",
+    transports: Iterable[str] | None = None,
+    device: str | None = None,
+    gid_index: int | None = None,
+    *,
+    keys: ServerKeys | None = None,
+    queue_pair: QueuePairOptions | None = None,
+    n_workers: int = 4,
+    coarse: Any = None,
+    exchange: Exchange | None = None,
+    rpc: RpcServer | None = None,
+) -> Server:
+    """Serves a shard until the server is closed (it is a context manager).
+
+    Args:
+        shard: stays the caller's; close it after the server.
+        address: HOST:PORT to listen on; port 0 takes a free one, which `server.address` tells. RPC is the control plane, so
+            it always listens.
+        transports: what peers may use: "verbs", "shm", "rpc"; None: all of these. One that cannot be had here is left out, and
+            explained in `server.unavailable`; where it was named it is also a warning in the log.
+        device, gid_index: of verbs; None for the first active device, and the GID that ranks best for each peer.
+        keys: CURVE keys; None for an open server.
+        queue_pair: options of the queue pairs towards peers, time-outs say.
+        n_workers: threads that answer requests.
+        coarse: the answer to peers that ask how this shard looks from afar (type 52): an object with `centroids`
+            [n_lists, dim], `sizes` [n_lists] and `radii` [n_lists], or a whole payload of type 53 as bytes. None: peers are
+            told that there is none.
+        exchange: called with the table that a peer sends at build time (type 54). None: peers are told that it is not taken.
+        rpc: listens already, and answers for this server from now on; it is closed with it. None: `address` is listened on.
+
+    Raises:
+        InvalidInputError: an unknown transport, a bad address, or a coarse table with values that do not fit.
+        FormatError: `coarse` is bytes, and no payload of type 53. TransportError: the address cannot be listened on.
+        VerbsUnavailableError: `device` was asked for by name and cannot be had.
+    """
+    return Server(
+        shard,
+        address,
+        None if transports is None else tuple(transports),
+        device,
+        gid_index,
+        keys,
+        queue_pair,
+        n_workers,
+        _coarse_payload(coarse),
+        exchange,
+        rpc,
+    )
+
+
+def _coarse_payload(coarse: Any) -> bytes | None:
+    if isinstance(coarse, bytes):
+        messages.CoarseRouteResponse.decode(coarse)
+        return coarse
+    return None if coarse is None else messages.CoarseRouteResponse(0, "", messages.CentroidTable.of(coarse)).encode()
+
+
+class Server:
+    """A shard being served; made by `serve`."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        address: str,
+        transports: tuple[str, ...] | None,
+        device: str | None,
+        gid_index: int | None,
+        keys: ServerKeys | None,
+        queue_pair: QueuePairOptions | None,
+        n_workers: int,
+        coarse: bytes | None = None,
+        exchange: Exchange | None = None,
+        rpc: RpcServer | None = None,
+    ) -> None:
+        named = transports is not None
+        transports = TRANSPORTS if transports is None else transports
+        unknown = [name for name in transports if name not in TRANSPORTS]
+        if unknown or not transports:
+            raise InvalidInputError(f"transports must be some of {', '.join(TRANSPORTS)}, not {unknown or 'none'}")
+        self._shard = shard
+        self._coarse = coarse
+        self._exchange = exchange
+        self._counts: Counter[VShardMessageType] = Counter()
+        self._cluster: Cluster | None = None
+        self._searching: Counter[Cluster] = Counter()  # searches in progress over each
+        self._answers: dict[VShardMessageType, Callable[[VShardEnvelope], Payload | Callable[[], Payload]]] = {
+            VShardMessageType.VECTOR_SCATTER_REQUEST: self._search,
+            VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST: self._describe_coarsely,
+            VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST: self._take_table,
+            VShardMessageType.VECTOR_MEM_REGION_REQUEST: lambda request: messages.encode_region(self._region(request)),
+            VShardMessageType.VECTOR_EXPAND_REQUEST: self._expand,
+        }
+        options = queue_pair or QueuePairOptions()
+        self._options = options if gid_index is None else replace(options, gid_index=gid_index)
+        self._device: Device | None = None
+        self._registration: MemoryRegistration | None = None
+        self._handover: HandOver | None = None
+        self._expander: Expander | None = None
+        self._lanes: dict[int, _Lane] = {}
+        self._lane_numbers = itertools.count(1)
+        self._heard: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._let_go = threading.Condition()
+        self._closed = False
+        self._stop = threading.Event()
+        self._reaper = threading.Thread(target=self._reap_regularly, name="cotra-leases", daemon=True)
+        self.unavailable: dict[str, str] = {name: "not offered" for name in TRANSPORTS if name not in transports}
+        try:
+            if "verbs" in transports:
+                self._open_verbs(device, logging.WARNING if named else logging.INFO)
+            if "shm" in transports:
+                self._handover = HandOver(self._pinned())
+            if "rpc" in transports:  # of the pinned copy, where there is one: that is in memory already
+                unread = self._registration is None and self._handover is None
+                self._expander = Expander(shard.arena if unread else self._pinned(), shard.info)
+            if not self.transports:
+                raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
+            self._rpc = rpc or RpcServer(address, self._handle, keys=keys, n_workers=n_workers)
+            self._rpc.handler = self._handle
+            self._reaper.start()
+        except BaseException:
+            self._close_parts()
+            raise
+
+    def _pinned(self) -> Arena:
+        try:
+            return self._shard.pinned(lock=True)
+        except MemlockError as error:
+            log.info("the region is not locked: %s", error)
+            return self._shard.pinned(lock=False)
+
+    def _open_verbs(self, name: str | None, level: int) -> None:
+        """`level`: of the log's line where it cannot be had."""
+        try:
+            self._device = Device(name)
+            self._registration = MemoryRegistration(self._device, self._pinned())
+            QueuePair(self._device, self._options).close()  # a port and a GID there are
+        except CotraError as error:
+            if name is not None or isinstance(error, InvalidInputError):
+                raise
+            self.unavailable["verbs"] = str(error)
+            log.log(level, "verbs is not offered: %s", error)
+            for part in (self._registration, self._device):
+                if part is not None:
+                    part.close()
+            self._registration = self._device = None
+
+    def _options_towards(self, gid: bytes) -> QueuePairOptions:
+        """The options of a queue pair towards a reader with this GID: it tells the address, which ranks our own GIDs."""
+        address = ipaddress.IPv6Address(gid) if len(gid) == 16 else None
+        if self._options.peer_address is not None or not address or not int(address):
+            return self._options
+        return replace(self._options, peer_address=str(address.ipv4_mapped or address))
+
+    # ---- what it offers ----
+
+    @property
+    def shard(self) -> Shard:
+        """The shard that it serves; the caller's."""
+        return self._shard
+
+    @property
+    def coarse(self) -> bytes | None:
+        """What it tells of the shard from afar: a payload of type 53."""
+        return self._coarse
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT that peers connect to."""
+        return self._rpc.address
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """The transports that peers can have; why another cannot be had is in `unavailable`."""
+        return tuple(name for name in TRANSPORTS if name not in self.unavailable)
+
+    def exposed_region(self) -> MemoryRegion | None:
+        """The region that peers READ, or None where no verbs device exists (NodeDB's seam: callers fall back to RPC)."""
+        return None if self._registration is None else self._registration.region
+
+    @property
+    def n_lanes(self) -> int:
+        """Queue pairs that peers hold."""
+        with self._lock:
+            return len(self._lanes)
+
+    @property
+    def request_counts(self) -> Mapping[VShardMessageType, int]:
+        """How many requests of each type came in so far."""
+        with self._lock:
+            return dict(self._counts)
+
+    @property
+    def n_at_work(self) -> int:
+        """Requests that were not answered yet. Those whose reader is gone are stopped, where they are searches, and go."""
+        return self._rpc.n_at_work
+
+    def search_with(self, cluster: Cluster | None) -> None:
+        """From now on, answers searches of the whole collection as well, by `cluster`: this process's connection to all of its
+        shards; None ends that. It stays the caller's. Returns when no search is in progress over the one before: that one may
+        then be closed, as may the last one after the server."""
+        if cluster is not None and (cluster.dim, cluster.metric) != (self._shard.dim, self._shard.metric):
+            raise InvalidInputError(
+                f"a shard of {self._shard.metric}[{self._shard.dim}] in a collection of {cluster.metric}[{cluster.dim}]"
+            )
+        with self._let_go:
+            before, self._cluster = self._cluster, cluster
+            self._let_go.wait_for(lambda: before is cluster or before is None or not self._searching[before])
+
+    @contextmanager
+    def _held_cluster(self) -> Iterator[Cluster]:
+        """What a search of the whole collection is made over. Raises `InvalidInputError` where there is none."""
+        with self._let_go:
+            cluster = self._cluster
+            if cluster is None:
+                raise InvalidInputError("this owner searches its own shard only: it has no connection to the others")
+            self._searching[cluster] += 1
+        try:
+            yield cluster
+        finally:
+            with self._let_go:
+                self._searching[cluster] -= 1
+                if not self._searching[cluster]:
+                    del self._searching[cluster]
+                    self._let_go.notify_all()
+
+    # ---- requests ----
+
+    def _handle(self, request: VShardEnvelope) -> VShardEnvelope | Later:
+        with self._lock:
+            self._counts[request.msg_type] += 1
+        made = self._answers[request.msg_type](request)
+        return (lambda: _answer(request, made())) if callable(made) else _answer(request, made)
+
+    def _describe_coarsely(self, request: VShardEnvelope) -> bytes:
+        try:
+            messages.CoarseRouteRequest.decode(request.payload)
+            if self._coarse is None:
+                raise InvalidInputError("this owner has no coarse table: it serves without `coarse`")
+            return self._coarse
+        except CotraError as error:
+            return messages.CoarseRouteResponse.failed(1, str(error)).encode()
+
+    def _take_table(self, request: VShardEnvelope) -> bytes:
+        try:
+            table = messages.BuildExchangeRequest.decode(request.payload)
+            if self._exchange is None:
+                raise InvalidInputError("this owner takes no tables of its peers: it serves without `exchange`")
+            self._exchange(table)
+            return messages.BuildExchangeResponse().encode()
+        except CotraError as error:
+            return messages.BuildExchangeResponse(1, str(error)).encode()
+        except Exception as error:  # the callback is not ours, and a peer that waits is owed an answer
+            log.exception("%s: the exchange callback failed", self.address)
+            return messages.BuildExchangeResponse(1, f"{type(error).__name__}: {error}").encode()
+
+    def _search(self, request: VShardEnvelope) -> Payload | Callable[[], Payload]:
+        try:
+            self._offered()
+            wanted = messages.SearchRequest.decode(request.payload)
+            if len(wanted.queries) % self._shard.dim:
+                raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {self._shard.dim}")
+            if wanted.scope == messages.WHOLE_COLLECTION:
+                return lambda: self._search_collection(wanted)
+            queries = wanted.queries.reshape(-1, self._shard.dim)
+            labels, distances, stats = self._shard.search(
+                queries,
+                wanted.top_k,
+                wanted.ef_search,
+                wanted.beam,
+                rows=wanted.filter_bitmap,
+                max_expansions=wanted.most or None,
+                stop=asker.get(),
+            )
+            incomplete = stats["incomplete"] if wanted.most else None
+            return messages.SearchResponse(0, "", labels, distances, pack_stats(stats), incomplete).encode()
+        except SearchCancelledError:
+            raise
+        except (CotraError, MemoryError) as error:
+            return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+
+    def _search_collection(self, wanted: messages.SearchRequest) -> Payload:
+        """The search is this process's own: what it asks of other owners is about their shards, so none routes it on."""
+        try:
+            if wanted.filter_bitmap is not None:
+                raise InvalidInputError(
+                    "a filter is for the rows of one shard, and this search is of the whole collection"
+                )
+            queries = wanted.queries.reshape(-1, self._shard.dim)
+            with self._held_cluster() as cluster:
+                filters = None if wanted.filters is None else _filters_of(cluster.images, dict(wanted.filters))
+                found = cluster.search(
+                    queries,
+                    wanted.top_k,
+                    wanted.ef_search,
+                    wanted.beam,
+                    filters=filters,
+                    allow_partial=True,
+                    max_expansions=wanted.most or None,
+                    stop=asker.get(),
+                )
+                images = np.array(cluster.images, np.uint64)
+            return CollectionResponse(
+                messages.SearchResponse(0, "", found.ids, found.distances, pack_stats(found.stats)),
+                images,
+                found.shards,
+                pack_stats(found.stats, MORE_STATS_DTYPE),
+                {shard: str(error) for shard, error in found.failures.items()},
+            ).encode()
+        except SearchCancelledError:
+            raise
+        except (CotraError, MemoryError) as error:
+            return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+
+    def _expand(self, request: VShardEnvelope) -> Payload:
+        try:
+            expander = self._offered()
+            if (stop := asker.get()) is not None:
+                stop.check()
+            wanted = ExpandRequest.decode(request.payload)
+            check_fits(len(wanted.pushes), self._shard.info.degree)
+            return ExpandResponse(0, "", expander.expand(wanted.queries, wanted.pushes)).encode()
+        except SearchCancelledError:
+            raise
+        except (CotraError, MemoryError) as error:
+            return ExpandResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+
+    def _offered(self) -> Expander:
+        """What works for peers that ask over RPC."""
+        if self._expander is None:
+            raise InvalidInputError("this owner does not offer rpc")
+        return self._expander
+
+    def _region(self, request: VShardEnvelope) -> messages.RegionResponse:
+        try:
+            wanted = messages.decode_region_request(request.payload)
+            self._renew(wanted.peer)
+            if wanted.want == messages.WANT_QUEUE_PAIR:
+                return self._open_lane(wanted)
+            if wanted.want == messages.WANT_SHARED_MEMORY:
+                return self._offer_memory()
+            if wanted.want == messages.WANT_VIEW:
+                return self._offer_view(wanted.offset)
+            if wanted.want == messages.WANT_RELEASE:
+                self._release(lambda number, lane: lane.peer == wanted.peer and wanted.lane in (0, number))
+            elif wanted.want not in (messages.WANT_CAPABILITIES, messages.WANT_LEASE):
+                raise InvalidInputError(f"want {wanted.want} is unknown")
+            return self._describe()
+        except (CotraError, MemoryError) as error:
+            return messages.RegionResponse(code=1, message=str(error))
+
+    def _describe(
+        self,
+        *,
+        queue_pair: messages.QueuePairFields | None = None,
+        lane: int = 0,
+        shared_memory: messages.SharedMemoryFields | None = None,
+        view: messages.ViewFields | None = None,
+    ) -> messages.RegionResponse:
+        region = self.exposed_region()
+        return messages.RegionResponse(
+            shard=messages.as_fields(messages.ShardFields, self._shard.info),
+            transports={name: self.unavailable.get(name, "") for name in TRANSPORTS},
+            region=None if region is None else messages.as_fields(messages.RegionFields, region),
+            queue_pair=queue_pair,
+            lane=lane,
+            shared_memory=shared_memory,
+            view=view,
+        )
+
+    def _offer_memory(self) -> messages.RegionResponse:
+        if self._handover is None:
+            raise InvalidInputError(f"shared memory: {self.unavailable['shm']}")
+        return self._describe(
+            shared_memory=messages.SharedMemoryFields(self._handover.name, self._handover.length, boot_id())
+        )
+
+    def _offer_view(self, offset: int) -> messages.RegionResponse:
+        expander = self._offered()
+        piece = expander.read_view(offset, messages.VIEW_PIECE_BYTES)
+        return self._describe(view=messages.ViewFields(expander.view_bytes, piece))
+
+    def _open_lane(self, wanted: messages.RegionRequest) -> messages.RegionResponse:
+        if self._device is None:
+            raise VerbsUnavailableError(self.unavailable["verbs"])
+        if wanted.queue_pair is None:
+            raise InvalidInputError("a queue pair's attributes are missing")
+        remote = QueuePairAttributes(**fields_of(wanted.queue_pair))
+        with self._lock:
+            if self._closed or len(self._lanes) >= MAX_LANES:
+                raise InvalidInputError(f"no more than {MAX_LANES} queue pairs at once")
+            queue_pair = QueuePair(self._device, self._options_towards(remote.gid))
+            try:
+                queue_pair.connect(remote)
+            except BaseException:
+                queue_pair.close()
+                raise
+            number = next(self._lane_numbers)
+            self._lanes[number] = _Lane(wanted.peer, queue_pair)
+            self._heard[wanted.peer] = time.monotonic()
+        return self._describe(queue_pair=messages.as_fields(messages.QueuePairFields, queue_pair.local), lane=number)
+
+    def _renew(self, peer: str) -> None:
+        """Notes that a peer that holds queue pairs lives."""
+        with self._lock:
+            if peer in self._heard:
+                self._heard[peer] = time.monotonic()
+
+    def _reap(self) -> None:
+        """Takes back what silent peers hold."""
+        with self._lock:
+            silent = {name for name, heard in self._heard.items() if time.monotonic() - heard > LEASE_S}
+        if silent:
+            log.info("queue pairs of %d silent peers are taken back", len(silent))
+            self._release(lambda _number, lane: lane.peer in silent)
+
+    def _reap_regularly(self) -> None:
+        while not self._stop.wait(LEASE_S / 4):
+            self._reap()
+
+    def _release(self, chosen: Callable[[int, _Lane], bool]) -> None:
+        with self._lock:
+            for number in [number for number, lane in self._lanes.items() if chosen(number, lane)]:
+                self._lanes.pop(number).queue_pair.close()
+            holding = {lane.peer for lane in self._lanes.values()}
+            self._heard = {peer: heard for peer, heard in self._heard.items() if peer in holding}
+
+    # ---- the end ----
+
+    def _close_parts(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._release(lambda _number, _lane: True)
+        for part in (self._registration, self._device, self._handover, self._expander):
+            if part is not None:
+                part.close()
+        self._registration = self._device = self._handover = None
+
+    def close(self) -> None:
+        """Stops listening, takes back the queue pairs and deregisters the region: peers' READs fail from then on. Idempotent."""
+        self._rpc.close()
+        self._stop.set()
+        self._reaper.join()
+        self._close_parts()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _filters_of(images: Sequence[int], filters: dict[int, bytes | None]) -> list[bytes | None]:
+    """The filter of each image. Raises `InvalidInputError` where one has none: its rows must not be returned unfiltered."""
+    if not set(images) <= set(filters):
+        raise InvalidInputError("the filters are of other shards than those that this owner is connected to")
+    return [filters[image] for image in images]
+
+
+def _answer(request: VShardEnvelope, payload: Payload) -> VShardEnvelope:
+    return VShardEnvelope(
+        WIRE_VERSION,
+        request.msg_type.response,
+        request.target_node,
+        request.source_node,
+        request.vshard_id,
+        payload,
+    )

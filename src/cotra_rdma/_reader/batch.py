@@ -1,0 +1,100 @@
+"""`SearchJob`: a batch of queries and all that says how to answer it, as it goes from a cluster to lanes and peers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._core.stop import Stop
+from cotra_rdma.errors import DeadlineError
+
+Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]
+"""labels int64[n_shards, n_queries, k] (or without the first dimension: of one shard), distances float32, and one
+`engine.STATS_DTYPE` record for each query."""
+
+
+class OutOfTimeError(DeadlineError):
+    """The search is at its deadline, and no owner is to blame for it."""
+
+    def __init__(self) -> None:
+        super().__init__("the search did not end by its deadline")
+
+
+class CollectionAnswer(NamedTuple):
+    """What a peer that searched the whole collection answers, merged over its shards.
+
+    Attributes:
+        labels: int64[n_queries, k], -1 in empty places. distances: float32 likewise, inf there.
+        shards: int32[n_queries, k]: the place in `images` of the shard of each; -1 there.
+        images: the checksums of the shards' images, which name them: the peer numbers them as it likes.
+        stats: `engine.STATS_DTYPE`[n_queries]: the peer's, but for latency_ns, which is this side's.
+        failures: the places in `images` of shards that did not answer, and why.
+    """
+
+    labels: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+    shards: npt.NDArray[np.int32]
+    images: tuple[int, ...]
+    stats: npt.NDArray[np.void]
+    failures: dict[int, str]
+
+
+class SearchJob(NamedTuple):
+    """A batch of queries.
+
+    Attributes:
+        queries: float32[n_queries, dim], checked.
+        k, ef, beam: answers, how far to look and expansions a round at most.
+        inflight: queries in progress at once in each thread; 0: chosen for the transport.
+        timeout_s: the longest wait for one READ, or for an owner's answer, in seconds.
+        stop: ends the search before its time.
+        filters: for each shard None or a bitmap; None: no filter anywhere.
+        mask: bool[n_queries, n_shards]: which shards each query is for; None: all.
+        deadline: of the whole search, on `time.monotonic`'s clock.
+        most: records that a walk expands at most; None: as many as it takes.
+    """
+
+    queries: npt.NDArray[np.float32]
+    k: int
+    ef: int
+    beam: int
+    inflight: int
+    timeout_s: float
+    stop: Stop
+    filters: tuple[bytes | None, ...] | None = None
+    mask: npt.NDArray[np.bool_] | None = None
+    deadline: float = math.inf
+    most: int | None = None
+
+    def with_a_spare(self) -> SearchJob:
+        """The same, where the search can go on over another owner, or without, when one was waited for in vain: half of the time
+        is kept for that."""
+        return self if self.deadline == math.inf else self._replace(timeout_s=self.timeout_s / 2)
+
+    def wait_s(self) -> float:
+        """The longest wait for an owner's answer that begins now."""
+        if self.deadline == math.inf:
+            return self.timeout_s
+        return max(min(self.timeout_s, self.deadline - time.monotonic()), 0.001)
+
+    def is_cut_short(self, wait_s: float) -> bool:
+        """Whether a wait that ended in vain had so little time that its owner is not to blame: the search is over, no more."""
+        return wait_s < self.timeout_s / 2
+
+    def of_shards(self, shards: Sequence[int]) -> SearchJob:
+        """The part that concerns these shards, which are numbered in this order in it."""
+        if self.filters is None and self.mask is None:
+            return self
+        filters = None if self.filters is None else tuple(self.filters[shard] for shard in shards)
+        return self._replace(filters=filters, mask=None if self.mask is None else self.mask[:, list(shards)])
+
+    def split(self, n_parts: int) -> list[SearchJob]:
+        """Parts with about as many queries each."""
+        masks = [None] * n_parts if self.mask is None else np.array_split(self.mask, n_parts)
+        queries = np.array_split(self.queries, n_parts)
+        return [self._replace(queries=part, mask=mask) for part, mask in zip(queries, masks, strict=True)]

@@ -1,0 +1,552 @@
+"""One shard as a reader sees it: its control connection, the path that was chosen to it, and how to open channels on it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._core.memory_region import MemoryRegion
+from cotra_rdma._core.remote_expansion import Expansions
+from cotra_rdma._core.stop import Stop
+from cotra_rdma._native.arena import Arena
+from cotra_rdma._native.channel import Channel, FabricModel
+from cotra_rdma._native.engine import STATS_DTYPE, ImageInfo, RecordCache, Source, View, unpack_stats
+from cotra_rdma._native import memfd_handover as handover
+from cotra_rdma._native.lists import IvfTable
+from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
+from cotra_rdma._reader.batch import Answer, CollectionAnswer, OutOfTimeError, SearchJob
+from cotra_rdma._reader.cost_model import Link
+from cotra_rdma._routing.coarse_table import CoarseTable
+from cotra_rdma._routing.compass import Calibration
+from cotra_rdma.errors import (
+    CotraError,
+    DeadlineError,
+    FormatError,
+    InvalidInputError,
+    PeerError,
+    TransportError,
+    VerbsUnavailableError,
+)
+from cotra_rdma.protocol import messages
+from cotra_rdma.protocol.collection_search import CollectionResponse
+from cotra_rdma.protocol.envelope import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, split_pushes
+from cotra_rdma.protocol.rpc import ClientKeys, RpcClient, parse_address
+
+log = logging.getLogger(__name__)
+
+READ = ("verbs", "shm")
+"""The paths over which another process's memory is read."""
+ONE_SIDED = ("own", *READ)
+"""The paths that need nothing of an owner's process: this process's own memory, READs, a mapping."""
+LOST = "lost"
+"""In the place of a path, where a shard has no owner left."""
+_RELEASE_TIMEOUT_MS = 300
+_SLOT_BYTES = 4096
+_LIST_SLOT_BYTES = 16384  # as many of a list's blocks as fit are one READ
+_PROBES = 32
+
+
+class Peer:
+    """One of a shard's owners. `transport` is the path to it that is in use, `passed_over` says why the better ones are not."""
+
+    def __init__(
+        self,
+        index: int,
+        address: str,
+        *,
+        keys: ClientKeys | None,
+        timeout_ms: int,
+        options: QueuePairOptions,
+        fabric: FabricModel | None,
+    ) -> None:
+        self._begin(index, address, timeout_ms, fabric)
+        self._keys = keys
+        self._options = options
+        self._reach()
+        try:
+            self._introduce()
+        except BaseException:
+            self.close()
+            raise
+
+    def _introduce(self) -> None:
+        self.capabilities = self._ask(messages.WANT_CAPABILITIES)
+        shard = self.capabilities.shard
+        if shard is None:
+            raise FormatError(f"{self}: the answer does not describe the shard")
+        self.shard = shard
+        begin = time.perf_counter()
+        self._ask_coarse()
+        self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
+
+    link: Link
+
+    def _begin(self, index: int, address: str, timeout_ms: int, fabric: FabricModel | None = None) -> None:
+        self.index = index
+        self.address = address
+        self.transport = ""
+        self.passed_over: dict[str, str] = {}
+        self.view: View | None = None
+        self.lists: IvfTable | None = None
+        self.cache: RecordCache | None = None
+        self.coarse: CoarseTable | None = None
+        self.calibration: Calibration | None = None
+        self.number: int | None = None  # in its collection
+        self.link = Link(math.inf, 0.0, 0.0, math.inf)
+        self._timeout_ms = timeout_ms
+        self._fabric = fabric
+        self._name = secrets.token_hex(8)
+        self._clients: list[RpcClient] = []
+        self._lock = threading.Lock()
+        self._device: Device | None = None
+        self._arena: Arena | None = None
+        self._first: tuple[Channel, ExitStack] | None = None
+        self._gone = False
+        self._retired = False
+        self.is_dropped = False  # no lane to it is kept
+        self._slot_bytes = _SLOT_BYTES
+
+    def __str__(self) -> str:
+        return f"shard {self.index} ({self.address})"
+
+    # ---- calls ----
+
+    def _reach(self) -> None:
+        """A refused connection is told at once; ZeroMQ would try again until the deadline."""
+        try:
+            socket.create_connection(parse_address(self.address), self._timeout_ms / 1000).close()
+        except OSError as error:
+            raise TransportError(f"{self} cannot be reached: {error}", shard=self.index) from error
+
+    @contextmanager
+    def _client(self) -> Iterator[RpcClient]:
+        with self._lock:
+            client = self._clients.pop() if self._clients else None
+        client = client or RpcClient(self.address, keys=self._keys)
+        try:
+            yield client
+        except BaseException:
+            client.close()
+            raise
+        with self._lock:
+            if not self._retired:
+                self._clients.append(client)
+                return
+        client.close()
+
+    def _call(
+        self, kind: VShardMessageType, payload: Payload, timeout_ms: int, stop: Stop | None = None
+    ) -> VShardEnvelope:
+        envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self.index, payload)
+        try:
+            with self._client() as client:
+                return client.call(envelope, timeout_ms, stop)
+        except TransportError as error:
+            late = isinstance(error, DeadlineError)
+            hint = " (is it an owner of cotra-rdma, and does it want CURVE keys?)"
+            hint = hint if late and not hasattr(self, "shard") else ""
+            raise type(error)(f"{self}: {error}{hint}", shard=self.index) from None
+
+    def _ask(
+        self,
+        want: int,
+        queue_pair: messages.QueuePairFields | None = None,
+        lane: int = 0,
+        timeout_ms: int | None = None,
+        offset: int = 0,
+    ) -> messages.RegionResponse:
+        request = messages.RegionRequest(want, self._name, queue_pair, lane, offset)
+        reply = self._call(
+            VShardMessageType.VECTOR_MEM_REGION_REQUEST, messages.encode_region(request), timeout_ms or self._timeout_ms
+        )
+        answer = messages.decode_region_response(reply.payload)
+        if answer.code:
+            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        return answer
+
+    def _ask_coarse(self) -> None:
+        """The shard from afar, where its owner tells: what Compass chooses by."""
+        request = messages.CoarseRouteRequest().encode()
+        reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._timeout_ms)
+        self._take_coarse(reply.payload)
+
+    def _take_coarse(self, payload: Payload) -> None:
+        answer = messages.CoarseRouteResponse.decode(payload)
+        if answer.code == 0:
+            table = answer.table
+            self.coarse = CoarseTable(
+                table.centroids.astype(np.float32), table.sizes.astype(np.int64), table.radii.astype(np.float32)
+            )
+            told = answer.collection or {}
+            if isinstance(told.get("shard"), int):
+                self.number = told["shard"]
+            if told.get("calibration") is not None:
+                self.calibration = Calibration.from_json(told["calibration"])
+
+    # ---- choosing the path ----
+
+    def choose(self, wanted: str, device: Device | None, no_device: str) -> None:
+        """Takes the path that was asked for, or for "auto" the best that works: verbs, shm, rpc.
+
+        Raises what is wrong when a path was asked for by name.
+        """
+        for name in ("verbs", "shm", "rpc") if wanted == "auto" else (wanted,):
+            reason = self.capabilities.transports.get(name, "this owner does not know it")
+            try:
+                if reason:
+                    kind = VerbsUnavailableError if name == "verbs" else TransportError
+                    raise kind(f"{self} does not offer {name}: {reason}", shard=self.index)
+                if name == "verbs":
+                    if device is None:
+                        raise VerbsUnavailableError(f"no verbs on this side: {no_device}", shard=self.index)
+                    self._device = device
+                elif name == "shm":
+                    self._map()
+                self.transport = name
+                if name in ONE_SIDED:
+                    self._connect_view()
+            except CotraError as error:
+                if wanted != "auto" or isinstance(error, (FormatError, InvalidInputError)):
+                    raise
+                self.transport = ""
+                self.passed_over[name] = str(error)
+                continue
+            if self.passed_over:
+                log.info("%s is reached over %s; passed over: %s", self, name, self.passed_over)
+            return
+        raise TransportError(f"{self}: no transport works: {self.passed_over}", shard=self.index)
+
+    def _map(self) -> None:
+        offer = self._ask(messages.WANT_SHARED_MEMORY).shared_memory
+        if offer is None or offer.boot_id != handover.boot_id():
+            raise TransportError(f"{self} is on another host", shard=self.index)
+        self._arena = handover.receive(offer.socket, offer.length)
+
+    def _connect_view(self) -> None:
+        channel, stack = self.open_channel()
+        try:
+            self._read_view(channel)
+        except BaseException:
+            stack.close()
+            raise
+        if self.lists is None:
+            self._first = (channel, stack)
+        else:  # made now, for a search must not need the owner
+            stack.close()
+            self._first = self.open_channel()
+
+    def _read_view(self, channel: Channel) -> None:
+        """Reads what is kept of the shard, and times some READs."""
+        self.view = View.open(channel, timeout_s=self._timeout_ms / 1000)
+        info, told = self.view.info, self.shard
+        if (info.dim, info.metric, info.generation) != (told.dim, told.metric, told.generation):
+            raise FormatError(f"{self}: its region holds another shard than it announced", shard=self.index)
+        self.link = replace(self.link, **_measure(channel))
+        if info.ivf_bytes:
+            self.lists = IvfTable.open(channel, self.view, timeout_s=self._timeout_ms / 1000)
+            self._slot_bytes = max(_LIST_SLOT_BYTES, self.lists.info.block_bytes)
+
+    @property
+    def owner(self) -> Any:
+        """What this peer was made of: an address, or what this process holds."""
+        return self.address
+
+    def take_over(self, failed: Peer) -> None:
+        """Goes on with what was kept of another owner's records, which are the same."""
+        if self.cache is None and self.transport != "own":
+            self.cache, failed.cache = failed.cache, None
+
+    def open_source(self, slots: int = 0) -> tuple[Source, ExitStack]:
+        """How an engine comes by the records, for one lane, and the stack that closes it: a channel where they can be READ, with
+        so many slots (0: as many as usual)."""
+        return self.open_channel(slots) if self.transport in ONE_SIDED else (None, ExitStack())
+
+    @property
+    def info(self) -> ImageInfo | None:
+        """The image's header; None for a shard that is only asked over RPC."""
+        return None if self.view is None else self.view.info
+
+    @property
+    def memory(self) -> Arena | None:
+        """The owner's memory, mapped here; None where it is not of this host."""
+        return self._arena
+
+    # ---- one-sided ----
+
+    def make_cache(self, budget_bytes: int) -> None:
+        """Keeps the records that walks read most often, in so many bytes. Raises `InvalidInputError` where they hold none."""
+        assert self.view is not None
+        try:
+            self.cache = RecordCache.create(self.view, budget_bytes)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{self}: {error}", shard=self.index) from None
+
+    def open_channel(self, slots: int = 0) -> tuple[Channel, ExitStack]:
+        """A new channel for one lane, and the stack that closes it and all it hangs on. `slots`: READs at once, 0 as usual."""
+        if self._first is not None and not slots:
+            first, self._first = self._first, None
+            return first
+        with ExitStack() as stack:
+            slot_bytes = max(self._slot_bytes, self.shard.record_bytes)
+            if self.transport == "shm":
+                assert self._arena is not None
+                channel = stack.enter_context(Channel.shm(self._arena, slots=slots, slot_bytes=slot_bytes))
+            else:
+                channel = self._open_verbs(stack, slots, slot_bytes)
+            if self._fabric is not None:
+                channel = stack.enter_context(Channel.model(channel, self._fabric))
+            return channel, stack.pop_all()
+
+    def _open_verbs(self, stack: ExitStack, slots: int, slot_bytes: int) -> Channel:
+        assert self._device is not None
+        queue_pair = stack.enter_context(QueuePair(self._device, self._options))
+        answer = self._ask(messages.WANT_QUEUE_PAIR, messages.as_fields(messages.QueuePairFields, queue_pair.local))
+        stack.callback(self._release, answer.lane)
+        if answer.queue_pair is None or answer.region is None:
+            raise FormatError(f"{self}: the answer has no queue pair", shard=self.index)
+        queue_pair.connect(QueuePairAttributes(**fields_of(answer.queue_pair)))
+        region = MemoryRegion(**fields_of(answer.region))
+        return stack.enter_context(Channel.verbs(queue_pair, region, slots=slots, slot_bytes=slot_bytes))
+
+    def _release(self, lane: int) -> None:
+        """Best effort: an owner that is gone holds nothing, and one that missed it takes the lane back with the lease."""
+        if self._gone:
+            return
+        try:
+            self._ask(messages.WANT_RELEASE, lane=lane, timeout_ms=_RELEASE_TIMEOUT_MS)
+        except CotraError as error:
+            log.debug("%s: its queue pair was not released: %s", self, error)
+            self._gone = True
+
+    def renew(self) -> None:
+        """Keeps the queue pairs that the owner holds for this reader."""
+        self._ask(messages.WANT_LEASE)
+
+    # ---- RPC ----
+
+    def search(self, job: SearchJob) -> Answer:
+        """The owner searches; one message for the batch (several where one would be too large).
+
+        Args:
+            job: its filters and mask are those of this shard alone.
+        """
+        asked = np.arange(len(job.queries)) if job.mask is None else np.flatnonzero(job.mask[:, 0])
+        labels = np.full((len(job.queries), job.k), -1, np.int64)
+        distances = np.full(labels.shape, np.inf, np.float32)
+        stats = np.zeros(len(job.queries), STATS_DTYPE)
+        filtered = job.filters is not None and job.filters[0] is not None
+        rows = messages.queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filtered)
+        for begin in range(0, len(asked), rows):
+            part = asked[begin : begin + rows]
+            labels[part], distances[part], stats[part] = self._search_part(job, job.queries[part])
+            job.stop.note(len(part))
+        job.stop.note(len(job.queries) - len(asked))
+        return labels, distances, stats
+
+    def _call_to_search(self, job: SearchJob, request: bytes) -> VShardEnvelope:
+        wait_s = job.wait_s()
+        try:
+            return self._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(wait_s * 1000)), job.stop)
+        except DeadlineError:
+            if job.is_cut_short(wait_s):
+                raise OutOfTimeError from None
+            raise
+
+    def _search_part(self, job: SearchJob, queries: npt.NDArray[np.float32]) -> Answer:
+        bitmap = None if job.filters is None else job.filters[0]
+        request = messages.SearchRequest("", queries, job.k, job.ef, bitmap, job.beam, most=job.most or 0).encode()
+        begin = time.perf_counter_ns()
+        reply = self._call_to_search(job, request)
+        answer = messages.SearchResponse.decode(reply.payload)
+        if answer.code:
+            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        if answer.labels.shape != (len(queries), job.k):
+            raise FormatError(f"{self}: an answer of {answer.labels.shape} to {len(queries)} queries", shard=self.index)
+        try:
+            stats = unpack_stats(answer.stats, len(queries))
+        except FormatError as error:
+            raise FormatError(f"{self}: {error}", shard=self.index) from None
+        if answer.incomplete is not None:
+            stats["incomplete"] = answer.incomplete
+        # What the owner read in its own memory crossed no wire: this side made one round of one message.
+        stats["reads"], stats["rounds"] = 0, 1
+        stats["read_bytes"] = (len(request) + reply.payload_len) // len(queries)
+        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's: nobody has an answer before that
+        return answer.labels, answer.distances, stats
+
+    def search_all(self, job: SearchJob, images: Sequence[int] = ()) -> CollectionAnswer:
+        """The owner searches the whole collection, as it sees it; messages as of `search`.
+
+        Args:
+            job: without mask.
+            images: the checksum of the image of each shard that the job has a filter for.
+
+        Raises `PeerError` where the owner has no connection to the other shards, or is of an earlier version.
+        """
+        if job.mask is not None:
+            raise InvalidInputError("a search that a peer makes of the whole collection takes no mask")
+        filters = None if job.filters is None else tuple(zip(images, job.filters, strict=True))
+        rows = messages.queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filters is not None)
+        starts = range(0, max(len(job.queries), 1), rows)
+        parts = []
+        for begin in starts:
+            part = job.queries[begin : begin + rows]
+            parts.append(self._search_all_part(job, part, filters))
+            job.stop.note(len(part))
+        if any(part.images != parts[0].images for part in parts):
+            raise FormatError(f"{self}: its shards changed during the search", shard=self.index)
+        failures = {shard: why for part in parts for shard, why in part.failures.items()}
+        columns = zip(*((part.labels, part.distances, part.shards, part.stats) for part in parts), strict=True)
+        labels, distances, shards, stats = (np.concatenate(column) for column in columns)
+        return CollectionAnswer(labels, distances, shards, parts[0].images, stats, failures)
+
+    def _search_all_part(
+        self,
+        job: SearchJob,
+        queries: npt.NDArray[np.float32],
+        filters: tuple[tuple[int, bytes | None], ...] | None,
+    ) -> CollectionAnswer:
+        scope = messages.WHOLE_COLLECTION
+        wanted = messages.SearchRequest("", queries, job.k, job.ef, None, job.beam, scope, job.most or 0, filters)
+        request = wanted.encode()
+        begin = time.perf_counter_ns()
+        reply = self._call_to_search(job, request)
+        told = CollectionResponse.decode(reply.payload)
+        answer = told.answer
+        if answer.code:
+            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        if answer.labels.shape != (len(queries), job.k):
+            raise FormatError(f"{self}: an answer of {answer.labels.shape} to {len(queries)} queries", shard=self.index)
+        try:
+            stats = unpack_stats(answer.stats, len(queries), told.more_stats)
+        except FormatError as error:
+            raise FormatError(f"{self}: {error}", shard=self.index) from None
+        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's, as in `search`
+        images = tuple(told.images.tolist())
+        return CollectionAnswer(answer.labels, answer.distances, told.shards, images, stats, told.failures)
+
+    # ---- pushed expansions: of a shard that cannot be read ----
+
+    def load_view(self) -> View:
+        """Header and upper layers over RPC, in pieces; the caller closes the view.
+
+        Raises `PeerError` where the owner does not offer it, `FormatError` and `ChecksumError` for what is not the shard's.
+        """
+        self._check_expands()
+        data, length = bytearray(), 0
+        while not data or len(data) < length:
+            piece = self._ask(messages.WANT_VIEW, offset=len(data)).view
+            length = length or (piece.length if piece is not None else 0)
+            left = length - len(data)
+            if piece is None or piece.length != length or not 0 < len(piece.data) <= left <= self.shard.image_bytes:
+                raise FormatError(f"{self}: a piece that does not fit its upper layers", shard=self.index)
+            data += piece.data
+        view = View.load(data)
+        info = view.info
+        if any(getattr(info, name) != value for name, value in fields_of(self.shard).items()):
+            view.close()
+            raise FormatError(f"{self}: its upper layers are of another shard than it announced", shard=self.index)
+        return view
+
+    def expand(
+        self,
+        queries: npt.NDArray[np.float32],
+        pushes: npt.NDArray[np.void],
+        timeout_s: float,
+        stop: Stop | None = None,
+    ) -> Expansions:
+        """The owner expands nodes; one message for the round (several where one would be too large).
+
+        Args:
+            queries: float32[n_queries, dim], of which those travel that occur in `pushes`.
+            pushes: `PUSH_DTYPE`[n]; those of one query follow each other.
+            timeout_s: for each message.
+            stop: ends the wait for it.
+
+        Raises `TransportError` where the owner is gone, `PeerError` where it refuses, `FormatError` for an answer that does not
+        fit. The view must be there (`load_view`).
+        """
+        self._check_expands()
+        assert self.view is not None
+        degree = self.view.info.degree
+        parts = [
+            self._expand_part(ExpandRequest.of(queries, pushes[part]), degree, timeout_s, stop)
+            for part in split_pushes(pushes, queries.shape[1], degree)
+        ]
+        return Expansions.joined(parts)
+
+    def _expand_part(self, request: ExpandRequest, degree: int, timeout_s: float, stop: Stop | None) -> Expansions:
+        kind = VShardMessageType.VECTOR_EXPAND_REQUEST
+        reply = self._call(kind, request.encode(), max(1, round(timeout_s * 1000)), stop)
+        answer = ExpandResponse.decode(reply.payload)
+        if answer.code:
+            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        found = answer.told.found
+        if len(found) != len(request.pushes) or (found["count"] > degree).any():
+            raise FormatError(
+                f"{self}: {len(found)} expansions of up to {found['count'].max(initial=0)} neighbours to "
+                f"{len(request.pushes)} nodes of {degree}",
+                shard=self.index,
+            )
+        return answer.told
+
+    def _check_expands(self) -> None:
+        if self.shard.image_checksum is None:
+            raise PeerError(
+                f"{self}: its owner is of an earlier version, which expands no nodes for others", shard=self.index
+            )
+
+    def close(self) -> None:
+        """Closes everything; lanes that were opened on it must be closed before."""
+        if self._first is not None:
+            self._first[1].close()
+        for part in (self.lists, self.cache, self.view, self._arena):
+            if part is not None:
+                part.close()
+        self.retire()
+
+    def retire(self) -> None:
+        """Lets the owner go. What other threads' searches still read through stays until they let go of it."""
+        with self._lock:
+            self._retired = True
+            clients, self._clients = self._clients, []
+        for client in clients:
+            client.close()
+
+
+def _measure(channel: Channel) -> dict[str, float]:
+    """What a channel can do: fields of `Link`."""
+    short = min(1024, channel.info.region_bytes)
+    long = min(channel.info.slot_bytes, channel.info.region_bytes)
+    depth = min(16, channel.info.slots)
+    here = np.zeros(_PROBES, np.uint64)
+    _, latencies = channel.read_loop(here, short)
+    many_s, _ = channel.read_loop(here, short, depth=depth)
+    long_s, _ = channel.read_loop(here, long, depth=depth)
+    return {
+        "rtt_s": float(np.median(latencies)) / 1e9,
+        "reads_per_s": _PROBES / max(many_s, 1e-9),
+        "bytes_per_s": _PROBES * long / max(long_s, 1e-9),
+    }
+
+
+def check_alike(peers: list[Peer]) -> None:
+    """Raises `InvalidInputError` when shards differ in what a search needs alike."""
+    for peer in peers[1:]:
+        first = peers[0]
+        for what in ("dim", "metric"):
+            a, b = getattr(first.shard, what), getattr(peer.shard, what)
+            if a != b:
+                raise InvalidInputError(f"mixed shards: {first} has {what} {a}, {peer} has {b}", shard=peer.index)

@@ -1,0 +1,90 @@
+"""How a cluster reaches owners: what `connect` was told, and this side's device."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from cotra_rdma._native.channel import FabricModel
+from cotra_rdma._native.verbs import Device, QueuePairOptions
+from cotra_rdma._reader.connection import Peer
+from cotra_rdma._reader.local_connection import OwnPeer
+from cotra_rdma._reader.replicas import Owner
+from cotra_rdma.errors import CotraError, TransportError
+from cotra_rdma.protocol.messages import ShardFields
+from cotra_rdma.protocol.rpc import ClientKeys, parse_address
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Reach:
+    """Options as `connect` takes them; the device is opened when the first owner offers one."""
+
+    transport: str
+    device: str | None
+    gid_index: int | None
+    keys: ClientKeys | None
+    timeout_s: float
+    fabric: FabricModel | None
+    queue_pair: QueuePairOptions
+    misfit: Callable[[int, ShardFields], str] | None = None
+    """Why what an owner serves is not the shard at a position; "" where it is."""
+    _device: Device | None = None
+    _no_device: str = "not asked for"
+    _tried: bool = field(default=False)
+
+    def connect(self, shard: int, owner: Owner) -> Peer:
+        """The control connection to an owner of the shard at a position. Raises `TransportError`."""
+        timeout_ms = max(1, round(self.timeout_s * 1000))
+        if not isinstance(owner, str):
+            return OwnPeer(shard, owner, timeout_ms=timeout_ms)
+        options = replace(self.queue_pair, peer_address=self.queue_pair.peer_address or _ip_of(owner))
+        if self.gid_index is not None:
+            options = replace(options, gid_index=self.gid_index)
+        peer = Peer(shard, owner, keys=self.keys, timeout_ms=timeout_ms, options=options, fabric=self.fabric)
+        if self.misfit is not None and (why := self.misfit(shard, peer.shard)):
+            peer.close()
+            raise TransportError(f"{peer} serves {why}", shard=shard)
+        return peer
+
+    def open_device(self, peers: Sequence[Peer]) -> None:
+        """Opens this side's device where any of the owners offers verbs. Raises where it was asked for and cannot be had."""
+        offered = any(peer.capabilities.transports.get("verbs") == "" for peer in peers)
+        if self._tried or self.transport not in ("auto", "verbs") or (not offered and self.transport == "auto"):
+            return
+        self._tried = True
+        try:
+            self._device = Device(self.device)
+        except CotraError as error:
+            if self.transport == "verbs" or self.device is not None:
+                raise
+            self._no_device = str(error)
+
+    def choose(self, peer: Peer) -> None:
+        """Takes the best path to an owner, and what a walk needs of a shard of a graph over many that cannot be read."""
+        self.open_device([peer])
+        peer.choose(self.transport, self._device, self._no_device)
+        if peer.transport == "rpc" and peer.shard.graph_id:
+            try:
+                peer.view = peer.load_view()
+            except TransportError:
+                raise
+            except CotraError as error:  # an owner of an older release
+                log.info("%s: its owner searches the shard by itself: %s", peer, error)
+
+    def close(self) -> None:
+        """Closes the device, after all that hangs on it."""
+        if self._device is not None:
+            self._device.close()
+
+
+def _ip_of(address: str) -> str | None:
+    """The IP address that a shard is reached at, for the choice of the GID."""
+    host, port = parse_address(address)
+    try:
+        return str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]).partition("%")[0]
+    except OSError as error:
+        raise TransportError(f"{address}: {error}") from error

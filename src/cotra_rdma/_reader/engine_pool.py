@@ -1,0 +1,349 @@
+"""Lanes: what a thread searches one-sided shards with. They are made when they are needed, and kept for the next search."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._core.remote_expansion import Expansions
+from cotra_rdma._core.stop import wait_for
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.engine import MOST_SLOTS, STATS_DTYPE, Engine, Source, View
+from cotra_rdma._native.lists import MAX_PROBE, SpireEngine
+from cotra_rdma._reader.batch import Answer, OutOfTimeError, SearchJob
+from cotra_rdma._reader.connection import Peer
+from cotra_rdma.errors import CotraError, DeadlineError, InvalidInputError, SearchCancelledError
+
+Executor = Callable[[], ThreadPoolExecutor]
+_Key = tuple[tuple[Peer, ...], frozenset[Peer]]
+Replace = Callable[[Peer, CotraError, bool, set[tuple[int, str]]], Peer | None]
+"""What tells a failed owner, and gets the one to go on with: `Replicas.replace`, with `give_up` and `tried`."""
+
+
+class OnlyAskedError(CotraError):
+    """The owner that took a shard over (`shard`: its position in the cluster) can be asked to search it, and no more."""
+
+
+class _Lane:
+    """The way to each of some shards, and engines over them: one thread's at a time. It is what an engine turns to
+    (`engine.Helper`) where owners have to expand nodes, or one fails."""
+
+    def __init__(self, peers: Sequence[Peer], pushed: frozenset[Peer], replace: Replace, callers: Executor) -> None:
+        """`pushed`: those whose owners expand nodes, and `callers` the threads that wait for them."""
+        self._peers = list(peers)
+        self._replace, self._callers = replace, callers
+        self._spire: SpireEngine | None = None
+        self._unopened: dict[int, CotraError] = {}
+        self._job: SearchJob | None = None
+        self._lenient = False
+        self._told_bytes = 0
+        self._tried: set[tuple[int, str]] = set()  # owners that failed in the search at hand
+        self.lost: dict[int, CotraError] = {}
+        self.is_broken = False
+        slots = MOST_SLOTS if pushed else 0  # so many walks then share a message
+        with ExitStack() as stack:
+            sources: list[Source] = []
+            for at, peer in enumerate(peers):
+                source: Source = None
+                if peer not in pushed:
+                    try:
+                        source, parts = peer.open_source(slots)
+                        stack.push(parts)
+                    except CotraError as error:  # told when the first node of it is wanted
+                        self._unopened[at] = error
+                sources.append(source)
+            self._sources = sources
+            self._engine = Engine.create(self._views, sources, [peer.cache for peer in peers])
+            self._stack = stack.pop_all()
+
+    @property
+    def _views(self) -> list[View]:
+        views = [peer.view for peer in self._peers]
+        assert all(view is not None for view in views)
+        return [view for view in views if view is not None]
+
+    def walk(self, job: SearchJob, lenient: bool) -> Answer:
+        """Walks the graphs. Where a shard failed and has no other owner, that is an error at once; or `lenient`ly the answer is
+        without it, and `lost` says why."""
+        self._job, self._told_bytes, self.lost, self._lenient = job, 0, {}, lenient
+        self._tried = set()
+        answer = self._engine.search(
+            job.queries,
+            job.k,
+            job.ef,
+            job.beam,
+            inflight=job.inflight,
+            timeout_s=job.timeout_s,
+            filters=job.filters,
+            mask=job.mask,
+            max_expansions=job.most,
+            helper=self,
+            deadline=job.deadline,
+            stop=job.stop,
+        )
+        if self._told_bytes:
+            answer[2]["read_bytes"] += np.uint64(self._told_bytes // len(job.queries))
+        return answer
+
+    def expand(self, pushes: Mapping[int, npt.NDArray[np.void]]) -> dict[int, Expansions | CotraError]:
+        """As `engine.Helper`: one message to each owner, all at once."""
+        told: dict[int, Expansions | CotraError] = {at: e for at, e in self._unopened.items() if at in pushes}
+        asked = [at for at in pushes if at not in told]
+        spread = self._callers().map if len(asked) > 1 else map
+        for at, answer in zip(asked, spread(lambda at: self._push(self._peers[at], pushes[at]), asked), strict=True):
+            told[at] = answer
+            if isinstance(answer, Expansions):
+                self._told_bytes += answer.nbytes + self._sent_bytes(pushes[at])
+        return told
+
+    def _push(self, peer: Peer, wanted: npt.NDArray[np.void]) -> Expansions | CotraError:
+        assert self._job is not None
+        wait_s = self._job.wait_s()
+        try:
+            return peer.expand(self._job.queries, wanted, wait_s, self._job.stop)
+        except SearchCancelledError:
+            raise
+        except DeadlineError as error:
+            if self._job.is_cut_short(wait_s):
+                raise OutOfTimeError from None
+            return error
+        except CotraError as error:
+            return error
+
+    def _sent_bytes(self, wanted: npt.NDArray[np.void]) -> int:
+        assert self._job is not None
+        n_queries = 1 + np.count_nonzero(np.diff(wanted["query"]))
+        return int(wanted.nbytes + n_queries * self._job.queries.itemsize * self._job.queries.shape[1])
+
+    def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
+        """As `engine.Helper`."""
+        failed = self._peers[shard]
+        self.is_broken = True
+        self._unopened.pop(shard, None)
+        error = named(error, failed)
+        while (peer := self._replace(failed, error, self._lenient, self._tried)) is not None:
+            if peer.view is None:
+                raise OnlyAskedError(f"{peer} can only be asked", shard=peer.index)
+            self._peers[shard] = peer
+            try:
+                source, parts = peer.open_source(self._engine.slots)
+            except CotraError as unopened:
+                failed, error = peer, named(unopened, peer)
+                continue
+            self._stack.push(parts)
+            return peer.view, source
+        if not self._lenient:
+            raise error
+        self.lost[failed.index] = error.with_traceback(None)  # results keep it, and should keep nothing else alive
+        return None
+
+    def probe(self, job: SearchJob) -> Answer:
+        """Searches the inverted lists. What each shard found is told apart, as a walk's answer is."""
+        if self._spire is None:
+            tables = [peer.lists for peer in self._peers]
+            assert all(table is not None for table in tables)
+            self._spire = SpireEngine.create(self._views, [t for t in tables if t is not None], self._channels())
+        n_probe = min(math.ceil(job.ef / self._let_through(job)), MAX_PROBE)
+        labels, distances, shards, told = self._probe(job, n_probe)
+        infos = [peer.lists.info for peer in self._peers if peer.lists is not None]
+        n_lists, wanted = sum(info.n_lists for info in infos), 0.0
+        if job.filters is not None:
+            wanted = job.ef * sum(info.entries for info in infos) / n_lists / 2
+        while n_probe < n_lists:  # what a filter excludes may lie just where a query is
+            starved = np.flatnonzero((told["allowed"] < wanted) | (labels[:, -1] < 0))
+            if not len(starved):
+                break
+            n_probe = min(4 * n_probe, n_lists)
+            mask = None if job.mask is None else job.mask[starved]
+            *found, more = self._probe(job._replace(queries=job.queries[starved], mask=mask), n_probe)
+            for to, of in zip((labels, distances, shards), found, strict=True):
+                to[starved] = of
+            for name in ("reads", "rounds", "reranked", "read_bytes", "latency_ns"):
+                told[name][starved] += more[name]
+            told["allowed"][starved] = more["allowed"]
+        apart = np.arange(len(self._peers))[:, np.newaxis, np.newaxis] == shards
+        stats = np.zeros(len(labels), STATS_DTYPE)
+        for name in ("reads", "rounds", "read_bytes", "latency_ns"):
+            stats[name] = told[name]
+        stats["expansions"] = told["reranked"]
+        order = np.argsort(~apart, axis=2, kind="stable")  # a shard's answers first, in their order; then empty places
+        return (
+            np.take_along_axis(np.where(apart, labels, -1), order, 2),
+            np.take_along_axis(np.where(apart, distances, np.float32(np.inf)), order, 2),
+            stats,
+        )
+
+    def _probe(self, job: SearchJob, n_probe: int) -> tuple[Any, Any, Any, Any]:
+        assert self._spire is not None
+        return self._spire.search(
+            job.queries,
+            job.k,
+            n_probe,
+            inflight=job.inflight,
+            timeout_s=job.timeout_s,
+            filters=job.filters,
+            mask=job.mask,
+            deadline=job.deadline,
+            stop=job.stop,
+        )
+
+    def _channels(self) -> list[Channel]:
+        """Those that walks READ through, and one over the own memory."""
+        channels = []
+        for peer, source in zip(self._peers, self._sources, strict=True):
+            if not isinstance(source, Channel):
+                source, parts = peer.open_channel()
+                self._stack.push(parts)
+            channels.append(source)
+        return channels
+
+    def _let_through(self, job: SearchJob) -> float:
+        """The share of the rows that the job's filters let through: so many more lists hold as many of them."""
+        if job.filters is None:
+            return 1.0
+        counts = [peer.shard.count for peer in self._peers]
+        through = 0
+        for bitmap, count in zip(job.filters, counts, strict=True):
+            bits = None if bitmap is None else np.frombuffer(bitmap, np.uint8)
+            through += count if bits is None else int(np.unpackbits(bits, count=count, bitorder="little").sum())
+        return max(through, 1) / max(sum(counts), 1)
+
+    def close(self) -> None:
+        if self._spire is not None:
+            self._spire.close()
+        self._engine.close()
+        self._stack.close()
+
+
+class LanePool:
+    """The lanes of a cluster, by the shards that they reach."""
+
+    def __init__(self, executor: Executor, callers: Executor, replace: Replace) -> None:
+        """`executor`: gives the threads that share a search, `callers` those that wait for owners: others, for the first wait for
+        them. `replace`: asked for another owner where one fails."""
+        self._executor, self._callers = executor, callers
+        self._replace = replace
+        self._lock = threading.Lock()
+        self._closed = False
+        self._idle: dict[_Key, list[_Lane]] = {}
+
+    def search(
+        self,
+        peers: Sequence[Peer],
+        job: SearchJob,
+        n_threads: int,
+        pushed: frozenset[Peer] = frozenset(),
+        *,
+        lenient: bool = False,
+    ) -> tuple[Answer, dict[int, CotraError]]:
+        """Walks the shards of `peers`, to which the job's filters and mask belong; `pushed`: those whose owners expand nodes.
+
+        Returns the answer, and why it is without which shards, by their positions in the cluster: only `lenient`ly; else it
+        raises the first such error. Raises `OnlyAskedError` where another owner took a shard over that it cannot walk.
+        """
+        lost: dict[int, CotraError] = {}
+
+        def walk(part: SearchJob) -> Answer:
+            lane = self._take(peers, pushed)
+            try:
+                answer = lane.walk(part, lenient)
+            except InvalidInputError:
+                self._give_back(peers, pushed, lane)
+                raise
+            except BaseException:
+                lane.close()  # READs of the failed search may still be on their way into its buffers
+                raise
+            if lane.is_broken:
+                lost.update(lane.lost)
+                lane.close()
+            else:
+                self._give_back(peers, pushed, lane)
+            return answer
+
+        return self._share(walk, job, n_threads), lost
+
+    def probe(self, peers: Sequence[Peer], job: SearchJob, n_threads: int) -> Answer:
+        """Searches the inverted lists of `peers`. Raises an error whose `shard` is the position in the cluster."""
+
+        def probe(part: SearchJob) -> Answer:
+            lane = self._take(peers, frozenset())
+            try:
+                answer = lane.probe(part)
+            except InvalidInputError:
+                self._give_back(peers, frozenset(), lane)
+                raise
+            except CotraError as error:
+                lane.close()
+                raise error if error.shard is None else named(error, peers[error.shard]) from None
+            except BaseException:
+                lane.close()
+                raise
+            self._give_back(peers, frozenset(), lane)
+            return answer
+
+        return self._share(probe, job, n_threads)
+
+    def _share(self, search: Callable[[SearchJob], Answer], job: SearchJob, n_threads: int) -> Answer:
+        n_parts = min(n_threads, len(job.queries))
+        if n_parts <= 1:
+            return search(job)
+        running: list[Future[Answer]] = []
+        try:
+            for part in job.split(n_parts):
+                running.append(self._executor().submit(search, part))
+        except BaseException:  # Ctrl-C for one; those that have begun let their lanes go
+            job.stop.set()
+            wait_for(running)
+            raise
+        job.stop.wait(running)
+        for error in [part.exception() for part in running]:
+            if error is not None:
+                raise error
+        labels, distances, stats = zip(*(part.result() for part in running), strict=True)
+        return np.concatenate(labels, axis=1), np.concatenate(distances, axis=1), np.concatenate(stats)
+
+    def _take(self, peers: Sequence[Peer], pushed: frozenset[Peer]) -> _Lane:
+        with self._lock:
+            idle = self._idle.get((tuple(peers), pushed))
+            lane = idle.pop() if idle else None
+        return lane or _Lane(peers, pushed, self._replace, self._callers)
+
+    def _give_back(self, peers: Sequence[Peer], pushed: frozenset[Peer], lane: _Lane) -> None:
+        with self._lock:
+            if not (self._closed or any(peer.is_dropped for peer in peers)):
+                self._idle.setdefault((tuple(peers), pushed), []).append(lane)
+                return
+        lane.close()
+
+    def drop(self, peer: Peer) -> None:
+        """Closes the idle lanes to an owner that is not used any more, and those in use when they come back."""
+        with self._lock:
+            peer.is_dropped = True
+            keys = [key for key in self._idle if peer in key[0]]
+            lanes = [lane for key in keys for lane in self._idle.pop(key)]
+        for lane in lanes:
+            lane.close()
+
+    def close(self) -> None:
+        """Closes the idle lanes, and those in use when they come back."""
+        with self._lock:
+            self._closed = True
+            lanes = [lane for idle in self._idle.values() for lane in idle]
+            self._idle.clear()
+        for lane in lanes:
+            lane.close()
+
+
+def named(error: CotraError, peer: Peer) -> CotraError:
+    """An error of a peer's, that says whose it is."""
+    if error.shard != peer.index or str(peer) not in str(error):
+        error.args = (f"{peer}: {error}",)
+        error.shard = peer.index
+    return error

@@ -1,0 +1,87 @@
+"""The halo of an own shard: records of other shards that its nodes link to most, kept so that walks near a border stay home.
+
+What is kept is chosen by the own shard's links alone; whether it serves the queries that are at home there is measured
+(docs/explanation/one-graph.md).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._native.arena import Arena
+from cotra_rdma._native.engine import ImageInfo
+from cotra_rdma._reader.connection import READ, Peer
+from cotra_rdma.errors import InvalidInputError
+
+log = logging.getLogger(__name__)
+
+_HEAD_BYTES, _BLOCK, _ROWS = 32, 32, 4096
+_SPARE = 1.25  # of a cache's places: buckets fill unevenly
+_RECORD_EXTRA = 64  # bytes of a bucket for each record
+
+
+def far_links(arena: Arena, info: ImageInfo) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """The nodes of other shards that a shard's nodes link to, uint32[n] ascending, and how many of its nodes link to each."""
+    item = {"float32": 4, "float16": 2, "uint8": 1}[info.vector_type]
+    start = _HEAD_BYTES + -(-info.dim * item // 32) * 32
+    parts = []
+    with arena.view() as memory:
+        records = np.frombuffer(memory, np.uint8, info.count * info.record_bytes, info.records_offset)
+        records = records.reshape(info.count, info.record_bytes)
+        for begin in range(0, info.count, _ROWS):
+            rows = records[begin : begin + _ROWS]
+            counts = rows[:, 20:22].copy().view("<u2")[:, 0]
+            numbers = rows[:, start : start + 4 * info.degree].copy().view("<u4")
+            linked = numbers[np.arange(info.degree) < counts[:, np.newaxis]]
+            own = linked - np.uint32(info.graph_base) < info.count
+            parts.append(linked[~own & (linked < info.graph_count)])
+        del records, rows
+    nodes, counts = np.unique(np.concatenate(parts), return_counts=True)
+    return nodes, counts
+
+
+class Halo:
+    """The records of other shards that this process's own shards link to most, as a share of the own images' bytes."""
+
+    def __init__(self, peers: Sequence[Peer], share: float) -> None:
+        """Chooses them; `fill` gets them. Raises `InvalidInputError` where no shard of `peers` is this process's own, or they are
+        not of one graph."""
+        own = [peer for peer in peers if peer.transport == "own" and peer.info is not None]
+        if not own or not own[0].shard.graph_id:
+            raise InvalidInputError("halo: is for a process that holds shards of one graph itself")
+        wanted: dict[int, int] = {}
+        budget = 0
+        for peer in own:
+            assert peer.info is not None
+            source, _ = peer.open_source()
+            assert isinstance(source, Arena)
+            budget += int(share * peer.info.count)
+            for node, count in zip(*(column.tolist() for column in far_links(source, peer.info)), strict=True):
+                wanted[node] = wanted.get(node, 0) + count
+        nodes = np.fromiter(wanted.keys(), np.int64, len(wanted))
+        counts = np.fromiter(wanted.values(), np.int64, len(wanted))
+        self._nodes = np.sort(nodes[np.lexsort((nodes, -counts))[:budget]])
+        log.info("halo: %d records of other shards, of %d that own ones link to", len(self._nodes), len(wanted))
+
+    def fill(self, peer: Peer) -> None:
+        """Gives a shard that is read a cache, with those records that are its own. Raises `TransportError` where it fails."""
+        if peer.transport not in READ or peer.info is None:
+            return
+        info = peer.info
+        rows = self._nodes[(self._nodes >= info.graph_base) & (self._nodes < info.graph_base + info.count)]
+        rows -= info.graph_base
+        if not len(rows):
+            return
+        peer.make_cache(max(16, round(len(rows) * _SPARE)) * (info.record_bytes + _RECORD_EXTRA) + 4096)
+        assert peer.cache is not None
+        channel, parts = peer.open_channel()
+        with parts:
+            for begin in range(0, len(rows), _ROWS):
+                some = rows[begin : begin + _ROWS]
+                offsets = (info.records_offset + some * info.record_bytes).astype(np.uint64)
+                for row, record in zip(some.tolist(), channel.gather(offsets, info.record_bytes), strict=True):
+                    peer.cache.put(row, record)

@@ -1,0 +1,78 @@
+"""A shard that this process owns, as a reader in the same process sees it: its records are used in place, without READs."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Protocol
+
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.engine import Source
+from cotra_rdma._native.verbs import Device
+from cotra_rdma._reader.connection import Peer
+from cotra_rdma._shard.shard import Shard
+from cotra_rdma.protocol import messages
+
+
+class Serving(Protocol):
+    """A server of this process (`server.Server`)."""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
+
+    @property
+    def shard(self) -> Shard:
+        """What it serves."""
+
+    @property
+    def coarse(self) -> bytes | None:
+        """What it tells of the shard from afar: a payload of type 53."""
+
+
+Owned = Shard | Serving
+
+
+class OwnPeer(Peer):
+    """A shard that this process owns itself: its records are used in place."""
+
+    def __init__(self, index: int, owner: Owned, *, timeout_ms: int) -> None:
+        """`owner` stays the caller's, and must outlive it."""
+        self._owner = owner
+        self._held = owner if isinstance(owner, Shard) else owner.shard
+        self._begin(index, "own" if isinstance(owner, Shard) else owner.address, timeout_ms)
+        self.shard = messages.as_fields(messages.ShardFields, self._held.info)
+        self.capabilities = messages.RegionResponse(
+            shard=self.shard, transports={"own": "", "rpc": "it is this process"}
+        )
+        self.link = replace(self.link, rpc_s=0.0)
+        coarse = None if isinstance(owner, Shard) else owner.coarse
+        if coarse is not None:
+            self._take_coarse(coarse)
+
+    @property
+    def owner(self) -> Owned:
+        """The shard, or the server of it."""
+        return self._owner
+
+    def choose(self, wanted: str, device: Device | None, no_device: str) -> None:
+        """Takes the only path there is, whatever is wanted."""
+        channel, parts = self.open_channel()
+        with parts:
+            self._read_view(channel)
+        self.transport = "own"
+
+    def open_channel(self, slots: int = 0) -> tuple[Channel, ExitStack]:
+        """A channel over the own memory, for what reads and does not walk."""
+        with ExitStack() as stack:
+            slot_bytes = max(self._slot_bytes, self.shard.record_bytes)
+            return stack.enter_context(
+                Channel.shm(self._held.arena, slots=slots, slot_bytes=slot_bytes)
+            ), stack.pop_all()
+
+    def open_source(self, slots: int = 0) -> tuple[Source, ExitStack]:
+        """The memory itself."""
+        return self._held.arena, ExitStack()
+
+    def renew(self) -> None:
+        """Nothing is leased."""

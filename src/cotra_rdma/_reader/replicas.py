@@ -1,0 +1,320 @@
+"""Who owns each shard: the owner that a cluster uses, those that would take its place, and those that are away."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from cotra_rdma._reader.batch import Answer, SearchJob
+from cotra_rdma._reader.connection import LOST, Peer
+from cotra_rdma._reader.local_connection import Owned, OwnPeer
+from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, TransportError
+from cotra_rdma.protocol import messages
+
+log = logging.getLogger(__name__)
+
+Owner = str | Owned
+"""An owner's address, or what this process holds itself."""
+Tried = tuple[int, str]
+"""An owner that failed: the position of its shard, and its address."""
+
+
+class AbsentPeer(Peer):
+    """In the place of a shard that no owner can be reached of."""
+
+    def __init__(self, index: int, address: str, like: messages.ShardFields | None = None) -> None:
+        """`like`: what is known of the shard, or of another one where it was never reached (`address` is "")."""
+        self._begin(index, address, 1)
+        self.transport = LOST
+        known = like or messages.ShardFields(0, "", 0, 0, 0, 0)
+        self.shard = known if address else msgspec.structs.replace(known, count=0, image_checksum=0)
+        self.capabilities = messages.RegionResponse(shard=self.shard, transports={"rpc": "it has no owner"})
+
+    def take_over(self, failed: Peer) -> None:
+        """Keeps what is known of the shard, and its cache, for whoever comes back."""
+        super().take_over(failed)
+        self.coarse, self.calibration, self.number = failed.coarse, failed.calibration, failed.number
+
+    def renew(self) -> None:
+        """Nobody is there."""
+
+    def search(self, job: SearchJob) -> Answer:
+        """Raises `TransportError`."""
+        raise TransportError(f"{self} has no owner", shard=self.index)
+
+    def search_all(self, job: SearchJob, images: Sequence[int] = ()) -> Any:
+        """Raises `TransportError`."""
+        raise TransportError(f"{self} has no owner", shard=self.index)
+
+
+class Replicas:
+    """The shards of a cluster, each with its owners. Threads may share it; none waits for what another shard's owners take long
+    to answer.
+
+    Attributes:
+        peers: for each shard the owner in use; an `AbsentPeer` where there is none. Replaced in place.
+        lost: why a shard has no owner, by its position.
+    """
+
+    def __init__(
+        self,
+        owners: Sequence[Sequence[Owner]],
+        reach: Callable[[int, Owner], Peer],
+        choose: Callable[[Peer], None],
+        prepare: Callable[[Peer], None],
+        changed: Callable[[Peer], None],
+    ) -> None:
+        """Args:
+        owners: for each shard its owners.
+        reach: makes the control connection to one.
+        choose: takes the best path to one that is about to be used.
+        prepare: gives one, whose path is chosen, what is kept of its shard, where the owner before it had nothing to hand on.
+        changed: told of a peer that is not used any more, in the thread that found out; it must not come back here for one.
+        """
+        self._reach, self._choose, self._prepare, self._changed = reach, choose, prepare, changed
+        self._lock = threading.Lock()  # of what follows: never held over a call to an owner
+        self._reviving = threading.Lock()
+        self._turns = [threading.Lock() for _ in owners]  # who puts another owner in a shard's place
+        self._closed = False
+        self._given = {shard for shard, group in enumerate(owners) if group}
+        self._standby: list[list[Peer]] = []
+        self._away: list[tuple[int, Owner]] = []  # to be tried again
+        self.peers: list[Peer] = []
+        self.lost: dict[int, CotraError] = {}
+        try:
+            for shard, group in enumerate(owners):
+                self._standby.append([])
+                self.peers.append(AbsentPeer(shard, ""))
+                self._reach_all(shard, group)
+        except BaseException:
+            self.close()
+            raise
+
+    def _reach_all(self, shard: int, group: Sequence[Owner]) -> None:
+        if not group:
+            self.lost[shard] = TransportError(f"shard {shard} has no owner", shard=shard)
+        for owner in group:
+            try:
+                self._standby[shard].append(self._reach(shard, owner))
+            except TransportError as error:
+                self._away.append((shard, owner))
+                self.lost.setdefault(shard, error)
+                if len(group) > 1:
+                    log.warning("shard %d has an owner less: %s", shard, error)
+        if self._standby[shard]:
+            self._standby[shard] = _alike(self._standby[shard])
+            self.lost.pop(shard, None)
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """The checksum of each shard's image, which names it; 0 where it was never reached, or its owner does not tell."""
+        return tuple(peer.shard.image_checksum or 0 for peer in self.peers)
+
+    @property
+    def known(self) -> list[Peer]:
+        """One owner of each shard that was reached, before `settle`."""
+        return [standby[0] for standby in self._standby if standby]
+
+    def settle(self, *, allow_partial: bool) -> None:
+        """Takes the nearest owner of each shard.
+
+        Raises why a shard has none, that it was not reached or that no path to it works; with `allow_partial` only where all
+        have none.
+        """
+        known = self.known
+        for shard, standby in enumerate(self._standby):
+            if known:
+                self.peers[shard] = AbsentPeer(shard, "", known[0].shard)
+            if not standby:
+                continue
+            peer, error = self._next(shard)
+            if peer is not None:
+                self.peers[shard] = peer
+            elif error is not None:
+                self.lost[shard] = error
+        if self.lost and not (allow_partial and len(self.lost) < len(self.peers)):
+            raise self.lost[min(self.lost)]
+        for shard, error in sorted(self.lost.items()):
+            level = logging.WARNING if shard in self._given else logging.INFO  # who gives none knows
+            log.log(level, "shard %d has no owner, and searches go on without it: %s", shard, error)
+
+    def _next(self, shard: int, instead_of: Peer | None = None) -> tuple[Peer | None, CotraError | None]:
+        """The nearest standby with a path that works, ready to be used `instead_of` another; or why there is none, None where
+        there was no standby. Those without one are away."""
+        error = None
+        while True:
+            with self._lock:
+                if not self._standby[shard]:
+                    return None, error
+                peer = self._standby[shard].pop(0)
+            try:
+                self._ready(peer, instead_of)
+            except BaseException as failed:  # whatever it was: it is tried again
+                with self._lock:
+                    self._away.append((shard, peer.owner))
+                peer.close()
+                self._changed(peer)
+                if not isinstance(failed, CotraError):
+                    raise
+                error = failed
+                continue
+            return peer, None
+
+    def _ready(self, peer: Peer, instead_of: Peer | None) -> None:
+        """Takes the best path to an owner that is to be used `instead_of` another; None: the first of its shard, at `settle`."""
+        self._choose(peer)
+        if instead_of is not None and instead_of.cache is None:
+            self._prepare(peer)
+
+    def _use(self, peer: Peer, instead_of: Peer) -> None:
+        """Puts an owner in use; under the lock. Raises `ClosedError` once closed."""
+        if self._closed:
+            peer.close()
+        self._check_open()
+        peer.take_over(instead_of)
+        self.peers[peer.index] = peer
+
+    def replace(self, failed: Peer, error: CotraError, *, give_up: bool, tried: set[Tried]) -> Peer | None:
+        """The owner to go on with where one failed in a search; None where none is left, or the one that is failed in that search
+        already: it was slow, say, and found well meanwhile. `tried` is what the search keeps of those, empty at first.
+
+        The owner that failed is not used again until `revive` found it well; without another one that is so only where searches
+        are to give the shard up, else it stays in use, for whoever sees the error and tries again. Raises `ClosedError` once
+        closed.
+        """
+        tried.add((failed.index, failed.address))
+        other = self._replace(failed, error, give_up=give_up)
+        return None if other is None or (other.index, other.address) in tried else other
+
+    def _replace(self, failed: Peer, error: CotraError, *, give_up: bool) -> Peer | None:
+        shard = failed.index
+        with self._turns[shard]:
+            with self._lock:
+                self._check_open()
+                peer = self.peers[shard]
+            if peer is not failed or failed.transport == LOST:  # another thread saw it first
+                return None if peer.transport == LOST else peer
+            other, _ = self._next(shard, failed)
+            if other is None and not give_up:
+                return None
+            with self._lock:
+                self._use(other or AbsentPeer(shard, failed.address, failed.shard), failed)
+                self._away.append((shard, failed.owner))
+                if other is None:
+                    self.lost[shard] = error.with_traceback(None)  # kept, and should keep nothing else alive
+        if other is None:
+            log.warning("%s failed, and no owner is left: searches go on without it: %s", failed, error)
+        else:
+            log.warning("%s failed, and %s goes on over %s: %s", failed, other, other.transport, error)
+        self._changed(failed)
+        failed.retire()
+        return other
+
+    def owners(self, shard: int) -> list[Peer]:
+        """The owners of a shard that are there, that in use first."""
+        with self._lock:
+            return [self.peers[shard], *self._standby[shard]]
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether some shard has another owner that could take over."""
+        return any(self._standby)
+
+    def revive(self, before_each: Callable[[], None]) -> list[str]:
+        """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile.
+
+        `before_each` is called before each of them, and ends it by what it raises."""
+        back = []
+        with self._reviving:
+            with self._lock:
+                away = list(self._away)
+            for shard, owner in away:
+                before_each()
+                try:
+                    peer = self._reach(shard, owner)
+                    if self._take_back(peer):
+                        back.append(peer.address)
+                        log.info("%s is back", peer)
+                except CotraError as error:
+                    if self._closed:
+                        raise
+                    log.debug("shard %d: %s", shard, error)
+                except Exception:  # it is tried again, as all that are away
+                    log.exception("shard %d: %s was tried again", shard, owner)
+        return back
+
+    def _take_back(self, peer: Peer) -> bool:
+        """Whether an owner that was away is one again: in use where its shard has none. Raises `CotraError` where no path to it
+        works; it stays away then."""
+        shard, gone = peer.index, None
+        with self._turns[shard]:
+            try:
+                now = self.peers[shard]
+                is_same = _is_same(now, peer)
+                if is_same and now.transport == LOST:
+                    self._ready(peer, now)
+                    gone = now
+                with self._lock:
+                    if gone is not None:
+                        self._use(peer, gone)
+                        self.lost.pop(shard, None)
+                    elif is_same:
+                        self._check_open()
+                        self._standby[shard].append(peer)
+                    self._away.remove((shard, peer.owner))
+            except BaseException:
+                peer.close()
+                raise
+        if not is_same:
+            log.info("%s is back with another image, and stays out: connect again", peer)
+            peer.close()
+        if gone is not None:
+            self._changed(gone)
+        return is_same
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the cluster is closed")
+
+    @property
+    def are_all_here(self) -> bool:
+        """Whether no owner is away."""
+        return not self._away
+
+    def close(self) -> None:
+        """Closes every connection."""
+        with self._lock:
+            self._closed = True
+            peers = [*self.peers, *(peer for standby in self._standby for peer in standby)]
+        for peer in peers:
+            peer.close()
+
+
+def _is_same(known: Peer, peer: Peer) -> bool:
+    """Whether both hold one image. What was never reached could be any."""
+    a, b = known.shard, peer.shard
+    if isinstance(known, AbsentPeer) and not known.address:
+        return (a.dim, a.metric, a.graph_id) == (b.dim, b.metric, b.graph_id)
+    return (a.generation, a.count, a.image_checksum) == (b.generation, b.count, b.image_checksum)
+
+
+def _alike(peers: list[Peer]) -> list[Peer]:
+    """Those that hold one image, nearest first; older generations are passed over. Raises `InvalidInputError`."""
+    newest = max(peer.shard.generation for peer in peers)
+    current = []
+    for peer in sorted(peers, key=lambda peer: (not isinstance(peer, OwnPeer), peer.link.rpc_s)):
+        if peer.shard.generation < newest:
+            log.warning("%s is passed over: generation %d, and %d is the newest", peer, peer.shard.generation, newest)
+            peer.close()
+            continue
+        current.append(peer)
+    for peer in current[1:]:
+        if not _is_same(current[0], peer):
+            raise InvalidInputError(
+                f"{current[0]} and {peer} are given as owners of one shard, and hold different ones", shard=peer.index
+            )
+    return current

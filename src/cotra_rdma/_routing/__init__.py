@@ -1,0 +1,1 @@
+"""Which shards a query needs: coarse tables, and Compass over them."""

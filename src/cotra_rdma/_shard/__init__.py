@@ -1,0 +1,1 @@
+"""One shard: built, saved, opened, and searched in place."""

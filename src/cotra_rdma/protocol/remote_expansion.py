@@ -1,0 +1,191 @@
+"""The payloads of pushed expansions (58, 59): a round of walks, in which an owner expands the nodes of its shard that they chose.
+
+The page is docs/reference/wire.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._core.remote_expansion import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
+from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.protocol.envelope import MAX_PAYLOAD_BYTES, Buffer, Payload, encode_array
+from cotra_rdma.protocol.msgpack_io import Reader, array_prefix, bin_prefix
+
+_MAX_BATCH_BYTES = 16 << 20
+_NEIGHBOUR_BYTES = 12  # a number, an estimate and its weight
+_REQUEST_FIELDS, _RESPONSE_FIELDS = 4, 6
+_ALIGNMENT = 8  # the C shim reads what was received where it lies
+_HEAD_BYTES = 1024  # of an answer that is no error, beside its arrays: generously
+
+
+def split_pushes(pushes: npt.NDArray[np.void], dim: int, degree: int) -> Iterator[slice]:
+    """Parts of a round that are a message each, for one would be too large: one part in ordinary cases.
+
+    Args:
+        pushes: `PUSH_DTYPE`[n]; those of one query follow each other.
+        dim: of the queries, each of which is sent with the first of its pushes in a part.
+        degree: neighbours of a node, at most.
+    """
+    if not len(pushes):
+        return
+    fresh = np.append(True, pushes["query"][1:] != pushes["query"][:-1])
+    asked_bytes = np.cumsum(PUSH_DTYPE.itemsize + 4 * dim * fresh)
+    most = _MAX_BATCH_BYTES // _told_bytes(1, degree)
+    begin = 0
+    while begin < len(pushes):
+        before = asked_bytes[begin - 1] if begin else 0
+        room = before + _MAX_BATCH_BYTES - (0 if fresh[begin] else 4 * dim)
+        end = max(begin + 1, min(begin + most, int(np.searchsorted(asked_bytes, room, "right"))))
+        yield slice(begin, end)
+        begin = end
+
+
+def check_fits(n_pushes: int, degree: int) -> None:
+    """Raises `InvalidInputError` where the answer to so many pushes may not fit a message, before anything is made of them."""
+    if _told_bytes(n_pushes, degree) > MAX_PAYLOAD_BYTES - _HEAD_BYTES:
+        raise InvalidInputError(f"{n_pushes} nodes of {degree} neighbours do not fit one answer: ask for fewer at once")
+
+
+def _told_bytes(n: int, degree: int) -> int:
+    return n * (EXPANSION_DTYPE.itemsize + _NEIGHBOUR_BYTES * degree)
+
+
+def _bytes_of(array: npt.NDArray[Any], dtype: Any) -> memoryview:
+    return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
+
+
+def _in_parts(head: bytes, *fields: memoryview) -> tuple[Buffer, ...]:
+    """A payload whose large fields are the arrays' own memory."""
+    parts: list[Buffer] = [head]
+    for field in fields:
+        parts += [bin_prefix(len(field)), field]
+    return tuple(parts)
+
+
+def _take(reader: Reader, dtype: Any, what: str) -> npt.NDArray[Any]:
+    """A bin field as numbers, in memory that C may read: a view of what was received where that is aligned."""
+    field, size = reader.binary(), np.dtype(dtype).itemsize
+    if len(field) % size:
+        raise FormatError(f"{what}: a field of {len(field)} bytes, of items of {size}")
+    array = np.frombuffer(field, dtype)
+    return array.copy() if array.__array_interface__["data"][0] % _ALIGNMENT else array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpandRequest:
+    """Type 58: [collection str, dim u32, queries bin, pushes bin].
+
+    Attributes:
+        collection: a name; "" where the owner serves one shard.
+        queries: float32[n_queries, dim]: those that occur in `pushes`.
+        pushes: `PUSH_DTYPE`[n]; those of one query follow each other, or it is slower.
+    """
+
+    collection: str
+    queries: npt.NDArray[np.float32]
+    pushes: npt.NDArray[np.void]
+
+    @classmethod
+    def of(cls, queries: npt.NDArray[np.float32], pushes: npt.NDArray[np.void]) -> ExpandRequest:
+        """With those of the queries only that occur in `pushes`, which are numbered anew.
+
+        Raises `InvalidInputError` for a push of a query that is not there.
+        """
+        used, numbers = np.unique(pushes["query"], return_inverse=True)
+        if len(used) and used[-1] >= len(queries):
+            raise InvalidInputError(f"a node to expand for query {used[-1]} of {len(queries)}")
+        pushes = pushes.copy()
+        pushes["query"] = numbers
+        return cls("", queries[used], pushes)
+
+    def encode(self) -> tuple[Buffer, ...]:
+        """The payload in parts."""
+        head = array_prefix(_REQUEST_FIELDS) + encode_array(self.collection) + encode_array(self.queries.shape[1])
+        return _in_parts(head, _bytes_of(self.queries, "<f4"), _bytes_of(self.pushes, PUSH_DTYPE))
+
+    @classmethod
+    def decode(cls, payload: Payload) -> ExpandRequest:
+        """Reads a payload; whether the rows are there, and the queries finite, is for who expands them to check.
+
+        Raises `FormatError`.
+        """
+        what = "expand request"
+        reader = Reader(payload, what)
+        if reader.array() != _REQUEST_FIELDS:
+            raise FormatError(f"{what}: an array of {_REQUEST_FIELDS} was expected")
+        collection, dim = reader.text(), reader.unsigned()
+        flat, pushes = _take(reader, "<f4", what), _take(reader, PUSH_DTYPE, what)
+        reader.end()
+        if not dim or len(flat) % dim:
+            raise FormatError(f"{what}: {len(flat)} numbers are no queries of dim {dim}")
+        queries = flat.reshape(-1, dim)
+        if len(pushes) and int(pushes["query"].max()) >= len(queries):
+            raise FormatError(f"{what}: a node for query {pushes['query'].max()} of {len(queries)}")
+        if np.isnan(pushes["limit"]).any():
+            raise FormatError(f"{what}: a limit is NaN")
+        return cls(collection, queries, pushes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpandResponse:
+    """Type 59: [code u32, message str, expansions bin, numbers bin, estimates bin, weights bin].
+
+    Attributes:
+        code, message: as in `SearchResponse`; with an error the rest is empty.
+        told: what became of the pushes.
+    """
+
+    code: int
+    message: str
+    told: Expansions
+
+    @classmethod
+    def failed(cls, code: int, message: str) -> ExpandResponse:
+        """An answer that only says what went wrong."""
+        return cls(code, message, Expansions.none())
+
+    def encode(self) -> tuple[Buffer, ...]:
+        """The payload in parts: the large fields are the arrays' own memory."""
+        head = array_prefix(_RESPONSE_FIELDS) + encode_array(self.code) + encode_array(self.message)
+        told = self.told
+        return _in_parts(
+            head,
+            _bytes_of(told.found, EXPANSION_DTYPE),
+            _bytes_of(told.numbers, "<u4"),
+            _bytes_of(told.estimates, "<f4"),
+            _bytes_of(told.weights, "<f4"),
+        )
+
+    @classmethod
+    def decode(cls, payload: Payload) -> ExpandResponse:
+        """Reads a payload. That there are as many expansions as pushes is for who asked to check, and that a number is one of
+        the graph's for the engine.
+
+        Raises `FormatError`.
+        """
+        what = "expand response"
+        reader = Reader(payload, what)
+        if reader.array() != _RESPONSE_FIELDS:
+            raise FormatError(f"{what}: an array of {_RESPONSE_FIELDS} was expected")
+        code, message = reader.unsigned(), reader.text()
+        found = _take(reader, EXPANSION_DTYPE, what)
+        numbers = _take(reader, "<u4", what)
+        estimates, weights = _take(reader, "<f4", what), _take(reader, "<f4", what)
+        reader.end()
+        total = int(found["count"].sum(dtype=np.uint64))
+        if not total == len(numbers) == len(estimates) == len(weights):
+            raise FormatError(
+                f"{what}: {len(numbers)} neighbours, {len(estimates)} estimates and {len(weights)} weights where {total} are "
+                "counted"
+            )
+        if not (np.isfinite(found["distance"]).all() and np.isfinite(found["scale"]).all()):
+            raise FormatError(f"{what}: a distance is NaN or infinite")
+        if np.isnan(estimates).any():
+            raise FormatError(f"{what}: an estimate is NaN")
+        return cls(code, message, Expansions(found, numbers, estimates, weights))

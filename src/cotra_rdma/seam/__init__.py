@@ -1,0 +1,1 @@
+"""NodeDB's `VectorShardSeam`, and the algorithms behind it."""

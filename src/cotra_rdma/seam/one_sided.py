@@ -1,0 +1,228 @@
+"""`CoTraRdma`: the graph walk by one-sided READs as an algorithm of the seam."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._core.memory_region import MemoryRegion
+from cotra_rdma._core.query_checks import pack_filter
+from cotra_rdma._core.stop import wait_for
+from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S
+from cotra_rdma._native.engine import merge
+from cotra_rdma._owner.server import Server
+from cotra_rdma._reader.cluster import Cluster
+from cotra_rdma._reader.connection import ONE_SIDED
+from cotra_rdma.errors import DeadlineError, InvalidInputError
+from cotra_rdma.protocol.messages import DEFAULT_BEAM
+from cotra_rdma.protocol.rpc import ClientKeys
+from cotra_rdma.seam.interface import ShardRef, VectorShardSeam
+from cotra_rdma.seam.scatter_gather import Gathered, ScatterGather, SeamResult, ShardOutcome, ShardStatus, add_stats
+
+log = logging.getLogger(__name__)
+
+
+class CoTraRdma(VectorShardSeam):
+    """Walks the graphs of shards whose memory can be read, and asks the owners of the others by `ScatterGather`; of one graph
+    over all shards, has them expand nodes for the one walk.
+
+    Which shard was reached how is in `SeamResult.transports`, in `by_rpc`, and logged once.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster | None = None,
+        *,
+        server: Server | None = None,
+        fallback: ScatterGather | None = None,
+        keys: ClientKeys | None = None,
+    ) -> None:
+        """A reader's side (`cluster`), an owner's (`server`), or both.
+
+        Args:
+            cluster: what to search; stays the caller's to close.
+            server: what exposes this side's own shard; stays the caller's.
+            fallback: asks the shards that cannot be read, in their order; stays the caller's. None: one is made where it is
+                needed, and closed by `close`.
+            keys: CURVE keys for the one that is made.
+        """
+        self._cluster = cluster
+        self._server = server
+        transports = () if cluster is None else cluster.transports
+        self._read = [at for at, name in enumerate(transports) if name in ONE_SIDED]
+        self._asked = [at for at, name in enumerate(transports) if name not in ONE_SIDED]
+        self._fallback, self._own = fallback, False
+        if cluster is not None and self._asked:
+            if fallback is None:
+                places = {ShardRef(0, at): cluster.addresses[at] for at in self._asked}
+                self._fallback, self._own = ScatterGather.connect(places, keys=keys), True
+            elif len(fallback.shards) != len(self._asked):
+                raise InvalidInputError(f"a fallback of {len(fallback.shards)} shards for {len(self._asked)}")
+            for at in self._asked:
+                why = cluster.passed_over[at] or "rpc was asked for"
+                log.info("shard %d (%s) cannot be read and is asked over RPC: %s", at, cluster.addresses[at], why)
+
+    @property
+    def by_rpc(self) -> tuple[int, ...]:
+        """Positions of the cluster's shards that cannot be read, and are asked over RPC."""
+        return tuple(self._asked)
+
+    def exposed_region(self) -> MemoryRegion | None:
+        """The server's region; without a server, that of the cluster's shard, where it has just one (`Cluster.regions` has
+        all). None: peers fall back to RPC, or to shared memory on the same host."""
+        if self._server is not None:
+            return self._server.exposed_region()
+        regions = () if self._cluster is None else self._cluster.regions
+        return regions[0] if len(regions) == 1 else None
+
+    def search(
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        ef: int = 64,
+        beam: int = DEFAULT_BEAM,
+        n_threads: int = 1,
+        *,
+        inflight: int = 0,
+        timeout_s: float | None = None,
+        allow_partial: bool = False,
+        filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
+    ) -> SeamResult:
+        """The k nearest vectors of each query over all shards, merged by distance, then shard, then id.
+
+        Args:
+            queries, k, ef, beam, n_threads, inflight: as `Cluster.search`.
+            timeout_s: how long the whole search may take. None: the walk as long as it goes on, and 5 s for all answers over RPC.
+            filters: as `Cluster.search`.
+            allow_partial: return what there is when shards that are asked over RPC fail. A READ that fails raises anyway,
+                but for one graph, which is walked around a shard that has no owner left.
+
+        Raises:
+            PartialResultError: as `ScatterGather.search`. Others as `Cluster.search`.
+        """
+        if self._cluster is None:
+            raise InvalidInputError("this CoTraRdma has no cluster to search, only a region to expose")
+        if self._cluster.one_graph:
+            return self._walk_one_graph(
+                queries, k, ef, beam, n_threads, inflight, timeout_s, filters, allow_partial=allow_partial
+            )
+        begin = time.perf_counter()
+        asking = None
+        if self._fallback is not None and self._asked:
+            bitmaps = {}
+            for place, at in enumerate(self._asked):
+                bitmap = None if filters is None else pack_filter(filters[at], self._cluster.counts[at])
+                if bitmap is not None:
+                    bitmaps[self._fallback.shards[place].vshard_id] = bitmap
+            patience = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+            asking = self._fallback.start_gather(queries, k, ef, beam, timeout_s=patience, filters=bitmaps)
+        try:
+            walked = self._cluster.walk(
+                queries, k, ef, beam, n_threads, inflight=inflight, timeout_s=timeout_s, filters=filters
+            )
+            walked_s = time.perf_counter() - begin
+            if asking is not None:
+                wait_for([asking])
+            asked = None if asking is None else asking.result()
+        except BaseException:
+            if asking is not None:
+                asking.cancel()
+            raise
+        gathered = self._together(walked, asked, walked_s)
+        result = SeamResult(
+            *merge(gathered.labels, gathered.distances),
+            gathered.stats,
+            self._cluster.transports,
+            time.perf_counter() - begin,
+            gathered.coverage(),
+            tuple(gathered.outcomes),
+        )
+        if not allow_partial:
+            result.require_whole()
+        return result
+
+    def _walk_one_graph(
+        self,
+        queries: npt.ArrayLike,
+        k: int,
+        ef: int,
+        beam: int,
+        n_threads: int,
+        inflight: int,
+        timeout_s: float | None,
+        filters: Sequence[npt.ArrayLike | bytes | None] | None,
+        *,
+        allow_partial: bool,
+    ) -> SeamResult:
+        """One walk over all shards: there is nothing for a fallback to gather, owners that cannot be read expand nodes for it."""
+        assert self._cluster is not None
+        found = self._cluster.search(
+            queries,
+            k,
+            ef,
+            beam,
+            n_threads,
+            inflight=inflight,
+            timeout_s=timeout_s,
+            filters=filters,
+            allow_partial=True,
+        )
+        outcomes = []
+        for at in range(len(found.transports)):
+            error = found.failures.get(at)
+            late = isinstance(error, DeadlineError)
+            status = ShardStatus.ANSWERED if error is None else ShardStatus.TIMED_OUT if late else ShardStatus.FAILED
+            reason = "" if error is None else str(error)
+            outcomes.append(ShardOutcome(ShardRef(0, at), status, len(found.ids), reason, error, found.elapsed_s))
+        result = SeamResult(
+            found.ids,
+            found.distances,
+            found.shards,
+            found.stats,
+            found.transports,
+            found.elapsed_s,
+            found.coverage,
+            tuple(outcomes),
+        )
+        if not allow_partial:
+            result.require_whole()
+        return result
+
+    def _together(
+        self,
+        walked: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]],
+        asked: Gathered | None,
+        walked_s: float,
+    ) -> Gathered:
+        """The answers of both kinds of shards, in the cluster's order."""
+        _, n, k = walked[0].shape
+        n_shards = len(self._read) + len(self._asked)
+        shards = tuple(ShardRef(0, at) for at in range(n_shards))
+        labels = np.empty((n_shards, n, k), np.int64)
+        distances = np.empty((n_shards, n, k), np.float32)
+        stats = walked[2].copy()
+        labels[self._read], distances[self._read] = walked[0], walked[1]
+        outcomes = [ShardOutcome(shard, ShardStatus.ANSWERED, n, elapsed_s=walked_s) for shard in shards]
+        if asked is not None:
+            labels[self._asked], distances[self._asked] = asked.labels, asked.distances
+            add_stats(stats, asked.stats)
+            for at, outcome in zip(self._asked, asked.outcomes, strict=True):
+                outcomes[at] = outcome
+        return Gathered(shards, labels, distances, stats, np.ones((n_shards, n), np.bool_), outcomes)
+
+    def close(self) -> None:
+        """Closes the fallback that it made. Idempotent."""
+        if self._own and self._fallback is not None:
+            self._fallback.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
