@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma._build.processes import Usage
-from cotra_rdma._collection.manifest import build_collection
 from cotra_rdma.datasets import open_vectors
 
 HNSWLIB = """

@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 
 import cotra_rdma
-from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._native.channel import FabricModel
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.datasets import open_vectors

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from cotra_rdma._reader.result import SearchResult
-    from cotra_rdma.seam.scatter_gather import SeamResult
+from typing import Any, Protocol
 
 
 class CotraError(Exception):
@@ -101,6 +97,22 @@ class PeerError(CotraError):
     """A peer answered a request with an error; the message is the peer's."""
 
 
+class PartialAnswer(Protocol):
+    """What a `SearchResult` and a `SeamResult` have in common."""
+
+    @property
+    def ids(self) -> Any:
+        """int64[n_queries, k], -1 in empty places; of a `SeamResult` int64[k]."""
+
+    @property
+    def distances(self) -> Any:
+        """float32 likewise."""
+
+    @property
+    def coverage(self) -> float:
+        """The share of the shards that answered."""
+
+
 class PartialResultError(TransportError):
     """Some shards did not answer, and a partial answer was not asked for; the message names them.
 
@@ -108,7 +120,7 @@ class PartialResultError(TransportError):
         result: what the others answered: a `SearchResult`, whose `failures` say why, or a `SeamResult`, whose `outcomes` do.
     """
 
-    def __init__(self, message: str, result: SearchResult | SeamResult, *, shard: int | None = None) -> None:
+    def __init__(self, message: str, result: PartialAnswer, *, shard: int | None = None) -> None:
         super().__init__(message, shard=shard)
         self.result = result
 

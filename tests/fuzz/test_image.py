@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from cotra_rdma import Arena, ChecksumError, CotraError, FormatError, Shard
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import View
 from cotra_rdma._native.library import lib
+from cotra_rdma._native.view import View
 from helpers.image import (
     HEADER_BYTES,
     HEADER_FIELDS,

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from cotra_rdma import Arena, ChecksumError, CotraError, FormatError, Shard
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import View
 from cotra_rdma._native.library import lib
-from cotra_rdma._native.lists import IvfTable
+from cotra_rdma._native.list_engine import IvfTable
+from cotra_rdma._native.view import View
 from helpers.image import IVF_FIELDS, IVF_HEADER_BYTES, GuardedMemory, Image, checksum, image_bytes
 from helpers.lists import spire_of
 from helpers.properties import fixed

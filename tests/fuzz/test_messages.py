@@ -15,18 +15,11 @@ from cotra_rdma import FormatError
 from cotra_rdma._core.remote_expansion import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
 from cotra_rdma.protocol.collection_search import CollectionResponse
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType, join
-from cotra_rdma.protocol.messages import (
-    BuildExchangeRequest,
-    BuildExchangeResponse,
-    CentroidTable,
-    CoarseRouteRequest,
-    CoarseRouteResponse,
+from cotra_rdma.protocol.regions import (
     QueuePairFields,
     RegionFields,
     RegionRequest,
     RegionResponse,
-    SearchRequest,
-    SearchResponse,
     ShardFields,
     SharedMemoryFields,
     ViewFields,
@@ -35,6 +28,14 @@ from cotra_rdma.protocol.messages import (
     encode_region,
 )
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
+from cotra_rdma.protocol.search import SearchRequest, SearchResponse
+from cotra_rdma.protocol.tables import (
+    BuildExchangeRequest,
+    BuildExchangeResponse,
+    CentroidTable,
+    CoarseRouteRequest,
+    CoarseRouteResponse,
+)
 from helpers.properties import fixed
 
 Decoder = Callable[[Any], Any]

@@ -15,7 +15,8 @@ import pytest
 
 from cotra_rdma import Arena, BoundsError, ClosedError, InvalidInputError, Shard
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import Engine, View
+from cotra_rdma._native.graph_engine import Engine
+from cotra_rdma._native.view import View
 from helpers.lists import spire_of
 
 OpenChannel = Callable[[Arena], Channel]

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from cotra_rdma import Arena, Shard
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import Engine, View
+from cotra_rdma._native.graph_engine import Engine
+from cotra_rdma._native.view import View
 
 HEADER_BYTES, RECORD_HEAD_BYTES, BLOCK = 4096, 32, 32
 _U64 = ["image_bytes", "count", "deleted_count", "upper_count", "generation", "seed", "records_offset", "nav_offset"]

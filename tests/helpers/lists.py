@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from cotra_rdma import Arena
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import View
-from cotra_rdma._native.lists import IvfTable, SpireEngine
+from cotra_rdma._native.list_engine import IvfTable, SpireEngine
+from cotra_rdma._native.view import View
 
 Open = Callable[[Arena], Channel]
 

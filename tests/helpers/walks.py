@@ -12,7 +12,8 @@ import numpy.typing as npt
 from cotra_rdma import CotraError, Shard
 from cotra_rdma._core.remote_expansion import PUSH_DTYPE, Expansions
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import Engine, View
+from cotra_rdma._native.graph_engine import Engine
+from cotra_rdma._native.view import View
 from helpers.image import HEADER_BYTES, RECORD_HEAD_BYTES, Image, image_bytes
 from quality.families import Doubles, Floats
 

@@ -10,9 +10,10 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import InvalidInputError, Server, Shard
-from cotra_rdma._collection.manifest import build_collection, coarse_of, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import coarse_of, shard_paths
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
+from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 
 ROWS, QUERIES, DIM, N_SHARDS = 3000, 40, 16, 3
 BOUND = 25

@@ -17,8 +17,9 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import Shard
-from cotra_rdma._collection.manifest import build_collection, shard_paths
-from cotra_rdma._native.engine import simd_level
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import shard_paths
+from cotra_rdma._native.graph_engine import simd_level
 from cotra_rdma.datasets import open_vectors
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -12,9 +12,10 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import Cluster, Shard
-from cotra_rdma._collection.manifest import build_collection, coarse_of, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import coarse_of, shard_paths
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
+from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 from quality.families import Family, around
 from quality.filtered import Rows, ask_among, check_answers, only
 from quality.measure import Ids, Truth, build_graph

@@ -11,7 +11,8 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import Cluster, Shard
-from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma.datasets import open_vectors
 from quality import families
 from quality.families import Family

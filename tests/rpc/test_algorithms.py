@@ -27,16 +27,17 @@ from cotra_rdma import (
     TransportError,
     ZmqDispatch,
 )
-from cotra_rdma._collection.manifest import Collection, build_collection, coarse_of, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import Collection, coarse_of, shard_paths
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import View
-from cotra_rdma._native.lists import IvfTable
+from cotra_rdma._native.list_engine import IvfTable
+from cotra_rdma._native.view import View
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._reader.cost_model import Link
 from cotra_rdma._reader.planner import ALGORITHMS
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.envelope import VShardMessageType
-from cotra_rdma.protocol.messages import BuildExchangeRequest, CentroidTable, CoarseRouteResponse
+from cotra_rdma.protocol.tables import BuildExchangeRequest, CentroidTable, CoarseRouteResponse
 from cotra_rdma.seam.interface import BuildExchangeFailed, ShardRef, ShardSubset, exchange_with_peers
 from helpers.image import image_bytes
 from helpers.lists import distances_to_all, recall_of

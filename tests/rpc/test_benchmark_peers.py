@@ -11,7 +11,7 @@ import pytest
 from cotra_rdma._bench.data import DataSet, nearest
 from cotra_rdma._bench.runner import Plan
 from cotra_rdma._bench.scaling.peers import Owners, measure_homes, measure_losses
-from cotra_rdma._collection.manifest import build_collection
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma.errors import InvalidInputError
 
 Floats = npt.NDArray[np.float32]

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import CotraError, DeadlineError, FormatError, InvalidInputError, PeerError, Shard, TransportError
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma._build.machine import build_on_machine
 from cotra_rdma._build.network_mail import NetworkMail
-from cotra_rdma._collection.manifest import build_collection
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.protocol.messages import BuildExchangeRequest
 from cotra_rdma.protocol.rpc import RpcServer
+from cotra_rdma.protocol.tables import BuildExchangeRequest
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 1500, 3

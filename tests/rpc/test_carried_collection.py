@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cotra_rdma._collection.manifest import MANIFEST, build_collection
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import MANIFEST
 from cotra_rdma._collection.owner_probe import ask_owners
 from cotra_rdma._collection.owners_file import OWNERS, add, load
 from cotra_rdma._diagnose.inspection import inspect_collection, inspect_owners

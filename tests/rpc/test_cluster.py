@@ -32,10 +32,10 @@ from cotra_rdma import (
     TransportError,
     VerbsUnavailableError,
 )
-from cotra_rdma._native.engine import merge
+from cotra_rdma._native.merge import merge
 from cotra_rdma._owner import server as server_module
 from cotra_rdma._owner.child_process import OwnerProcess
-from cotra_rdma.protocol import messages
+from cotra_rdma.protocol import search
 
 Floats = npt.NDArray[np.float32]
 HERE = ("shm", "rpc")
@@ -220,7 +220,7 @@ class TestSearch:
     def test_a_large_batch_goes_in_parts_over_rpc(
         self, opened: list[Shard], addresses: list[str], queries: Floats, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(messages, "_MAX_BATCH_BYTES", 20_000)
+        monkeypatch.setattr(search, "_MAX_BATCH_BYTES", 20_000)
         with cotra_rdma.connect(addresses, transport="rpc") as cluster:
             result = cluster.search(queries, k=10, ef=50)
         np.testing.assert_array_equal(result.ids, in_process(opened, queries, 10, 50)[0])

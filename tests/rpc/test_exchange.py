@@ -14,7 +14,7 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import FormatError, InvalidInputError, Server, Shard, ZmqDispatch
-from cotra_rdma.protocol.messages import (
+from cotra_rdma.protocol.tables import (
     BuildExchangeRequest,
     BuildExchangeResponse,
     CentroidTable,

@@ -32,10 +32,11 @@ from cotra_rdma import (
     Shard,
     Stop,
 )
-from cotra_rdma._collection.manifest import build_collection, coarse_of, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import coarse_of, shard_paths
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.envelope import VShardMessageType
-from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
+from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 from helpers.begun import GENEROUS_S, Signaller, heeding_ctrl_c, waited
 
 Floats = npt.NDArray[np.float32]

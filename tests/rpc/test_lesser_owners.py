@@ -12,7 +12,8 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import Cluster, FabricModel
-from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._reader import replicas
 from cotra_rdma.datasets import open_vectors

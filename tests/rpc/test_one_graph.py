@@ -13,7 +13,8 @@ from cotra_rdma import CompletionError, FabricModel, InvalidInputError, PartialR
 from cotra_rdma._bench.data import DataSet
 from cotra_rdma._bench.runner import Plan, run
 from cotra_rdma._bench.systems import Split, open_systems
-from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.seam.interface import ShardRef

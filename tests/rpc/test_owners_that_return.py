@@ -17,13 +17,14 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import ClosedError, Cluster, CotraError, FabricModel, Server, Shard, TransportError
-from cotra_rdma._collection.manifest import build_collection, coarse_of, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import coarse_of, shard_paths
 from cotra_rdma._reader import cluster
 from cotra_rdma._reader import replicas as replicas_module
 from cotra_rdma._reader.connection import Peer
 from cotra_rdma._reader.replicas import Owner
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
+from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 2000, 4

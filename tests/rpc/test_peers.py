@@ -23,16 +23,17 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import FormatError, InvalidInputError, SearchResult, Server, Shard, TransportError
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection import owners_file as owners
-from cotra_rdma._collection.manifest import MANIFEST, Collection, build_collection, coarse_of, shard_paths
+from cotra_rdma._collection.manifest import MANIFEST, Collection, coarse_of, shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._owner.peering import Peering, Walks
 from cotra_rdma.cli import demo
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.collection_search import CollectionResponse
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType, join
-from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
 from cotra_rdma.protocol.rpc import RpcServer
+from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS, N_QUERIES = 2000, 4, 100

@@ -31,17 +31,20 @@ from cotra_rdma import (
 from cotra_rdma._core.remote_expansion import PUSH_DTYPE, Expansions
 from cotra_rdma._core.stop import Stop
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import Engine, View
+from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.verbs import QueuePairOptions
+from cotra_rdma._native.view import View
+from cotra_rdma._owner import server as server_module
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._owner.expander import Expander
 from cotra_rdma._reader.batch import SearchJob
 from cotra_rdma._reader.connection import Peer
-from cotra_rdma.protocol import messages
 from cotra_rdma.protocol import remote_expansion as expansion_messages
+from cotra_rdma.protocol import search
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType, fields_of, join
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
 from cotra_rdma.protocol.rpc import RpcServer
+from cotra_rdma.protocol.search import SearchRequest, SearchResponse
 
 Floats = npt.NDArray[np.float32]
 EXPAND = VShardMessageType.VECTOR_EXPAND_REQUEST
@@ -363,7 +366,7 @@ class TestViews:
         self, shard: Shard, peer: Peer, queries: Floats, monkeypatch: pytest.MonkeyPatch, piece: int | None
     ) -> None:
         if piece is not None:
-            monkeypatch.setattr(messages, "VIEW_PIECE_BYTES", piece)
+            monkeypatch.setattr(server_module, "VIEW_PIECE_BYTES", piece)
         with Channel.shm(shard.arena, slot_bytes=4096) as channel, View.open(channel) as read, peer.load_view() as view:
             assert (view.info, view.nbytes) == (read.info, read.nbytes)
             with Engine.create([view], [channel]) as one, Engine.create([read], [channel]) as other:
@@ -445,7 +448,7 @@ class TestWholeCollection:
         with cotra_rdma.connect(addresses) as cluster:
             owners[1].search_with(cluster)
             expected = cluster.search(queries, k=10, ef=50)
-            monkeypatch.setattr(messages, "_MAX_BATCH_BYTES", 20_000)
+            monkeypatch.setattr(search, "_MAX_BATCH_BYTES", 20_000)
             found = cluster._peers[1].search_all(job_of(queries))
             assert owners[1].request_counts[VShardMessageType.VECTOR_SCATTER_REQUEST] > 3
             np.testing.assert_array_equal(found.labels, expected.ids)
@@ -495,9 +498,9 @@ class TestWholeCollection:
                 peer.search_all(job_of(queries, filters=(None, None)), [cluster.images[0], 12])
             with pytest.raises(PeerError, match="a filter"):
                 peer.search_all(job_of(queries, filters=(b"\0", None)), cluster.images)
-            request = messages.SearchRequest("", queries[:1], 10, 50, bytes(250), scope=1).encode()
+            request = SearchRequest("", queries[:1], 10, 50, bytes(250), scope=1).encode()
             reply = peer._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, 5000)
-            assert "a filter is for the rows of one shard" in messages.SearchResponse.decode(reply.payload).message
+            assert "a filter is for the rows of one shard" in SearchResponse.decode(reply.payload).message
             with pytest.raises(PeerError, match="ef must be a whole number"):
                 peer.search_all(job_of(queries, ef=2**31))
             cluster.close()

@@ -15,13 +15,14 @@ import pytest
 
 import cotra_rdma
 from cotra_rdma import Cluster, FabricModel, FormatError, InvalidInputError, Server, Shard, TransportError
-from cotra_rdma._collection.manifest import build_collection, coarse_of, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import coarse_of, shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._reader.halo import far_links
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType
-from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
 from cotra_rdma.protocol.rpc import RpcServer
+from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 4000, 4

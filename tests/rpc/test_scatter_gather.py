@@ -36,11 +36,12 @@ from cotra_rdma import (
     VectorShardSeam,
     ZmqDispatch,
 )
-from cotra_rdma._native.engine import OWNER_STATS_DTYPE, merge
+from cotra_rdma._core.stats import OWNER_STATS_DTYPE
+from cotra_rdma._native.merge import merge
 from cotra_rdma._owner.child_process import OwnerProcess
-from cotra_rdma.protocol import messages
+from cotra_rdma.protocol import search as search_messages
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType
-from cotra_rdma.protocol.messages import SearchRequest, SearchResponse
+from cotra_rdma.protocol.search import SearchRequest, SearchResponse
 from cotra_rdma.seam.interface import ShardRef, ShardSubset
 
 Floats = npt.NDArray[np.float32]
@@ -156,7 +157,7 @@ class TestOwners:
     def test_a_large_batch_goes_in_parts(
         self, opened: list[Shard], addresses: list[str], queries: Floats, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(messages, "_MAX_BATCH_BYTES", 20_000)
+        monkeypatch.setattr(search_messages, "_MAX_BATCH_BYTES", 20_000)
         with ScatterGather.connect(addresses) as gatherer:
             result = gatherer.search_sync(queries, 10, 50)
         np.testing.assert_array_equal(result.ids, in_process(opened, queries, 10, 50)[0])

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Shard
-from cotra_rdma._collection.manifest import build_collection
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma._native.verbs import Device, devices
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import VerbsUnavailableError

@@ -27,18 +27,15 @@ from cotra_rdma._native.library import check, new_error
 from cotra_rdma.cli import app
 from cotra_rdma.protocol.collection_search import CollectionResponse
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType
-from cotra_rdma.protocol.messages import (
+from cotra_rdma.protocol.regions import decode_region_request, decode_region_response, encode_region
+from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
+from cotra_rdma.protocol.search import SearchRequest, SearchResponse
+from cotra_rdma.protocol.tables import (
     BuildExchangeRequest,
     BuildExchangeResponse,
     CoarseRouteRequest,
     CoarseRouteResponse,
-    SearchRequest,
-    SearchResponse,
-    decode_region_request,
-    decode_region_response,
-    encode_region,
 )
-from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
 from helpers.rotation import rotate, signs
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from cotra_rdma._bench.data import DataSet
 from cotra_rdma._bench.libraries import SEED, load
 from cotra_rdma._bench.runner import Plan
 from cotra_rdma._bench.summary import Ratio
-from cotra_rdma._native.engine import ImageInfo
+from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._shard.shard import Shard
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "uint8": 1}

@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from cotra_rdma._native import engine
-from cotra_rdma._native import lists as ivf
+from cotra_rdma._native import graph_engine as engine
+from cotra_rdma._native import list_engine as ivf
 
 _CALLS = ("cotra_engine_search", "cotra_spire_search")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._native.engine import METRICS
+from cotra_rdma._core.constants import METRICS
 from cotra_rdma.datasets import HDF5_SUFFIXES, VectorFile, open_vectors, read_ground_truth, read_queries
 from cotra_rdma.errors import InvalidInputError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from cotra_rdma._bench.libraries import PACKAGES, library_version
 from cotra_rdma._diagnose.host import Host, Status, hugetlb
 from cotra_rdma._diagnose.verbs import devices_check, library_check, port_check
-from cotra_rdma._native.engine import simd_level
+from cotra_rdma._native.graph_engine import simd_level
 from cotra_rdma._native.verbs import Device, DeviceInfo, devices
 from cotra_rdma.errors import CotraError
 

@@ -16,10 +16,13 @@ from cotra_rdma._bench.data import DataSet, Ids, Queries, Rows
 from cotra_rdma._bench.libraries import LIBRARIES, SEED, Progress, library_version
 from cotra_rdma._bench.runner import Answer, Plan, Setting, System
 from cotra_rdma._bench.transports import MIXED, REMOTE, parse_transport
-from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._core.query_checks import pack_filter
 from cotra_rdma._native.channel import Channel, FabricModel
-from cotra_rdma._native.engine import Engine, RecordCache, View
+from cotra_rdma._native.graph_engine import Engine
+from cotra_rdma._native.record_cache import RecordCache
+from cotra_rdma._native.view import View
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._reader.cluster import Cluster, connect
 from cotra_rdma._shard.shard import Shard

@@ -21,13 +21,14 @@ import numpy as np
 from cotra_rdma._build.mail import told
 from cotra_rdma._build.network_mail import NetworkMail
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._collection.manifest import Collection, Publication, check_build, of_graph
+from cotra_rdma._collection.manifest import Collection
+from cotra_rdma._build.collection import Publication, check_build, of_graph
 from cotra_rdma.datasets import VectorFile
-from cotra_rdma._native.engine import ImageInfo
+from cotra_rdma._native.image import ImageInfo
 from cotra_rdma.errors import CotraError, InvalidInputError, PeerError, VerbsUnavailableError
 from cotra_rdma._build.cross_links import channel_of_fd
 from cotra_rdma._build.steps import BuildSpec, ShardBuilder, result_of
-from cotra_rdma.protocol.messages import BuildExchangeRequest
+from cotra_rdma.protocol.tables import BuildExchangeRequest
 from cotra_rdma._reader.connection import Peer
 from cotra_rdma.protocol.rpc import ClientKeys, RpcServer, ServerKeys, parse_address
 from cotra_rdma._owner.server import LEASE_S, serve

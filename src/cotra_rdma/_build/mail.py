@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.errors import FormatError
-from cotra_rdma.protocol.messages import BuildExchangeRequest
+from cotra_rdma.protocol.tables import BuildExchangeRequest
 
 T = TypeVar("T", bound=msgspec.Struct)
 

@@ -18,7 +18,7 @@ import msgspec
 
 from cotra_rdma._build.mail import told
 from cotra_rdma.errors import CotraError, DeadlineError, FormatError, InvalidInputError, PeerError, TransportError
-from cotra_rdma.protocol.messages import BuildExchangeRequest, BuildExchangeResponse
+from cotra_rdma.protocol.tables import BuildExchangeRequest, BuildExchangeResponse
 from cotra_rdma.protocol.rpc import ClientKeys, RpcClient, parse_address
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, decode_array, encode_array
 

@@ -42,14 +42,16 @@ from cotra_rdma._build.mail import (
 )
 from cotra_rdma._native.channel import Channel
 from cotra_rdma._routing.coarse_table import N_LISTS, CoarseTable
-from cotra_rdma._routing.compass import CALIBRATION_K, Calibration, HeldOut, calibrate, held_out_rows, nearest
+from cotra_rdma._routing.calibration import CALIBRATION_K, Calibration
+from cotra_rdma._routing.fit import HeldOut, calibrate, held_out_rows
+from cotra_rdma._routing.exact_neighbours import nearest
 from cotra_rdma.datasets import VectorFile, open_vectors
-from cotra_rdma._native.engine import ImageInfo
+from cotra_rdma._native.image import ImageInfo
 from cotra_rdma.errors import FormatError
 from cotra_rdma._core.exact import long_products
 from cotra_rdma._build.cross_links import GraphPlan, channel_of_file, link_shard
 from cotra_rdma._clustering.kmeans import Clusters, normalised
-from cotra_rdma.protocol.messages import BuildExchangeRequest, CentroidTable
+from cotra_rdma.protocol.tables import BuildExchangeRequest, CentroidTable
 from cotra_rdma._clustering.balanced import (
     PartModel,
     SlicePlan,

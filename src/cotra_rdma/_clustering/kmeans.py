@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma._core.constants import METRICS
 from cotra_rdma._core.exact import products
 from cotra_rdma.errors import InvalidInputError
 
@@ -22,7 +23,6 @@ Floats = npt.NDArray[np.float32]
 Parts = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int64]
 
-METRICS = ("l2", "ip", "cosine")
 ROWS_PER_CENTROID = 256
 """Of the sample that centroids are trained on, at most."""
 MAX_COMPONENT = 1e15

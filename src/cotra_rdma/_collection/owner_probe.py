@@ -10,8 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cotra_rdma.errors import CotraError
-from cotra_rdma.protocol import messages
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType
+from cotra_rdma.protocol.regions import (
+    WANT_CAPABILITIES,
+    RegionRequest,
+    ShardFields,
+    decode_region_response,
+    encode_region,
+)
 from cotra_rdma.protocol.rpc import ClientKeys, RpcClient, parse_address
 
 AT_ONCE = 32
@@ -30,7 +36,7 @@ class OwnerStatus:
     """
 
     address: str
-    serves: messages.ShardFields | None
+    serves: ShardFields | None
     transports: tuple[str, ...]
     latency_s: float
     problem: str
@@ -54,7 +60,7 @@ def ask_owners(addresses: Sequence[str], timeout_s: float, keys: ClientKeys | No
 
 def _ask(address: str, timeout_s: float, keys: ClientKeys | None) -> OwnerStatus:
     deadline = time.monotonic() + timeout_s
-    request = messages.encode_region(messages.RegionRequest(messages.WANT_CAPABILITIES, secrets.token_hex(8)))
+    request = encode_region(RegionRequest(WANT_CAPABILITIES, secrets.token_hex(8)))
     envelope = VShardEnvelope(WIRE_VERSION, VShardMessageType.VECTOR_MEM_REGION_REQUEST, 0, 0, 0, request)
 
     def left_ms() -> int:
@@ -68,7 +74,7 @@ def _ask(address: str, timeout_s: float, keys: ClientKeys | None) -> OwnerStatus
             begin = time.perf_counter()
             reply = client.call(envelope, left_ms())
             latency_s = time.perf_counter() - begin
-        answer = messages.decode_region_response(reply.payload)
+        answer = decode_region_response(reply.payload)
     except (CotraError, OSError, ValueError) as error:
         return OwnerStatus(address, None, (), 0.0, str(error) or type(error).__name__)
     if answer.code or answer.shard is None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._native.engine import ImageInfo
+from cotra_rdma._native.image import ImageInfo
 from cotra_rdma.errors import FormatError
 
 Read = Callable[[int, int], Any]

@@ -12,11 +12,12 @@ from cotra_rdma._collection import owners_file as owners
 from cotra_rdma._collection.manifest import Collection, collection_directory
 from cotra_rdma._collection.owner_probe import OwnerStatus, ask_owners
 from cotra_rdma._diagnose.graph_stats import GraphStats, Read, graph_stats
-from cotra_rdma._native.engine import ImageInfo, View
+from cotra_rdma._native.image import ImageInfo
+from cotra_rdma._native.view import View
 from cotra_rdma._reader.cluster import connect
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import CotraError, FormatError
-from cotra_rdma.protocol.messages import ShardFields, as_fields
+from cotra_rdma.protocol.regions import ShardFields, as_fields
 
 Progress = Callable[[str, int, int], None]
 """Called with (a shard's name, records looked at, records in all)."""

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from cotra_rdma._core.query_checks import check_queries
 from cotra_rdma._core.remote_expansion import Expansions
 from cotra_rdma._native.arena import Arena
-from cotra_rdma._native.engine import ImageInfo, View
+from cotra_rdma._native.image import ImageInfo
+from cotra_rdma._native.view import View
 from cotra_rdma.errors import InvalidInputError
 
 

@@ -16,7 +16,7 @@ from cotra_rdma._collection.owner_probe import OwnerStatus, ask_owners
 from cotra_rdma._owner.server import Server
 from cotra_rdma._reader.cluster import Cluster, connect
 from cotra_rdma.errors import ClosedError, CotraError, FormatError, InvalidInputError
-from cotra_rdma.protocol import messages
+from cotra_rdma.protocol.regions import ShardFields, as_fields
 from cotra_rdma.protocol.rpc import ClientKeys
 
 log = logging.getLogger(__name__)
@@ -219,6 +219,6 @@ class Peering:
         self.close()
 
 
-def _told_of(server: Server) -> messages.ShardFields:
-    told: messages.ShardFields = messages.as_fields(messages.ShardFields, server.shard.info)
+def _told_of(server: Server) -> ShardFields:
+    told: ShardFields = as_fields(ShardFields, server.shard.info)
     return told

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from cotra_rdma._core.memory_region import MemoryRegion
+from cotra_rdma._core.stats import MORE_STATS_DTYPE, pack_stats
 from cotra_rdma._native.arena import Arena
-from cotra_rdma._native.engine import MORE_STATS_DTYPE, pack_stats
 from cotra_rdma._native.memfd_handover import HandOver, boot_id
 from cotra_rdma._native.verbs import Device, MemoryRegistration, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma._owner.expander import Expander
@@ -30,11 +30,37 @@ from cotra_rdma.errors import (
     SearchCancelledError,
     VerbsUnavailableError,
 )
-from cotra_rdma.protocol import messages
 from cotra_rdma.protocol.collection_search import CollectionResponse
 from cotra_rdma.protocol.envelope import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.regions import (
+    VIEW_PIECE_BYTES,
+    WANT_CAPABILITIES,
+    WANT_LEASE,
+    WANT_QUEUE_PAIR,
+    WANT_RELEASE,
+    WANT_SHARED_MEMORY,
+    WANT_VIEW,
+    QueuePairFields,
+    RegionFields,
+    RegionRequest,
+    RegionResponse,
+    ShardFields,
+    SharedMemoryFields,
+    ViewFields,
+    as_fields,
+    decode_region_request,
+    encode_region,
+)
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, check_fits
 from cotra_rdma.protocol.rpc import Later, RpcServer, ServerKeys, asker
+from cotra_rdma.protocol.search import WHOLE_COLLECTION, SearchRequest, SearchResponse
+from cotra_rdma.protocol.tables import (
+    BuildExchangeRequest,
+    BuildExchangeResponse,
+    CentroidTable,
+    CoarseRouteRequest,
+    CoarseRouteResponse,
+)
 
 if TYPE_CHECKING:
     from cotra_rdma._reader.cluster import Cluster
@@ -46,7 +72,7 @@ LEASE_S = 60.0
 """A peer's queue pairs are taken back when nothing was heard of it for so many seconds."""
 MAX_LANES = 1024
 
-Exchange = Callable[[messages.BuildExchangeRequest], object]
+Exchange = Callable[[BuildExchangeRequest], object]
 """What takes the table that a peer sends at build time: from any of the server's threads, several at once maybe. What it
 returns is not looked at; what it raises is told to the peer, which may send the table again. A list's `append` will do."""
 
@@ -111,9 +137,9 @@ def serve(
 
 def _coarse_payload(coarse: Any) -> bytes | None:
     if isinstance(coarse, bytes):
-        messages.CoarseRouteResponse.decode(coarse)
+        CoarseRouteResponse.decode(coarse)
         return coarse
-    return None if coarse is None else messages.CoarseRouteResponse(0, "", messages.CentroidTable.of(coarse)).encode()
+    return None if coarse is None else CoarseRouteResponse(0, "", CentroidTable.of(coarse)).encode()
 
 
 class Server:
@@ -148,7 +174,7 @@ class Server:
             VShardMessageType.VECTOR_SCATTER_REQUEST: self._search,
             VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST: self._describe_coarsely,
             VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST: self._take_table,
-            VShardMessageType.VECTOR_MEM_REGION_REQUEST: lambda request: messages.encode_region(self._region(request)),
+            VShardMessageType.VECTOR_MEM_REGION_REQUEST: lambda request: encode_region(self._region(request)),
             VShardMessageType.VECTOR_EXPAND_REQUEST: self._expand,
         }
         options = queue_pair or QueuePairOptions()
@@ -295,33 +321,33 @@ class Server:
 
     def _describe_coarsely(self, request: VShardEnvelope) -> bytes:
         try:
-            messages.CoarseRouteRequest.decode(request.payload)
+            CoarseRouteRequest.decode(request.payload)
             if self._coarse is None:
                 raise InvalidInputError("this owner has no coarse table: it serves without `coarse`")
             return self._coarse
         except CotraError as error:
-            return messages.CoarseRouteResponse.failed(1, str(error)).encode()
+            return CoarseRouteResponse.failed(1, str(error)).encode()
 
     def _take_table(self, request: VShardEnvelope) -> bytes:
         try:
-            table = messages.BuildExchangeRequest.decode(request.payload)
+            table = BuildExchangeRequest.decode(request.payload)
             if self._exchange is None:
                 raise InvalidInputError("this owner takes no tables of its peers: it serves without `exchange`")
             self._exchange(table)
-            return messages.BuildExchangeResponse().encode()
+            return BuildExchangeResponse().encode()
         except CotraError as error:
-            return messages.BuildExchangeResponse(1, str(error)).encode()
+            return BuildExchangeResponse(1, str(error)).encode()
         except Exception as error:  # the callback is not ours, and a peer that waits is owed an answer
             log.exception("%s: the exchange callback failed", self.address)
-            return messages.BuildExchangeResponse(1, f"{type(error).__name__}: {error}").encode()
+            return BuildExchangeResponse(1, f"{type(error).__name__}: {error}").encode()
 
     def _search(self, request: VShardEnvelope) -> Payload | Callable[[], Payload]:
         try:
             self._offered()
-            wanted = messages.SearchRequest.decode(request.payload)
+            wanted = SearchRequest.decode(request.payload)
             if len(wanted.queries) % self._shard.dim:
                 raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {self._shard.dim}")
-            if wanted.scope == messages.WHOLE_COLLECTION:
+            if wanted.scope == WHOLE_COLLECTION:
                 return lambda: self._search_collection(wanted)
             queries = wanted.queries.reshape(-1, self._shard.dim)
             labels, distances, stats = self._shard.search(
@@ -334,13 +360,13 @@ class Server:
                 stop=asker.get(),
             )
             incomplete = stats["incomplete"] if wanted.most else None
-            return messages.SearchResponse(0, "", labels, distances, pack_stats(stats), incomplete).encode()
+            return SearchResponse(0, "", labels, distances, pack_stats(stats), incomplete).encode()
         except SearchCancelledError:
             raise
         except (CotraError, MemoryError) as error:
-            return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+            return SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
 
-    def _search_collection(self, wanted: messages.SearchRequest) -> Payload:
+    def _search_collection(self, wanted: SearchRequest) -> Payload:
         """The search is this process's own: what it asks of other owners is about their shards, so none routes it on."""
         try:
             if wanted.filter_bitmap is not None:
@@ -362,7 +388,7 @@ class Server:
                 )
                 images = np.array(cluster.images, np.uint64)
             return CollectionResponse(
-                messages.SearchResponse(0, "", found.ids, found.distances, pack_stats(found.stats)),
+                SearchResponse(0, "", found.ids, found.distances, pack_stats(found.stats)),
                 images,
                 found.shards,
                 pack_stats(found.stats, MORE_STATS_DTYPE),
@@ -371,7 +397,7 @@ class Server:
         except SearchCancelledError:
             raise
         except (CotraError, MemoryError) as error:
-            return messages.SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+            return SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
 
     def _expand(self, request: VShardEnvelope) -> Payload:
         try:
@@ -392,56 +418,54 @@ class Server:
             raise InvalidInputError("this owner does not offer rpc")
         return self._expander
 
-    def _region(self, request: VShardEnvelope) -> messages.RegionResponse:
+    def _region(self, request: VShardEnvelope) -> RegionResponse:
         try:
-            wanted = messages.decode_region_request(request.payload)
+            wanted = decode_region_request(request.payload)
             self._renew(wanted.peer)
-            if wanted.want == messages.WANT_QUEUE_PAIR:
+            if wanted.want == WANT_QUEUE_PAIR:
                 return self._open_lane(wanted)
-            if wanted.want == messages.WANT_SHARED_MEMORY:
+            if wanted.want == WANT_SHARED_MEMORY:
                 return self._offer_memory()
-            if wanted.want == messages.WANT_VIEW:
+            if wanted.want == WANT_VIEW:
                 return self._offer_view(wanted.offset)
-            if wanted.want == messages.WANT_RELEASE:
+            if wanted.want == WANT_RELEASE:
                 self._release(lambda number, lane: lane.peer == wanted.peer and wanted.lane in (0, number))
-            elif wanted.want not in (messages.WANT_CAPABILITIES, messages.WANT_LEASE):
+            elif wanted.want not in (WANT_CAPABILITIES, WANT_LEASE):
                 raise InvalidInputError(f"want {wanted.want} is unknown")
             return self._describe()
         except (CotraError, MemoryError) as error:
-            return messages.RegionResponse(code=1, message=str(error))
+            return RegionResponse(code=1, message=str(error))
 
     def _describe(
         self,
         *,
-        queue_pair: messages.QueuePairFields | None = None,
+        queue_pair: QueuePairFields | None = None,
         lane: int = 0,
-        shared_memory: messages.SharedMemoryFields | None = None,
-        view: messages.ViewFields | None = None,
-    ) -> messages.RegionResponse:
+        shared_memory: SharedMemoryFields | None = None,
+        view: ViewFields | None = None,
+    ) -> RegionResponse:
         region = self.exposed_region()
-        return messages.RegionResponse(
-            shard=messages.as_fields(messages.ShardFields, self._shard.info),
+        return RegionResponse(
+            shard=as_fields(ShardFields, self._shard.info),
             transports={name: self.unavailable.get(name, "") for name in TRANSPORTS},
-            region=None if region is None else messages.as_fields(messages.RegionFields, region),
+            region=None if region is None else as_fields(RegionFields, region),
             queue_pair=queue_pair,
             lane=lane,
             shared_memory=shared_memory,
             view=view,
         )
 
-    def _offer_memory(self) -> messages.RegionResponse:
+    def _offer_memory(self) -> RegionResponse:
         if self._handover is None:
             raise InvalidInputError(f"shared memory: {self.unavailable['shm']}")
-        return self._describe(
-            shared_memory=messages.SharedMemoryFields(self._handover.name, self._handover.length, boot_id())
-        )
+        return self._describe(shared_memory=SharedMemoryFields(self._handover.name, self._handover.length, boot_id()))
 
-    def _offer_view(self, offset: int) -> messages.RegionResponse:
+    def _offer_view(self, offset: int) -> RegionResponse:
         expander = self._offered()
-        piece = expander.read_view(offset, messages.VIEW_PIECE_BYTES)
-        return self._describe(view=messages.ViewFields(expander.view_bytes, piece))
+        piece = expander.read_view(offset, VIEW_PIECE_BYTES)
+        return self._describe(view=ViewFields(expander.view_bytes, piece))
 
-    def _open_lane(self, wanted: messages.RegionRequest) -> messages.RegionResponse:
+    def _open_lane(self, wanted: RegionRequest) -> RegionResponse:
         if self._device is None:
             raise VerbsUnavailableError(self.unavailable["verbs"])
         if wanted.queue_pair is None:
@@ -459,7 +483,7 @@ class Server:
             number = next(self._lane_numbers)
             self._lanes[number] = _Lane(wanted.peer, queue_pair)
             self._heard[wanted.peer] = time.monotonic()
-        return self._describe(queue_pair=messages.as_fields(messages.QueuePairFields, queue_pair.local), lane=number)
+        return self._describe(queue_pair=as_fields(QueuePairFields, queue_pair.local), lane=number)
 
     def _renew(self, peer: str) -> None:
         """Notes that a peer that holds queue pairs lives."""

@@ -23,9 +23,10 @@ from cotra_rdma._collection.manifest import Collection, collection_directory
 from cotra_rdma._collection.owners_file import addresses_of, misfit
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.query_checks import check_most, check_queries, check_search, check_timeout, pack_filter
+from cotra_rdma._core.stats import COUNTS, STATS_DTYPE
 from cotra_rdma._core.stop import Progress, Stop
 from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S, Channel, FabricModel
-from cotra_rdma._native.engine import COUNTS, STATS_DTYPE, CacheInfo
+from cotra_rdma._native.record_cache import CacheInfo
 from cotra_rdma._native.verbs import QueuePairOptions
 from cotra_rdma._reader.batch import Answer, SearchJob
 from cotra_rdma._reader.connection import LOST, ONE_SIDED, READ, Peer, check_alike
@@ -38,7 +39,7 @@ from cotra_rdma._reader.home_search import Homes
 from cotra_rdma._reader.planner import Plan, Planner
 from cotra_rdma._reader.replicas import Owner, Replicas, Tried
 from cotra_rdma._reader.result import SearchResult
-from cotra_rdma._routing.compass import DEFAULT_TARGET, Router
+from cotra_rdma._routing.router import DEFAULT_TARGET, Router
 from cotra_rdma.errors import (
     ClosedError,
     CotraError,

@@ -18,17 +18,21 @@ import numpy.typing as npt
 
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.remote_expansion import Expansions
+from cotra_rdma._core.stats import STATS_DTYPE, unpack_stats
 from cotra_rdma._core.stop import Stop
+from cotra_rdma._native import memfd_handover as handover
 from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.channel import Channel, FabricModel
-from cotra_rdma._native.engine import STATS_DTYPE, ImageInfo, RecordCache, Source, View, unpack_stats
-from cotra_rdma._native import memfd_handover as handover
-from cotra_rdma._native.lists import IvfTable
+from cotra_rdma._native.graph_engine import Source
+from cotra_rdma._native.image import ImageInfo
+from cotra_rdma._native.list_engine import IvfTable
+from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
+from cotra_rdma._native.view import View
 from cotra_rdma._reader.batch import Answer, CollectionAnswer, OutOfTimeError, SearchJob
 from cotra_rdma._reader.cost_model import Link
+from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
-from cotra_rdma._routing.compass import Calibration
 from cotra_rdma.errors import (
     CotraError,
     DeadlineError,
@@ -38,11 +42,26 @@ from cotra_rdma.errors import (
     TransportError,
     VerbsUnavailableError,
 )
-from cotra_rdma.protocol import messages
 from cotra_rdma.protocol.collection_search import CollectionResponse
 from cotra_rdma.protocol.envelope import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.regions import (
+    WANT_CAPABILITIES,
+    WANT_LEASE,
+    WANT_QUEUE_PAIR,
+    WANT_RELEASE,
+    WANT_SHARED_MEMORY,
+    WANT_VIEW,
+    QueuePairFields,
+    RegionRequest,
+    RegionResponse,
+    as_fields,
+    decode_region_response,
+    encode_region,
+)
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, split_pushes
 from cotra_rdma.protocol.rpc import ClientKeys, RpcClient, parse_address
+from cotra_rdma.protocol.search import WHOLE_COLLECTION, SearchRequest, SearchResponse, queries_per_message
+from cotra_rdma.protocol.tables import CoarseRouteRequest, CoarseRouteResponse
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +101,7 @@ class Peer:
             raise
 
     def _introduce(self) -> None:
-        self.capabilities = self._ask(messages.WANT_CAPABILITIES)
+        self.capabilities = self._ask(WANT_CAPABILITIES)
         shard = self.capabilities.shard
         if shard is None:
             raise FormatError(f"{self}: the answer does not describe the shard")
@@ -162,28 +181,28 @@ class Peer:
     def _ask(
         self,
         want: int,
-        queue_pair: messages.QueuePairFields | None = None,
+        queue_pair: QueuePairFields | None = None,
         lane: int = 0,
         timeout_ms: int | None = None,
         offset: int = 0,
-    ) -> messages.RegionResponse:
-        request = messages.RegionRequest(want, self._name, queue_pair, lane, offset)
+    ) -> RegionResponse:
+        request = RegionRequest(want, self._name, queue_pair, lane, offset)
         reply = self._call(
-            VShardMessageType.VECTOR_MEM_REGION_REQUEST, messages.encode_region(request), timeout_ms or self._timeout_ms
+            VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._timeout_ms
         )
-        answer = messages.decode_region_response(reply.payload)
+        answer = decode_region_response(reply.payload)
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
         return answer
 
     def _ask_coarse(self) -> None:
         """The shard from afar, where its owner tells: what Compass chooses by."""
-        request = messages.CoarseRouteRequest().encode()
+        request = CoarseRouteRequest().encode()
         reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._timeout_ms)
         self._take_coarse(reply.payload)
 
     def _take_coarse(self, payload: Payload) -> None:
-        answer = messages.CoarseRouteResponse.decode(payload)
+        answer = CoarseRouteResponse.decode(payload)
         if answer.code == 0:
             table = answer.table
             self.coarse = CoarseTable(
@@ -229,7 +248,7 @@ class Peer:
         raise TransportError(f"{self}: no transport works: {self.passed_over}", shard=self.index)
 
     def _map(self) -> None:
-        offer = self._ask(messages.WANT_SHARED_MEMORY).shared_memory
+        offer = self._ask(WANT_SHARED_MEMORY).shared_memory
         if offer is None or offer.boot_id != handover.boot_id():
             raise TransportError(f"{self} is on another host", shard=self.index)
         self._arena = handover.receive(offer.socket, offer.length)
@@ -312,7 +331,7 @@ class Peer:
     def _open_verbs(self, stack: ExitStack, slots: int, slot_bytes: int) -> Channel:
         assert self._device is not None
         queue_pair = stack.enter_context(QueuePair(self._device, self._options))
-        answer = self._ask(messages.WANT_QUEUE_PAIR, messages.as_fields(messages.QueuePairFields, queue_pair.local))
+        answer = self._ask(WANT_QUEUE_PAIR, as_fields(QueuePairFields, queue_pair.local))
         stack.callback(self._release, answer.lane)
         if answer.queue_pair is None or answer.region is None:
             raise FormatError(f"{self}: the answer has no queue pair", shard=self.index)
@@ -325,14 +344,14 @@ class Peer:
         if self._gone:
             return
         try:
-            self._ask(messages.WANT_RELEASE, lane=lane, timeout_ms=_RELEASE_TIMEOUT_MS)
+            self._ask(WANT_RELEASE, lane=lane, timeout_ms=_RELEASE_TIMEOUT_MS)
         except CotraError as error:
             log.debug("%s: its queue pair was not released: %s", self, error)
             self._gone = True
 
     def renew(self) -> None:
         """Keeps the queue pairs that the owner holds for this reader."""
-        self._ask(messages.WANT_LEASE)
+        self._ask(WANT_LEASE)
 
     # ---- RPC ----
 
@@ -347,7 +366,7 @@ class Peer:
         distances = np.full(labels.shape, np.inf, np.float32)
         stats = np.zeros(len(job.queries), STATS_DTYPE)
         filtered = job.filters is not None and job.filters[0] is not None
-        rows = messages.queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filtered)
+        rows = queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filtered)
         for begin in range(0, len(asked), rows):
             part = asked[begin : begin + rows]
             labels[part], distances[part], stats[part] = self._search_part(job, job.queries[part])
@@ -366,10 +385,10 @@ class Peer:
 
     def _search_part(self, job: SearchJob, queries: npt.NDArray[np.float32]) -> Answer:
         bitmap = None if job.filters is None else job.filters[0]
-        request = messages.SearchRequest("", queries, job.k, job.ef, bitmap, job.beam, most=job.most or 0).encode()
+        request = SearchRequest("", queries, job.k, job.ef, bitmap, job.beam, most=job.most or 0).encode()
         begin = time.perf_counter_ns()
         reply = self._call_to_search(job, request)
-        answer = messages.SearchResponse.decode(reply.payload)
+        answer = SearchResponse.decode(reply.payload)
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
         if answer.labels.shape != (len(queries), job.k):
@@ -398,7 +417,7 @@ class Peer:
         if job.mask is not None:
             raise InvalidInputError("a search that a peer makes of the whole collection takes no mask")
         filters = None if job.filters is None else tuple(zip(images, job.filters, strict=True))
-        rows = messages.queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filters is not None)
+        rows = queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filters is not None)
         starts = range(0, max(len(job.queries), 1), rows)
         parts = []
         for begin in starts:
@@ -418,8 +437,8 @@ class Peer:
         queries: npt.NDArray[np.float32],
         filters: tuple[tuple[int, bytes | None], ...] | None,
     ) -> CollectionAnswer:
-        scope = messages.WHOLE_COLLECTION
-        wanted = messages.SearchRequest("", queries, job.k, job.ef, None, job.beam, scope, job.most or 0, filters)
+        scope = WHOLE_COLLECTION
+        wanted = SearchRequest("", queries, job.k, job.ef, None, job.beam, scope, job.most or 0, filters)
         request = wanted.encode()
         begin = time.perf_counter_ns()
         reply = self._call_to_search(job, request)
@@ -447,7 +466,7 @@ class Peer:
         self._check_expands()
         data, length = bytearray(), 0
         while not data or len(data) < length:
-            piece = self._ask(messages.WANT_VIEW, offset=len(data)).view
+            piece = self._ask(WANT_VIEW, offset=len(data)).view
             length = length or (piece.length if piece is not None else 0)
             left = length - len(data)
             if piece is None or piece.length != length or not 0 < len(piece.data) <= left <= self.shard.image_bytes:

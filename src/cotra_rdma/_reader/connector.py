@@ -13,7 +13,7 @@ from cotra_rdma._reader.connection import Peer
 from cotra_rdma._reader.local_connection import OwnPeer
 from cotra_rdma._reader.replicas import Owner
 from cotra_rdma.errors import CotraError, TransportError
-from cotra_rdma.protocol.messages import ShardFields
+from cotra_rdma.protocol.regions import ShardFields
 from cotra_rdma.protocol.rpc import ClientKeys, parse_address
 
 log = logging.getLogger(__name__)

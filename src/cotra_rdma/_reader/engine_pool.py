@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._core.remote_expansion import Expansions
+from cotra_rdma._core.stats import STATS_DTYPE
 from cotra_rdma._core.stop import wait_for
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import MOST_SLOTS, STATS_DTYPE, Engine, Source, View
-from cotra_rdma._native.lists import MAX_PROBE, SpireEngine
+from cotra_rdma._native.graph_engine import MOST_SLOTS, Engine, Source
+from cotra_rdma._native.list_engine import MAX_PROBE, SpireEngine
+from cotra_rdma._native.view import View
 from cotra_rdma._reader.batch import Answer, OutOfTimeError, SearchJob
 from cotra_rdma._reader.connection import Peer
 from cotra_rdma.errors import CotraError, DeadlineError, InvalidInputError, SearchCancelledError

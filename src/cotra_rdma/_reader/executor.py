@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._native.engine import COUNTS, STATS_DTYPE, merge
+from cotra_rdma._core.stats import COUNTS, STATS_DTYPE
+from cotra_rdma._native.merge import merge
 from cotra_rdma._reader.batch import Answer, OutOfTimeError, SearchJob
 from cotra_rdma._reader.connection import LOST, Peer
 from cotra_rdma._reader.engine_pool import LanePool, OnlyAskedError, named

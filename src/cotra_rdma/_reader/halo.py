@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._native.arena import Arena
-from cotra_rdma._native.engine import ImageInfo
+from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._reader.connection import READ, Peer
 from cotra_rdma.errors import InvalidInputError
 

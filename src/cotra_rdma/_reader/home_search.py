@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._native.engine import STATS_DTYPE
+from cotra_rdma._core.stats import STATS_DTYPE
 from cotra_rdma._reader.batch import CollectionAnswer, OutOfTimeError, SearchJob
 from cotra_rdma._reader.connection import LOST, Peer
 from cotra_rdma._reader.executor import Gatherer, Merged, used_of

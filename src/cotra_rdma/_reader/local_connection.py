@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import Source
+from cotra_rdma._native.graph_engine import Source
 from cotra_rdma._native.verbs import Device
 from cotra_rdma._reader.connection import Peer
 from cotra_rdma._shard.shard import Shard
-from cotra_rdma.protocol import messages
+from cotra_rdma.protocol.regions import RegionResponse, ShardFields, as_fields
 
 
 class Serving(Protocol):
@@ -41,10 +41,8 @@ class OwnPeer(Peer):
         self._owner = owner
         self._held = owner if isinstance(owner, Shard) else owner.shard
         self._begin(index, "own" if isinstance(owner, Shard) else owner.address, timeout_ms)
-        self.shard = messages.as_fields(messages.ShardFields, self._held.info)
-        self.capabilities = messages.RegionResponse(
-            shard=self.shard, transports={"own": "", "rpc": "it is this process"}
-        )
+        self.shard = as_fields(ShardFields, self._held.info)
+        self.capabilities = RegionResponse(shard=self.shard, transports={"own": "", "rpc": "it is this process"})
         self.link = replace(self.link, rpc_s=0.0)
         coarse = None if isinstance(owner, Shard) else owner.coarse
         if coarse is not None:

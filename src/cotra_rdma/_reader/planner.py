@@ -25,7 +25,7 @@ from cotra_rdma._reader.cost_model import (
     predict_read,
     pushed,
 )
-from cotra_rdma._routing.compass import Router
+from cotra_rdma._routing.router import Router
 from cotra_rdma.errors import InvalidInputError, TransportError
 
 ALGORITHMS = ("auto", "cotra", "home", "scatter-gather", "spire", "compass", "compass+scatter-gather", "compass+spire")

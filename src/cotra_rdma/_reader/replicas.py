@@ -13,7 +13,7 @@ from cotra_rdma._reader.batch import Answer, SearchJob
 from cotra_rdma._reader.connection import LOST, Peer
 from cotra_rdma._reader.local_connection import Owned, OwnPeer
 from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, TransportError
-from cotra_rdma.protocol import messages
+from cotra_rdma.protocol.regions import RegionResponse, ShardFields
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +26,13 @@ Tried = tuple[int, str]
 class AbsentPeer(Peer):
     """In the place of a shard that no owner can be reached of."""
 
-    def __init__(self, index: int, address: str, like: messages.ShardFields | None = None) -> None:
+    def __init__(self, index: int, address: str, like: ShardFields | None = None) -> None:
         """`like`: what is known of the shard, or of another one where it was never reached (`address` is "")."""
         self._begin(index, address, 1)
         self.transport = LOST
-        known = like or messages.ShardFields(0, "", 0, 0, 0, 0)
+        known = like or ShardFields(0, "", 0, 0, 0, 0)
         self.shard = known if address else msgspec.structs.replace(known, count=0, image_checksum=0)
-        self.capabilities = messages.RegionResponse(shard=self.shard, transports={"rpc": "it has no owner"})
+        self.capabilities = RegionResponse(shard=self.shard, transports={"rpc": "it has no owner"})
 
     def take_over(self, failed: Peer) -> None:
         """Keeps what is known of the shard, and its cache, for whoever comes back."""

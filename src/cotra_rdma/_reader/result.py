@@ -19,7 +19,7 @@ class SearchResult:
         ids: int64[n_queries, k], nearest first; -1 where there are fewer.
         distances: float32[n_queries, k], inf there.
         shards: int32[n_queries, k]: the position of the shard of each, in the order given to `connect`; -1 there.
-        stats: `cotra_rdma._native.engine.STATS_DTYPE`[n_queries]: reads, rounds (of the shard with most), expansions, cache_hits
+        stats: `cotra_rdma._core.stats.STATS_DTYPE`[n_queries]: reads, rounds (of the shard with most), expansions, cache_hits
             (upper-layer nodes looked at without a READ), cached_records (taken from a cache in place of as many READs), own
             (records of this process's own shards, used in place), pushed (nodes that owners expanded), read_bytes (messages
             of pushes included), latency_ns; all else summed over the shards.

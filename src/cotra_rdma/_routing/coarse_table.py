@@ -15,7 +15,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._clustering.kmeans import METRICS, Clusters, Progress, VectorSource, kmeans
+from cotra_rdma._clustering.kmeans import Clusters, Progress, VectorSource, kmeans
+from cotra_rdma._core.constants import METRICS
 from cotra_rdma.errors import FormatError, InvalidInputError
 
 N_LISTS = 64

@@ -20,13 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._clustering.kmeans import ArraySource, VectorSource
+from cotra_rdma._core.constants import METRICS, VECTOR_TYPES
 from cotra_rdma._core.query_checks import as_array, check_finite, check_most, check_queries, check_search, pack_filter
 from cotra_rdma._core.stop import Stop
 from cotra_rdma._native.arena import Arena, trim_memory
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import METRICS, VECTOR_TYPES, Engine, ImageInfo, View
+from cotra_rdma._native.graph_engine import Engine
+from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._native.library import Handle, check, ffi, lib, new_error
-from cotra_rdma._native.lists import MAX_BITS, IvfInfo, make_lists
+from cotra_rdma._native.list_engine import MAX_BITS, IvfInfo
+from cotra_rdma._native.view import View
+from cotra_rdma._shard.list_packer import make_lists
 from cotra_rdma.errors import DeadlineError, FormatError, InvalidInputError, LossyVectorError
 
 if TYPE_CHECKING:
@@ -92,7 +96,7 @@ class Shard:
             n_threads: 0 for all cores. With more than one, hnswlib's graph differs a little from run to run.
             progress: see `Progress`.
             generation: stored in the image; count it up when the same shard is rebuilt.
-            n_lists: inverted lists to put beside the graph (`cotra_rdma._native.lists`), at most n; 0 for none.
+            n_lists: inverted lists to put beside the graph (`cotra_rdma._native.list_engine`), at most n; 0 for none.
             ivf_bits: bits of each dimension in the lists' codes, 1 to 8.
             mean: float32[dim]: what codes are relative to, the same for all shards of one graph
                 (`cotra_rdma._build.cross_links`); None: the mean of these vectors (for cosine normalised).
@@ -371,7 +375,7 @@ class Shard:
 
         Returns:
             labels int64[n_queries, k] (-1 where there are fewer), distances float32[n_queries, k] (inf there), and one
-            `cotra_rdma._native.engine.STATS_DTYPE` record for each query.
+            `cotra_rdma._core.stats.STATS_DTYPE` record for each query.
 
         Raises:
             InvalidInputError: a wrong dim, NaN or infinity, k > ef, a filter of another length.

@@ -5,17 +5,39 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
+import typer.main
 
-from cotra_rdma.cli import bench, build, demo, doctor, info, output, search, serve
+from cotra_rdma.cli import output
 
 __all__ = ["app", "main"]
 
+VERBS = ("build", "serve", "search", "info", "doctor", "demo", "bench")
+
+
+class _Verbs(typer.core.TyperGroup):
+    """The verbs, each in a module of its name, which is imported when the verb is needed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        module = import_module(f"{__name__}.{cmd_name}")
+        alone = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
+        alone.command(cmd_name, epilog=module.EPILOG)(getattr(module, cmd_name))
+        return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name="cotra",
+    cls=_Verbs,
     help="Vector search in a peer's memory: HNSW graphs walked by one-sided RDMA READs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -24,13 +46,6 @@ app = typer.Typer(
     epilog="Exit status: 0 all went well; 1 an error, told in one line on stderr; 2 the command line was wrong; "
     "130 it was interrupted.",
 )
-app.command("build", epilog=build.EPILOG)(build.build)
-app.command("serve", epilog=serve.EPILOG)(serve.serve)
-app.command("search", epilog=search.EPILOG)(search.search)
-app.command("info", epilog=info.EPILOG)(info.info)
-app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
-app.command("demo", epilog=demo.EPILOG)(demo.demo)
-app.command("bench", epilog=bench.EPILOG)(bench.bench)
 
 
 def _print_version(wanted: bool) -> None:

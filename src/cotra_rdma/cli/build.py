@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma._build.machine import DEFAULT_TIMEOUT_S, build_on_machine
 from cotra_rdma._build.processes import Usage
-from cotra_rdma._collection.manifest import build_collection
-from cotra_rdma._native.lists import MAX_BITS
-from cotra_rdma._routing.compass import DEFAULT_TARGET
+from cotra_rdma._native.list_engine import MAX_BITS
+from cotra_rdma._routing.router import DEFAULT_TARGET
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import (
     ConstructionEf,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import typer
 
 from cotra_rdma._bench.data import recall
-from cotra_rdma._collection.manifest import build_collection
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._reader.cluster import Cluster, connect
 from cotra_rdma.cli import output

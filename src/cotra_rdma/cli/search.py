@@ -16,7 +16,7 @@ from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S
 from cotra_rdma._reader.cluster import connect
 from cotra_rdma._reader.cost_model import Prediction
 from cotra_rdma._reader.result import SearchResult
-from cotra_rdma._routing.compass import DEFAULT_TARGET
+from cotra_rdma._routing.router import DEFAULT_TARGET
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, input_file, transports
 from cotra_rdma.cli.targets import reachable, targets

@@ -25,7 +25,7 @@ from cotra_rdma.cli import output
 from cotra_rdma.cli.announce import announce_owners, announced_at
 from cotra_rdma.cli.options import Device, GidIndex, Json, comma_list, transports
 from cotra_rdma.errors import InvalidInputError
-from cotra_rdma.protocol.messages import CentroidTable, CoarseRouteResponse
+from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 
 EPILOG = """**Examples**
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from cotra_rdma.errors import FormatError
 from cotra_rdma.protocol.envelope import Buffer, Payload, decode_array, encode_array
-from cotra_rdma.protocol.messages import SearchResponse
 from cotra_rdma.protocol.msgpack_io import Reader, array_prefix, bin_prefix, binary
+from cotra_rdma.protocol.search import SearchResponse
 
 MORE_STATS_BYTES = 16
 _EXTENSION_FIELDS = 4

@@ -15,13 +15,13 @@ from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.query_checks import pack_filter
 from cotra_rdma._core.stop import wait_for
 from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S
-from cotra_rdma._native.engine import merge
+from cotra_rdma._native.merge import merge
 from cotra_rdma._owner.server import Server
 from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._reader.connection import ONE_SIDED
 from cotra_rdma.errors import DeadlineError, InvalidInputError
-from cotra_rdma.protocol.messages import DEFAULT_BEAM
 from cotra_rdma.protocol.rpc import ClientKeys
+from cotra_rdma.protocol.search import DEFAULT_BEAM
 from cotra_rdma.seam.interface import ShardRef, VectorShardSeam
 from cotra_rdma.seam.scatter_gather import Gathered, ScatterGather, SeamResult, ShardOutcome, ShardStatus, add_stats
 

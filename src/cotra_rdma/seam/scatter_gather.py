@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._core.query_checks import as_array, check_queries, check_search
-from cotra_rdma._native.engine import COUNTS, STATS_DTYPE, merge, unpack_stats
+from cotra_rdma._core.stats import COUNTS, STATS_DTYPE, unpack_stats
+from cotra_rdma._native.merge import merge
 from cotra_rdma.errors import FormatError, InvalidInputError, PartialResultError, PeerError
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType
-from cotra_rdma.protocol.messages import DEFAULT_BEAM, SearchRequest, SearchResponse, queries_per_message
 from cotra_rdma.protocol.rpc import ClientKeys
+from cotra_rdma.protocol.search import DEFAULT_BEAM, SearchRequest, SearchResponse, queries_per_message
 from cotra_rdma.seam.interface import ShardRef, ShardRpcDispatch, VectorShardSeam
 from cotra_rdma.seam.loop_thread import LoopThread
 from cotra_rdma.seam.zmq_dispatch import ZmqDispatch
@@ -77,7 +78,7 @@ class SeamResult:
         ids: int64[n_queries, k], nearest first; -1 where there are fewer.
         distances: float32[n_queries, k], inf there.
         shards: int32[n_queries, k]: the position of the shard of each, in the order that the shards were given in; -1 there.
-        stats: `cotra_rdma._native.engine.STATS_DTYPE`[n_queries]. Over RPC: no reads, `rounds` of messages, expansions and
+        stats: `cotra_rdma._core.stats.STATS_DTYPE`[n_queries]. Over RPC: no reads, `rounds` of messages, expansions and
             cache_hits of the owners where they tell, read_bytes of the messages both ways, the slowest owner's latency_ns.
         transports: for each shard what was used: "rpc", and with `CoTraRdma` "verbs" or "shm".
         elapsed_s: of the whole search, in seconds.

@@ -18,7 +18,7 @@ from owners import figure, start, stopped
 
 import cotra_rdma
 from cotra_rdma import Shard, TransportError
-from cotra_rdma._native.engine import merge
+from cotra_rdma._native.merge import merge
 from cotra_rdma._owner.child_process import OwnerProcess
 
 Floats = npt.NDArray[np.float32]

@@ -16,8 +16,15 @@ from typing import Any
 from cotra_rdma import MemoryRegion
 from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma._owner.child_process import OwnerProcess
-from cotra_rdma.protocol import messages
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.regions import (
+    WANT_QUEUE_PAIR,
+    QueuePairFields,
+    RegionRequest,
+    as_fields,
+    decode_region_response,
+    encode_region,
+)
 from cotra_rdma.protocol.rpc import RpcClient
 
 OUT = Path(os.environ["COTRA_RXE_OUT"])
@@ -53,13 +60,13 @@ def stopped(owners: list[OwnerProcess]) -> Iterator[None]:
 
 def ask(address: str, local: QueuePairAttributes) -> tuple[QueuePairAttributes, MemoryRegion]:
     """Hands a queue pair's attributes over, as any peer would by message type 56; the owner's, and its region."""
-    fields = messages.as_fields(messages.QueuePairFields, local)
-    request = messages.RegionRequest(messages.WANT_QUEUE_PAIR, "a-check", fields)
-    payload = messages.encode_region(request)
+    fields = as_fields(QueuePairFields, local)
+    request = RegionRequest(WANT_QUEUE_PAIR, "a-check", fields)
+    payload = encode_region(request)
     with RpcClient(address) as client:
         kind = VShardMessageType.VECTOR_MEM_REGION_REQUEST
         reply = client.call(VShardEnvelope(WIRE_VERSION, kind, 0, 0, 0, payload))
-    answer = messages.decode_region_response(reply.payload)
+    answer = decode_region_response(reply.payload)
     assert answer.code == 0, answer.message
     assert answer.queue_pair is not None
     assert answer.region is not None

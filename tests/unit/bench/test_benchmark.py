@@ -15,7 +15,7 @@ from cotra_rdma._bench.plot import check_plot, draw
 from cotra_rdma._bench.runner import Answer, Plan, Point, Setting, System, run
 from cotra_rdma._bench.summary import Comparison, Ratio, compare, label, why_not
 from cotra_rdma._bench.transports import is_zero_rtt, parse_transport
-from cotra_rdma._native.engine import STATS_DTYPE
+from cotra_rdma._core.stats import STATS_DTYPE
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import InvalidInputError
 

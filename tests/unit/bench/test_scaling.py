@@ -33,7 +33,8 @@ from cotra_rdma._bench.scaling.study import (
 )
 from cotra_rdma._bench.scaling.tables import scaling_tables
 from cotra_rdma._bench.transports import parse_transport
-from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import InvalidInputError

@@ -12,11 +12,15 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Arena, FormatError, InvalidInputError, Shard
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma._build.cross_links import Border, GraphPlan, channel_of_file, link_shard
 from cotra_rdma._clustering.kmeans import normalised
-from cotra_rdma._collection.manifest import Collection, build_collection, shard_paths
+from cotra_rdma._collection.manifest import Collection, shard_paths
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import Engine, RecordCache, View, merge
+from cotra_rdma._native.graph_engine import Engine
+from cotra_rdma._native.merge import merge
+from cotra_rdma._native.record_cache import RecordCache
+from cotra_rdma._native.view import View
 from cotra_rdma.datasets import open_vectors
 from helpers.image import HEADER_BYTES, Image, image_bytes, reader_of
 from helpers.rotation import rotate, signs

@@ -16,12 +16,13 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import FormatError, InvalidInputError, PeerError, Shard
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma._build.mail import DirectoryMail, ToldImage, ToldRows, numbers, told
 from cotra_rdma._build.processes import BuildProcesses, Usage
 from cotra_rdma._build.steps import STEPS, BuildSpec, builder_in
-from cotra_rdma._collection.manifest import Collection, build_collection
+from cotra_rdma._collection.manifest import Collection
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.protocol.messages import BuildExchangeRequest
+from cotra_rdma.protocol.tables import BuildExchangeRequest
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 1500, 3
@@ -145,14 +146,16 @@ MEMORY = """
 import json, sys
 import numpy as np
 from pathlib import Path
-from cotra_rdma import compass, global_graph, graph_build, kmeans, partition
+from cotra_rdma._build import cross_links, steps
+from cotra_rdma._clustering import balanced, kmeans
+from cotra_rdma._routing import exact_neighbours, model
 from cotra_rdma._build.processes import Usage
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma._build.steps import FIRST_ALONE, STEPS, BuildSpec, builder_in
 
 # Samples and chunks of a fixed size, made small: what is left grows with the shard, or not at all.
-graph_build._HELD_OUT = kmeans.ROWS_PER_CENTROID = partition.ROWS_PER_CENTROID = partition.ROWS_PER_PART = 16
-compass._CHUNK_FLOATS = kmeans._CHUNK_FLOATS = global_graph._CACHE_BYTES = 1 << 18
+steps._HELD_OUT = kmeans.ROWS_PER_CENTROID = balanced.ROWS_PER_CENTROID = balanced.ROWS_PER_PART = 16
+exact_neighbours.CHUNK_FLOATS = model.CHUNK_FLOATS = kmeans._CHUNK_FLOATS = cross_links._CACHE_BYTES = 1 << 18
 out, count, dim = Path(sys.argv[1]), int(sys.argv[2]), 1024
 loaded = Usage.of_this_process().peak_bytes
 generator = np.random.default_rng(0)

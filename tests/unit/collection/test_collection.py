@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cotra_rdma._collection.manifest import MANIFEST, Collection, build_collection, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import MANIFEST, Collection, shard_paths
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import CotraError, FormatError, InvalidInputError

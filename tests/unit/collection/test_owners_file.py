@@ -14,12 +14,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection import owners_file as owners
-from cotra_rdma._collection.manifest import MANIFEST, Collection, build_collection
+from cotra_rdma._collection.manifest import MANIFEST, Collection
 from cotra_rdma._collection.owners_file import OWNERS, add, addresses_of, load, misfit, prune, remove
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import FormatError, InvalidInputError
-from cotra_rdma.protocol.messages import ShardFields
+from cotra_rdma.protocol.regions import ShardFields
 
 HEAD = {"format": "cotra-owners", "format_version": 1}
 

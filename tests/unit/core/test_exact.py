@@ -60,7 +60,7 @@ def test_equations_and_directions() -> None:
 BUILD = """
 import sys
 import numpy as np
-from cotra_rdma._collection.manifest import build_collection
+from cotra_rdma._build.collection import build_collection
 from cotra_rdma.datasets import open_vectors
 knobs = {"M": 8, "ef_construction": 40, "n_threads": 1, "n_lists": 6}
 with open_vectors(sys.argv[1]) as rows:

@@ -15,11 +15,13 @@ import pytest
 
 from cotra_rdma import ClosedError, DeadlineError, FabricModel, SearchCancelledError, Shard, Stop
 from cotra_rdma._core import stop as stops
+from cotra_rdma._native import graph_engine as engines
+from cotra_rdma._native import list_engine as lists
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import Engine, RecordCache, Source, View
-from cotra_rdma._native import engine as engines
-from cotra_rdma._native import lists
-from cotra_rdma._native.lists import IvfTable, SpireEngine
+from cotra_rdma._native.graph_engine import Engine, Source
+from cotra_rdma._native.list_engine import IvfTable, SpireEngine
+from cotra_rdma._native.record_cache import RecordCache
+from cotra_rdma._native.view import View
 from helpers.begun import Signaller, waited
 
 Floats = npt.NDArray[np.float32]

@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cotra_rdma._collection.manifest import MANIFEST, Collection, build_collection
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import MANIFEST, Collection
 from cotra_rdma._collection.owners_file import OWNERS, add
 from cotra_rdma._diagnose import graph_stats as stats
 from cotra_rdma._diagnose import inspection
 from cotra_rdma._diagnose.graph_stats import GraphStats, degree_range, graph_stats
 from cotra_rdma._diagnose.inspection import inspect_collection, inspect_files, inspect_owners
-from cotra_rdma._native.engine import ImageInfo
+from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import FormatError

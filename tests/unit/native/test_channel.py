@@ -7,8 +7,9 @@ import pytest
 
 from cotra_rdma import Arena, ClosedError, DeadlineError, FabricModel, FormatError, InvalidInputError, Shard
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import Engine, View
+from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.library import lib
+from cotra_rdma._native.view import View
 
 
 def test_reads_that_nobody_waits_for_never_answer_a_later_call() -> None:

@@ -11,7 +11,7 @@ import pytest
 from cotra_rdma import Shard
 from cotra_rdma._core.remote_expansion import PUSH_DTYPE
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import View
+from cotra_rdma._native.view import View
 
 Floats = npt.NDArray[np.float32]
 Data = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]

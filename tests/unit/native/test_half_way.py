@@ -12,10 +12,14 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Arena, CotraError, FormatError, InvalidInputError, Shard, TransportError
-from cotra_rdma._collection.manifest import build_collection, shard_paths
+from cotra_rdma._build.collection import build_collection
+from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._core.query_checks import pack_filter
 from cotra_rdma._native.channel import Channel, FabricModel
-from cotra_rdma._native.engine import EXPANSION_DTYPE, MOST_SLOTS, Engine, Expansions, RecordCache, Source, View, merge
+from cotra_rdma._native.graph_engine import EXPANSION_DTYPE, MOST_SLOTS, Engine, Expansions, Source
+from cotra_rdma._native.merge import merge
+from cotra_rdma._native.record_cache import RecordCache
+from cotra_rdma._native.view import View
 from cotra_rdma.datasets import open_vectors
 from helpers.image import Image
 

@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotra_rdma import Arena, ClosedError, CompletionError, CotraError, FabricModel, MemlockError, Shard
+from cotra_rdma._core.stats import STATS_DTYPE
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import STATS_DTYPE, Engine, View
+from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.library import Handle, check, ffi, lib, new_error
-from cotra_rdma._native.lists import SPIRE_STATS_DTYPE
+from cotra_rdma._native.list_engine import SPIRE_STATS_DTYPE
+from cotra_rdma._native.view import View
 from helpers.properties import fixed
 
 HEADER = Path(__file__).parents[3] / "csrc" / "include" / "cotra.h"

@@ -11,7 +11,7 @@ import pytest
 from cotra_rdma import Shard
 from cotra_rdma._core.remote_expansion import PUSH_DTYPE
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import View
+from cotra_rdma._native.view import View
 from helpers.image import Image, image_bytes
 from helpers.walks import Estimates, Told, comparable, distances, recorded, vectors_of
 from quality.families import Doubles, Family, Floats, make

@@ -27,9 +27,10 @@ from cotra_rdma import (
 )
 from cotra_rdma._core.query_checks import pack_filter
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import View
 from cotra_rdma._native.library import lib
-from cotra_rdma._native.lists import IvfTable, SpireEngine, append_lists, make_lists, own_vectors
+from cotra_rdma._native.list_engine import IvfTable, SpireEngine
+from cotra_rdma._native.view import View
+from cotra_rdma._shard.list_packer import append_lists, make_lists, own_vectors
 from cotra_rdma.errors import StaleShardError
 from helpers.image import image_bytes
 from helpers.lists import distances_to_all, recall_of, spire_of

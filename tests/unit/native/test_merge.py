@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotra_rdma._native.engine import merge
 from cotra_rdma._native.library import ffi, lib, new_error
+from cotra_rdma._native.merge import merge
 from helpers.properties import fixed
 
 Answers = list[list[list[tuple[float, int]]]]  # [shard][query], each sorted by distance, then label

@@ -12,7 +12,9 @@ import pytest
 
 from cotra_rdma import Arena, ChecksumError, FabricModel, InvalidInputError, Shard
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import Engine, RecordCache, View
+from cotra_rdma._native.graph_engine import Engine
+from cotra_rdma._native.record_cache import RecordCache
+from cotra_rdma._native.view import View
 from cotra_rdma.errors import StaleShardError
 from helpers.image import HEADER_BYTES, RECORD_HEAD_BYTES, image_bytes
 

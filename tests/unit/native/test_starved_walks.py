@@ -11,10 +11,13 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Arena, CotraError, Shard
+from cotra_rdma._core.constants import METRICS
 from cotra_rdma._core.query_checks import pack_filter
 from cotra_rdma._core.remote_expansion import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import METRICS, Engine, RecordCache, View
+from cotra_rdma._native.graph_engine import Engine
+from cotra_rdma._native.record_cache import RecordCache
+from cotra_rdma._native.view import View
 from helpers.image import Image, image_bytes
 from helpers.walks import recorded
 from quality.families import Family

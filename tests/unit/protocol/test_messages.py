@@ -22,13 +22,11 @@ from cotra_rdma.protocol.envelope import (
     fields_of,
     join,
 )
-from cotra_rdma.protocol.messages import (
+from cotra_rdma.protocol.regions import (
     QueuePairFields,
     RegionFields,
     RegionRequest,
     RegionResponse,
-    SearchRequest,
-    SearchResponse,
     ShardFields,
     SharedMemoryFields,
     ViewFields,
@@ -37,6 +35,7 @@ from cotra_rdma.protocol.messages import (
     decode_region_response,
     encode_region,
 )
+from cotra_rdma.protocol.search import SearchRequest, SearchResponse
 from helpers.properties import fixed
 
 U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))

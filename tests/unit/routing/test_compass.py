@@ -13,9 +13,12 @@ import pytest
 
 from cotra_rdma._clustering.balanced import balanced_partition
 from cotra_rdma._clustering.kmeans import normalised
-from cotra_rdma._routing import compass
+from cotra_rdma._routing import router as compass
+from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
-from cotra_rdma._routing.compass import Calibration, HeldOut, Router, calibrate, exact_neighbours
+from cotra_rdma._routing.exact_neighbours import exact_neighbours
+from cotra_rdma._routing.fit import HeldOut, calibrate
+from cotra_rdma._routing.router import Router
 from cotra_rdma.errors import FormatError, InvalidInputError
 
 Floats = npt.NDArray[np.float32]

@@ -21,22 +21,24 @@ from cotra_rdma import BoundsError, CotraError, DeadlineError, FormatError, Inva
 from cotra_rdma._core import memory_region as region
 from cotra_rdma._core.remote_expansion import PUSH_DTYPE
 from cotra_rdma.protocol import envelope as wire
-from cotra_rdma.protocol.messages import (
+from cotra_rdma.protocol.regions import (
     WANT_CAPABILITIES,
-    BuildExchangeRequest,
-    BuildExchangeResponse,
-    CentroidTable,
-    CoarseRouteRequest,
-    CoarseRouteResponse,
     RegionRequest,
     RegionResponse,
-    SearchRequest,
-    SearchResponse,
     decode_region_request,
     decode_region_response,
     encode_region,
 )
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
+from cotra_rdma.protocol.search import SearchRequest, SearchResponse
+from cotra_rdma.protocol.tables import (
+    BuildExchangeRequest,
+    BuildExchangeResponse,
+    CentroidTable,
+    CoarseRouteRequest,
+    CoarseRouteResponse,
+)
+from cotra_rdma.seam import interface as seam
 from cotra_rdma.seam.interface import (
     BuildExchangeFailed,
     DirectMessagingUnsupported,
@@ -53,7 +55,6 @@ from cotra_rdma.seam.interface import (
     VShardMessageType,
     exchange_with_peers,
 )
-from cotra_rdma.seam.interface import interface as seam
 from helpers.properties import fixed
 
 U32, U64 = (st.integers(0, 2**bits - 1) for bits in (32, 64))

@@ -14,9 +14,11 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Arena, ChecksumError, CotraError, FormatError, InvalidInputError, Shard
+from cotra_rdma._core.stats import STATS_DTYPE
 from cotra_rdma._native.channel import Channel
-from cotra_rdma._native.engine import STATS_DTYPE, Engine, View
+from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.library import check, ffi, lib, new_error
+from cotra_rdma._native.view import View
 from cotra_rdma.errors import LossyVectorError
 from helpers.image import image_bytes, reader_of
 

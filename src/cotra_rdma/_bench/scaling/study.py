@@ -38,7 +38,9 @@ from cotra_rdma._bench.systems import Algorithm, Split, open_systems
 from cotra_rdma._bench.transports import parse_transport
 from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._native.channel import Channel, FabricModel
-from cotra_rdma._native.engine import Engine, ImageInfo, View
+from cotra_rdma._native.graph_engine import Engine
+from cotra_rdma._native.image import ImageInfo
+from cotra_rdma._native.view import View
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import InvalidInputError
 

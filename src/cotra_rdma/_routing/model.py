@@ -1,0 +1,220 @@
+"""The model of Compass: features of queries, and each shard's expected share of the neighbours.
+
+Two conditional logit models (McFadden 1974, "Conditional logit analysis of qualitative choice behavior"), one over the other:
+
+1. Over all inverted lists of all shards: the chance that one of the query's k nearest is in the list. Of list l, of n members
+   with centroid c and radius r, the mean squared distance to query q is d^2 + r^2 (d = |q - c|), and it spreads by about d r.
+   The model's features are log n; z, how many such spreads the query's k-th neighbour is likely below that mean; d^2 less that
+   of the nearest list; and the part of d^2 in the few directions in which the lists are widest.
+2. Over the shards: the logarithm of the sum of 1., how far the query is from the shard's mean and from its closest list, and
+   how uncertain 1. is. Each shard also has an offset and a slope of its own on that logarithm, held near 0 by a ridge: data
+   has shards that are neighbours of everything, and shards that nothing is near to.
+
+Shards whose expected share of the neighbours is below a threshold are left out. Which threshold loses how much recall was
+measured, at build, on held-out vectors with their exact neighbours; queries that are distributed otherwise lose otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma._clustering.kmeans import normalised
+from cotra_rdma._core.arrays import Floats, Ids, Mask, Wide
+from cotra_rdma._core.exact import exp, log, products
+from cotra_rdma._routing.calibration import Calibration
+from cotra_rdma._routing.coarse_table import CoarseTable, check_tables
+from cotra_rdma._routing.exact_neighbours import CHUNK_FLOATS
+
+_EDGE = 0.45  # spreads below the mean of the closest list: about where its nearest members are
+
+
+@dataclass(slots=True)
+class RawFeatures:
+    """What the tables tell of some queries; all float32."""
+
+    gaps: Floats  # [n, lists]: d^2, or for ip what stands for it
+    mean: Floats  # [n, lists]: of the members' squared distances
+    spread: Floats  # [n, lists]: half of what they spread by
+    along: Floats  # [n, lists]: the part of d^2 along the axes
+    shard_gaps: Floats  # [n, shards]: d^2 to the shard's mean
+
+
+class ShardModel:
+    """The tables made ready for matrix products, and the features of queries.
+
+    For cosine, queries are normalised: then squared l2 ranks as cosine does. For ip only a query's direction matters; it is
+    scaled to the length of the vectors, and a constant less 2 <q, c> stands for d^2.
+    """
+
+    def __init__(self, tables: Sequence[CoarseTable], metric: str, axes: Floats) -> None:
+        self.dim = check_tables(list(tables), metric)
+        self.metric = metric
+        lengths = [len(table) for table in tables]
+        self.n_lists = sum(lengths)
+        self.starts = np.cumsum([0, *lengths[:-1]])
+        self.shard_of = np.repeat(np.arange(len(tables)), lengths)
+        centroids = np.concatenate([table.centroids for table in tables])
+        self.sizes = np.concatenate([table.sizes for table in tables])
+        radii = np.concatenate([table.radii for table in tables])
+        self.centre = np.zeros(self.dim, np.float32)
+        if metric != "ip":
+            self.centre = np.average(centroids, axis=0, weights=self.sizes).astype(np.float32)
+        self.centroids = centroids - self.centre
+        weighted = self.centroids * self.sizes[:, np.newaxis].astype(np.float64)
+        counts = np.maximum(np.add.reduceat(self.sizes, self.starts), 1)
+        self.means = (np.add.reduceat(weighted, self.starts, axis=0) / counts[:, np.newaxis]).astype(np.float32)
+        unit = math.sqrt(float(np.average(np.square(radii.astype(np.float64)), weights=self.sizes)))
+        squares = np.square(self.centroids.astype(np.float64)).sum(axis=1)
+        # Every list a single point, or copies of one: distances count by those between the lists.
+        self.unit = unit or math.sqrt(float(squares.mean())) or 1.0
+        self.length = math.sqrt(float(np.average(squares, weights=self.sizes)) + unit**2)
+        self.offset = float(squares.max()) + self.length**2
+        self.radii = np.maximum(radii, 0.2 * self.unit).astype(np.float32)
+        self.radii_squared = np.square(radii)
+        self.squares = squares.astype(np.float32)
+        self.mean_squares = np.square(self.means).sum(axis=1)
+        self.log_sizes = log(np.maximum(self.sizes, 1e-3)).astype(np.float32)
+        self.axes = axes
+        self.projected = np.empty((self.n_lists, 0), np.float32)
+        if axes.size:
+            self.projected = products(self.centroids, axes).astype(np.float32)
+        self.chunk_rows = max(16, CHUNK_FLOATS // self.n_lists)
+
+    def raw(self, queries: Floats, own: Ids | None = None) -> RawFeatures:
+        """Of queries float32[n, dim]; of `own`, the list that each is a member of, it is taken out first."""
+        rows = self._prepared(queries)
+        gaps = self._gaps(rows, self.centroids, self.squares)
+        along = np.zeros((1, 1), np.float32)
+        if self.axes.size:
+            flat = products(rows, self.axes).astype(np.float32)
+            along = squared_gaps(flat, self.projected, np.square(self.projected).sum(axis=1))
+        if own is not None:
+            n = self.sizes[own].astype(np.float64)[:, np.newaxis]
+            members = normalised(queries) if self.metric == "cosine" else queries
+            without = ((n * self.centroids[own] - (members - self.centre)) / (n - 1)).astype(np.float32)
+            row = np.arange(len(rows))
+            if self.metric == "ip":
+                gaps[row, own] = np.maximum(self.offset - 2 * (rows * without).sum(axis=1), 0)
+            else:
+                gaps[row, own] = np.square(rows - without).sum(axis=1)
+            if self.axes.size:
+                along[row, own] = np.square(products(rows - without, self.axes)).sum(axis=1)
+        if self.metric == "ip":
+            mean, spread = gaps, np.broadcast_to(np.float32(self.length) * self.radii, gaps.shape)
+        else:
+            mean, spread = gaps + self.radii_squared, np.sqrt(gaps) * self.radii
+        spread = np.maximum(spread, np.float32(1e-3 * self.unit**2))
+        return RawFeatures(gaps, mean, spread, along, self._gaps(rows, self.means, self.mean_squares))
+
+    def nearest_shards(self, queries: Floats) -> Ids:
+        """int64[n]: the shard of the nearest list."""
+        found = np.empty(len(queries), np.int64)
+        for start in range(0, len(queries), self.chunk_rows):
+            rows = self._prepared(queries[start : start + self.chunk_rows])
+            gaps = self._gaps(rows, self.centroids, self.squares)
+            found[start : start + self.chunk_rows] = self.shard_of[gaps.argmin(axis=1)]
+        return found
+
+    def scaled(self, raw: RawFeatures) -> tuple[Floats, Floats]:
+        """z, and d^2 less that of the nearest list: float32[n, lists], both without a unit and at least 0."""
+        edge = (raw.mean - np.float32(2 * _EDGE) * raw.spread).min(axis=1, keepdims=True)
+        z = (raw.mean - edge) / (2 * raw.spread)
+        return z, (raw.gaps - raw.gaps.min(axis=1, keepdims=True)) / np.float32(self.unit**2)
+
+    def list_features(self, raw: RawFeatures, z: Floats, gap: Floats) -> list[Floats]:
+        """float32[n, lists] each."""
+        nearest = np.sqrt(raw.gaps.min(axis=1, keepdims=True)) / np.float32(self.unit)
+        far = log(nearest + np.float32(0.1)).astype(np.float32)
+        along = raw.along / np.float32(self.unit**2)
+        share = raw.along / (raw.gaps + np.float32(1e-6 * self.unit**2))
+        shape = z.shape
+        features = [self.log_sizes, z, z * z, z * far, z * z * far, gap, np.sqrt(gap), along, np.sqrt(along), share * z]
+        features.append(log(self.radii / np.float32(self.unit)).astype(np.float32))
+        return [np.broadcast_to(feature, shape) for feature in features]
+
+    def shard_features(self, raw: RawFeatures, list_weights: Wide, caps: Floats) -> Floats:
+        """float32[n, shards, features], from the first model's answer."""
+        z, gap = self.scaled(raw)
+        np.minimum(z, caps[0], out=z)
+        np.minimum(gap, caps[1], out=gap)
+        utility = np.zeros(z.shape, np.float32)
+        for weight, feature in zip(list_weights, self.list_features(raw, z, gap), strict=True):
+            utility += np.float32(weight) * feature
+        chances = softmax(utility)
+        shares = np.add.reduceat(chances, self.starts, axis=1)
+        log_shares = log(shares + np.float32(1e-6)).astype(np.float32)
+        doubt = -(shares * log_shares).sum(axis=1, keepdims=True)
+        unit = np.float32(self.unit)
+        mean = (raw.shard_gaps - raw.shard_gaps.min(axis=1, keepdims=True)) / unit**2
+        closest = np.sqrt(np.minimum.reduceat(raw.gaps, self.starts, axis=1)) / unit
+        closest = closest - closest.min(axis=1, keepdims=True)
+        features = [log_shares, mean, np.sqrt(mean), closest, log_shares**2, log_shares * doubt, mean * doubt]
+        return np.stack(features, axis=2)
+
+    def shares(self, queries: Floats, calibration: Calibration) -> Wide:
+        """float64[n, shards]."""
+        list_weights = np.array(calibration.list_weights)
+        weights = [
+            np.array(values)
+            for values in (calibration.shard_weights, calibration.shard_offsets, calibration.shard_slopes)
+        ]
+        caps = np.array(calibration.list_caps, np.float32)
+        found = np.empty((len(queries), len(self.starts)))
+        for start in range(0, len(queries), self.chunk_rows):
+            raw = self.raw(queries[start : start + self.chunk_rows])
+            features = self.shard_features(raw, list_weights, caps)
+            found[start : start + self.chunk_rows] = shard_shares(features, *weights)
+        return found
+
+    def _prepared(self, queries: Floats) -> Floats:
+        if self.metric == "l2":
+            return queries - self.centre
+        unit = normalised(queries)
+        return unit * np.float32(self.length) if self.metric == "ip" else unit - self.centre
+
+    def _gaps(self, rows: Floats, centroids: Floats, squares: Floats) -> Floats:
+        if self.metric != "ip":
+            return squared_gaps(rows, centroids, squares)
+        gaps: Floats = np.float32(self.offset) - 2 * products(rows, centroids).astype(np.float32)
+        return np.maximum(gaps, 0, out=gaps)
+
+
+def squared_gaps(rows: Floats, others: Floats, squares: Floats) -> Floats:
+    found = products(rows, others).astype(np.float32)
+    found *= -2
+    found += squares
+    found += np.square(rows).sum(axis=1)[:, np.newaxis]
+    return np.maximum(found, 0, out=found)
+
+
+def softmax(utility: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Along the second axis."""
+    chances = exp(utility - utility.max(axis=1, keepdims=True)).astype(utility.dtype)
+    chances /= chances.sum(axis=1, keepdims=True)
+    return np.asarray(chances)
+
+
+def at_least(shares: npt.NDArray[Any], threshold: float) -> Mask:
+    """Shards with such a share, and always the best one."""
+    mask = shares >= threshold
+    mask[np.arange(len(mask)), shares.argmax(axis=1)] = True
+    return np.asarray(mask)
+
+
+def weighted_sum(features: npt.NDArray[Any], weights: Wide) -> Wide:
+    """The sum of features [..., f], each times its weight: one after the other, in this order on every machine."""
+    total = np.zeros(features.shape[:-1])
+    for number, weight in enumerate(weights):
+        total += features[..., number] * weight
+    return total
+
+
+def shard_shares(features: Floats, weights: Wide, offsets: Wide, slopes: Wide) -> npt.NDArray[Any]:
+    """The second model's answer: float64[n, shards]."""
+    return softmax(weighted_sum(features, weights) + offsets + features[:, :, 0] * slopes)

@@ -1,0 +1,188 @@
+"""Searches: types 50 and 51, byte for byte. The answer to a search of the whole collection is in `collection_search`."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from cotra_rdma.errors import FormatError
+from cotra_rdma.protocol.envelope import Buffer, Payload, encode_array
+from cotra_rdma.protocol.msgpack_io import FLOAT32, FLOAT32_MARKER, Reader, array_prefix, bin_prefix, binary
+
+DEFAULT_BEAM = 8
+OWN_SHARD, WHOLE_COLLECTION = range(2)
+"""What a search is about: the owner's own shard, or the collection as the owner sees it."""
+_ANSWER_FIELDS = 7
+
+
+_MAX_BATCH_BYTES = 16 << 20
+_MAX_BATCH_EF = 1 << 18
+"""ef of all queries of a message: as many expansions, about, and as many microseconds. It must be answered in time."""
+STATS_BYTES = 32
+
+
+def queries_per_message(dim: int, k: int, ef: int, *, filtered: bool) -> int:
+    """How many queries a message of type 50 should hold at most: a large batch goes in several."""
+    fits = _MAX_BATCH_BYTES // max(5 * dim, 12 * k + STATS_BYTES)
+    return max(1, min(fits, _MAX_BATCH_EF // (16 * ef if filtered else ef)))
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRequest:
+    """Type 50, NodeDB's VectorScatterPayload: a MessagePack array, then the filter, then (ours) beam, scope and what follows.
+
+    Attributes:
+        collection: a name; "" where the owner serves one shard.
+        queries: float32[n * dim]: one query, or several one after the other; the owner knows dim.
+        top_k, ef_search: as `Cluster.search`'s k and ef.
+        filter_bitmap: bit i (of byte i // 8, lowest first) = local row i may be returned; None for no filter.
+        beam: expansions a round; only written when it is not the default, 8, or the scope follows.
+        scope: `OWN_SHARD`, or `WHOLE_COLLECTION`, which is answered with a `CollectionResponse`.
+        most: records that a walk expands at most; 0: as many as it takes.
+        filters: of a search of the whole collection: for each shard the checksum of its image, which names it, and a bitmap as
+            `filter_bitmap`, or None. None: no filter anywhere.
+    """
+
+    collection: str
+    queries: npt.NDArray[np.float32]
+    top_k: int
+    ef_search: int
+    filter_bitmap: bytes | None = None
+    beam: int = DEFAULT_BEAM
+    scope: int = OWN_SHARD
+    most: int = 0
+    filters: tuple[tuple[int, bytes | None], ...] | None = None
+
+    def encode(self) -> bytes:
+        """The payload."""
+        flat = np.ascontiguousarray(self.queries, np.float32).reshape(-1)
+        items = np.empty(len(flat), FLOAT32)
+        items["marker"], items["value"] = FLOAT32_MARKER, flat
+        parts = [
+            b"\x95",
+            encode_array(self.collection),
+            array_prefix(len(flat)),
+            items.tobytes(),
+            encode_array(self.top_k),
+            encode_array(self.ef_search),
+            encode_array(self.filter_bitmap is not None),
+        ]
+        if self.filter_bitmap is not None:
+            parts += [struct.pack("<I", len(self.filter_bitmap)), self.filter_bitmap]
+        extension = [self.beam, self.scope, self.most]
+        n = 3 if self.most else 2 if self.scope != OWN_SHARD else 1 if self.beam != DEFAULT_BEAM else 0
+        if self.filters is not None:
+            parts += [array_prefix(4), *map(encode_array, extension), array_prefix(1 + len(self.filters))]
+            parts.append(binary(np.array([image for image, _ in self.filters], "<u8")))
+            for _, bitmap in self.filters:
+                parts += [bin_prefix(len(bitmap or b"")), bitmap or b""]
+        elif n:
+            parts.append(encode_array(extension[:n]))
+        return b"".join(parts)
+
+    @classmethod
+    def decode(cls, payload: Payload) -> SearchRequest:
+        """Reads a payload. Raises `FormatError`."""
+        reader = Reader(payload, "search request")
+        if reader.array() != 5:
+            raise FormatError("search request: an array of 5 was expected")
+        collection = reader.text()
+        queries = reader.floats(reader.array())
+        top_k, ef_search, has_filter = reader.unsigned(), reader.unsigned(), reader.boolean()
+        bitmap = None
+        if has_filter:
+            bitmap = bytes(reader.take(struct.unpack("<I", reader.take(4))[0]))
+        beam, scope, most, filters = DEFAULT_BEAM, OWN_SHARD, 0, None
+        if not reader.at_end():
+            length = reader.array()
+            if not 1 <= length <= 4:
+                raise FormatError("search request: its extension must be an array of 1 to 4")
+            beam = reader.unsigned()
+            scope = reader.unsigned() if length > 1 else OWN_SHARD
+            most = reader.unsigned() if length > 2 else 0
+            filters = _read_filters(reader) if length > 3 else None
+        if scope not in (OWN_SHARD, WHOLE_COLLECTION):
+            raise FormatError(f"search request: scope {scope} is unknown")
+        reader.end()
+        return cls(collection, queries, top_k, ef_search, bitmap, beam, scope, most, filters)
+
+
+def _read_filters(reader: Reader) -> tuple[tuple[int, bytes | None], ...]:
+    n = reader.array() - 1
+    images = reader.vector("<u8", n).tolist() if n >= 0 else []
+    if not images:
+        raise FormatError("search request: filters of no shards")
+    return tuple((image, bytes(reader.binary()) or None) for image in images)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResponse:
+    """Type 51: [code u32, message str, n u32, k u32, labels bin, distances bin, stats bin], and after the array, where the
+    request had `most`, a bin: `incomplete`.
+
+    Attributes:
+        code: 0; else the request failed, `message` says why, and the rest is empty.
+        labels: int64[n, k], little-endian. distances: float32[n, k]. stats: `engine.OWNER_STATS_DTYPE`[n] as raw bytes (32 each).
+        incomplete: uint32[n], little-endian: walks that `most` ended; None where it was not asked.
+    """
+
+    code: int
+    message: str
+    labels: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+    stats: Buffer
+    incomplete: npt.NDArray[np.uint32] | None = None
+
+    def encode(self) -> tuple[Buffer, ...]:
+        """The payload in parts: the large fields are the arrays' own memory."""
+        n, k = self.labels.shape
+        fields: list[Buffer] = [
+            np.ascontiguousarray(self.labels, "<i8").reshape(-1).data.cast("B"),
+            np.ascontiguousarray(self.distances, "<f4").reshape(-1).data.cast("B"),
+            self.stats,
+        ]
+        numbers = b"".join(encode_array(value) for value in (self.code, self.message, n, k))
+        head = array_prefix(_ANSWER_FIELDS) + numbers
+        parts: list[Buffer] = [head + bin_prefix(len(fields[0])), fields[0]]
+        for field in fields[1:]:
+            parts += [bin_prefix(len(field)), field]
+        if self.incomplete is not None:
+            parts.append(binary(np.ascontiguousarray(self.incomplete, "<u4")))
+        return tuple(parts)
+
+    @classmethod
+    def failed(cls, code: int, message: str) -> SearchResponse:
+        """An answer that only says what went wrong."""
+        return cls(code, message, np.empty((0, 0), np.int64), np.empty((0, 0), np.float32), b"")
+
+    @classmethod
+    def decode(cls, payload: Payload) -> SearchResponse:
+        """Reads a payload; the arrays are views of it where it came in parts. Raises `FormatError`."""
+        reader = Reader(payload, "search response")
+        answer = cls.read(reader)
+        if not reader.at_end():
+            answer = replace(answer, incomplete=reader.vector("<u4", len(answer.labels)))
+        reader.end()
+        return answer
+
+    @classmethod
+    def read(cls, reader: Reader) -> SearchResponse:
+        """Reads the array, after which something may follow. Raises `FormatError`."""
+        if reader.array() != _ANSWER_FIELDS:
+            raise FormatError(f"search response: an array of {_ANSWER_FIELDS} was expected")
+        code, message, n, k = reader.unsigned(), reader.text(), reader.unsigned(), reader.unsigned()
+        labels, distances, stats = reader.binary(), reader.binary(), reader.binary()
+        if len(labels) != 8 * n * k or len(distances) != 4 * n * k:
+            raise FormatError(
+                f"search response: fields of {len(labels)} and {len(distances)} bytes for {n} x {k} answers"
+            )
+        return cls(
+            code,
+            message,
+            np.frombuffer(labels, "<i8").reshape(n, k),
+            np.frombuffer(distances, "<f4").reshape(n, k),
+            stats,
+        )
