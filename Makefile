@@ -11,6 +11,9 @@ WERROR = OFF
 endif
 BUILT_FROM = pyproject.toml CMakeLists.txt tools/generate_ffi.py $(shell find csrc -name '*.[ch]')
 INSTALL = pip install --quiet --disable-pip-version-check
+# A file's tests run in one process, and as many files at once as there are CPUs. What takes longest begins first.
+SPREAD = --numprocesses $(shell nproc) --dist loadfile --no-loadscope-reorder
+TIERS = tests/rxe tests/rpc tests/quality tests/unit tests/fakeverbs tests/fuzz tests/transport
 SANITIZED_TIERS = tests/unit tests/fuzz tests/transport tests/fakeverbs
 
 # What is changed most, and takes under a minute.
@@ -30,7 +33,7 @@ demo: build ## build, then search real word vectors in the memory of four other 
 
 test: packages ## install what the tests need, then run all of them
 	@$(MAKE) --no-print-directory $(VENV)/.tested
-	$(BIN)/python -m pytest $(REQUIRE) $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest $(SPREAD) $(REQUIRE) $(TIERS) $(PYTEST_OPTIONS)
 
 test-quick: $(VENV)/.tested ## the developer's loop: the engine's tests, without owners in other processes, builds and the command line
 	$(BIN)/python -m pytest -q $(QUICK) $(PYTEST_OPTIONS)
@@ -57,7 +60,7 @@ asan: packages ## the tiers without a network, with AddressSanitizer and Undefin
 	@$(MAKE) --no-print-directory VENV=.venv-asan BUILD_DIR=build/asan SETTINGS=-Ccmake.define.COTRA_SANITIZE=ON .venv-asan/.tested
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc COTRA_SANITIZED=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	.venv-asan/bin/python -m pytest $(SANITIZED_TIERS) $(PYTEST_OPTIONS)
+	.venv-asan/bin/python -m pytest $(SPREAD) $(SANITIZED_TIERS) $(PYTEST_OPTIONS)
 
 bench: build ## recall against speed, beside hnswlib: make bench DATA=directory (see bench/README.md)
 	PATH="$(BIN):$$PATH" sh bench/run $(DATA)

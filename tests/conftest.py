@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Shard
-from helpers.tiers import FIGURES, TIERS
+from helpers.tiers import TIERS
 
 Floats = npt.NDArray[np.float32]
 
@@ -36,7 +36,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FIGURES] = []
     sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False  # of the tests themselves
 
 
@@ -46,11 +45,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.stash[FIGURES]:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests measured and kept as a property "figure" is printed after the run, whichever process they ran in."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    figures = [
+        text for report in reports if report.when == "call" for name, text in report.user_properties if name == "figure"
+    ]
+    if figures:
         terminalreporter.section("figures")
-        for line in config.stash[FIGURES]:
-            terminalreporter.write_line(line)
+        for line in figures:
+            terminalreporter.write_line(str(line))
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,7 @@ void cotra_arena_destroy(cotra_arena *arena);
  * would else stay with the process, or not, by the sizes of what came after it (mallopt(3), M_MMAP_THRESHOLD). */
 void cotra_memory_trim(void);
 
-/* ---- graph image: layout, validator, packer (csrc/layout/) ---- */
+/* ---- graph image: layout, validator, packer (csrc/format/) ---- */
 
 enum { COTRA_METRIC_L2 = 0, COTRA_METRIC_IP = 1, COTRA_METRIC_COSINE = 2 };
 enum { COTRA_VECTOR_F32 = 0, COTRA_VECTOR_F16 = 1, COTRA_VECTOR_U8 = 2 };
@@ -171,7 +171,7 @@ int cotra_packer_encode(cotra_packer *packer, uint64_t begin, uint64_t end, cotr
 int cotra_packer_finish(cotra_packer *packer, cotra_arena **out, cotra_error *err);
 void cotra_packer_destroy(cotra_packer *packer);
 
-/* ---- one graph over all shards (csrc/pack/relink.c) ---- */
+/* ---- one graph over all shards (csrc/build/cross_links.c) ---- */
 
 typedef struct cotra_relinker cotra_relinker;
 
@@ -207,7 +207,7 @@ int cotra_relinker_append(cotra_relinker *relinker, uint64_t begin, uint64_t end
 int cotra_relinker_finish(cotra_relinker *relinker, void *header_bytes, cotra_error *err);
 void cotra_relinker_destroy(cotra_relinker *relinker);
 
-/* ---- inverted lists beside the graph (csrc/layout/ivf.c, ivf_pack.c) ---- */
+/* ---- inverted lists beside the graph (csrc/format/lists.c, ivf_pack.c) ---- */
 
 typedef struct cotra_ivf_info {
     uint64_t entries;     /* rows in all lists: nodes that are not deleted */
@@ -243,7 +243,7 @@ int cotra_ivf_packer_encode(cotra_ivf_packer *packer, uint32_t begin, uint32_t e
 int cotra_ivf_packer_finish(cotra_ivf_packer *packer, cotra_error *err);
 void cotra_ivf_packer_destroy(cotra_ivf_packer *packer);
 
-/* ---- kernels (csrc/distance/) ---- */
+/* ---- kernels (csrc/kernels/) ---- */
 
 enum { COTRA_SIMD_PORTABLE = 0, COTRA_SIMD_AVX2 = 1, COTRA_SIMD_AVX512 = 2, COTRA_SIMD_NEON = 3 };
 
@@ -496,8 +496,9 @@ int cotra_view_expand(const cotra_view *view, const cotra_arena *arena, const fl
                       const cotra_push *pushes, uint64_t n, cotra_expansion *out, uint32_t *numbers, float *estimates,
                       float *weights, uint64_t *n_neighbours, cotra_error *err);
 
-/* A reader's cache of one shard's records (csrc/search/cache.c): those that walks read most often. Engines of several
- * threads may share it; none of them ever waits for another. It does not need the view that it was made for any more.
+/* A reader's cache of one shard's records (csrc/search/record_cache.c): those that walks read most often. Engines of
+ * several threads may share it; none of them ever waits for another. It does not need the view that it was made for any
+ * more.
  */
 typedef struct cotra_cache cotra_cache;
 

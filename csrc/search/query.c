@@ -1,7 +1,7 @@
 #include "search/query.h"
 
 #include "base/status.h"
-#include "layout/vectors.h"
+#include "format/vector_types.h"
 
 #include <math.h>
 #include <stdlib.h>

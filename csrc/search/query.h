@@ -3,7 +3,7 @@
 #ifndef COTRA_SEARCH_QUERY_H
 #define COTRA_SEARCH_QUERY_H
 
-#include "distance/kernels.h"
+#include "kernels/kernels.h"
 #include "search/view.h"
 
 #include <string.h>
@@ -18,7 +18,7 @@ typedef struct cotra_query {
     float norm2;               /* squared length; 0 for l2 */
 } cotra_query;
 
-/* A query at one node: what an estimate of its neighbours takes (layout/codes.h). */
+/* A query at one node: what an estimate of its neighbours takes (format/codes.h). */
 typedef struct cotra_hop {
     const cotra_query_codes *codes;
     float distance; /* d(q, c) */

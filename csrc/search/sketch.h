@@ -7,8 +7,8 @@
 #ifndef COTRA_SEARCH_SKETCH_H
 #define COTRA_SEARCH_SKETCH_H
 
-#include "distance/kernels.h"
-#include "layout/image.h"
+#include "kernels/kernels.h"
+#include "format/image.h"
 
 typedef struct cotra_sketch {
     int8_t *values;  /* [n][stride], of x - m for l2 and x for ip and cosine; zero-padded */

@@ -1,8 +1,8 @@
 #include "search/view.h"
 
 #include "base/status.h"
-#include "layout/vectors.h"
-#include "transport/transport.h"
+#include "format/vector_types.h"
+#include "channel/channel.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -2,7 +2,7 @@
 #ifndef COTRA_SEARCH_VIEW_H
 #define COTRA_SEARCH_VIEW_H
 
-#include "layout/codes.h"
+#include "format/codes.h"
 #include "search/sketch.h"
 
 struct cotra_view {

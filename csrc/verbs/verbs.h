@@ -1,5 +1,5 @@
 /* The inside of the verbs layer: libibverbs' functions as loaded, and the objects. Only csrc/verbs and
- * csrc/transport/verbs.c include it. Verbs calls differ in how they fail (some set errno, some return it): they are
+ * csrc/channel/verbs.c include it. Verbs calls differ in how they fail (some set errno, some return it): they are
  * made alike here. */
 #ifndef COTRA_VERBS_VERBS_H
 #define COTRA_VERBS_VERBS_H

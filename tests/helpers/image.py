@@ -1,4 +1,4 @@
-"""Graph images as bytes to be changed: the format written down a second time (csrc/layout/image.h), and memory that faults."""
+"""Graph images as bytes to be changed: the format written down a second time (csrc/format/image.h), and memory that faults."""
 
 from __future__ import annotations
 

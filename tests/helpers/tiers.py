@@ -7,8 +7,6 @@ from typing import NoReturn
 import pytest
 
 TIERS = ("rxe", "hardware", "fakeverbs")
-FIGURES = pytest.StashKey[list[str]]()
-"""Lines of measured figures, printed after the run."""
 
 
 def cannot_run(config: pytest.Config, tier: str, why: str) -> NoReturn:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ from cotra_rdma._build.collection import build_collection
 from cotra_rdma._native.verbs import Device, devices
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import VerbsUnavailableError
-from helpers.tiers import FIGURES, cannot_run
+from helpers.tiers import cannot_run
 
 ROOT = Path(__file__).parents[2]
 GUEST = Path(__file__).with_name("guest")
@@ -52,6 +52,14 @@ class Outcome:
 
     problem: str
     skipped: str
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Of all checks, by name, and the lines of what they measured."""
+
+    outcomes: Mapping[str, list[Outcome]]
+    figures: list[str]
 
 
 def active_rxe_device() -> str | None:
@@ -143,28 +151,32 @@ def outcomes(junit: Path) -> dict[str, list[Outcome]]:
 
 
 @pytest.fixture(scope="session")
-def results(
+def run_there(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     words: npt.NDArray[np.float32],
     queries: npt.NDArray[np.float32],
-) -> Mapping[str, list[Outcome]]:
+) -> Results:
     out = tmp_path_factory.mktemp("rxe")
     prepare(out, words, queries)
     status = run(request.config, out)
     log = (out / "command.log").read_text("utf-8", "replace")
     if not (out / "junit.xml").exists():
         pytest.fail(f"the checks ended with status {status} and no report:\n{log[-6000:]}", pytrace=False)
-    if (out / "figures.txt").exists():
-        request.config.stash[FIGURES] += (out / "figures.txt").read_text(encoding="utf-8").splitlines()
     found = outcomes(out / "junit.xml")
     if not found.keys() >= set(checks()):
         pytest.fail(f"not every check ran (status {status}):\n{log[-6000:]}", pytrace=False)
-    return found
+    figures = (out / "figures.txt").read_text(encoding="utf-8") if (out / "figures.txt").exists() else ""
+    return Results(found, figures.splitlines())
 
 
 @pytest.mark.parametrize("check", checks())
-def test_on_soft_roce(check: str, results: Mapping[str, list[Outcome]], request: pytest.FixtureRequest) -> None:
+def test_on_soft_roce(
+    check: str, run_there: Results, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    while run_there.figures:  # with the first check's report
+        record_property("figure", run_there.figures.pop(0))
+    results = run_there.outcomes
     problems = [outcome.problem for outcome in results[check] if outcome.problem]
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)

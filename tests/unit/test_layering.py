@@ -15,9 +15,20 @@ ROOT = Path(__file__).parents[2]
 CSRC, PACKAGE = ROOT / "csrc", ROOT / "src" / "cotra_rdma"
 
 # A directory may include those before it, and itself.
-C_LAYERS = ("include", "base", "layout", "distance", "pack", "verbs", "transport", "search")
+C_LAYERS = (
+    "include",
+    "base",
+    "format",
+    "kernels",
+    "build",
+    "verbs",
+    "channel",
+    "search",
+    "search/graph",
+    "search/lists",
+)
 # ... and of these two only this file: search reads through transport.h, and knows no transport.
-VERBS_USERS = {"transport/verbs.c"}
+VERBS_USERS = {"channel/verbs.c"}
 # Packages and top-level modules, lowest first. Those of one row do not import each other.
 LAYERS = (
     ("errors",),
@@ -77,18 +88,23 @@ def layer_of(name: str) -> str:
     return name.split(".")[0] or "__init__"
 
 
+def c_layer_of(path: str) -> str:
+    """The directory below csrc that a file is in."""
+    return path.rpartition("/")[0]
+
+
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 
 
 def test_every_c_directory_is_on_the_map() -> None:
-    assert {path.relative_to(CSRC).parts[0] for path in sources()} == set(C_LAYERS)
+    assert {c_layer_of(path.relative_to(CSRC).as_posix()) for path in sources()} == set(C_LAYERS)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(CSRC).as_posix())
 def test_includes_point_down(path: Path) -> None:
-    own = C_LAYERS.index(path.relative_to(CSRC).parts[0])
+    own = C_LAYERS.index(c_layer_of(path.relative_to(CSRC).as_posix()))
     for name in includes(path):
-        layer = name.split("/")[0] if (CSRC / name).exists() else "include" if name == "cotra.h" else None
+        layer = c_layer_of(name) if (CSRC / name).exists() else "include" if name == "cotra.h" else None
         if layer is not None:
             assert C_LAYERS.index(layer) <= own, f"{name} is above"
             assert (
@@ -98,9 +114,21 @@ def test_includes_point_down(path: Path) -> None:
             assert own == C_LAYERS.index("verbs") or path.relative_to(CSRC).as_posix() in VERBS_USERS
 
 
+def test_no_includes_go_in_a_circle() -> None:
+    """Neither of headers, nor of a header's or a source's stem with another's: `a.c` -> `b.h`, `b.c` -> `a.h` is one too."""
+    graph: dict[str, set[str]] = {}
+    for path in sources():
+        stem = path.relative_to(CSRC).with_suffix("").as_posix()
+        graph.setdefault(stem, set()).update(
+            name.removesuffix(".h") for name in includes(path) if (CSRC / name).exists()
+        )
+        graph[stem].discard(stem)
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
 def test_search_knows_one_transport_header() -> None:
     for path in (CSRC / "search").rglob("*.[ch]"):
-        assert {name for name in includes(path) if name.startswith("transport/")} <= {"transport/transport.h"}
+        assert {name for name in includes(path) if name.startswith("transport/")} <= {"channel/channel.h"}
 
 
 def test_the_public_header_stands_alone() -> None:

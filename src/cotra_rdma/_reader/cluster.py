@@ -777,7 +777,7 @@ def _attend(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
 def _coverage(n_shards: int, failures: Mapping[int, CotraError], stats: npt.NDArray[np.void]) -> float:
     """The share of the shards that answered, times the share of the queries of which no bound ended a walk."""
     cut_short = float((stats["incomplete"] > 0).mean()) if len(stats) else 0.0
-    return (1 - len(failures) / n_shards) * (1 - cut_short)
+    return (n_shards - len(failures)) / n_shards * (1 - cut_short)
 
 
 def _router(peers: list[Peer]) -> Router | None:

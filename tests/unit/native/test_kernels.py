@@ -20,7 +20,7 @@ TYPES = {
     np.uint8: lib.COTRA_VECTOR_U8,
 }
 DIMS = (1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 100, 1000, 4095, 4096)
-TOLERANCE = 1e-5  # of (|q| + |x|)^2, as csrc/distance/kernels.h promises
+TOLERANCE = 1e-5  # of (|q| + |x|)^2, as csrc/kernels/kernels.h promises
 
 
 def has(simd: int) -> bool:

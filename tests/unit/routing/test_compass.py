@@ -13,7 +13,8 @@ import pytest
 
 from cotra_rdma._clustering.balanced import balanced_partition
 from cotra_rdma._clustering.kmeans import normalised
-from cotra_rdma._routing import router as compass
+from cotra_rdma._routing import exact_neighbours as exact_module
+from cotra_rdma._routing import model
 from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
 from cotra_rdma._routing.exact_neighbours import exact_neighbours
@@ -148,7 +149,7 @@ def test_shares_are_those_of_the_neighbours(word_shards: Split, queries: Floats)
 
 def test_one_query_or_many_give_the_same(word_shards: Split, queries: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = word_shards.router.shares(queries)
-    monkeypatch.setattr(compass, "_CHUNK_FLOATS", 1)
+    monkeypatch.setattr(model, "CHUNK_FLOATS", 1)
     assert np.allclose(word_shards.router.shares(queries), at_once, atol=1e-5)
     assert np.allclose(word_shards.router.shares(queries[3]), at_once[3], atol=1e-5)
     assert np.allclose(word_shards.router.shares(7 * queries), at_once, atol=1e-5), "cosine has no lengths"
@@ -211,7 +212,7 @@ def test_equal_and_degenerate_vectors(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
 def test_exact_neighbours_leave_the_row_itself_out(words: Floats, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
-    monkeypatch.setattr(compass, "_CHUNK_FLOATS", 1)
+    monkeypatch.setattr(exact_module, "CHUNK_FLOATS", 1)
     rows = words[:1100].copy()
     rows[700] = rows[3]
     chosen = np.array([3, 700, 1099, 5])
