@@ -1,4 +1,4 @@
-"""`serve` and `connect` over verbs in one process: answers, lanes, failures on either side, and every order of closing."""
+"""`serve` and `connect` over verbs in one process: answers, queue pairs, failures on either side, and every order of closing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_regions_are_exposed_and_walked(
         np.testing.assert_array_equal(result.stats["reads"], expected.stats["reads"])
 
 
-# ---- answers and lanes ----
+# ---- answers and queue pairs ----
 
 
 @pytest.mark.parametrize("n_threads", [1, 3])
@@ -102,8 +102,8 @@ def test_same_answers_as_shm(
             assert result.transports == ("verbs", "verbs")
             assert result.coverage == 1.0
             assert_same(result, expected)
-        assert all(1 <= server.n_lanes <= n_threads for server in servers)
-    assert [server.n_lanes for server in servers] == [0, 0]
+        assert all(1 <= server.n_queue_pairs <= n_threads for server in servers)
+    assert [server.n_queue_pairs for server in servers] == [0, 0]
 
 
 def test_auto_takes_verbs(servers: list[Server], addresses: list[str], queries: Floats) -> None:
@@ -113,7 +113,7 @@ def test_auto_takes_verbs(servers: list[Server], addresses: list[str], queries: 
         latencies = cluster.ping(10)
         assert [len(each) for each in latencies] == [10, 10]
         assert "over verbs" in repr(cluster)
-    assert [server.n_lanes for server in servers] == [0, 0]
+    assert [server.n_queue_pairs for server in servers] == [0, 0]
 
 
 def test_the_region_is_told(fake: Fake, servers: list[Server], shards: list[Path]) -> None:
@@ -159,7 +159,7 @@ def test_an_error_completion_names_the_shard(
             assert addresses[caught.value.shard] in str(caught.value)
             fake.heal()
             assert_same(cluster.search(queries), expected)
-    assert [server.n_lanes for server in servers] == [0, 0]
+    assert [server.n_queue_pairs for server in servers] == [0, 0]
 
 
 @pytest.mark.parametrize(("call", "nth"), [("post_send", 1), ("post_send", 40), ("poll_cq", 10)])
@@ -174,7 +174,7 @@ def test_a_queue_pair_that_breaks(
         assert caught.value.shard in (0, 1)
         fake.heal()
         assert_same(cluster.search(queries), expected)
-    assert [server.n_lanes for server in servers] == [0, 0]
+    assert [server.n_queue_pairs for server in servers] == [0, 0]
 
 
 def test_reads_that_never_complete(fake: Fake, servers: list[Server], addresses: list[str], queries: Floats) -> None:
@@ -185,21 +185,21 @@ def test_reads_that_never_complete(fake: Fake, servers: list[Server], addresses:
             cluster.search(queries, timeout_s=0.5)
         fake.heal()
         assert_same(cluster.search(queries), expected)
-    assert [server.n_lanes for server in servers] == [0, 0]
+    assert [server.n_queue_pairs for server in servers] == [0, 0]
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_ctrl_c(fake: Fake, servers: list[Server], addresses: list[str], queries: Floats, n_threads: int) -> None:
-    """The lanes that were searching are gone, with their queue pairs: no READ of theirs can land in those of the next search."""
+    """Engines that were searching are gone, with their queue pairs: no READ of theirs can land in the next search's."""
     many = np.tile(queries, (200, 1))
     with connect(addresses, "verbs") as cluster:
         expected, stop = cluster.search(queries), Stop()
         with Signaller(lambda: stop.memory[1] > 0), pytest.raises(KeyboardInterrupt):
             cluster.search(many, ef=1024, n_threads=n_threads, stop=stop)
         assert stop.n_answered < len(many) / 2
-        waited(lambda: [server.n_lanes for server in servers] == [0, 0])
+        waited(lambda: [server.n_queue_pairs for server in servers] == [0, 0])
         assert_same(cluster.search(queries), expected)
-    assert [server.n_lanes for server in servers] == [0, 0]
+    assert [server.n_queue_pairs for server in servers] == [0, 0]
 
 
 def test_an_owner_that_closes_under_its_readers(
@@ -253,11 +253,11 @@ def test_a_reader_without_verbs_falls_back_and_says_so(
         assert f"ibv_{call.partition('.')[0]}" in cluster.passed_over[0]["verbs"]
         assert cluster.search(queries[:3]).transports == ("shm",)
     fake.heal()
-    assert servers[0].n_lanes == 0
+    assert servers[0].n_queue_pairs == 0
 
 
 @pytest.mark.parametrize("call", ["create_cq", "create_qp", "modify_qp.INIT", "modify_qp.RTR", "modify_qp.RTS"])
-def test_an_owner_that_can_give_no_lane(
+def test_an_owner_that_can_give_no_queue_pair(
     fake: Fake, servers: list[Server], addresses: list[str], queries: Floats, call: str
 ) -> None:
     nth = (
@@ -270,7 +270,7 @@ def test_an_owner_that_can_give_no_lane(
     with connect(addresses[0]) as cluster:
         assert cluster.transports == ("shm",)
         assert f"ibv_{call.partition('.')[0]}" in cluster.passed_over[0]["verbs"]
-    assert servers[0].n_lanes == 0
+    assert servers[0].n_queue_pairs == 0
 
 
 OWNER_FAULTS = [
@@ -348,7 +348,7 @@ def test_any_order_of_closing(fake: Fake, shards: list[Path], queries: Floats, o
     for name in order:
         parts[name].close()
         parts[name].close()
-    assert server.n_lanes == 0
+    assert server.n_queue_pairs == 0
     assert fake.live_objects() == ""
 
 
@@ -378,13 +378,13 @@ def test_dropped_without_closing(fake: Fake, shards: list[Path], queries: Floats
     server = serve(shard)
     cluster = connect(server.address, "verbs")
     cluster.search(queries[:10], n_threads=3)
-    held = server.n_lanes
+    held = server.n_queue_pairs
     del cluster
     gc.collect()
-    assert server.n_lanes == held  # nobody gave them back: they go with the lease, or with the server
+    assert server.n_queue_pairs == held  # nobody gave them back: they go with the lease, or with the server
     server.close()
     shard.close()
-    assert server.n_lanes == 0
+    assert server.n_queue_pairs == 0
 
 
 def test_leases_are_renewed(servers: list[Server], addresses: list[str]) -> None:

@@ -83,7 +83,7 @@ SEEDS: dict[Decoder, list[bytes]] = {
                 transports={"shm": "", "verbs": "no device"},
                 region=RegionFields(2**47, 0x1234, 10**9),
                 queue_pair=_PAIR,
-                lane=3,
+                number=3,
                 shared_memory=SharedMemoryFields("\0cotra", 10**9, "boot"),
                 view=ViewFields(10**6, b"header"),
             )

@@ -317,7 +317,7 @@ def test_auto_explains_itself(cluster: Cluster, asked: Floats) -> None:
 def with_links(addresses: list[str], *links: Link) -> Iterator[Cluster]:
     """A cluster that believes its links to be like these."""
     with cotra_rdma.connect(addresses) as cluster:
-        for peer, link in zip(cluster._peers, links, strict=True):
+        for peer, link in zip(cluster._connections, links, strict=True):
             peer.link = link
         yield cluster
 

@@ -344,7 +344,7 @@ class TestScope:
         self, opened: list[Shard], addresses: list[str], queries: Floats
     ) -> None:
         with cotra_rdma.connect(addresses, transport="shm") as cluster:
-            second = cluster._peers[1]
+            second = cluster._connections[1]
             second._fabric = FabricModel(fail_after_reads=20, fail_status=-10, fail_wc_status=12)
             second._first = None  # the channel that connect made, without the fabric
             with pytest.raises(TransportError) as caught:

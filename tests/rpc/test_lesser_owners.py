@@ -1,4 +1,4 @@
-"""Owners that take a shard over and offer less than the one before, and lanes to owners that are not used any more."""
+"""Owners that take a shard over and offer less than the one before, and engines over owners that are not used any more."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def as_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_channels(cluster: Cluster, *shards: int) -> None:
     for shard in shards:
-        peer = cluster._peers[shard]
+        peer = cluster._connections[shard]
         peer._fabric, peer._first = LOSSY, None
-        cluster._lanes.drop(peer)
+        cluster._engines.drop(peer)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
@@ -82,14 +82,14 @@ def test_inverted_lists_of_an_owner_that_can_only_be_asked(groups: list[list[str
         assert same > 0.8 * wanted.ids.size  # the owner searched its graph
 
 
-def test_a_lane_in_use_is_not_kept_when_its_owner_is_dropped_meanwhile(
+def test_an_engine_in_use_is_not_kept_when_its_owner_is_dropped_meanwhile(
     groups: list[list[str]], queries: Floats
 ) -> None:
     with cotra_rdma.connect(groups, transport="shm") as cluster:
         cluster.search(queries[:5], k=5)
-        peers, pool, n_open = list(cluster._peers), cluster._lanes, len(os.listdir("/proc/self/fd"))
-        lane = pool._take(peers, frozenset())  # as a search of another thread does
+        peers, pool, n_open = list(cluster._connections), cluster._engines, len(os.listdir("/proc/self/fd"))
+        engines = pool._take(peers, frozenset())  # as a search of another thread does
         pool.drop(peers[1])
-        pool._give_back(peers, frozenset(), lane)
+        pool._give_back(peers, frozenset(), engines)
         assert not any(pool._idle.values())
         assert len(os.listdir("/proc/self/fd")) <= n_open

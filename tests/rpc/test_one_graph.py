@@ -99,7 +99,7 @@ def test_a_shard_that_fails_is_named_or_left_out(index: Path, queries: Floats) -
         OwnerProcess([index], transports=("shm", "rpc")) as owner,
         cotra_rdma.connect(owner.addresses, transport="shm") as cluster,
     ):
-        second = cluster._peers[1]
+        second = cluster._connections[1]
         second._fabric = FabricModel(fail_after_reads=20, fail_status=-10, fail_wc_status=12)
         second._first = None  # the channel that connect made, without the fabric
         found = cluster.search(queries, k=10, ef=50)

@@ -21,7 +21,7 @@ from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import coarse_of, shard_paths
 from cotra_rdma._reader import cluster
 from cotra_rdma._reader import replicas as replicas_module
-from cotra_rdma._reader.connection import Peer
+from cotra_rdma._reader.connection import Connection
 from cotra_rdma._reader.replicas import Owner
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
@@ -75,7 +75,7 @@ def free_address() -> str:
 
 def lose(reader: Cluster, shard: int) -> None:
     """As a search does whose READs of it fail, where nobody else owns it."""
-    assert reader._fail_over(reader._peers[shard], TransportError("gone", shard=shard), True, set()) is None
+    assert reader._fail_over(reader._connections[shard], TransportError("gone", shard=shard), True, set()) is None
     assert reader.transports[shard] == "lost"
 
 
@@ -172,14 +172,14 @@ def test_nobody_waits_for_another_shards_owner(
     asked, answer = threading.Event(), threading.Event()
     choose = replicas._choose
 
-    def slowly(peer: Peer) -> None:
+    def slowly(peer: Connection) -> None:
         asked.set()
         assert answer.wait(30.0)
         choose(peer)
 
     monkeypatch.setattr(replicas, "_choose", slowly)
-    found: list[Peer | None] = []
-    failed = replicas.peers[0]
+    found: list[Connection | None] = []
+    failed = replicas.connections[0]
     failover = [
         threading.Thread(
             target=lambda: found.append(reader._fail_over(failed, TransportError("gone", shard=0), True, set()))
@@ -201,8 +201,8 @@ def test_nobody_waits_for_another_shards_owner(
         answer.set()
         for thread in failover:
             thread.join(30.0)
-    assert [peer.address for peer in found if peer is not None] == [replicas.peers[0].address] * 2
-    assert replicas.peers[0] is not failed
+    assert [peer.address for peer in found if peer is not None] == [replicas.connections[0].address] * 2
+    assert replicas.connections[0] is not failed
 
 
 def test_owners_that_are_away_are_never_forgotten(
@@ -216,7 +216,7 @@ def test_owners_that_are_away_are_never_forgotten(
         lose(reader, shard)
     reach = replicas._reach
 
-    def broken(shard: int, owner: Owner) -> Peer:
+    def broken(shard: int, owner: Owner) -> Connection:
         if shard == 1:
             raise RuntimeError("what nobody thought of")
         return reach(shard, owner)
@@ -231,7 +231,7 @@ def test_owners_that_are_away_are_never_forgotten(
     for prepare in (CotraError("no path"), MemoryError()):
         lose(reader, 1)
 
-        def refuse(peer: Peer, why: BaseException = prepare) -> None:
+        def refuse(peer: Connection, why: BaseException = prepare) -> None:
             raise why
 
         monkeypatch.setattr(replicas, "_choose", refuse)
@@ -335,7 +335,7 @@ def test_close_waits_for_one_silent_owner_and_not_for_all(
     renewed: list[int] = []  # after how many owners
     reach = replicas._reach
 
-    def noted(shard: int, owner: Owner) -> Peer:
+    def noted(shard: int, owner: Owner) -> Connection:
         tried.append(owner)
         return reach(shard, owner)
 
@@ -378,7 +378,7 @@ def test_a_standby_without_a_path_is_tried_again(
     assert replicas is not None
     used, standby = replicas.owners(0)
 
-    def refuse(peer: Peer) -> None:
+    def refuse(peer: Connection) -> None:
         raise why
 
     monkeypatch.setattr(replicas, "_choose", refuse)
@@ -389,7 +389,7 @@ def test_a_standby_without_a_path_is_tried_again(
     assert not replicas.are_all_here
     assert reader._attendant is not None  # it looks after those that are away
     assert reader.revive() == [standby.address]
-    assert reader._fail_over(used, TransportError("gone", shard=0), False, set()) is replicas.peers[0]
+    assert reader._fail_over(used, TransportError("gone", shard=0), False, set()) is replicas.connections[0]
     assert reader.addresses[0] == standby.address
 
 
@@ -400,13 +400,13 @@ def test_a_shard_that_was_not_asked_is_not_covered(
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
     lose(reader, 2)
-    gather = reader._gatherer.gather
+    gather = reader._search_executor.gather
 
     def late(*arguments: Any) -> Any:
         assert reader.revive() == [servers[2].address]
         return gather(*arguments)
 
-    monkeypatch.setattr(reader._gatherer, "gather", late)
+    monkeypatch.setattr(reader._search_executor, "gather", late)
     found = reader.search(queries, k=10, ef=48)
     assert (found.missing, found.coverage, found.transports[2]) == ((2,), 0.75, "lost")
     assert not (found.shards == 2).any()
@@ -425,7 +425,7 @@ def test_a_standby_that_can_be_read_gets_the_cache_that_one_that_was_asked_had_n
     assert reader.transports == ("shm", "rpc", "shm", "shm")
     assert reader.record_caches[1] is None
     reader._cache_bytes = 400_000  # the others have all of it
-    assert reader._fail_over(reader._peers[1], TransportError("gone", shard=1), True, set()) is not None
+    assert reader._fail_over(reader._connections[1], TransportError("gone", shard=1), True, set()) is not None
     assert reader.transports == ("shm",) * 4
     assert reader.record_caches[1] is not None
     assert reader.search(queries, k=10, ef=48).coverage == 1.0
@@ -505,7 +505,7 @@ def test_no_owner_is_tried_twice_in_a_search(
     attempts: list[str] = []
 
     def slowly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(peer: Peer, *arguments: Any) -> Any:
+        def call(peer: Connection, *arguments: Any) -> Any:
             if peer.index:
                 return real(peer, *arguments)
             attempts.append(peer.address)
@@ -516,7 +516,7 @@ def test_no_owner_is_tried_twice_in_a_search(
         return call
 
     for name in ("search", "expand"):
-        monkeypatch.setattr(Peer, name, slowly(getattr(Peer, name)))
+        monkeypatch.setattr(Connection, name, slowly(getattr(Connection, name)))
     for algorithm in ("scatter-gather", "cotra"):
         attempts.clear()
         found = reader.search(queries, k=10, ef=48, algorithm=algorithm, allow_partial=True)
@@ -535,7 +535,7 @@ def test_what_a_failover_leaves_behind(
     asked = stack.enter_context(cotra_rdma.serve(shards[0], transports=("rpc",)))
     groups = [[servers[0].address, asked.address], *(server.address for server in servers[1:])]
     reader = stack.enter_context(cotra_rdma.connect(groups))
-    peer = reader._peers[0]
+    peer = reader._connections[0]
     peer._fabric, peer._first = FabricModel(fail_after_reads=20, fail_status=-10, fail_wc_status=12), None
     found = reader.search(words[:1500], k=5, ef=16)
     assert found.transports == ("push", "shm", "shm", "shm")
@@ -576,7 +576,7 @@ def test_a_close_that_was_interrupted_at_its_thread_is_done_by_the_next(
     with pytest.raises(KeyboardInterrupt):
         reader.close()
     monkeypatch.undo()
-    view = reader._peers[0].view
+    view = reader._connections[0].view
     assert view is not None
     assert not view.closed
     reader.close()

@@ -37,8 +37,8 @@ from cotra_rdma._native.view import View
 from cotra_rdma._owner import server as server_module
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._owner.expander import Expander
-from cotra_rdma._reader.batch import SearchJob
-from cotra_rdma._reader.connection import Peer
+from cotra_rdma._reader.batch import Batch
+from cotra_rdma._reader.connection import Connection
 from cotra_rdma.protocol import remote_expansion as expansion_messages
 from cotra_rdma.protocol import search
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType, fields_of, join
@@ -62,14 +62,14 @@ def server(shard: Shard) -> Iterator[Server]:
         yield served
 
 
-def peer_of(address: str, stack: ExitStack) -> Peer:
-    peer = Peer(0, address, keys=None, timeout_ms=5000, options=QueuePairOptions(), fabric=None)
+def peer_of(address: str, stack: ExitStack) -> Connection:
+    peer = Connection(0, address, keys=None, timeout_ms=5000, options=QueuePairOptions(), fabric=None)
     stack.callback(peer.close)
     return peer
 
 
 @pytest.fixture
-def peer(server: Server) -> Iterator[Peer]:
+def peer(server: Server) -> Iterator[Connection]:
     """A reader that has no way to the shard but its owner."""
     with ExitStack() as stack:
         peer = peer_of(server.address, stack)
@@ -97,7 +97,7 @@ def same(a: Expansions, b: Expansions) -> None:
 
 class TestExpansions:
     def test_they_are_bit_identical_to_those_made_at_home(
-        self, shard: Shard, server: Server, peer: Peer, queries: Floats
+        self, shard: Shard, server: Server, peer: Connection, queries: Floats
     ) -> None:
         pushes = some_pushes(1600, len(queries), shard.info.count)
         with Channel.shm(shard.arena, slot_bytes=4096) as channel, View.open(channel) as view:
@@ -125,7 +125,7 @@ class TestExpansions:
         np.testing.assert_array_equal(found.found["label"], pushes["row"])
 
     def test_a_round_that_is_too_large_goes_in_parts(
-        self, shard: Shard, server: Server, peer: Peer, queries: Floats, monkeypatch: pytest.MonkeyPatch
+        self, shard: Shard, server: Server, peer: Connection, queries: Floats, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pushes = some_pushes(1600, len(queries), shard.info.count)
         whole = peer.expand(queries, pushes, 5.0)
@@ -134,13 +134,13 @@ class TestExpansions:
         same(peer.expand(queries, pushes, 5.0), whole)
         assert server.request_counts[EXPAND] - before > 10
 
-    def test_nothing_to_expand(self, server: Server, peer: Peer, queries: Floats) -> None:
+    def test_nothing_to_expand(self, server: Server, peer: Connection, queries: Floats) -> None:
         found = peer.expand(queries, np.zeros(0, PUSH_DTYPE), 5.0)
         assert (len(found.found), len(found.numbers), len(found.estimates)) == (0, 0, 0)
         assert EXPAND not in server.request_counts
 
     def test_a_whole_search_that_its_owner_expands(
-        self, shard: Shard, server: Server, peer: Peer, queries: Floats
+        self, shard: Shard, server: Server, peer: Connection, queries: Floats
     ) -> None:
         """The walk is the one that READs would make."""
 
@@ -173,7 +173,7 @@ class TestExpansions:
         ],
     )
     def test_hostile_requests_are_refused_and_the_owner_lives(
-        self, peer: Peer, queries: Floats, request_of: Callable[[Floats, Any], ExpandRequest], why: str
+        self, peer: Connection, queries: Floats, request_of: Callable[[Floats, Any], ExpandRequest], why: str
     ) -> None:
         pushes = some_pushes(2, 2, 2000)
         pushes["query"] = 0, 1
@@ -185,11 +185,11 @@ class TestExpansions:
         assert len(peer.expand(queries, pushes, 5.0).found) == 2
 
     @pytest.mark.parametrize("payload", [b"", b"\xc0", b"\x94\xa0\x01", b"\xdd\xff\xff\xff\xff"])
-    def test_garbage_is_refused(self, peer: Peer, payload: bytes) -> None:
+    def test_garbage_is_refused(self, peer: Connection, payload: bytes) -> None:
         answer = ExpandResponse.decode(peer._call(EXPAND, payload, 5000).payload)
         assert (answer.code, answer.message.partition(":")[0]) == (1, "FormatError")
 
-    def test_bad_input_of_this_side(self, peer: Peer, queries: Floats) -> None:
+    def test_bad_input_of_this_side(self, peer: Connection, queries: Floats) -> None:
         with pytest.raises(InvalidInputError, match="for query 200 of 200"):
             peer.expand(queries, with_row(some_pushes(3, 2, 2000), 1, query=200), 5.0)
         with pytest.raises(PeerError, match=r"shard 0 \(.*row 2000 of 2000") as caught:
@@ -236,11 +236,11 @@ Change = Callable[[Any], Any]
 
 
 @pytest.fixture
-def lying(server: Server) -> Iterator[Callable[[VShardMessageType, Change], Peer]]:
+def lying(server: Server) -> Iterator[Callable[[VShardMessageType, Change], Connection]]:
     """A reader of an owner whose answers of one type are changed on their way."""
     with ExitStack() as stack:
 
-        def made(kind: VShardMessageType, change: Change) -> Peer:
+        def made(kind: VShardMessageType, change: Change) -> Connection:
             def handle(request: VShardEnvelope) -> VShardEnvelope:
                 reply = server._handle(request)
                 assert isinstance(reply, VShardEnvelope)
@@ -288,7 +288,7 @@ class TestOwnersThatLie:
         ids=["too few", "too many neighbours", "they do not add up"],
     )
     def test_expansions_that_do_not_fit(
-        self, lying: Callable[..., Peer], queries: Floats, change: Callable[[Expansions], Expansions], why: str
+        self, lying: Callable[..., Connection], queries: Floats, change: Callable[[Expansions], Expansions], why: str
     ) -> None:
         peer = lying(EXPAND.response, told(change))
         peer.view = peer.load_view()
@@ -298,7 +298,7 @@ class TestOwnersThatLie:
             peer.expand(queries, pushes, 5.0)
 
     def test_an_owner_of_an_earlier_version_is_known_without_waiting(
-        self, lying: Callable[..., Peer], queries: Floats
+        self, lying: Callable[..., Connection], queries: Floats
     ) -> None:
         def as_before(payload: bytes) -> bytes:
             fields = msgspec.msgpack.decode(payload)
@@ -323,7 +323,9 @@ class TestOwnersThatLie:
             lambda length, data: [len(data) - 1, data],
         ],
     )
-    def test_pieces_that_do_not_fit(self, lying: Callable[..., Peer], change: Callable[[int, bytes], Any]) -> None:
+    def test_pieces_that_do_not_fit(
+        self, lying: Callable[..., Connection], change: Callable[[int, bytes], Any]
+    ) -> None:
         def changed(payload: bytes) -> bytes:
             fields = msgspec.msgpack.decode(payload)
             if fields[8] is not None:
@@ -335,7 +337,7 @@ class TestOwnersThatLie:
             peer.load_view()
 
     @pytest.mark.parametrize(("at", "kind"), [(0, "not a graph image"), (-100, "checksum does not match")])
-    def test_pieces_that_are_corrupt(self, lying: Callable[..., Peer], at: int, kind: str) -> None:
+    def test_pieces_that_are_corrupt(self, lying: Callable[..., Connection], at: int, kind: str) -> None:
         def changed(payload: bytes) -> bytes:
             fields = msgspec.msgpack.decode(payload)
             if fields[8] is not None:
@@ -347,7 +349,7 @@ class TestOwnersThatLie:
         with pytest.raises(FormatError, match=kind):
             lying(VShardMessageType.VECTOR_MEM_REGION_RESPONSE, changed).load_view()
 
-    def test_the_view_of_another_shard(self, lying: Callable[..., Peer]) -> None:
+    def test_the_view_of_another_shard(self, lying: Callable[..., Connection]) -> None:
         def changed(payload: bytes) -> bytes:
             fields = msgspec.msgpack.decode(payload)
             fields[2][9] ^= 1
@@ -363,7 +365,7 @@ class TestOwnersThatLie:
 class TestViews:
     @pytest.mark.parametrize("piece", [None, 1000, 4096, 77_777])
     def test_over_rpc_it_is_the_one_that_is_read(
-        self, shard: Shard, peer: Peer, queries: Floats, monkeypatch: pytest.MonkeyPatch, piece: int | None
+        self, shard: Shard, peer: Connection, queries: Floats, monkeypatch: pytest.MonkeyPatch, piece: int | None
     ) -> None:
         if piece is not None:
             monkeypatch.setattr(server_module, "VIEW_PIECE_BYTES", piece)
@@ -388,7 +390,7 @@ class TestViews:
             with pytest.raises(InvalidInputError, match="there are none at"):
                 expander.read_view(offset, 10)
 
-    def test_what_is_told_of_the_shard(self, shard: Shard, peer: Peer) -> None:
+    def test_what_is_told_of_the_shard(self, shard: Shard, peer: Connection) -> None:
         for name, value in fields_of(peer.shard).items():
             assert getattr(shard.info, name) == value
 
@@ -407,8 +409,8 @@ class TestViews:
 # ---- searches of the whole collection ----
 
 
-def job_of(queries: Floats, **changes: Any) -> SearchJob:
-    return SearchJob(queries, 10, 50, 8, 0, 5.0, Stop())._replace(**changes)
+def job_of(queries: Floats, **changes: Any) -> Batch:
+    return Batch(queries, 10, 50, 8, 0, 5.0, Stop())._replace(**changes)
 
 
 @pytest.fixture
@@ -428,7 +430,7 @@ class TestWholeCollection:
         with cotra_rdma.connect(addresses) as reader, cotra_rdma.connect(addresses[::-1]) as at_home:
             owners[0].search_with(at_home)
             expected = reader.search(queries, k=10, ef=50)
-            found = reader._peers[0].search_all(job_of(queries))
+            found = reader._connections[0].search_all(job_of(queries))
             np.testing.assert_array_equal(found.labels, expected.ids)
             np.testing.assert_array_equal(found.distances.view(np.uint32), expected.distances.view(np.uint32))
             assert found.images == at_home.images == reader.images[::-1]
@@ -440,7 +442,7 @@ class TestWholeCollection:
             assert own == 1
             owners[0].search_with(None)
             with pytest.raises(PeerError, match="no connection to the others"):
-                reader._peers[0].search_all(job_of(queries))
+                reader._connections[0].search_all(job_of(queries))
 
     def test_a_large_batch_goes_in_parts(
         self, owners: list[Server], addresses: list[str], queries: Floats, monkeypatch: pytest.MonkeyPatch
@@ -449,11 +451,11 @@ class TestWholeCollection:
             owners[1].search_with(cluster)
             expected = cluster.search(queries, k=10, ef=50)
             monkeypatch.setattr(search, "_MAX_BATCH_BYTES", 20_000)
-            found = cluster._peers[1].search_all(job_of(queries))
+            found = cluster._connections[1].search_all(job_of(queries))
             assert owners[1].request_counts[VShardMessageType.VECTOR_SCATTER_REQUEST] > 3
             np.testing.assert_array_equal(found.labels, expected.ids)
             np.testing.assert_array_equal(found.shards, expected.shards)
-            assert cluster._peers[1].search_all(job_of(queries[:0])).labels.shape == (0, 10)
+            assert cluster._connections[1].search_all(job_of(queries[:0])).labels.shape == (0, 10)
 
     def test_owners_that_ask_each_other_do_not_wait_in_vain(
         self, owners: list[Server], addresses: list[str], queries: Floats
@@ -466,7 +468,7 @@ class TestWholeCollection:
             pool = stack.enter_context(ThreadPoolExecutor(6))
             expected = reader.search(queries, k=10, ef=50).ids
             job = job_of(queries, timeout_s=55.0)
-            calls = [pool.submit(reader._peers[n % 2].search_all, job) for n in range(12)]
+            calls = [pool.submit(reader._connections[n % 2].search_all, job) for n in range(12)]
             for call in calls:
                 found = call.result(50)
                 assert found.failures == {}
@@ -480,7 +482,7 @@ class TestWholeCollection:
             owners[0].search_with(cluster)
             os.kill(dies.pid, signal.SIGKILL)
             os.waitid(os.P_PID, dies.pid, os.WEXITED | os.WNOWAIT)
-            found = cluster._peers[0].search_all(job_of(queries))
+            found = cluster._connections[0].search_all(job_of(queries))
             assert list(found.failures) == [1]
             assert "cannot be reached" in found.failures[1]
             assert (found.shards == 0).all()
@@ -491,7 +493,7 @@ class TestWholeCollection:
     ) -> None:
         with cotra_rdma.connect(addresses) as cluster:
             owners[0].search_with(cluster)
-            peer = cluster._peers[0]
+            peer = cluster._connections[0]
             with pytest.raises(InvalidInputError, match="takes no mask"):
                 peer.search_all(job_of(queries, mask=np.ones((200, 2), bool)))
             with pytest.raises(PeerError, match="filters are of other shards"):
@@ -505,7 +507,7 @@ class TestWholeCollection:
                 peer.search_all(job_of(queries, ef=2**31))
             cluster.close()
         with cotra_rdma.connect(addresses) as reader, pytest.raises(PeerError, match="the cluster is closed"):
-            reader._peers[0].search_all(job_of(queries))
+            reader._connections[0].search_all(job_of(queries))
 
     def test_a_collection_of_others(self, owners: list[Server], words: Floats) -> None:
         with (

@@ -61,9 +61,9 @@ def kill(owner: OwnerProcess) -> None:
 
 def break_channel(cluster: Cluster, shard: int) -> None:
     """The channels to a shard's present owner fail after some READs."""
-    peer = cluster._peers[shard]
+    peer = cluster._connections[shard]
     peer._fabric, peer._first = LOSSY, None
-    cluster._lanes.drop(peer)
+    cluster._engines.drop(peer)
 
 
 def assert_same(found: cotra_rdma.SearchResult, wanted: cotra_rdma.SearchResult) -> None:

@@ -45,12 +45,12 @@ static int check_shard(const cotra_engine_shard *shard, uint32_t i, cotra_error 
     return COTRA_OK;
 }
 
-static void set_lane(cotra_lane *lane, const cotra_engine_shard *shard)
+static void set_path(cotra_path *path, const cotra_engine_shard *shard)
 {
-    lane->channel = shard->channel;
-    lane->own = shard->channel || !shard->own ? NULL : cotra_arena_data(shard->own);
-    lane->cache = lane->own ? NULL : shard->cache;
-    lane->queued = lane->n_pushes = lane->outstanding = lane->idle_turns = 0;
+    path->channel = shard->channel;
+    path->own = shard->channel || !shard->own ? NULL : cotra_arena_data(shard->own);
+    path->cache = path->own ? NULL : shard->cache;
+    path->queued = path->n_pushes = path->outstanding = path->idle_turns = 0;
 }
 
 static int check_shards(const cotra_engine_shard *shards, uint32_t n_shards, cotra_error *err)
@@ -111,14 +111,14 @@ int cotra_engine_create(const cotra_engine_shard *shards, uint32_t n_shards, int
     engine->kernels = kernels;
     engine->n_shards = n_shards;
     engine->max_dim = shards[0].view->info.dim;
-    engine->lanes = calloc(n_shards, sizeof *engine->lanes);
-    if (!engine->lanes)
+    engine->paths = calloc(n_shards, sizeof *engine->paths);
+    if (!engine->paths)
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u shards", n_shards);
     for (uint32_t i = 0; i < n_shards && !status; i++) {
         const cotra_image_info *info = &shards[i].view->info;
-        engine->lanes[i].view = shards[i].view;
-        set_lane(&engine->lanes[i], &shards[i]);
-        if (engine->lanes[i].cache && info->record_bytes > engine->copy_bytes)
+        engine->paths[i].view = shards[i].view;
+        set_path(&engine->paths[i], &shards[i]);
+        if (engine->paths[i].cache && info->record_bytes > engine->copy_bytes)
             engine->copy_bytes = info->record_bytes;
         engine->max_degree = info->degree > engine->max_degree ? info->degree : engine->max_degree;
     }
@@ -147,14 +147,14 @@ static void drop_walks(cotra_engine *engine)
     free(engine->walks);
     engine->walks = NULL;
     engine->n_walks = 0;
-    for (uint32_t i = 0; engine->lanes && i < engine->n_shards; i++) {
-        cotra_lane *lane = &engine->lanes[i];
-        free(lane->queue);
-        free(lane->pushes);
-        free(lane->pushed);
-        lane->queue = NULL;
-        lane->pushes = NULL;
-        lane->pushed = NULL;
+    for (uint32_t i = 0; engine->paths && i < engine->n_shards; i++) {
+        cotra_path *path = &engine->paths[i];
+        free(path->queue);
+        free(path->pushes);
+        free(path->pushed);
+        path->queue = NULL;
+        path->pushes = NULL;
+        path->pushed = NULL;
     }
 }
 
@@ -168,22 +168,22 @@ void cotra_engine_destroy(cotra_engine *engine)
     free(engine->spaces);
     free(engine->plans);
     free(engine->rows);
-    free(engine->lanes);
+    free(engine->paths);
     free(engine->started_ns);
     free(engine);
 }
 
-/* What a lane queues in: READs, or pushes; room for both, where it may become the one or the other, is made then. */
-static int make_queues(cotra_engine *engine, cotra_lane *lane, cotra_error *err)
+/* What a path queues in: READs, or pushes; room for both, where it may become the one or the other, is made then. */
+static int make_queues(cotra_engine *engine, cotra_path *path, cotra_error *err)
 {
     const size_t n = (size_t)engine->n_walks * engine->width;
-    if (lane->channel && !lane->queue)
-        lane->queue = calloc(n, sizeof *lane->queue);
-    if (cotra_lane_is_pushed(lane) && !lane->pushes) {
-        lane->pushes = calloc(n, sizeof *lane->pushes);
-        lane->pushed = calloc(n, sizeof *lane->pushed);
+    if (path->channel && !path->queue)
+        path->queue = calloc(n, sizeof *path->queue);
+    if (cotra_path_is_pushed(path) && !path->pushes) {
+        path->pushes = calloc(n, sizeof *path->pushes);
+        path->pushed = calloc(n, sizeof *path->pushed);
     }
-    if ((!lane->channel || lane->queue) && (!cotra_lane_is_pushed(lane) || (lane->pushes && lane->pushed)))
+    if ((!path->channel || path->queue) && (!cotra_path_is_pushed(path) || (path->pushes && path->pushed)))
         return COTRA_OK;
     return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", engine->n_walks);
 }
@@ -214,7 +214,7 @@ static int make_walks(cotra_engine *engine, uint32_t n_walks, uint32_t k, uint32
             status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
     }
     for (uint32_t i = 0; i < engine->n_shards && !status; i++)
-        status = make_queues(engine, &engine->lanes[i], err);
+        status = make_queues(engine, &engine->paths[i], err);
     if (status)
         drop_walks(engine);
     return status;
@@ -240,7 +240,7 @@ static uint32_t choose_low_rank(const cotra_search_params *params)
  */
 static int count_shard(cotra_engine *engine, uint32_t shard, const cotra_search_scope *scope, cotra_error *err)
 {
-    const cotra_image_info *info = &engine->lanes[shard].view->info;
+    const cotra_image_info *info = &engine->paths[shard].view->info;
     const uint8_t *filter = scope && scope->filters ? scope->filters[shard] : NULL;
     const uint64_t live = info->count - info->deleted_count;
     engine->rows[shard] = live;
@@ -303,8 +303,8 @@ static int choose_walks(const cotra_engine *engine, const cotra_search_params *p
 {
     uint32_t slots = COTRA_MOST_SLOTS, wanted = 0, most = MAX_AUTOMATIC;
     for (uint32_t s = 0; s < engine->n_shards; s++) {
-        const cotra_channel *channel = engine->lanes[s].channel;
-        if (cotra_lane_is_pushed(&engine->lanes[s]))
+        const cotra_channel *channel = engine->paths[s].channel;
+        if (cotra_path_is_pushed(&engine->paths[s]))
             most = MAX_INFLIGHT; /* a round is a message, for as many queries as there are */
         if (channel)
             slots = channel->slots < slots ? channel->slots : slots;
@@ -360,8 +360,8 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     uint32_t width = 0, n_walks = 0;
     int status = make_plans(engine, params, scope, &width, err);
     for (uint32_t s = 0; s < engine->n_shards && !status; s++)
-        if (engine->lanes[s].channel)
-            status = cotra_channel_settle(engine->lanes[s].channel, err);
+        if (engine->paths[s].channel)
+            status = cotra_channel_settle(engine->paths[s].channel, err);
     if (!status)
         status = choose_walks(engine, params, n_queries, &width, &n_walks, err);
     if (!status)
@@ -392,8 +392,8 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
     engine->timeout_ns = params->timeout_ns ? params->timeout_ns : DEFAULT_TIMEOUT_NS;
     memset(stats, 0, n_queries * sizeof *stats);
     for (uint32_t s = 0; s < engine->n_shards; s++) {
-        cotra_lane *lane = &engine->lanes[s];
-        lane->queued = lane->n_pushes = lane->outstanding = lane->idle_turns = 0;
+        cotra_path *path = &engine->paths[s];
+        path->queued = path->n_pushes = path->outstanding = path->idle_turns = 0;
     }
     for (uint32_t w = 0; w < n_walks; w++)
         engine->walks[w].walk.view = NULL;
@@ -412,8 +412,8 @@ int cotra_engine_resume(cotra_engine *engine, uint64_t pause_ns, cotra_error *er
 
 void cotra_engine_get_pushes(const cotra_engine *engine, uint32_t shard, const cotra_push **out, uint64_t *n)
 {
-    *out = engine->lanes[shard].pushes;
-    *n = engine->lanes[shard].n_pushes;
+    *out = engine->paths[shard].pushes;
+    *n = engine->paths[shard].n_pushes;
 }
 
 static int make_told(const cotra_engine *engine, cotra_running *run, cotra_error *err)
@@ -442,36 +442,36 @@ int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cot
 {
     if (shard >= engine->n_shards)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u of %u", shard, engine->n_shards);
-    cotra_lane *lane = &engine->lanes[shard];
+    cotra_path *path = &engine->paths[shard];
     uint64_t told = 0;
     for (uint64_t p = 0; p < n; p++) {
-        if (found[p].count > lane->view->info.degree)
+        if (found[p].count > path->view->info.degree)
             return cotra_at_shard(err, shard,
                                   cotra_fail(err, COTRA_ERR_FORMAT,
                                              "an expansion of %u neighbours, where %u are the most", found[p].count,
-                                             lane->view->info.degree));
+                                             path->view->info.degree));
         told += found[p].count;
     }
-    if (n != lane->n_pushes || told != n_neighbours)
+    if (n != path->n_pushes || told != n_neighbours)
         return cotra_at_shard(err, shard,
                               cotra_fail(err, COTRA_ERR_FORMAT, "%llu expansions of %llu neighbours to %u pushes",
-                                         (unsigned long long)n, (unsigned long long)n_neighbours, lane->n_pushes));
+                                         (unsigned long long)n, (unsigned long long)n_neighbours, path->n_pushes));
     for (uint64_t i = 0; i < n_neighbours; i++)
-        if (numbers[i] >= lane->view->info.graph_count)
+        if (numbers[i] >= path->view->info.graph_count)
             return cotra_at_shard(err, shard,
                                   cotra_fail(err, COTRA_ERR_FORMAT, "an expansion links to node %u of %llu", numbers[i],
-                                             (unsigned long long)lane->view->info.graph_count));
+                                             (unsigned long long)path->view->info.graph_count));
     for (uint64_t i = 0; i < n_neighbours; i++)
         if (!(weights[i] >= COTRA_LEAST_WEIGHT && weights[i] <= COTRA_MOST_WEIGHT)) /* nor is NaN */
             return cotra_at_shard(err, shard,
                                   cotra_fail(err, COTRA_ERR_FORMAT, "an expansion with the weight %g", weights[i]));
     for (uint64_t p = 0; p < n; p++) {
-        int status = make_told(engine, &engine->walks[lane->pushed[p] / engine->width], err);
+        int status = make_told(engine, &engine->walks[path->pushed[p] / engine->width], err);
         if (status)
             return status;
     }
     for (uint64_t p = 0; p < n; p++) {
-        const uint32_t w = lane->pushed[p] / engine->width, i = lane->pushed[p] % engine->width;
+        const uint32_t w = path->pushed[p] / engine->width, i = path->pushed[p] % engine->width;
         cotra_running *to = &engine->walks[w];
         const size_t first = (size_t)i * engine->max_degree;
         to->told[i] = found[p];
@@ -484,7 +484,7 @@ int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cot
         to->records[i] = COTRA_TOLD;
         to->missing--;
     }
-    lane->n_pushes = 0;
+    path->n_pushes = 0;
     return COTRA_OK;
 }
 
@@ -497,11 +497,11 @@ int cotra_engine_replace(cotra_engine *engine, uint32_t shard, const cotra_engin
 {
     if (shard >= engine->n_shards || !engine->started_ns)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "no search over shard %u is half-way", shard);
-    cotra_lane *lane = &engine->lanes[shard];
+    cotra_path *path = &engine->paths[shard];
     static const cotra_engine_shard nobody;
     if (with) {
         int status = check_shard(with, shard, err);
-        if (!status && memcmp(&with->view->info, &lane->view->info, sizeof lane->view->info) != 0)
+        if (!status && memcmp(&with->view->info, &path->view->info, sizeof path->view->info) != 0)
             status = cotra_fail(err, COTRA_ERR_FORMAT, "another owner of shard %u holds another image", shard);
         if (!status && with->channel && with->channel->slots < cotra_engine_get_slots(engine))
             status = cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u: a channel of %u slots, the search needs %u", shard,
@@ -519,10 +519,10 @@ int cotra_engine_replace(cotra_engine *engine, uint32_t shard, const cotra_engin
                 if (engine->spaces[s].shards[place] == shard)
                     cotra_space_lose(&engine->spaces[s], place);
     }
-    cotra_cache *cache = with ? lane->cache : NULL;
-    set_lane(lane, with ? with : &nobody);
-    lane->cache = lane->own ? NULL : cache;
-    int status = with ? make_queues(engine, lane, err) : COTRA_OK;
+    cotra_cache *cache = with ? path->cache : NULL;
+    set_path(path, with ? with : &nobody);
+    path->cache = path->own ? NULL : cache;
+    int status = with ? make_queues(engine, path, err) : COTRA_OK;
     if (!status)
         cotra_engine_revisit(engine, shard);
     return status;

@@ -16,7 +16,7 @@ enum { BEGIN_WORK = 8 };    /* what it takes to begin a task, in expansions */
 
 const uint8_t cotra_marks[2];
 
-static int post_queue(cotra_lane *to, cotra_error *err)
+static int post_queue(cotra_path *to, cotra_error *err)
 {
     uint32_t posted = 0;
     int status = cotra_channel_post(to->channel, to->queue, to->queued, &posted, err);
@@ -70,9 +70,9 @@ static void finish(cotra_engine *engine, cotra_running *run)
     note_task(engine);
 }
 
-static cotra_lane *lane_of(cotra_engine *engine, const cotra_running *run, uint32_t i)
+static cotra_path *path_of(cotra_engine *engine, const cotra_running *run, uint32_t i)
 {
-    return &engine->lanes[engine->spaces[run->space].shards[run->walk.places[i]]];
+    return &engine->paths[engine->spaces[run->space].shards[run->walk.places[i]]];
 }
 
 /* Whether the mask leaves all of a task's shards out. */
@@ -103,7 +103,7 @@ static int expand(cotra_engine *engine, cotra_running *run, cotra_error *err)
     const uint32_t record_bytes = walk->view->info.record_bytes; /* alike in all shards of a space */
     for (; run->expanded < walk->frontier_count; run->expanded++) {
         const uint32_t i = run->expanded;
-        const cotra_lane *from = lane_of(engine, run, i);
+        const cotra_path *from = path_of(engine, run, i);
         const uint8_t *record = run->records[i];
         int status = COTRA_OK;
         if (record == COTRA_LOST)
@@ -125,7 +125,7 @@ static int expand(cotra_engine *engine, cotra_running *run, cotra_error *err)
         if (status) {
             run->records[i] = NULL;
             run->missing++;
-            return cotra_at_shard(err, (uint32_t)(from - engine->lanes), status);
+            return cotra_at_shard(err, (uint32_t)(from - engine->paths), status);
         }
     }
     return COTRA_OK;
@@ -136,7 +136,7 @@ static void fetch_node(cotra_engine *engine, uint32_t w, uint32_t i)
 {
     cotra_running *run = &engine->walks[w];
     cotra_walk *walk = &run->walk;
-    cotra_lane *to = lane_of(engine, run, i);
+    cotra_path *to = path_of(engine, run, i);
     const uint32_t row = cotra_walk_row(walk, i), record_bytes = walk->view->info.record_bytes;
     const uint64_t offset = to->view->info.records_offset + (uint64_t)row * record_bytes;
     const uint32_t slot = w * engine->width + i;
@@ -180,12 +180,12 @@ static void fetch(cotra_engine *engine, uint32_t w)
 static int post_frontier(cotra_engine *engine, cotra_running *run, cotra_error *err)
 {
     for (uint32_t i = 0; i < run->walk.frontier_count; i++) {
-        cotra_lane *to = lane_of(engine, run, i);
+        cotra_path *to = path_of(engine, run, i);
         if (to->queued == 0 || to->queued < to->channel->post_batch)
             continue;
         int status = post_queue(to, err);
         if (status)
-            return cotra_at_shard(err, (uint32_t)(to - engine->lanes), status);
+            return cotra_at_shard(err, (uint32_t)(to - engine->paths), status);
     }
     return COTRA_OK;
 }
@@ -254,18 +254,18 @@ static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
 /* One turn over one shard's channel: completions, then what is queued. Returns COTRA_AGAIN when something happened. */
 static int turn(cotra_engine *engine, uint32_t shard, cotra_error *err)
 {
-    cotra_lane *lane = &engine->lanes[shard];
+    cotra_path *path = &engine->paths[shard];
     cotra_completion completions[POLL_BATCH];
     uint32_t ready[POLL_BATCH], n = 0, n_ready = 0;
     int status = COTRA_OK, failed = COTRA_OK;
-    if (lane->outstanding) {
-        status = cotra_channel_poll(lane->channel, completions, POLL_BATCH, &n, err);
+    if (path->outstanding) {
+        status = cotra_channel_poll(path->channel, completions, POLL_BATCH, &n, err);
         if (status < 0)
             return cotra_at_shard(err, shard, status);
     }
     for (uint32_t c = 0; c < n; c++) { /* all are noted before anything else: a failure must not forget the others */
         const cotra_completion *completion = &completions[c];
-        lane->outstanding--;
+        path->outstanding--;
         if (completion->status != COTRA_OK) {
             failed = completion->status;
             continue;
@@ -277,34 +277,34 @@ static int turn(cotra_engine *engine, uint32_t shard, cotra_error *err)
             ready[n_ready++] = w;
     }
     if (failed)
-        return cotra_at_shard(err, shard, cotra_channel_report(lane->channel, failed, err));
+        return cotra_at_shard(err, shard, cotra_channel_report(path->channel, failed, err));
     for (uint32_t r = 0; r < n_ready; r++) {
         if (r + 1 < n_ready)
-            prefetch_record(engine->walks[ready[r + 1]].records[0], lane->view->info.record_bytes);
+            prefetch_record(engine->walks[ready[r + 1]].records[0], path->view->info.record_bytes);
         status = advance(engine, ready[r], err);
         if (status)
             return status;
     }
-    const uint32_t queued = lane->queued;
+    const uint32_t queued = path->queued;
     if (queued) {
-        status = post_queue(lane, err);
+        status = post_queue(path, err);
         if (status)
             return cotra_at_shard(err, shard, status);
     }
-    if (n || queued != lane->queued) {
-        lane->last_progress_ns = 0;
+    if (n || queued != path->queued) {
+        path->last_progress_ns = 0;
         return COTRA_AGAIN;
     }
-    if ((lane->outstanding || lane->queued) && ++lane->idle_turns == IDLE_TURNS) {
-        lane->idle_turns = 0;
+    if ((path->outstanding || path->queued) && ++path->idle_turns == IDLE_TURNS) {
+        path->idle_turns = 0;
         status = cotra_look(&engine->lookout, err);
         const int is_late = status == COTRA_ERR_DEADLINE;
         if (status && !is_late)
             return status;
         const uint64_t now = cotra_clock_ns();
-        if (lane->last_progress_ns == 0)
-            lane->last_progress_ns = now;
-        const uint64_t silent_ns = now - lane->last_progress_ns;
+        if (path->last_progress_ns == 0)
+            path->last_progress_ns = now;
+        const uint64_t silent_ns = now - path->last_progress_ns;
         if (silent_ns > (is_late ? engine->timeout_ns / 2 : engine->timeout_ns)) /* it is what the search waited for */
             return cotra_at_shard(err, shard,
                                   cotra_fail(err, COTRA_ERR_DEADLINE, "a READ did not complete within %llu ms",
@@ -318,7 +318,7 @@ static int turn(cotra_engine *engine, uint32_t shard, cotra_error *err)
 static int wire_is_silent(const cotra_engine *engine)
 {
     for (uint32_t s = 0; s < engine->n_shards; s++)
-        if (engine->lanes[s].queued || engine->lanes[s].outstanding)
+        if (engine->paths[s].queued || engine->paths[s].outstanding)
             return 0;
     return 1;
 }
@@ -340,7 +340,7 @@ int cotra_engine_run(cotra_engine *engine, cotra_error *err)
                 return status;
         }
         for (uint32_t s = 0; s < engine->n_shards; s++) {
-            if (!engine->lanes[s].channel)
+            if (!engine->paths[s].channel)
                 continue;
             int status = turn(engine, s, err);
             if (status < 0 || status == COTRA_PAUSED)
@@ -363,11 +363,11 @@ int cotra_engine_run(cotra_engine *engine, cotra_error *err)
 
 void cotra_engine_revisit(cotra_engine *engine, uint32_t shard)
 {
-    const cotra_lane *lane = &engine->lanes[shard];
+    const cotra_path *path = &engine->paths[shard];
     for (uint32_t w = 0; w < engine->started; w++) {
         cotra_running *run = &engine->walks[w];
         for (uint32_t i = run->expanded; run->walk.view && i < run->walk.frontier_count; i++) {
-            if (lane_of(engine, run, i) != lane)
+            if (path_of(engine, run, i) != path)
                 continue;
             run->missing -= !run->records[i]; /* what came from the old one may be a lie, too */
             if (cotra_space_is_lost(run->walk.space, run->walk.places[i]))

@@ -8,7 +8,7 @@
  *   - missing: records[i] is NULL; it is queued, posted, or waits for its shard's owner;
  *   - lost, with its shard: records[i] is COTRA_LOST.
  * A walk with nothing missing is expanded, in the frontier's order, from `expanded` on; so it can be left and taken up
- * anywhere. All that a lane had to do can be found again from its walks' frontiers: that is how one way to a shard is
+ * anywhere. All that a path had to do can be found again from its walks' frontiers: that is how one way to a shard is
  * replaced by another in the middle of a search.
  */
 #ifndef COTRA_SEARCH_GRAPH_SCHEDULER_H
@@ -18,19 +18,19 @@
 #include "search/graph/walk.h"
 #include "channel/channel.h"
 
-typedef struct cotra_lane { /* one shard */
+typedef struct cotra_path { /* one shard */
     const cotra_view *view;
     cotra_channel *channel; /* or NULL */
     const uint8_t *own;     /* the image in this process's memory, or NULL; with neither, its owner is asked */
     cotra_cache *cache;     /* or NULL */
     cotra_read *queue;      /* READs waiting for a post: [n_walks * width] */
-    cotra_push *pushes;     /* nodes waiting for the owner: [n_walks * width], allocated where any lane has an owner */
+    cotra_push *pushes;     /* nodes waiting for the owner: [n_walks * width], allocated where any path has an owner */
     uint32_t *pushed;       /* [n_walks * width]: the slot of each */
     uint32_t queued, n_pushes;
     uint32_t outstanding;      /* posted, not completed */
     uint32_t idle_turns;       /* since the clock was read */
     uint64_t last_progress_ns; /* by the first look at the clock after it; 0: none yet */
-} cotra_lane;
+} cotra_path;
 
 typedef struct cotra_running {
     cotra_walk walk;
@@ -54,7 +54,7 @@ extern const uint8_t cotra_marks[2];
 
 struct cotra_engine {
     const cotra_kernels *kernels;
-    cotra_lane *lanes;
+    cotra_path *paths;
     cotra_space *spaces; /* [n_spaces]: of one shard each, or one of all */
     cotra_walk_plan *plans;
     uint64_t *rows; /* [n_shards]: that may be returned, in the search in progress */
@@ -79,9 +79,9 @@ struct cotra_engine {
 };
 
 /* Whether the shard's owner expands its nodes. */
-static inline int cotra_lane_is_pushed(const cotra_lane *lane)
+static inline int cotra_path_is_pushed(const cotra_path *path)
 {
-    return !lane->channel && !lane->own;
+    return !path->channel && !path->own;
 }
 
 /* A failure belongs to the shard at hand: a completion of one may start a query on another. */
@@ -95,7 +95,7 @@ static inline int cotra_at_shard(cotra_error *err, uint32_t shard, int status)
 /* Goes on until the search is over, or all that is left waits for owners: COTRA_AGAIN; or until it is to pause:
  * COTRA_PAUSED. */
 int cotra_engine_run(cotra_engine *engine, cotra_error *err);
-/* What was not expanded of a shard is asked for again, by the lane as it is now; where the shard is lost, it is given
+/* What was not expanded of a shard is asked for again, by the path as it is now; where the shard is lost, it is given
  * up. */
 void cotra_engine_revisit(cotra_engine *engine, uint32_t shard);
 

@@ -2,7 +2,7 @@
  *
  *   probe begins -> round 1: all pieces of its lists -> round 2: all vectors to re-rank -> answer, next query
  *
- * All READs of a round are queued at once, each on its shard's lane; a lane posts what its channel has free slots for
+ * All READs of a round are queued at once, each on its shard's path; a path posts what its channel has free slots for
  * and keeps the rest for when some complete (back-pressure). A completion is worked off before its slot is free again,
  * so a landing buffer is never looked at later.
  */
@@ -33,16 +33,16 @@ typedef struct owner {
     uint32_t run, item;
 } owner;
 
-typedef struct lane { /* one shard */
+typedef struct path { /* one shard */
     cotra_channel *channel;
     owner *owners;     /* [slots]: of the READs in progress */
     uint32_t *idle;    /* [slots]: free slots, a stack */
     uint32_t n_idle;   /* slots - n_idle READs are in progress */
     pending *queue;    /* [capacity]: a ring of READs to be posted */
-    uint32_t capacity; /* as many as all runs can have on this lane in a round */
+    uint32_t capacity; /* as many as all runs can have on this path in a round */
     uint32_t first, queued;
     uint64_t last_progress_ns;
-} lane;
+} path;
 
 typedef struct running {
     cotra_probe probe;
@@ -55,7 +55,7 @@ struct cotra_spire {
     const cotra_kernels *kernels;
     uint32_t n_shards, dim;
     cotra_probe_shard *shards; /* [n_shards] */
-    lane *lanes;               /* [n_shards] */
+    path *paths;               /* [n_shards] */
     running *runs;
     uint32_t n_runs;
     cotra_probe_limits limits; /* what `runs` were made for */
@@ -117,11 +117,11 @@ int cotra_spire_create(cotra_view *const *views, cotra_ivf_table *const *tables,
     engine->n_shards = n_shards;
     engine->dim = views[0]->info.dim;
     engine->shards = calloc(n_shards, sizeof *engine->shards);
-    engine->lanes = calloc(n_shards, sizeof *engine->lanes);
-    if (!engine->shards || !engine->lanes)
+    engine->paths = calloc(n_shards, sizeof *engine->paths);
+    if (!engine->shards || !engine->paths)
         goto no_memory;
     for (uint32_t i = 0; i < n_shards; i++) {
-        lane *to = &engine->lanes[i];
+        path *to = &engine->paths[i];
         engine->shards[i] = (cotra_probe_shard){.view = views[i],
                                                 .table = tables[i],
                                                 .prefix_bytes = cotra_prefix_bytes(&views[i]->info),
@@ -146,9 +146,9 @@ static void drop_runs(cotra_spire *engine)
     free(engine->runs);
     engine->runs = NULL;
     engine->n_runs = 0;
-    for (uint32_t i = 0; engine->lanes && i < engine->n_shards; i++) {
-        free(engine->lanes[i].queue);
-        engine->lanes[i].queue = NULL;
+    for (uint32_t i = 0; engine->paths && i < engine->n_shards; i++) {
+        free(engine->paths[i].queue);
+        engine->paths[i].queue = NULL;
     }
 }
 
@@ -157,11 +157,11 @@ void cotra_spire_destroy(cotra_spire *engine)
     if (!engine)
         return;
     drop_runs(engine);
-    for (uint32_t i = 0; engine->lanes && i < engine->n_shards; i++) {
-        free(engine->lanes[i].owners);
-        free(engine->lanes[i].idle);
+    for (uint32_t i = 0; engine->paths && i < engine->n_shards; i++) {
+        free(engine->paths[i].owners);
+        free(engine->paths[i].idle);
     }
-    free(engine->lanes);
+    free(engine->paths);
     free(engine->shards);
     free(engine);
 }
@@ -191,7 +191,7 @@ static int make_runs(cotra_spire *engine, uint32_t n_runs, const cotra_probe_lim
     for (uint32_t i = 0; i < engine->n_shards; i++) {
         const uint64_t pieces = pieces_of(&engine->shards[i], limits->n_probe);
         const uint64_t capacity = (pieces > limits->capacity ? pieces : limits->capacity) * n_runs;
-        lane *to = &engine->lanes[i];
+        path *to = &engine->paths[i];
         if (capacity > UINT32_MAX || engine->limits.n_pieces + pieces > UINT32_MAX)
             return cotra_fail(err, COTRA_ERR_ARGUMENT, "%u lists of shard %u are %llu READs: too many at once",
                               limits->n_probe, i, (unsigned long long)pieces);
@@ -218,7 +218,7 @@ static int make_runs(cotra_spire *engine, uint32_t n_runs, const cotra_probe_lim
 
 static void enqueue(cotra_spire *engine, uint32_t r, uint32_t shard, uint64_t offset, uint32_t length, uint32_t item)
 {
-    lane *to = &engine->lanes[shard];
+    path *to = &engine->paths[shard];
     running *run = &engine->runs[r];
     to->queue[(to->first + to->queued++) % to->capacity] =
         (pending){.offset = offset, .length = length, .run = r, .item = item};
@@ -228,7 +228,7 @@ static void enqueue(cotra_spire *engine, uint32_t r, uint32_t shard, uint64_t of
 }
 
 /* Posts what there are slots for. */
-static int post_queue(lane *to, cotra_error *err)
+static int post_queue(path *to, cotra_error *err)
 {
     while (to->queued && to->n_idle) {
         cotra_read reads[BATCH];
@@ -317,7 +317,7 @@ static void advance(cotra_spire *engine, uint32_t r)
     }
 }
 
-static int take_completion(cotra_spire *engine, const cotra_completion *completion, lane *from, cotra_error *err)
+static int take_completion(cotra_spire *engine, const cotra_completion *completion, path *from, cotra_error *err)
 {
     const owner whose = from->owners[completion->slot];
     from->idle[from->n_idle++] = completion->slot;
@@ -334,7 +334,7 @@ static int take_completion(cotra_spire *engine, const cotra_completion *completi
 }
 
 /* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */
-static int turn(cotra_spire *engine, lane *lane_, cotra_error *err)
+static int turn(cotra_spire *engine, path *lane_, cotra_error *err)
 {
     cotra_completion completions[BATCH];
     uint32_t n = 0;
@@ -378,7 +378,7 @@ static int run_all(cotra_spire *engine, cotra_error *err)
                 return status;
         }
         for (uint32_t s = 0; s < engine->n_shards; s++) {
-            int status = turn(engine, &engine->lanes[s], err);
+            int status = turn(engine, &engine->paths[s], err);
             if (status < 0) {
                 if (err)
                     err->shard = (int32_t)s;
@@ -434,7 +434,7 @@ static uint32_t plan(const cotra_spire *engine, const cotra_spire_params *params
     for (uint32_t s = 0; s < engine->n_shards; s++) {
         n_lists += engine->shards[s].table->info.n_lists;
         rows += engine->shards[s].table->info.entries;
-        far |= engine->lanes[s].channel->in_flight == 0;
+        far |= engine->paths[s].channel->in_flight == 0;
     }
     uint64_t capacity = params->n_rerank ? params->n_rerank : AUTO_RERANK + AUTO_RERANK_OF_K * (uint64_t)params->k;
     capacity = capacity < rows ? capacity : rows;
@@ -457,7 +457,7 @@ int cotra_spire_search(cotra_spire *engine, const float *queries, uint64_t n_que
     uint32_t n_runs = plan(engine, params, &limits);
     status = make_runs(engine, n_runs < n_queries ? n_runs : (uint32_t)n_queries, &limits, err);
     for (uint32_t s = 0; s < engine->n_shards && !status; s++) {
-        lane *to = &engine->lanes[s];
+        path *to = &engine->paths[s];
         status = cotra_channel_settle(to->channel, err);
         if (status && err)
             err->shard = (int32_t)s;

@@ -29,7 +29,7 @@ from cotra_rdma.errors import CotraError, InvalidInputError, PeerError, VerbsUna
 from cotra_rdma._build.cross_links import channel_of_fd
 from cotra_rdma._build.steps import BuildSpec, ShardBuilder, result_of
 from cotra_rdma.protocol.tables import BuildExchangeRequest
-from cotra_rdma._reader.connection import Peer
+from cotra_rdma._reader.connection import Connection
 from cotra_rdma.protocol.rpc import ClientKeys, RpcServer, ServerKeys, parse_address
 from cotra_rdma._owner.server import LEASE_S, serve
 from cotra_rdma._native.verbs import Device, QueuePairOptions
@@ -182,7 +182,7 @@ class _Images:
         self._addresses = addresses
         self._keys = list(keys) if isinstance(keys, Sequence) else [keys] * len(addresses)
         self._options = QueuePairOptions() if gid_index is None else QueuePairOptions(gid_index=gid_index)
-        self._peers: dict[int, Peer] = {}
+        self._peers: dict[int, Connection] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._device: Device | None = None
@@ -200,9 +200,9 @@ class _Images:
     def open(self, number: int, like: ImageInfo) -> Iterator[Channel]:
         """A channel to a shard's own image. Raises `TransportError` where it can be READ in no way."""
         with self._lock:
-            peer = self._peers.get(number) or self._connect(number)
-            arena = peer.memory
-            channel, stack = peer.open_channel() if arena is None else (None, ExitStack())
+            connection = self._peers.get(number) or self._connect(number)
+            arena = connection.memory
+            channel, stack = connection.open_channel() if arena is None else (None, ExitStack())
         with stack:
             if arena is not None:  # of this host: read, not mapped, for it is not this builder's memory
                 assert arena.info.fd is not None
@@ -210,8 +210,8 @@ class _Images:
             assert channel is not None
             yield channel
 
-    def _connect(self, number: int) -> Peer:
-        peer = Peer(
+    def _connect(self, number: int) -> Connection:
+        connection = Connection(
             number,
             self._addresses[number],
             keys=self._keys[number],
@@ -219,20 +219,20 @@ class _Images:
             options=self._options,
             fabric=None,
         )
-        self._peers[number] = peer
-        peer.choose("auto", self._device, self._no_device)
-        if peer.view is not None:  # upper layers of all others would not be this shard's memory
-            peer.view.close()
-            peer.view = None
-        return peer
+        self._peers[number] = connection
+        connection.choose("auto", self._device, self._no_device)
+        if connection.view is not None:  # upper layers of all others would not be this shard's memory
+            connection.view.close()
+            connection.view = None
+        return connection
 
     def _renew(self) -> None:
         while not self._stop.wait(LEASE_S / 4):
             with self._lock:
                 peers = list(self._peers.values())
-            for peer in peers:
+            for connection in peers:
                 with contextlib.suppress(CotraError):  # a READ will tell
-                    peer.renew()
+                    connection.renew()
 
     def __enter__(self) -> _Images:
         return self
@@ -240,7 +240,7 @@ class _Images:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._renewing.join()
-        for peer in self._peers.values():
-            peer.close()
+        for connection in self._peers.values():
+            connection.close()
         if self._device is not None:
             self._device.close()

@@ -70,7 +70,7 @@ log = logging.getLogger(__name__)
 TRANSPORTS = ("verbs", "shm", "rpc")
 LEASE_S = 60.0
 """A peer's queue pairs are taken back when nothing was heard of it for so many seconds."""
-MAX_LANES = 1024
+MAX_QUEUE_PAIRS = 1024
 
 Exchange = Callable[[BuildExchangeRequest], object]
 """What takes the table that a peer sends at build time: from any of the server's threads, several at once maybe. What it
@@ -78,7 +78,7 @@ returns is not looked at; what it raises is told to the peer, which may send the
 
 
 @dataclass(slots=True)
-class _Lane:
+class _LeasedQueuePair:
     peer: str
     queue_pair: QueuePair
 
@@ -183,8 +183,8 @@ class Server:
         self._registration: MemoryRegistration | None = None
         self._handover: HandOver | None = None
         self._expander: Expander | None = None
-        self._lanes: dict[int, _Lane] = {}
-        self._lane_numbers = itertools.count(1)
+        self._queue_pairs: dict[int, _LeasedQueuePair] = {}
+        self._queue_pair_numbers = itertools.count(1)
         self._heard: dict[str, float] = {}
         self._lock = threading.Lock()
         self._let_go = threading.Condition()
@@ -266,10 +266,10 @@ class Server:
         return None if self._registration is None else self._registration.region
 
     @property
-    def n_lanes(self) -> int:
+    def n_queue_pairs(self) -> int:
         """Queue pairs that peers hold."""
         with self._lock:
-            return len(self._lanes)
+            return len(self._queue_pairs)
 
     @property
     def request_counts(self) -> Mapping[VShardMessageType, int]:
@@ -423,13 +423,13 @@ class Server:
             wanted = decode_region_request(request.payload)
             self._renew(wanted.peer)
             if wanted.want == WANT_QUEUE_PAIR:
-                return self._open_lane(wanted)
+                return self._open_queue_pair(wanted)
             if wanted.want == WANT_SHARED_MEMORY:
                 return self._offer_memory()
             if wanted.want == WANT_VIEW:
                 return self._offer_view(wanted.offset)
             if wanted.want == WANT_RELEASE:
-                self._release(lambda number, lane: lane.peer == wanted.peer and wanted.lane in (0, number))
+                self._release(lambda number, held: held.peer == wanted.peer and wanted.number in (0, number))
             elif wanted.want not in (WANT_CAPABILITIES, WANT_LEASE):
                 raise InvalidInputError(f"want {wanted.want} is unknown")
             return self._describe()
@@ -440,7 +440,7 @@ class Server:
         self,
         *,
         queue_pair: QueuePairFields | None = None,
-        lane: int = 0,
+        number: int = 0,
         shared_memory: SharedMemoryFields | None = None,
         view: ViewFields | None = None,
     ) -> RegionResponse:
@@ -450,7 +450,7 @@ class Server:
             transports={name: self.unavailable.get(name, "") for name in TRANSPORTS},
             region=None if region is None else as_fields(RegionFields, region),
             queue_pair=queue_pair,
-            lane=lane,
+            number=number,
             shared_memory=shared_memory,
             view=view,
         )
@@ -465,25 +465,25 @@ class Server:
         piece = expander.read_view(offset, VIEW_PIECE_BYTES)
         return self._describe(view=ViewFields(expander.view_bytes, piece))
 
-    def _open_lane(self, wanted: RegionRequest) -> RegionResponse:
+    def _open_queue_pair(self, wanted: RegionRequest) -> RegionResponse:
         if self._device is None:
             raise VerbsUnavailableError(self.unavailable["verbs"])
         if wanted.queue_pair is None:
             raise InvalidInputError("a queue pair's attributes are missing")
         remote = QueuePairAttributes(**fields_of(wanted.queue_pair))
         with self._lock:
-            if self._closed or len(self._lanes) >= MAX_LANES:
-                raise InvalidInputError(f"no more than {MAX_LANES} queue pairs at once")
+            if self._closed or len(self._queue_pairs) >= MAX_QUEUE_PAIRS:
+                raise InvalidInputError(f"no more than {MAX_QUEUE_PAIRS} queue pairs at once")
             queue_pair = QueuePair(self._device, self._options_towards(remote.gid))
             try:
                 queue_pair.connect(remote)
             except BaseException:
                 queue_pair.close()
                 raise
-            number = next(self._lane_numbers)
-            self._lanes[number] = _Lane(wanted.peer, queue_pair)
+            number = next(self._queue_pair_numbers)
+            self._queue_pairs[number] = _LeasedQueuePair(wanted.peer, queue_pair)
             self._heard[wanted.peer] = time.monotonic()
-        return self._describe(queue_pair=as_fields(QueuePairFields, queue_pair.local), lane=number)
+        return self._describe(queue_pair=as_fields(QueuePairFields, queue_pair.local), number=number)
 
     def _renew(self, peer: str) -> None:
         """Notes that a peer that holds queue pairs lives."""
@@ -497,17 +497,17 @@ class Server:
             silent = {name for name, heard in self._heard.items() if time.monotonic() - heard > LEASE_S}
         if silent:
             log.info("queue pairs of %d silent peers are taken back", len(silent))
-            self._release(lambda _number, lane: lane.peer in silent)
+            self._release(lambda _number, held: held.peer in silent)
 
     def _reap_regularly(self) -> None:
         while not self._stop.wait(LEASE_S / 4):
             self._reap()
 
-    def _release(self, chosen: Callable[[int, _Lane], bool]) -> None:
+    def _release(self, chosen: Callable[[int, _LeasedQueuePair], bool]) -> None:
         with self._lock:
-            for number in [number for number, lane in self._lanes.items() if chosen(number, lane)]:
-                self._lanes.pop(number).queue_pair.close()
-            holding = {lane.peer for lane in self._lanes.values()}
+            for number in [number for number, held in self._queue_pairs.items() if chosen(number, held)]:
+                self._queue_pairs.pop(number).queue_pair.close()
+            holding = {held.peer for held in self._queue_pairs.values()}
             self._heard = {peer: heard for peer, heard in self._heard.items() if peer in holding}
 
     # ---- the end ----
@@ -515,7 +515,7 @@ class Server:
     def _close_parts(self) -> None:
         with self._lock:
             self._closed = True
-        self._release(lambda _number, _lane: True)
+        self._release(lambda _number, _held: True)
         for part in (self._registration, self._device, self._handover, self._expander):
             if part is not None:
                 part.close()

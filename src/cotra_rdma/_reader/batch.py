@@ -1,4 +1,4 @@
-"""`SearchJob`: a batch of queries and all that says how to answer it, as it goes from a cluster to lanes and peers."""
+"""`Batch`: queries, and all that says how to answer them, on their way from a cluster to its engines and connections."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CollectionAnswer(NamedTuple):
     failures: dict[int, str]
 
 
-class SearchJob(NamedTuple):
+class Batch(NamedTuple):
     """A batch of queries.
 
     Attributes:
@@ -71,7 +71,7 @@ class SearchJob(NamedTuple):
     deadline: float = math.inf
     most: int | None = None
 
-    def with_a_spare(self) -> SearchJob:
+    def with_a_spare(self) -> Batch:
         """The same, where the search can go on over another owner, or without, when one was waited for in vain: half of the time
         is kept for that."""
         return self if self.deadline == math.inf else self._replace(timeout_s=self.timeout_s / 2)
@@ -86,14 +86,14 @@ class SearchJob(NamedTuple):
         """Whether a wait that ended in vain had so little time that its owner is not to blame: the search is over, no more."""
         return wait_s < self.timeout_s / 2
 
-    def of_shards(self, shards: Sequence[int]) -> SearchJob:
+    def of_shards(self, shards: Sequence[int]) -> Batch:
         """The part that concerns these shards, which are numbered in this order in it."""
         if self.filters is None and self.mask is None:
             return self
         filters = None if self.filters is None else tuple(self.filters[shard] for shard in shards)
         return self._replace(filters=filters, mask=None if self.mask is None else self.mask[:, list(shards)])
 
-    def split(self, n_parts: int) -> list[SearchJob]:
+    def split(self, n_parts: int) -> list[Batch]:
         """Parts with about as many queries each."""
         masks = [None] * n_parts if self.mask is None else np.array_split(self.mask, n_parts)
         queries = np.array_split(self.queries, n_parts)

@@ -28,14 +28,14 @@ from cotra_rdma._core.stop import Progress, Stop
 from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S, Channel, FabricModel
 from cotra_rdma._native.record_cache import CacheInfo
 from cotra_rdma._native.verbs import QueuePairOptions
-from cotra_rdma._reader.batch import Answer, SearchJob
-from cotra_rdma._reader.connection import LOST, ONE_SIDED, READ, Peer, check_alike
-from cotra_rdma._reader.connector import Reach
+from cotra_rdma._reader.batch import Answer, Batch
+from cotra_rdma._reader.connection import LOST, ONE_SIDED, READ, Connection, check_alike
+from cotra_rdma._reader.connector import Connector
 from cotra_rdma._reader.cost_model import needs_of_asking, needs_of_reading
-from cotra_rdma._reader.engine_pool import LanePool
-from cotra_rdma._reader.executor import Gatherer, used_of
+from cotra_rdma._reader.engine_pool import EnginePool
+from cotra_rdma._reader.executor import SearchExecutor, used_of
 from cotra_rdma._reader.halo import Halo
-from cotra_rdma._reader.home_search import Homes
+from cotra_rdma._reader.home_search import HomeSearch
 from cotra_rdma._reader.planner import Plan, Planner
 from cotra_rdma._reader.replicas import Owner, Replicas, Tried
 from cotra_rdma._reader.result import SearchResult
@@ -125,7 +125,7 @@ def connect(
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
     fits = None if collection is None else partial(misfit, collection)
-    reach = Reach(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions(), fits)
+    reach = Connector(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions(), fits)
     return Cluster(owners, reach, cache_bytes, halo, allow_partial)
 
 
@@ -138,7 +138,7 @@ class Cluster:
     """
 
     def __init__(
-        self, owners: list[list[Owner]], reach: Reach, cache_bytes: int, halo: float, allow_partial: bool
+        self, owners: list[list[Owner]], reach: Connector, cache_bytes: int, halo: float, allow_partial: bool
     ) -> None:
         self._lock = threading.Lock()
         self._planning, self._ending = threading.Lock(), threading.Lock()
@@ -148,7 +148,7 @@ class Cluster:
         self._reach = reach
         self._planner: Planner | None = None
         self._replicas: Replicas | None = None
-        self._lanes = LanePool(self._searchers, self._callers, self._fail_over)
+        self._engines = EnginePool(self._searchers, self._callers, self._fail_over)
         self._ef: int | None = None
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._stop = threading.Event()
@@ -157,22 +157,22 @@ class Cluster:
         self._cache_bytes, self._halo = cache_bytes, None
         try:
             self._replicas = replicas = Replicas(owners, reach.connect, reach.choose, self._equip_late, self._forget)
-            self._gatherer = Gatherer(replicas, self._lanes, self._callers)
-            self._homes = Homes(replicas, self._gatherer, self._callers)
+            self._search_executor = SearchExecutor(replicas, self._engines, self._callers)
+            self._homes = HomeSearch(replicas, self._search_executor, self._callers)
             check_alike(replicas.known)
             reach.open_device(replicas.known)
             replicas.settle(allow_partial=allow_partial)
-            first = next(peer for peer in replicas.peers if peer.transport != LOST)
+            first = next(connection for connection in replicas.connections if connection.transport != LOST)
             self.dim: int = first.shard.dim
             self.metric: str = first.shard.metric
-            graphs = {peer.shard.graph_id for peer in replicas.peers}
-            self.one_graph: bool = len(replicas.peers) > 1 and len(graphs) == 1 and graphs != {0}
+            graphs = {connection.shard.graph_id for connection in replicas.connections}
+            self.one_graph: bool = len(replicas.connections) > 1 and len(graphs) == 1 and graphs != {0}
             self._planner = Planner(
-                replicas.peers, self.dim, _router(replicas.peers), self._walked(), one_graph=self.one_graph
+                replicas.connections, self.dim, _router(replicas.connections), self._walked(), one_graph=self.one_graph
             )
-            self._halo = Halo(replicas.peers, halo) if halo else None
-            for peer in replicas.peers:
-                self._equip(peer)
+            self._halo = Halo(replicas.connections, halo) if halo else None
+            for connection in replicas.connections:
+                self._equip(connection)
         except BaseException:
             self.close()
             raise
@@ -180,35 +180,41 @@ class Cluster:
             self._attend()
 
     @property
-    def _peers(self) -> list[Peer]:
+    def _connections(self) -> list[Connection]:
         """The owner of each shard that is in use now."""
-        return [] if self._replicas is None else self._replicas.peers
+        return [] if self._replicas is None else self._replicas.connections
 
     @property
-    def _one_sided(self) -> list[Peer]:
-        return [peer for peer in self._peers if peer.transport in ONE_SIDED]
+    def _one_sided(self) -> list[Connection]:
+        return [connection for connection in self._connections if connection.transport in ONE_SIDED]
 
     def _walked(self) -> frozenset[int]:
         """Positions of the shards that are walked together: of one graph, and read or pushed to."""
-        there = [peer for peer in self._peers if peer.transport in ONE_SIDED or peer.view is not None]
-        graphs = {peer.shard.graph_id for peer in there}
-        return frozenset(peer.index for peer in there) if len(graphs) == 1 and graphs != {0} else frozenset()
+        there = [
+            connection
+            for connection in self._connections
+            if connection.transport in ONE_SIDED or connection.view is not None
+        ]
+        graphs = {connection.shard.graph_id for connection in there}
+        return (
+            frozenset(connection.index for connection in there) if len(graphs) == 1 and graphs != {0} else frozenset()
+        )
 
     # ---- owners that come and go ----
 
-    def _fail_over(self, failed: Peer, error: CotraError, give_up: bool, tried: set[Tried]) -> Peer | None:
+    def _fail_over(self, failed: Connection, error: CotraError, give_up: bool, tried: set[Tried]) -> Connection | None:
         assert self._replicas is not None
         return self._replicas.replace(failed, error, give_up=give_up, tried=tried)
 
-    def _forget(self, gone: Peer) -> None:
+    def _forget(self, gone: Connection) -> None:
         """What there was of an owner that is not used any more."""
         if self._planner is not None:
             with self._planning:
                 if self._planner.router is None:  # Compass takes the whole collection, which may be there only now
-                    self._planner.router = _router(self._peers)
+                    self._planner.router = _router(self._connections)
                 self._planner.refresh(self._walked())
             self._attend()
-        self._lanes.drop(gone)
+        self._engines.drop(gone)
 
     def _attend(self) -> None:
         """Starts the thread that renews leases, and looks for owners that are away."""
@@ -256,55 +262,57 @@ class Cluster:
             self._renewed = time.monotonic()
         self.renew_leases()
 
-    def _equip(self, peer: Peer) -> None:
+    def _equip(self, connection: Connection) -> None:
         """Gives a shard that is read the cache that `connect` was asked for. Raises `InvalidInputError` for one of no record."""
         if self._halo is not None:
-            self._halo.fill(peer)
-        elif self._cache_bytes and peer.transport in READ:
-            peer.make_cache(self._cache_part(peer))
+            self._halo.fill(connection)
+        elif self._cache_bytes and connection.transport in READ:
+            connection.make_cache(self._cache_part(connection))
 
-    def _equip_late(self, peer: Peer) -> None:
+    def _equip_late(self, connection: Connection) -> None:
         """The same for one that is there only now: where others have all the bytes, it goes without."""
         try:
-            self._equip(peer)
+            self._equip(connection)
         except InvalidInputError as error:
             log.info("no cache: %s", error)
 
-    def _cache_part(self, peer: Peer) -> int:
+    def _cache_part(self, connection: Connection) -> int:
         """A shard's part of the cache's bytes, by its size; those that are not there are counted as the mean of the others."""
-        here = {other.index: other for other in self._peers if other.transport in READ} | {peer.index: peer}
+        here = {other.index: other for other in self._connections if other.transport in READ} | {
+            connection.index: connection
+        }
         sizes = {at: (other.info or other.shard).image_bytes for at, other in here.items()}
-        n_lost = sum(other.transport == LOST and other.index not in here for other in self._peers)
+        n_lost = sum(other.transport == LOST and other.index not in here for other in self._connections)
         total = sum(sizes.values()) * (1 + n_lost / len(sizes))
         left = self._cache_bytes - sum(cache.nbytes for cache in self.record_caches if cache is not None)
-        return max(0, min(int(self._cache_bytes * sizes[peer.index] / total), left))
+        return max(0, min(int(self._cache_bytes * sizes[connection.index] / total), left))
 
     def renew_leases(self) -> None:
         """Keeps the queue pairs that owners hold for this reader. A thread does it, as long as the cluster is open."""
-        for peer in list(self._peers):
-            if peer.transport != "verbs":
+        for connection in list(self._connections):
+            if connection.transport != "verbs":
                 continue
             try:
-                peer.renew()
+                connection.renew()
             except CotraError as error:  # a search will tell
-                log.debug("%s: its lease was not renewed: %s", peer, error)
+                log.debug("%s: its lease was not renewed: %s", connection, error)
 
     # ---- what it is connected to ----
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """The address of the owner in use of each shard, in order; "own" for one that this process holds and does not serve."""
-        return tuple(peer.address for peer in self._peers)
+        return tuple(connection.address for connection in self._connections)
 
     @property
     def transports(self) -> tuple[str, ...]:
         """For each shard the path to the owner in use: "own" memory, "verbs", "shm", "rpc"; "lost" where it has none left."""
-        return tuple(peer.transport for peer in self._peers)
+        return tuple(connection.transport for connection in self._connections)
 
     @property
     def passed_over(self) -> tuple[dict[str, str], ...]:
         """For each shard why a better path was not taken, by its name."""
-        return tuple(peer.passed_over for peer in self._peers)
+        return tuple(connection.passed_over for connection in self._connections)
 
     @property
     def lost(self) -> dict[int, CotraError]:
@@ -313,17 +321,17 @@ class Cluster:
 
     def __len__(self) -> int:
         """Vectors in all shards."""
-        return sum(peer.shard.count for peer in self._peers)
+        return sum(connection.shard.count for connection in self._connections)
 
     @property
     def counts(self) -> tuple[int, ...]:
         """The local rows of each shard, deleted ones included: the bits of a filter."""
-        return tuple(peer.shard.count for peer in self._peers)
+        return tuple(connection.shard.count for connection in self._connections)
 
     @property
     def regions(self) -> tuple[MemoryRegion | None, ...]:
         """The region that each shard's owner exposes to RDMA READs, or None where it has no verbs device."""
-        told = [peer.capabilities.region for peer in self._peers]
+        told = [connection.capabilities.region for connection in self._connections]
         return tuple(None if region is None else MemoryRegion(**fields_of(region)) for region in told)
 
     @property
@@ -335,29 +343,29 @@ class Cluster:
     @property
     def cached_bytes(self) -> int:
         """Bytes that this reader keeps of the shards: headers and upper layers, and the cache of `cache_bytes`."""
-        views = sum(peer.view.nbytes for peer in self._peers if peer.view is not None)
+        views = sum(connection.view.nbytes for connection in self._connections if connection.view is not None)
         return views + sum(cache.nbytes for cache in self.record_caches if cache is not None)
 
     @property
     def record_caches(self) -> tuple[CacheInfo | None, ...]:
         """The cache of each shard's records; None for a shard without."""
-        return tuple(None if peer.cache is None else peer.cache.info for peer in self._peers)
+        return tuple(None if connection.cache is None else connection.cache.info for connection in self._connections)
 
     def clear_caches(self) -> None:
         """Forgets all cached records, and how often each was asked for: as after `connect`."""
-        for peer in self._peers:
-            if peer.cache is not None:
-                peer.cache.clear()
+        for connection in self._connections:
+            if connection.cache is not None:
+                connection.cache.clear()
 
     def ping(self, n_reads: int = 100, n_bytes: int = 1024) -> tuple[npt.NDArray[np.uint64], ...]:
         """The latency of `n_reads` READs of each shard's first bytes, one after the other, in ns: uint64[n_reads] for each
         shard; empty for one that is only asked over RPC. Raises `TransportError`."""
         latencies = []
-        for peer in self._peers:
-            if peer.transport not in ONE_SIDED:
+        for connection in self._connections:
+            if connection.transport not in ONE_SIDED:
                 latencies.append(np.empty(0, np.uint64))
                 continue
-            channel, parts = peer.open_channel()
+            channel, parts = connection.open_channel()
             with parts:
                 latencies.append(channel.read_loop(np.zeros(n_reads, np.uint64), n_bytes)[1])
         return tuple(latencies)
@@ -368,10 +376,12 @@ class Cluster:
 
         Raises `TransportError` for a shard that is only asked over RPC.
         """
-        peer = self._peers[shard]
-        if peer.transport not in ONE_SIDED:
-            raise TransportError(f"{peer} cannot be read: {peer.passed_over or 'rpc was asked for'}", shard=shard)
-        channel, parts = peer.open_channel()
+        connection = self._connections[shard]
+        if connection.transport not in ONE_SIDED:
+            raise TransportError(
+                f"{connection} cannot be read: {connection.passed_over or 'rpc was asked for'}", shard=shard
+            )
+        channel, parts = connection.open_channel()
         with parts:
             yield channel
 
@@ -463,8 +473,8 @@ class Cluster:
         self._begin_search(n_threads)
         stop = stop or Stop()
         try:
-            job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards, stop, progress)
-            job = job._replace(most=max_expansions)
+            batch = self._job(queries, k, ef, beam, inflight, timeout_s, filters, shards, stop, progress)
+            batch = batch._replace(most=max_expansions)
             run = partial(
                 self._search,
                 n_threads=n_threads,
@@ -473,10 +483,10 @@ class Cluster:
                 owner_cpu=owner_cpu,
                 explain=explain,
             )
-            result = run(job, algorithm=algorithm)
+            result = run(batch, algorithm=algorithm)
             base = result.algorithm.removeprefix("compass").removeprefix("+") or "cotra"
             if result.algorithm.startswith("compass"):
-                result = self._fill(result, job, partial(run, algorithm=base))
+                result = self._fill(result, batch, partial(run, algorithm=base))
             return result
         except DeadlineError as error:
             raise stop.late(error, timeout_s) from None
@@ -488,7 +498,7 @@ class Cluster:
 
     def _search(
         self,
-        job: SearchJob,
+        batch: Batch,
         *,
         n_threads: int,
         allow_partial: bool | None,
@@ -500,34 +510,34 @@ class Cluster:
         begin = time.perf_counter()
         assert self._planner is not None
         plan = self._planner.plan(
-            algorithm, job, n_threads, target_recall=target_recall, owner_cpu=owner_cpu, explain=explain
+            algorithm, batch, n_threads, target_recall=target_recall, owner_cpu=owner_cpu, explain=explain
         )
-        if plan.mask is not job.mask:
-            job = job._replace(mask=plan.mask)
+        if plan.mask is not batch.mask:
+            batch = batch._replace(mask=plan.mask)
         lenient = self.one_graph if allow_partial is None else allow_partial
-        peers = list(self._peers)
+        connections = list(self._connections)
         homes = None
         if plan.homes is None:
-            answers, failures, plan = self._gatherer.gather(peers, job, plan, n_threads, lenient)
+            answers, failures, plan = self._search_executor.gather(connections, batch, plan, n_threads, lenient)
             seconds = time.perf_counter() - begin
-            ended = peers
-            if peers != self._peers:
-                pairs = zip(peers, self._peers, strict=True)
+            ended = connections
+            if connections != self._connections:
+                pairs = zip(connections, self._connections, strict=True)
                 ended = [before if after.transport == LOST else after for before, after in pairs]
             elif not failures:
-                self._note(plan, job, answers, n_threads, seconds)
-            ids, distances, owners, stats = self._gatherer.merge(answers, job)
-            used = [used_of(peer, plan, failures) for peer in ended]
+                self._note(plan, batch, answers, n_threads, seconds)
+            ids, distances, owners, stats = self._search_executor.merge(answers, batch)
+            used = [used_of(connection, plan, failures) for connection in ended]
         else:
             here = partial(
-                self._planner.plan, "cotra", job, n_threads, target_recall=1.0, owner_cpu=False, explain=False
+                self._planner.plan, "cotra", batch, n_threads, target_recall=1.0, owner_cpu=False, explain=False
             )
             (ids, distances, owners, stats), used, failures, homes = self._homes.search(
-                peers, job, plan.homes, n_threads, here, lenient
+                connections, batch, plan.homes, n_threads, here, lenient
             )
-        n_shards = len(peers)
-        asked = np.empty(len(job.queries), np.int32)
-        asked[:] = n_shards if job.mask is None else job.mask.sum(axis=1)
+        n_shards = len(connections)
+        asked = np.empty(len(batch.queries), np.int32)
+        asked[:] = n_shards if batch.mask is None else batch.mask.sum(axis=1)
         result = SearchResult(
             ids,
             distances,
@@ -552,14 +562,14 @@ class Cluster:
             ) from first
         return result
 
-    def _fill(self, result: SearchResult, job: SearchJob, run: Callable[[SearchJob], SearchResult]) -> SearchResult:
+    def _fill(self, result: SearchResult, batch: Batch, run: Callable[[Batch], SearchResult]) -> SearchResult:
         """Asks all shards for queries to which those that Compass chose have too few answers."""
-        most = len(result.transports) if job.mask is None else job.mask.sum(axis=1)
+        most = len(result.transports) if batch.mask is None else batch.mask.sum(axis=1)
         short = np.flatnonzero((result.ids[:, -1] < 0) & (result.asked < most))
         if not len(short):
             return result
-        mask = None if job.mask is None else job.mask[short]
-        more = run(job._replace(queries=job.queries[short], mask=mask))
+        mask = None if batch.mask is None else batch.mask[short]
+        more = run(batch._replace(queries=batch.queries[short], mask=mask))
         for name in ("ids", "distances", "shards", "asked"):
             getattr(result, name)[short] = getattr(more, name)
         result.stats["incomplete"][short] = 0
@@ -605,14 +615,16 @@ class Cluster:
         """
         with self._searching(n_threads):
             stop = Stop()
-            job = self._job(queries, k, ef, beam, inflight, timeout_s, filters, None, stop)
-            peers = self._one_sided
-            if not peers:
-                shape = (0, len(job.queries), k)
-                return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(job.queries), STATS_DTYPE)
-            stop.expect(len(job.queries))
+            batch = self._job(queries, k, ef, beam, inflight, timeout_s, filters, None, stop)
+            connections = self._one_sided
+            if not connections:
+                shape = (0, len(batch.queries), k)
+                return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(batch.queries), STATS_DTYPE)
+            stop.expect(len(batch.queries))
             try:
-                return self._lanes.search(peers, job.of_shards([peer.index for peer in peers]), n_threads)[0]
+                return self._engines.search(
+                    connections, batch.of_shards([connection.index for connection in connections]), n_threads
+                )[0]
             except DeadlineError as error:
                 raise stop.late(error, timeout_s) from None
 
@@ -651,15 +663,18 @@ class Cluster:
         shards: npt.ArrayLike | None,
         stop: Stop,
         progress: Progress | None = None,
-    ) -> SearchJob:
+    ) -> Batch:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        rows, n_shards = check_queries(queries, self.dim), len(self._peers)
+        rows, n_shards = check_queries(queries, self.dim), len(self._connections)
         check_search(k, ef, beam, inflight, timeout_s)
         packed = None
         if filters is not None:
             if len(filters) != n_shards:
                 raise InvalidInputError(f"{len(filters)} filters for {n_shards} shards")
-            packed = tuple(pack_filter(bits, peer.shard.count) for bits, peer in zip(filters, self._peers, strict=True))
+            packed = tuple(
+                pack_filter(bits, connection.shard.count)
+                for bits, connection in zip(filters, self._connections, strict=True)
+            )
         mask = None
         if shards is not None:
             mask = np.asarray(shards)
@@ -669,31 +684,35 @@ class Cluster:
                 )
         stop.begin(len(rows), progress)
         wait_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
-        return SearchJob(rows, k, ef, beam, inflight, wait_s, stop, packed, mask, deadline)
+        return Batch(rows, k, ef, beam, inflight, wait_s, stop, packed, mask, deadline)
 
     def _note(
-        self, plan: Plan, job: SearchJob, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
+        self, plan: Plan, batch: Batch, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
     ) -> None:
         """Tells the cost model what a shard needed: after searches of one kind only, for others say less, and of all shards."""
-        n, peers = len(job.queries), self._peers
-        if plan.pushed or job.filters is not None or job.most is not None or not answers or not n:
+        n, connections = len(batch.queries), self._connections
+        if plan.pushed or batch.filters is not None or batch.most is not None or not answers or not n:
             return
-        if len(plan.asked) != len(peers) if plan.asked else any(peer.transport not in ONE_SIDED for peer in peers):
+        if (
+            len(plan.asked) != len(connections)
+            if plan.asked
+            else any(connection.transport not in ONE_SIDED for connection in connections)
+        ):
             return
-        searches = n * len(peers) if job.mask is None else int(job.mask.sum())
+        searches = n * len(connections) if batch.mask is None else int(batch.mask.sum())
         if plan.lists:  # a query reads as many lists however many shards it is for
             searches = n
         if not searches:
             return
-        links = [peer.link for peer in peers]
+        links = [connection.link for connection in connections]
         assert self._planner is not None
         if plan.asked:
-            method, beam = "asked", job.beam
+            method, beam = "asked", batch.beam
             told = partial(needs_of_asking, links, answers[0][1][2], searches, seconds)
         else:
-            method, beam = ("lists", 0) if plan.lists else ("walk", job.beam)
+            method, beam = ("lists", 0) if plan.lists else ("walk", batch.beam)
             told = partial(needs_of_reading, links, answers[0][1][2], searches, seconds, min(n_threads, n))
-        self._planner.experience.note(method, job.k, job.ef, beam, told if n <= _FEW else told())
+        self._planner.experience.note(method, batch.k, batch.ef, beam, told if n <= _FEW else told())
 
     def _searchers(self) -> ThreadPoolExecutor:
         """The threads that share a search."""
@@ -735,7 +754,7 @@ class Cluster:
     # ---- the end ----
 
     def close(self) -> None:
-        """Closes lanes, then connections. Searches in progress in other threads are waited for (a `Stop` ends one); those
+        """Closes engines, then connections. Searches in progress in other threads are waited for (a `Stop` ends one); those
         that come later raise `ClosedError`. Idempotent; one that was interrupted is done by the next."""
         with self._lock:
             self._closing = True
@@ -749,7 +768,7 @@ class Cluster:
                 self._attendant.join()
             for pool in self._pools.values():
                 pool.shutdown()
-            self._lanes.close()
+            self._engines.close()
             if self._replicas is not None:
                 self._replicas.close()
             self._reach.close()
@@ -763,7 +782,7 @@ class Cluster:
 
     def __repr__(self) -> str:
         paths: Any = ", ".join(f"{a} over {t}" for a, t in zip(self.addresses, self.transports, strict=True))
-        return f"<Cluster of {len(self._peers)} shards: {paths}>"
+        return f"<Cluster of {len(self._connections)} shards: {paths}>"
 
 
 def _attend(cluster: weakref.ref[Cluster], stop: threading.Event) -> None:
@@ -780,16 +799,16 @@ def _coverage(n_shards: int, failures: Mapping[int, CotraError], stats: npt.NDAr
     return (n_shards - len(failures)) / n_shards * (1 - cut_short)
 
 
-def _router(peers: list[Peer]) -> Router | None:
+def _router(connections: list[Connection]) -> Router | None:
     """Compass over these shards, numbered as in their collection; None where they are not the whole of one."""
-    by_number = {peer.number: peer for peer in peers}
-    tables = [by_number[at].coarse for at in range(len(peers)) if at in by_number]
+    by_number = {connection.number: connection for connection in connections}
+    tables = [by_number[at].coarse for at in range(len(connections)) if at in by_number]
     known = [table for table in tables if table is not None]
-    told = {peer.calibration for peer in peers}
-    if len(known) != len(peers) or len(peers) < 2 or len(told) != 1:
+    told = {connection.calibration for connection in connections}
+    if len(known) != len(connections) or len(connections) < 2 or len(told) != 1:
         return None
     try:
-        return Router(known, told.pop(), peers[0].shard.metric)
+        return Router(known, told.pop(), connections[0].shard.metric)
     except FormatError as error:
         log.info("Compass is off: %s", error)
         return None

@@ -29,7 +29,7 @@ from cotra_rdma._native.list_engine import IvfTable
 from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma._native.view import View
-from cotra_rdma._reader.batch import Answer, CollectionAnswer, OutOfTimeError, SearchJob
+from cotra_rdma._reader.batch import Answer, Batch, CollectionAnswer, OutOfTimeError
 from cotra_rdma._reader.cost_model import Link
 from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
@@ -77,7 +77,7 @@ _LIST_SLOT_BYTES = 16384  # as many of a list's blocks as fit are one READ
 _PROBES = 32
 
 
-class Peer:
+class Connection:
     """One of a shard's owners. `transport` is the path to it that is in use, `passed_over` says why the better ones are not."""
 
     def __init__(
@@ -134,7 +134,7 @@ class Peer:
         self._first: tuple[Channel, ExitStack] | None = None
         self._gone = False
         self._retired = False
-        self.is_dropped = False  # no lane to it is kept
+        self.is_dropped = False  # no engine over it is kept
         self._slot_bytes = _SLOT_BYTES
 
     def __str__(self) -> str:
@@ -182,11 +182,11 @@ class Peer:
         self,
         want: int,
         queue_pair: QueuePairFields | None = None,
-        lane: int = 0,
+        number: int = 0,
         timeout_ms: int | None = None,
         offset: int = 0,
     ) -> RegionResponse:
-        request = RegionRequest(want, self._name, queue_pair, lane, offset)
+        request = RegionRequest(want, self._name, queue_pair, number, offset)
         reply = self._call(
             VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._timeout_ms
         )
@@ -282,14 +282,14 @@ class Peer:
         """What this peer was made of: an address, or what this process holds."""
         return self.address
 
-    def take_over(self, failed: Peer) -> None:
+    def take_over(self, failed: Connection) -> None:
         """Goes on with what was kept of another owner's records, which are the same."""
         if self.cache is None and self.transport != "own":
             self.cache, failed.cache = failed.cache, None
 
     def open_source(self, slots: int = 0) -> tuple[Source, ExitStack]:
-        """How an engine comes by the records, for one lane, and the stack that closes it: a channel where they can be READ, with
-        so many slots (0: as many as usual)."""
+        """How one engine comes by the records, and the stack that closes it: a channel where they can be READ, with so many slots
+        (0: as many as usual)."""
         return self.open_channel(slots) if self.transport in ONE_SIDED else (None, ExitStack())
 
     @property
@@ -313,7 +313,7 @@ class Peer:
             raise InvalidInputError(f"{self}: {error}", shard=self.index) from None
 
     def open_channel(self, slots: int = 0) -> tuple[Channel, ExitStack]:
-        """A new channel for one lane, and the stack that closes it and all it hangs on. `slots`: READs at once, 0 as usual."""
+        """A new channel for one engine, and the stack that closes it and all it hangs on. `slots`: READs at once, 0 as usual."""
         if self._first is not None and not slots:
             first, self._first = self._first, None
             return first
@@ -332,19 +332,19 @@ class Peer:
         assert self._device is not None
         queue_pair = stack.enter_context(QueuePair(self._device, self._options))
         answer = self._ask(WANT_QUEUE_PAIR, as_fields(QueuePairFields, queue_pair.local))
-        stack.callback(self._release, answer.lane)
+        stack.callback(self._release, answer.number)
         if answer.queue_pair is None or answer.region is None:
             raise FormatError(f"{self}: the answer has no queue pair", shard=self.index)
         queue_pair.connect(QueuePairAttributes(**fields_of(answer.queue_pair)))
         region = MemoryRegion(**fields_of(answer.region))
         return stack.enter_context(Channel.verbs(queue_pair, region, slots=slots, slot_bytes=slot_bytes))
 
-    def _release(self, lane: int) -> None:
-        """Best effort: an owner that is gone holds nothing, and one that missed it takes the lane back with the lease."""
+    def _release(self, number: int) -> None:
+        """Best effort: an owner that is gone holds nothing, and one that missed it takes the queue pair back with the lease."""
         if self._gone:
             return
         try:
-            self._ask(WANT_RELEASE, lane=lane, timeout_ms=_RELEASE_TIMEOUT_MS)
+            self._ask(WANT_RELEASE, number=number, timeout_ms=_RELEASE_TIMEOUT_MS)
         except CotraError as error:
             log.debug("%s: its queue pair was not released: %s", self, error)
             self._gone = True
@@ -355,43 +355,45 @@ class Peer:
 
     # ---- RPC ----
 
-    def search(self, job: SearchJob) -> Answer:
+    def search(self, batch: Batch) -> Answer:
         """The owner searches; one message for the batch (several where one would be too large).
 
         Args:
             job: its filters and mask are those of this shard alone.
         """
-        asked = np.arange(len(job.queries)) if job.mask is None else np.flatnonzero(job.mask[:, 0])
-        labels = np.full((len(job.queries), job.k), -1, np.int64)
+        asked = np.arange(len(batch.queries)) if batch.mask is None else np.flatnonzero(batch.mask[:, 0])
+        labels = np.full((len(batch.queries), batch.k), -1, np.int64)
         distances = np.full(labels.shape, np.inf, np.float32)
-        stats = np.zeros(len(job.queries), STATS_DTYPE)
-        filtered = job.filters is not None and job.filters[0] is not None
-        rows = queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filtered)
+        stats = np.zeros(len(batch.queries), STATS_DTYPE)
+        filtered = batch.filters is not None and batch.filters[0] is not None
+        rows = queries_per_message(batch.queries.shape[1], batch.k, batch.ef, filtered=filtered)
         for begin in range(0, len(asked), rows):
             part = asked[begin : begin + rows]
-            labels[part], distances[part], stats[part] = self._search_part(job, job.queries[part])
-            job.stop.note(len(part))
-        job.stop.note(len(job.queries) - len(asked))
+            labels[part], distances[part], stats[part] = self._search_part(batch, batch.queries[part])
+            batch.stop.note(len(part))
+        batch.stop.note(len(batch.queries) - len(asked))
         return labels, distances, stats
 
-    def _call_to_search(self, job: SearchJob, request: bytes) -> VShardEnvelope:
-        wait_s = job.wait_s()
+    def _call_to_search(self, batch: Batch, request: bytes) -> VShardEnvelope:
+        wait_s = batch.wait_s()
         try:
-            return self._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(wait_s * 1000)), job.stop)
+            return self._call(
+                VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(wait_s * 1000)), batch.stop
+            )
         except DeadlineError:
-            if job.is_cut_short(wait_s):
+            if batch.is_cut_short(wait_s):
                 raise OutOfTimeError from None
             raise
 
-    def _search_part(self, job: SearchJob, queries: npt.NDArray[np.float32]) -> Answer:
-        bitmap = None if job.filters is None else job.filters[0]
-        request = SearchRequest("", queries, job.k, job.ef, bitmap, job.beam, most=job.most or 0).encode()
+    def _search_part(self, batch: Batch, queries: npt.NDArray[np.float32]) -> Answer:
+        bitmap = None if batch.filters is None else batch.filters[0]
+        request = SearchRequest("", queries, batch.k, batch.ef, bitmap, batch.beam, most=batch.most or 0).encode()
         begin = time.perf_counter_ns()
-        reply = self._call_to_search(job, request)
+        reply = self._call_to_search(batch, request)
         answer = SearchResponse.decode(reply.payload)
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
-        if answer.labels.shape != (len(queries), job.k):
+        if answer.labels.shape != (len(queries), batch.k):
             raise FormatError(f"{self}: an answer of {answer.labels.shape} to {len(queries)} queries", shard=self.index)
         try:
             stats = unpack_stats(answer.stats, len(queries))
@@ -405,7 +407,7 @@ class Peer:
         stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's: nobody has an answer before that
         return answer.labels, answer.distances, stats
 
-    def search_all(self, job: SearchJob, images: Sequence[int] = ()) -> CollectionAnswer:
+    def search_all(self, batch: Batch, images: Sequence[int] = ()) -> CollectionAnswer:
         """The owner searches the whole collection, as it sees it; messages as of `search`.
 
         Args:
@@ -414,16 +416,16 @@ class Peer:
 
         Raises `PeerError` where the owner has no connection to the other shards, or is of an earlier version.
         """
-        if job.mask is not None:
+        if batch.mask is not None:
             raise InvalidInputError("a search that a peer makes of the whole collection takes no mask")
-        filters = None if job.filters is None else tuple(zip(images, job.filters, strict=True))
-        rows = queries_per_message(job.queries.shape[1], job.k, job.ef, filtered=filters is not None)
-        starts = range(0, max(len(job.queries), 1), rows)
+        filters = None if batch.filters is None else tuple(zip(images, batch.filters, strict=True))
+        rows = queries_per_message(batch.queries.shape[1], batch.k, batch.ef, filtered=filters is not None)
+        starts = range(0, max(len(batch.queries), 1), rows)
         parts = []
         for begin in starts:
-            part = job.queries[begin : begin + rows]
-            parts.append(self._search_all_part(job, part, filters))
-            job.stop.note(len(part))
+            part = batch.queries[begin : begin + rows]
+            parts.append(self._search_all_part(batch, part, filters))
+            batch.stop.note(len(part))
         if any(part.images != parts[0].images for part in parts):
             raise FormatError(f"{self}: its shards changed during the search", shard=self.index)
         failures = {shard: why for part in parts for shard, why in part.failures.items()}
@@ -433,20 +435,20 @@ class Peer:
 
     def _search_all_part(
         self,
-        job: SearchJob,
+        batch: Batch,
         queries: npt.NDArray[np.float32],
         filters: tuple[tuple[int, bytes | None], ...] | None,
     ) -> CollectionAnswer:
         scope = WHOLE_COLLECTION
-        wanted = SearchRequest("", queries, job.k, job.ef, None, job.beam, scope, job.most or 0, filters)
+        wanted = SearchRequest("", queries, batch.k, batch.ef, None, batch.beam, scope, batch.most or 0, filters)
         request = wanted.encode()
         begin = time.perf_counter_ns()
-        reply = self._call_to_search(job, request)
+        reply = self._call_to_search(batch, request)
         told = CollectionResponse.decode(reply.payload)
         answer = told.answer
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
-        if answer.labels.shape != (len(queries), job.k):
+        if answer.labels.shape != (len(queries), batch.k):
             raise FormatError(f"{self}: an answer of {answer.labels.shape} to {len(queries)} queries", shard=self.index)
         try:
             stats = unpack_stats(answer.stats, len(queries), told.more_stats)
@@ -528,7 +530,7 @@ class Peer:
             )
 
     def close(self) -> None:
-        """Closes everything; lanes that were opened on it must be closed before."""
+        """Closes everything; engines that were opened on it must be closed before."""
         if self._first is not None:
             self._first[1].close()
         for part in (self.lists, self.cache, self.view, self._arena):
@@ -561,11 +563,13 @@ def _measure(channel: Channel) -> dict[str, float]:
     }
 
 
-def check_alike(peers: list[Peer]) -> None:
+def check_alike(connections: list[Connection]) -> None:
     """Raises `InvalidInputError` when shards differ in what a search needs alike."""
-    for peer in peers[1:]:
-        first = peers[0]
+    for connection in connections[1:]:
+        first = connections[0]
         for what in ("dim", "metric"):
-            a, b = getattr(first.shard, what), getattr(peer.shard, what)
+            a, b = getattr(first.shard, what), getattr(connection.shard, what)
             if a != b:
-                raise InvalidInputError(f"mixed shards: {first} has {what} {a}, {peer} has {b}", shard=peer.index)
+                raise InvalidInputError(
+                    f"mixed shards: {first} has {what} {a}, {connection} has {b}", shard=connection.index
+                )

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from cotra_rdma._native.channel import FabricModel
 from cotra_rdma._native.verbs import Device, QueuePairOptions
-from cotra_rdma._reader.connection import Peer
-from cotra_rdma._reader.local_connection import OwnPeer
+from cotra_rdma._reader.connection import Connection
+from cotra_rdma._reader.local_connection import LocalConnection
 from cotra_rdma._reader.replicas import Owner
 from cotra_rdma.errors import CotraError, TransportError
 from cotra_rdma.protocol.regions import ShardFields
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Reach:
+class Connector:
     """Options as `connect` takes them; the device is opened when the first owner offers one."""
 
     transport: str
@@ -36,23 +36,25 @@ class Reach:
     _no_device: str = "not asked for"
     _tried: bool = field(default=False)
 
-    def connect(self, shard: int, owner: Owner) -> Peer:
+    def connect(self, shard: int, owner: Owner) -> Connection:
         """The control connection to an owner of the shard at a position. Raises `TransportError`."""
         timeout_ms = max(1, round(self.timeout_s * 1000))
         if not isinstance(owner, str):
-            return OwnPeer(shard, owner, timeout_ms=timeout_ms)
+            return LocalConnection(shard, owner, timeout_ms=timeout_ms)
         options = replace(self.queue_pair, peer_address=self.queue_pair.peer_address or _ip_of(owner))
         if self.gid_index is not None:
             options = replace(options, gid_index=self.gid_index)
-        peer = Peer(shard, owner, keys=self.keys, timeout_ms=timeout_ms, options=options, fabric=self.fabric)
-        if self.misfit is not None and (why := self.misfit(shard, peer.shard)):
-            peer.close()
-            raise TransportError(f"{peer} serves {why}", shard=shard)
-        return peer
+        connection = Connection(
+            shard, owner, keys=self.keys, timeout_ms=timeout_ms, options=options, fabric=self.fabric
+        )
+        if self.misfit is not None and (why := self.misfit(shard, connection.shard)):
+            connection.close()
+            raise TransportError(f"{connection} serves {why}", shard=shard)
+        return connection
 
-    def open_device(self, peers: Sequence[Peer]) -> None:
+    def open_device(self, connections: Sequence[Connection]) -> None:
         """Opens this side's device where any of the owners offers verbs. Raises where it was asked for and cannot be had."""
-        offered = any(peer.capabilities.transports.get("verbs") == "" for peer in peers)
+        offered = any(connection.capabilities.transports.get("verbs") == "" for connection in connections)
         if self._tried or self.transport not in ("auto", "verbs") or (not offered and self.transport == "auto"):
             return
         self._tried = True
@@ -63,17 +65,17 @@ class Reach:
                 raise
             self._no_device = str(error)
 
-    def choose(self, peer: Peer) -> None:
+    def choose(self, connection: Connection) -> None:
         """Takes the best path to an owner, and what a walk needs of a shard of a graph over many that cannot be read."""
-        self.open_device([peer])
-        peer.choose(self.transport, self._device, self._no_device)
-        if peer.transport == "rpc" and peer.shard.graph_id:
+        self.open_device([connection])
+        connection.choose(self.transport, self._device, self._no_device)
+        if connection.transport == "rpc" and connection.shard.graph_id:
             try:
-                peer.view = peer.load_view()
+                connection.view = connection.load_view()
             except TransportError:
                 raise
             except CotraError as error:  # an owner of an older release
-                log.info("%s: its owner searches the shard by itself: %s", peer, error)
+                log.info("%s: its owner searches the shard by itself: %s", connection, error)
 
     def close(self) -> None:
         """Closes the device, after all that hangs on it."""

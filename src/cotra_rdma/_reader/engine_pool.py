@@ -19,13 +19,13 @@ from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import MOST_SLOTS, Engine, Source
 from cotra_rdma._native.list_engine import MAX_PROBE, SpireEngine
 from cotra_rdma._native.view import View
-from cotra_rdma._reader.batch import Answer, OutOfTimeError, SearchJob
-from cotra_rdma._reader.connection import Peer
+from cotra_rdma._reader.batch import Answer, Batch, OutOfTimeError
+from cotra_rdma._reader.connection import Connection
 from cotra_rdma.errors import CotraError, DeadlineError, InvalidInputError, SearchCancelledError
 
 Executor = Callable[[], ThreadPoolExecutor]
-_Key = tuple[tuple[Peer, ...], frozenset[Peer]]
-Replace = Callable[[Peer, CotraError, bool, set[tuple[int, str]]], Peer | None]
+_Key = tuple[tuple[Connection, ...], frozenset[Connection]]
+Replace = Callable[[Connection, CotraError, bool, set[tuple[int, str]]], Connection | None]
 """What tells a failed owner, and gets the one to go on with: `Replicas.replace`, with `give_up` and `tried`."""
 
 
@@ -33,17 +33,19 @@ class OnlyAskedError(CotraError):
     """The owner that took a shard over (`shard`: its position in the cluster) can be asked to search it, and no more."""
 
 
-class _Lane:
+class _ShardEngines:
     """The way to each of some shards, and engines over them: one thread's at a time. It is what an engine turns to
     (`engine.Helper`) where owners have to expand nodes, or one fails."""
 
-    def __init__(self, peers: Sequence[Peer], pushed: frozenset[Peer], replace: Replace, callers: Executor) -> None:
+    def __init__(
+        self, connections: Sequence[Connection], pushed: frozenset[Connection], replace: Replace, callers: Executor
+    ) -> None:
         """`pushed`: those whose owners expand nodes, and `callers` the threads that wait for them."""
-        self._peers = list(peers)
+        self._connections = list(connections)
         self._replace, self._callers = replace, callers
         self._spire: SpireEngine | None = None
         self._unopened: dict[int, CotraError] = {}
-        self._job: SearchJob | None = None
+        self._job: Batch | None = None
         self._lenient = False
         self._told_bytes = 0
         self._tried: set[tuple[int, str]] = set()  # owners that failed in the search at hand
@@ -52,46 +54,46 @@ class _Lane:
         slots = MOST_SLOTS if pushed else 0  # so many walks then share a message
         with ExitStack() as stack:
             sources: list[Source] = []
-            for at, peer in enumerate(peers):
+            for at, connection in enumerate(connections):
                 source: Source = None
-                if peer not in pushed:
+                if connection not in pushed:
                     try:
-                        source, parts = peer.open_source(slots)
+                        source, parts = connection.open_source(slots)
                         stack.push(parts)
                     except CotraError as error:  # told when the first node of it is wanted
                         self._unopened[at] = error
                 sources.append(source)
             self._sources = sources
-            self._engine = Engine.create(self._views, sources, [peer.cache for peer in peers])
+            self._engine = Engine.create(self._views, sources, [connection.cache for connection in connections])
             self._stack = stack.pop_all()
 
     @property
     def _views(self) -> list[View]:
-        views = [peer.view for peer in self._peers]
+        views = [connection.view for connection in self._connections]
         assert all(view is not None for view in views)
         return [view for view in views if view is not None]
 
-    def walk(self, job: SearchJob, lenient: bool) -> Answer:
+    def walk(self, batch: Batch, lenient: bool) -> Answer:
         """Walks the graphs. Where a shard failed and has no other owner, that is an error at once; or `lenient`ly the answer is
         without it, and `lost` says why."""
-        self._job, self._told_bytes, self.lost, self._lenient = job, 0, {}, lenient
+        self._job, self._told_bytes, self.lost, self._lenient = batch, 0, {}, lenient
         self._tried = set()
         answer = self._engine.search(
-            job.queries,
-            job.k,
-            job.ef,
-            job.beam,
-            inflight=job.inflight,
-            timeout_s=job.timeout_s,
-            filters=job.filters,
-            mask=job.mask,
-            max_expansions=job.most,
+            batch.queries,
+            batch.k,
+            batch.ef,
+            batch.beam,
+            inflight=batch.inflight,
+            timeout_s=batch.timeout_s,
+            filters=batch.filters,
+            mask=batch.mask,
+            max_expansions=batch.most,
             helper=self,
-            deadline=job.deadline,
-            stop=job.stop,
+            deadline=batch.deadline,
+            stop=batch.stop,
         )
         if self._told_bytes:
-            answer[2]["read_bytes"] += np.uint64(self._told_bytes // len(job.queries))
+            answer[2]["read_bytes"] += np.uint64(self._told_bytes // len(batch.queries))
         return answer
 
     def expand(self, pushes: Mapping[int, npt.NDArray[np.void]]) -> dict[int, Expansions | CotraError]:
@@ -99,17 +101,19 @@ class _Lane:
         told: dict[int, Expansions | CotraError] = {at: e for at, e in self._unopened.items() if at in pushes}
         asked = [at for at in pushes if at not in told]
         spread = self._callers().map if len(asked) > 1 else map
-        for at, answer in zip(asked, spread(lambda at: self._push(self._peers[at], pushes[at]), asked), strict=True):
+        for at, answer in zip(
+            asked, spread(lambda at: self._push(self._connections[at], pushes[at]), asked), strict=True
+        ):
             told[at] = answer
             if isinstance(answer, Expansions):
                 self._told_bytes += answer.nbytes + self._sent_bytes(pushes[at])
         return told
 
-    def _push(self, peer: Peer, wanted: npt.NDArray[np.void]) -> Expansions | CotraError:
+    def _push(self, connection: Connection, wanted: npt.NDArray[np.void]) -> Expansions | CotraError:
         assert self._job is not None
         wait_s = self._job.wait_s()
         try:
-            return peer.expand(self._job.queries, wanted, wait_s, self._job.stop)
+            return connection.expand(self._job.queries, wanted, wait_s, self._job.stop)
         except SearchCancelledError:
             raise
         except DeadlineError as error:
@@ -126,51 +130,51 @@ class _Lane:
 
     def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
         """As `engine.Helper`."""
-        failed = self._peers[shard]
+        failed = self._connections[shard]
         self.is_broken = True
         self._unopened.pop(shard, None)
         error = named(error, failed)
-        while (peer := self._replace(failed, error, self._lenient, self._tried)) is not None:
-            if peer.view is None:
-                raise OnlyAskedError(f"{peer} can only be asked", shard=peer.index)
-            self._peers[shard] = peer
+        while (connection := self._replace(failed, error, self._lenient, self._tried)) is not None:
+            if connection.view is None:
+                raise OnlyAskedError(f"{connection} can only be asked", shard=connection.index)
+            self._connections[shard] = connection
             try:
-                source, parts = peer.open_source(self._engine.slots)
+                source, parts = connection.open_source(self._engine.slots)
             except CotraError as unopened:
-                failed, error = peer, named(unopened, peer)
+                failed, error = connection, named(unopened, connection)
                 continue
             self._stack.push(parts)
-            return peer.view, source
+            return connection.view, source
         if not self._lenient:
             raise error
         self.lost[failed.index] = error.with_traceback(None)  # results keep it, and should keep nothing else alive
         return None
 
-    def probe(self, job: SearchJob) -> Answer:
+    def probe(self, batch: Batch) -> Answer:
         """Searches the inverted lists. What each shard found is told apart, as a walk's answer is."""
         if self._spire is None:
-            tables = [peer.lists for peer in self._peers]
+            tables = [connection.lists for connection in self._connections]
             assert all(table is not None for table in tables)
             self._spire = SpireEngine.create(self._views, [t for t in tables if t is not None], self._channels())
-        n_probe = min(math.ceil(job.ef / self._let_through(job)), MAX_PROBE)
-        labels, distances, shards, told = self._probe(job, n_probe)
-        infos = [peer.lists.info for peer in self._peers if peer.lists is not None]
+        n_probe = min(math.ceil(batch.ef / self._let_through(batch)), MAX_PROBE)
+        labels, distances, shards, told = self._probe(batch, n_probe)
+        infos = [connection.lists.info for connection in self._connections if connection.lists is not None]
         n_lists, wanted = sum(info.n_lists for info in infos), 0.0
-        if job.filters is not None:
-            wanted = job.ef * sum(info.entries for info in infos) / n_lists / 2
+        if batch.filters is not None:
+            wanted = batch.ef * sum(info.entries for info in infos) / n_lists / 2
         while n_probe < n_lists:  # what a filter excludes may lie just where a query is
             starved = np.flatnonzero((told["allowed"] < wanted) | (labels[:, -1] < 0))
             if not len(starved):
                 break
             n_probe = min(4 * n_probe, n_lists)
-            mask = None if job.mask is None else job.mask[starved]
-            *found, more = self._probe(job._replace(queries=job.queries[starved], mask=mask), n_probe)
+            mask = None if batch.mask is None else batch.mask[starved]
+            *found, more = self._probe(batch._replace(queries=batch.queries[starved], mask=mask), n_probe)
             for to, of in zip((labels, distances, shards), found, strict=True):
                 to[starved] = of
             for name in ("reads", "rounds", "reranked", "read_bytes", "latency_ns"):
                 told[name][starved] += more[name]
             told["allowed"][starved] = more["allowed"]
-        apart = np.arange(len(self._peers))[:, np.newaxis, np.newaxis] == shards
+        apart = np.arange(len(self._connections))[:, np.newaxis, np.newaxis] == shards
         stats = np.zeros(len(labels), STATS_DTYPE)
         for name in ("reads", "rounds", "read_bytes", "latency_ns"):
             stats[name] = told[name]
@@ -182,37 +186,37 @@ class _Lane:
             stats,
         )
 
-    def _probe(self, job: SearchJob, n_probe: int) -> tuple[Any, Any, Any, Any]:
+    def _probe(self, batch: Batch, n_probe: int) -> tuple[Any, Any, Any, Any]:
         assert self._spire is not None
         return self._spire.search(
-            job.queries,
-            job.k,
+            batch.queries,
+            batch.k,
             n_probe,
-            inflight=job.inflight,
-            timeout_s=job.timeout_s,
-            filters=job.filters,
-            mask=job.mask,
-            deadline=job.deadline,
-            stop=job.stop,
+            inflight=batch.inflight,
+            timeout_s=batch.timeout_s,
+            filters=batch.filters,
+            mask=batch.mask,
+            deadline=batch.deadline,
+            stop=batch.stop,
         )
 
     def _channels(self) -> list[Channel]:
         """Those that walks READ through, and one over the own memory."""
         channels = []
-        for peer, source in zip(self._peers, self._sources, strict=True):
+        for connection, source in zip(self._connections, self._sources, strict=True):
             if not isinstance(source, Channel):
-                source, parts = peer.open_channel()
+                source, parts = connection.open_channel()
                 self._stack.push(parts)
             channels.append(source)
         return channels
 
-    def _let_through(self, job: SearchJob) -> float:
+    def _let_through(self, batch: Batch) -> float:
         """The share of the rows that the job's filters let through: so many more lists hold as many of them."""
-        if job.filters is None:
+        if batch.filters is None:
             return 1.0
-        counts = [peer.shard.count for peer in self._peers]
+        counts = [connection.shard.count for connection in self._connections]
         through = 0
-        for bitmap, count in zip(job.filters, counts, strict=True):
+        for bitmap, count in zip(batch.filters, counts, strict=True):
             bits = None if bitmap is None else np.frombuffer(bitmap, np.uint8)
             through += count if bits is None else int(np.unpackbits(bits, count=count, bitorder="little").sum())
         return max(through, 1) / max(sum(counts), 1)
@@ -224,8 +228,8 @@ class _Lane:
         self._stack.close()
 
 
-class LanePool:
-    """The lanes of a cluster, by the shards that they reach."""
+class EnginePool:
+    """The engines of a cluster, by the shards that they reach."""
 
     def __init__(self, executor: Executor, callers: Executor, replace: Replace) -> None:
         """`executor`: gives the threads that share a search, `callers` those that wait for owners: others, for the first wait for
@@ -234,118 +238,121 @@ class LanePool:
         self._replace = replace
         self._lock = threading.Lock()
         self._closed = False
-        self._idle: dict[_Key, list[_Lane]] = {}
+        self._idle: dict[_Key, list[_ShardEngines]] = {}
 
     def search(
         self,
-        peers: Sequence[Peer],
-        job: SearchJob,
+        connections: Sequence[Connection],
+        batch: Batch,
         n_threads: int,
-        pushed: frozenset[Peer] = frozenset(),
+        pushed: frozenset[Connection] = frozenset(),
         *,
         lenient: bool = False,
     ) -> tuple[Answer, dict[int, CotraError]]:
-        """Walks the shards of `peers`, to which the job's filters and mask belong; `pushed`: those whose owners expand nodes.
+        """Walks the shards of `connections`, to which the batch's filters and mask belong. `pushed`: those whose owners expand
+        nodes.
 
         Returns the answer, and why it is without which shards, by their positions in the cluster: only `lenient`ly; else it
         raises the first such error. Raises `OnlyAskedError` where another owner took a shard over that it cannot walk.
         """
         lost: dict[int, CotraError] = {}
 
-        def walk(part: SearchJob) -> Answer:
-            lane = self._take(peers, pushed)
+        def walk(part: Batch) -> Answer:
+            engines = self._take(connections, pushed)
             try:
-                answer = lane.walk(part, lenient)
+                answer = engines.walk(part, lenient)
             except InvalidInputError:
-                self._give_back(peers, pushed, lane)
+                self._give_back(connections, pushed, engines)
                 raise
             except BaseException:
-                lane.close()  # READs of the failed search may still be on their way into its buffers
+                engines.close()  # READs of the failed search may still be on their way into its buffers
                 raise
-            if lane.is_broken:
-                lost.update(lane.lost)
-                lane.close()
+            if engines.is_broken:
+                lost.update(engines.lost)
+                engines.close()
             else:
-                self._give_back(peers, pushed, lane)
+                self._give_back(connections, pushed, engines)
             return answer
 
-        return self._share(walk, job, n_threads), lost
+        return self._share(walk, batch, n_threads), lost
 
-    def probe(self, peers: Sequence[Peer], job: SearchJob, n_threads: int) -> Answer:
-        """Searches the inverted lists of `peers`. Raises an error whose `shard` is the position in the cluster."""
+    def probe(self, connections: Sequence[Connection], batch: Batch, n_threads: int) -> Answer:
+        """Searches the inverted lists of `connections`. Raises an error whose `shard` is the position in the cluster."""
 
-        def probe(part: SearchJob) -> Answer:
-            lane = self._take(peers, frozenset())
+        def probe(part: Batch) -> Answer:
+            engines = self._take(connections, frozenset())
             try:
-                answer = lane.probe(part)
+                answer = engines.probe(part)
             except InvalidInputError:
-                self._give_back(peers, frozenset(), lane)
+                self._give_back(connections, frozenset(), engines)
                 raise
             except CotraError as error:
-                lane.close()
-                raise error if error.shard is None else named(error, peers[error.shard]) from None
+                engines.close()
+                raise error if error.shard is None else named(error, connections[error.shard]) from None
             except BaseException:
-                lane.close()
+                engines.close()
                 raise
-            self._give_back(peers, frozenset(), lane)
+            self._give_back(connections, frozenset(), engines)
             return answer
 
-        return self._share(probe, job, n_threads)
+        return self._share(probe, batch, n_threads)
 
-    def _share(self, search: Callable[[SearchJob], Answer], job: SearchJob, n_threads: int) -> Answer:
-        n_parts = min(n_threads, len(job.queries))
+    def _share(self, search: Callable[[Batch], Answer], batch: Batch, n_threads: int) -> Answer:
+        n_parts = min(n_threads, len(batch.queries))
         if n_parts <= 1:
-            return search(job)
+            return search(batch)
         running: list[Future[Answer]] = []
         try:
-            for part in job.split(n_parts):
+            for part in batch.split(n_parts):
                 running.append(self._executor().submit(search, part))
-        except BaseException:  # Ctrl-C for one; those that have begun let their lanes go
-            job.stop.set()
+        except BaseException:  # Ctrl-C for one; those that have begun let their engines go
+            batch.stop.set()
             wait_for(running)
             raise
-        job.stop.wait(running)
+        batch.stop.wait(running)
         for error in [part.exception() for part in running]:
             if error is not None:
                 raise error
         labels, distances, stats = zip(*(part.result() for part in running), strict=True)
         return np.concatenate(labels, axis=1), np.concatenate(distances, axis=1), np.concatenate(stats)
 
-    def _take(self, peers: Sequence[Peer], pushed: frozenset[Peer]) -> _Lane:
+    def _take(self, connections: Sequence[Connection], pushed: frozenset[Connection]) -> _ShardEngines:
         with self._lock:
-            idle = self._idle.get((tuple(peers), pushed))
-            lane = idle.pop() if idle else None
-        return lane or _Lane(peers, pushed, self._replace, self._callers)
+            idle = self._idle.get((tuple(connections), pushed))
+            engines = idle.pop() if idle else None
+        return engines or _ShardEngines(connections, pushed, self._replace, self._callers)
 
-    def _give_back(self, peers: Sequence[Peer], pushed: frozenset[Peer], lane: _Lane) -> None:
+    def _give_back(
+        self, connections: Sequence[Connection], pushed: frozenset[Connection], engines: _ShardEngines
+    ) -> None:
         with self._lock:
-            if not (self._closed or any(peer.is_dropped for peer in peers)):
-                self._idle.setdefault((tuple(peers), pushed), []).append(lane)
+            if not (self._closed or any(connection.is_dropped for connection in connections)):
+                self._idle.setdefault((tuple(connections), pushed), []).append(engines)
                 return
-        lane.close()
+        engines.close()
 
-    def drop(self, peer: Peer) -> None:
-        """Closes the idle lanes to an owner that is not used any more, and those in use when they come back."""
+    def drop(self, connection: Connection) -> None:
+        """Closes the idle engines to an owner that is not used any more, and those in use when they come back."""
         with self._lock:
-            peer.is_dropped = True
-            keys = [key for key in self._idle if peer in key[0]]
-            lanes = [lane for key in keys for lane in self._idle.pop(key)]
-        for lane in lanes:
-            lane.close()
+            connection.is_dropped = True
+            keys = [key for key in self._idle if connection in key[0]]
+            pooled = [engines for key in keys for engines in self._idle.pop(key)]
+        for engines in pooled:
+            engines.close()
 
     def close(self) -> None:
-        """Closes the idle lanes, and those in use when they come back."""
+        """Closes the idle engines, and those in use when they come back."""
         with self._lock:
             self._closed = True
-            lanes = [lane for idle in self._idle.values() for lane in idle]
+            pooled = [engines for idle in self._idle.values() for engines in idle]
             self._idle.clear()
-        for lane in lanes:
-            lane.close()
+        for engines in pooled:
+            engines.close()
 
 
-def named(error: CotraError, peer: Peer) -> CotraError:
+def named(error: CotraError, connection: Connection) -> CotraError:
     """An error of a peer's, that says whose it is."""
-    if error.shard != peer.index or str(peer) not in str(error):
-        error.args = (f"{peer}: {error}",)
-        error.shard = peer.index
+    if error.shard != connection.index or str(connection) not in str(error):
+        error.args = (f"{connection}: {error}",)
+        error.shard = connection.index
     return error

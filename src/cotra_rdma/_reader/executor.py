@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from cotra_rdma._core.stats import COUNTS, STATS_DTYPE
 from cotra_rdma._native.merge import merge
-from cotra_rdma._reader.batch import Answer, OutOfTimeError, SearchJob
-from cotra_rdma._reader.connection import LOST, Peer
-from cotra_rdma._reader.engine_pool import LanePool, OnlyAskedError, named
+from cotra_rdma._reader.batch import Answer, Batch, OutOfTimeError
+from cotra_rdma._reader.connection import LOST, Connection
+from cotra_rdma._reader.engine_pool import EnginePool, OnlyAskedError, named
 from cotra_rdma._reader.planner import Plan
 from cotra_rdma._reader.replicas import Replicas, Tried
 from cotra_rdma.errors import CotraError, FormatError, TransportError
@@ -21,51 +21,55 @@ Merged = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.in
 """ids int64[n_queries, k], distances float32 likewise, the shard of each int32, and one `STATS_DTYPE` record for each query."""
 
 
-class Gatherer:
+class SearchExecutor:
     """Searches the shards of one cluster."""
 
-    def __init__(self, replicas: Replicas, lanes: LanePool, executor: Callable[[], ThreadPoolExecutor]) -> None:
+    def __init__(self, replicas: Replicas, engines: EnginePool, executor: Callable[[], ThreadPoolExecutor]) -> None:
         """`executor` gives the threads that wait for owners."""
-        self._replicas, self._lanes, self._executor = replicas, lanes, executor
+        self._replicas, self._engines, self._executor = replicas, engines, executor
 
     def gather(
-        self, peers: list[Peer], job: SearchJob, plan: Plan, n_threads: int, lenient: bool
+        self, connections: list[Connection], batch: Batch, plan: Plan, n_threads: int, lenient: bool
     ) -> tuple[list[tuple[list[int], Answer]], dict[int, CotraError], Plan]:
         """Asks every shard: the answers with the shards that they are of, the failures, and the plan as it was carried out: with
         more shards `asked` where owners took them over that can only be asked."""
         answers: list[tuple[list[int], Answer]] = []
         failures: dict[int, CotraError] = {}
         calls: dict[int, Future[Answer]] = {}
-        stop = job.stop
+        stop = batch.stop
 
-        def ask(peer: Peer) -> None:
-            stop.expect(len(job.queries))
-            calls[peer.index] = self._executor().submit(self._ask, peer, job.of_shards([peer.index]), lenient)
+        def ask(connection: Connection) -> None:
+            stop.expect(len(batch.queries))
+            calls[connection.index] = self._executor().submit(
+                self._ask, connection, batch.of_shards([connection.index]), lenient
+            )
 
         near = []
-        for peer in peers:
-            if peer.transport == LOST:  # its owner may be back since, and is not asked in this search
-                known = self._replicas.lost.get(peer.index)
-                failures[peer.index] = known or TransportError(f"{peer} had no owner", shard=peer.index)
-            elif peer.index in plan.asked or (peer.lists if plan.lists else peer.view) is None:
-                ask(peer)
+        for connection in connections:
+            if connection.transport == LOST:  # its owner may be back since, and is not asked in this search
+                known = self._replicas.lost.get(connection.index)
+                failures[connection.index] = known or TransportError(
+                    f"{connection} had no owner", shard=connection.index
+                )
+            elif connection.index in plan.asked or (connection.lists if plan.lists else connection.view) is None:
+                ask(connection)
             else:
-                near.append(peer)
+                near.append(connection)
         if near:
-            stop.expect(len(job.queries))
+            stop.expect(len(batch.queries))
         if lenient or self._replicas.has_spare:
-            job = job.with_a_spare()
+            batch = batch.with_a_spare()
         try:
             while near:
                 try:
                     if plan.lists:
-                        answers += self._probe(near, job, n_threads, failures, lenient)
+                        answers += self._probe(near, batch, n_threads, failures, lenient)
                     else:
-                        answers += self._walk(near, job, plan.pushed, n_threads, failures, lenient)
+                        answers += self._walk(near, batch, plan.pushed, n_threads, failures, lenient)
                     break
                 except OnlyAskedError as error:
-                    ask(self._replicas.peers[error.shard or 0])
-                    near = [peer for peer in near if peer.index != error.shard]
+                    ask(self._replicas.connections[error.shard or 0])
+                    near = [connection for connection in near if connection.index != error.shard]
         except BaseException:
             stop.set()
             raise
@@ -84,48 +88,48 @@ class Gatherer:
 
     def _walk(
         self,
-        near: list[Peer],
-        job: SearchJob,
+        near: list[Connection],
+        batch: Batch,
         pushed: frozenset[int],
         n_threads: int,
         failures: dict[int, CotraError],
         lenient: bool,
     ) -> list[tuple[list[int], Answer]]:
         """Walks graphs; shards that are lost meanwhile are noted in `failures`."""
-        numbers = [peer.index for peer in near]
-        owners = frozenset(peer for peer in near if peer.index in pushed)
-        answer, lost = self._lanes.search(near, job.of_shards(numbers), n_threads, owners, lenient=lenient)
+        numbers = [connection.index for connection in near]
+        owners = frozenset(connection for connection in near if connection.index in pushed)
+        answer, lost = self._engines.search(near, batch.of_shards(numbers), n_threads, owners, lenient=lenient)
         failures |= lost
         return [(numbers, answer)]
 
-    def _ask(self, peer: Peer, job: SearchJob, lenient: bool) -> Answer:
+    def _ask(self, connection: Connection, batch: Batch, lenient: bool) -> Answer:
         """Has an owner search its shard, or another of the same shard where it fails, or answers what is none. `lenient`ly the
         last of them is given up too, so that the next search does not wait for it."""
         tried: set[Tried] = set()
-        if len(self._replicas.owners(peer.index)) > 1:
-            job = job.with_a_spare()
+        if len(self._replicas.owners(connection.index)) > 1:
+            batch = batch.with_a_spare()
         while True:
             try:
-                return peer.search(job)
+                return connection.search(batch)
             except OutOfTimeError:
                 raise
             except (TransportError, FormatError) as error:
                 other = None
-                if peer.transport != LOST:  # another search gave it up since this one was planned
-                    other = self._replicas.replace(peer, named(error, peer), give_up=lenient, tried=tried)
+                if connection.transport != LOST:  # another search gave it up since this one was planned
+                    other = self._replicas.replace(connection, named(error, connection), give_up=lenient, tried=tried)
                 if other is None:
                     raise
-                peer = other
+                connection = other
 
     def _probe(
-        self, near: list[Peer], job: SearchJob, n_threads: int, failures: dict[int, CotraError], lenient: bool
+        self, near: list[Connection], batch: Batch, n_threads: int, failures: dict[int, CotraError], lenient: bool
     ) -> list[tuple[list[int], Answer]]:
         """Reads inverted lists; a shard that fails is read anew over another owner, or noted in `failures`."""
         tried: set[Tried] = set()
         while near:
-            numbers = [peer.index for peer in near]
+            numbers = [connection.index for connection in near]
             try:
-                return [(numbers, self._lanes.probe(near, job.of_shards(numbers), n_threads))]
+                return [(numbers, self._engines.probe(near, batch.of_shards(numbers), n_threads))]
             except CotraError as error:
                 if error.shard not in numbers:
                     raise
@@ -140,18 +144,18 @@ class Gatherer:
                 near[at : at + 1] = [] if other is None else [other]
         return []
 
-    def merge(self, answers: list[tuple[list[int], Answer]], job: SearchJob) -> Merged:
+    def merge(self, answers: list[tuple[list[int], Answer]], batch: Batch) -> Merged:
         """The k nearest of all answers to each query: by distance, then shard, then id."""
         if len(answers) == 1:
             shards, (labels, distances, stats) = answers[0]
             ids, distances, at = merge(labels, distances)
-            if len(shards) < len(self._replicas.peers):
+            if len(shards) < len(self._replicas.connections):
                 at = np.where(at < 0, at, np.array(shards, np.int32)[at])
             return ids, distances, at, stats
-        shape = (len(self._replicas.peers), len(job.queries), job.k)
+        shape = (len(self._replicas.connections), len(batch.queries), batch.k)
         labels = np.full(shape, -1, np.int64)
         distances = np.full(shape, np.inf, np.float32)
-        total = np.zeros(len(job.queries), STATS_DTYPE)
+        total = np.zeros(len(batch.queries), STATS_DTYPE)
         for shards, answer in answers:
             labels[shards], distances[shards], stats = answer
             for name in COUNTS:
@@ -161,10 +165,10 @@ class Gatherer:
         return *merge(labels, distances), total
 
 
-def used_of(peer: Peer, plan: Plan, failures: dict[int, CotraError]) -> str:
+def used_of(connection: Connection, plan: Plan, failures: dict[int, CotraError]) -> str:
     """What a search used to reach a shard, over the owner that it ended with."""
-    if peer.index in failures:
+    if connection.index in failures:
         return LOST
-    if peer.index in plan.asked:
+    if connection.index in plan.asked:
         return "rpc"
-    return "push" if peer.index in plan.pushed or peer.transport == "rpc" else peer.transport
+    return "push" if connection.index in plan.pushed or connection.transport == "rpc" else connection.transport

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.image import ImageInfo
-from cotra_rdma._reader.connection import READ, Peer
+from cotra_rdma._reader.connection import READ, Connection
 from cotra_rdma.errors import InvalidInputError
 
 log = logging.getLogger(__name__)
@@ -47,41 +47,45 @@ def far_links(arena: Arena, info: ImageInfo) -> tuple[npt.NDArray[np.uint32], np
 class Halo:
     """The records of other shards that this process's own shards link to most, as a share of the own images' bytes."""
 
-    def __init__(self, peers: Sequence[Peer], share: float) -> None:
-        """Chooses them; `fill` gets them. Raises `InvalidInputError` where no shard of `peers` is this process's own, or they are
-        not of one graph."""
-        own = [peer for peer in peers if peer.transport == "own" and peer.info is not None]
+    def __init__(self, connections: Sequence[Connection], share: float) -> None:
+        """Chooses them; `fill` gets them.
+
+        Raises `InvalidInputError` where no shard of `connections` is this process's own, or they are not of one graph.
+        """
+        own = [
+            connection for connection in connections if connection.transport == "own" and connection.info is not None
+        ]
         if not own or not own[0].shard.graph_id:
             raise InvalidInputError("halo: is for a process that holds shards of one graph itself")
         wanted: dict[int, int] = {}
         budget = 0
-        for peer in own:
-            assert peer.info is not None
-            source, _ = peer.open_source()
+        for connection in own:
+            assert connection.info is not None
+            source, _ = connection.open_source()
             assert isinstance(source, Arena)
-            budget += int(share * peer.info.count)
-            for node, count in zip(*(column.tolist() for column in far_links(source, peer.info)), strict=True):
+            budget += int(share * connection.info.count)
+            for node, count in zip(*(column.tolist() for column in far_links(source, connection.info)), strict=True):
                 wanted[node] = wanted.get(node, 0) + count
         nodes = np.fromiter(wanted.keys(), np.int64, len(wanted))
         counts = np.fromiter(wanted.values(), np.int64, len(wanted))
         self._nodes = np.sort(nodes[np.lexsort((nodes, -counts))[:budget]])
         log.info("halo: %d records of other shards, of %d that own ones link to", len(self._nodes), len(wanted))
 
-    def fill(self, peer: Peer) -> None:
+    def fill(self, connection: Connection) -> None:
         """Gives a shard that is read a cache, with those records that are its own. Raises `TransportError` where it fails."""
-        if peer.transport not in READ or peer.info is None:
+        if connection.transport not in READ or connection.info is None:
             return
-        info = peer.info
+        info = connection.info
         rows = self._nodes[(self._nodes >= info.graph_base) & (self._nodes < info.graph_base + info.count)]
         rows -= info.graph_base
         if not len(rows):
             return
-        peer.make_cache(max(16, round(len(rows) * _SPARE)) * (info.record_bytes + _RECORD_EXTRA) + 4096)
-        assert peer.cache is not None
-        channel, parts = peer.open_channel()
+        connection.make_cache(max(16, round(len(rows) * _SPARE)) * (info.record_bytes + _RECORD_EXTRA) + 4096)
+        assert connection.cache is not None
+        channel, parts = connection.open_channel()
         with parts:
             for begin in range(0, len(rows), _ROWS):
                 some = rows[begin : begin + _ROWS]
                 offsets = (info.records_offset + some * info.record_bytes).astype(np.uint64)
                 for row, record in zip(some.tolist(), channel.gather(offsets, info.record_bytes), strict=True):
-                    peer.cache.put(row, record)
+                    connection.cache.put(row, record)

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._core.stats import STATS_DTYPE
-from cotra_rdma._reader.batch import CollectionAnswer, OutOfTimeError, SearchJob
-from cotra_rdma._reader.connection import LOST, Peer
-from cotra_rdma._reader.executor import Gatherer, Merged, used_of
+from cotra_rdma._reader.batch import Batch, CollectionAnswer, OutOfTimeError
+from cotra_rdma._reader.connection import LOST, Connection
+from cotra_rdma._reader.executor import Merged, SearchExecutor, used_of
 from cotra_rdma._reader.planner import Plan
 from cotra_rdma._reader.replicas import Replicas
 from cotra_rdma.errors import CotraError, FormatError, PeerError, SearchCancelledError, TransportError
@@ -27,18 +27,20 @@ _Told = tuple[CollectionAnswer, npt.NDArray[np.int32]]
 """An owner's answer, and the position here of each shard that it numbers as it likes."""
 
 
-class Homes:
+class HomeSearch:
     """Searches at home, for one cluster."""
 
-    def __init__(self, replicas: Replicas, gatherer: Gatherer, executor: Callable[[], ThreadPoolExecutor]) -> None:
+    def __init__(
+        self, replicas: Replicas, gatherer: SearchExecutor, executor: Callable[[], ThreadPoolExecutor]
+    ) -> None:
         """`executor` gives the threads that wait for owners."""
-        self._replicas, self._gatherer, self._executor = replicas, gatherer, executor
-        self._deaf: weakref.WeakKeyDictionary[Peer, float] = weakref.WeakKeyDictionary()
+        self._replicas, self._search_executor, self._executor = replicas, gatherer, executor
+        self._deaf: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
 
     def search(
         self,
-        peers: list[Peer],
-        job: SearchJob,
+        connections: list[Connection],
+        batch: Batch,
         homes: npt.NDArray[np.int64],
         n_threads: int,
         plan_here: Callable[[], Plan],
@@ -53,28 +55,30 @@ class Homes:
         Returns the answers, what was used for each shard, the failures, and `SearchResult.homes`. Raises `PeerError` where no
         owner that was asked has a connection to the others.
         """
-        ids = np.full((len(homes), job.k), -1, np.int64)
+        ids = np.full((len(homes), batch.k), -1, np.int64)
         found = (
             ids,
             np.full(ids.shape, np.inf, np.float32),
             np.full(ids.shape, -1, np.int32),
             np.zeros(len(ids), STATS_DTYPE),
         )
-        here = np.array([peer.transport in ("own", LOST) for peer in peers])[homes]
+        here = np.array([connection.transport in ("own", LOST) for connection in connections])[homes]
         named = set(self._replicas.images) - {0}
-        if job.filters is not None and len(named) < len(peers):  # filters could not be told apart
+        if batch.filters is not None and len(named) < len(connections):  # filters could not be told apart
             here[:] = True
-        used = ["" for _ in peers]
+        used = ["" for _ in connections]
         calls = {}
-        asking = job.with_a_spare()  # what a home does not answer is walked here
-        job.stop.expect(int((~here).sum()))
+        asking = batch.with_a_spare()  # what a home does not answer is walked here
+        batch.stop.expect(int((~here).sum()))
         for home in np.unique(homes[~here]).tolist():
             rows = np.flatnonzero(homes == home)
             calls[home] = (
                 rows,
-                self._executor().submit(self._ask_home, peers[home], asking._replace(queries=job.queries[rows])),
+                self._executor().submit(
+                    self._ask_home, connections[home], asking._replace(queries=batch.queries[rows])
+                ),
             )
-        job.stop.wait(call for _, call in calls.values())
+        batch.stop.wait(call for _, call in calls.values())
         failures: dict[int, CotraError] = {}
         refusals = []
         for home, (rows, call) in calls.items():
@@ -90,23 +94,30 @@ class Homes:
             shards = np.where(told.shards < 0, -1, places[told.shards])
             _put(found, rows, (told.labels, told.distances, shards, told.stats))
             for at, why in told.failures.items():
-                failures.setdefault(int(places[at]), PeerError(f"{peers[home]}: {why}", shard=int(places[at])))
-        if calls and len(refusals) == len(calls) and job.filters is None and job.most is None:
+                failures.setdefault(int(places[at]), PeerError(f"{connections[home]}: {why}", shard=int(places[at])))
+        if calls and len(refusals) == len(calls) and batch.filters is None and batch.most is None:
             raise refusals[0]
         for refusal in refusals:
             log.warning("its queries are walked here: %s", refusal)
         rows = np.flatnonzero(here)
         if len(rows):
-            plan, mine, peers = plan_here(), job._replace(queries=job.queries[rows]), list(self._replicas.peers)
-            answers, lost, plan = self._gatherer.gather(peers, mine, plan, n_threads, lenient)
+            plan, mine, connections = (
+                plan_here(),
+                batch._replace(queries=batch.queries[rows]),
+                list(self._replicas.connections),
+            )
+            answers, lost, plan = self._search_executor.gather(connections, mine, plan, n_threads, lenient)
             failures |= lost
-            _put(found, rows, self._gatherer.merge(answers, mine))
-            used = [before or used_of(peer, plan, failures) for before, peer in zip(used, peers, strict=True)]
+            _put(found, rows, self._search_executor.merge(answers, mine))
+            used = [
+                before or used_of(connection, plan, failures)
+                for before, connection in zip(used, connections, strict=True)
+            ]
         else:
             used = [name or (LOST if at in failures else "peers") for at, name in enumerate(used)]
         return found, used, failures, np.where(here, -1, homes).astype(np.int32)
 
-    def _places(self, peer: Peer, images: tuple[int, ...]) -> npt.NDArray[np.int32]:
+    def _places(self, connection: Connection, images: tuple[int, ...]) -> npt.NDArray[np.int32]:
         """The position here of each shard that another owner numbers as it likes. Shards that one side never reached (0) are
         those that are left, by their own numbers where these are. Raises `FormatError` for a shard that is none of these."""
         known = {image: at for at, image in enumerate(self._replicas.images) if image}
@@ -118,20 +129,20 @@ class Homes:
                 if here not in places and not (image and images[at])
             ]
             if not left:
-                raise FormatError(f"{peer}: it searches other shards than these", shard=peer.index)
+                raise FormatError(f"{connection}: it searches other shards than these", shard=connection.index)
             places[at] = at if at in left else left[0]
         return places
 
-    def _ask_home(self, peer: Peer, job: SearchJob) -> _Told:
+    def _ask_home(self, connection: Connection, batch: Batch) -> _Told:
         """Has an owner search all shards, or another of the same shard where it does not answer, or not what it was asked. One
         that does not is not asked for a while; its memory may be as good as ever. Raises `PeerError` where one refuses,
         and no other does it."""
         failed: CotraError | None = None
-        for owner in self._replicas.owners(peer.index):
+        for owner in self._replicas.owners(connection.index):
             if self._deaf.get(owner, 0.0) > time.monotonic():
                 continue
             try:
-                told = owner.search_all(job, self._replicas.images)
+                told = owner.search_all(batch, self._replicas.images)
                 return told, self._places(owner, told.images)
             except OutOfTimeError:
                 raise
@@ -141,7 +152,7 @@ class Homes:
                 failed = failed if isinstance(failed, PeerError) else error
             except PeerError as error:
                 failed = error
-        raise failed or TransportError(f"{peer} did not answer a moment ago", shard=peer.index)
+        raise failed or TransportError(f"{connection} did not answer a moment ago", shard=connection.index)
 
 
 def _put(found: Merged, rows: npt.NDArray[np.intp], part: Merged) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import Source
 from cotra_rdma._native.verbs import Device
-from cotra_rdma._reader.connection import Peer
+from cotra_rdma._reader.connection import Connection
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.protocol.regions import RegionResponse, ShardFields, as_fields
 
@@ -33,7 +33,7 @@ class Serving(Protocol):
 Owned = Shard | Serving
 
 
-class OwnPeer(Peer):
+class LocalConnection(Connection):
     """A shard that this process owns itself: its records are used in place."""
 
     def __init__(self, index: int, owner: Owned, *, timeout_ms: int) -> None:

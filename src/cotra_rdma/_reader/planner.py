@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._reader.batch import SearchJob
-from cotra_rdma._reader.connection import LOST, ONE_SIDED, Peer
+from cotra_rdma._reader.batch import Batch
+from cotra_rdma._reader.connection import LOST, ONE_SIDED, Connection
 from cotra_rdma._reader.cost_model import (
     Experience,
     Needs,
@@ -59,7 +59,7 @@ class Planner:
 
     def __init__(
         self,
-        peers: Sequence[Peer],
+        connections: Sequence[Connection],
         dim: int,
         router: Router | None,
         walked: frozenset[int] = frozenset(),
@@ -71,7 +71,7 @@ class Planner:
         walked: positions of the shards of one graph that are walked together.
         one_graph: whether all shards are of one graph, however many have an owner.
         """
-        self._peers = peers
+        self._connections = connections
         self._dim = dim
         self._one_graph = one_graph
         self.router = router
@@ -80,74 +80,80 @@ class Planner:
 
     def refresh(self, walked: frozenset[int]) -> None:
         """After owners were replaced, or lost."""
-        here = range(len(self._peers))
+        here = range(len(self._connections))
         self._n_walked = max(1, len(walked))
-        self._every = frozenset(at for at in here if self._peers[at].transport != LOST)
-        unread = frozenset(at for at in self._every if self._peers[at].transport not in ONE_SIDED)
+        self._every = frozenset(at for at in here if self._connections[at].transport != LOST)
+        unread = frozenset(at for at in self._every if self._connections[at].transport not in ONE_SIDED)
         self._pushed = unread & walked
         self._closed = unread - walked
 
     def plan(
-        self, algorithm: str, job: SearchJob, n_threads: int, *, target_recall: float, owner_cpu: bool, explain: bool
+        self, algorithm: str, batch: Batch, n_threads: int, *, target_recall: float, owner_cpu: bool, explain: bool
     ) -> Plan:
         """Plans a search. Raises `InvalidInputError` for an algorithm that is unknown, or that these shards cannot have."""
         if algorithm not in ALGORITHMS:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
         if not self._every:  # nothing to plan: why is told with the answer
-            return Plan(algorithm, job.mask, False, frozenset())
-        if algorithm == "home" and self._one_graph and job.mask is not None:
+            return Plan(algorithm, batch.mask, False, frozenset())
+        if algorithm == "home" and self._one_graph and batch.mask is not None:
             algorithm = "cotra"  # homes are told no mask: the walk is made here, and the result says so
         if algorithm == "home":
-            return Plan(algorithm, job.mask, False, frozenset(), homes=self.homes(job))
+            return Plan(algorithm, batch.mask, False, frozenset(), homes=self.homes(batch))
         if algorithm == "cotra" and not explain:  # nothing to plan
-            return Plan(algorithm, job.mask, False, self._closed, self._pushed)
-        mask = job.mask
-        routes = not self._one_graph and self._calibrated_for(job)  # a walk over one graph leaves out shards by itself
+            return Plan(algorithm, batch.mask, False, self._closed, self._pushed)
+        mask = batch.mask
+        routes = not self._one_graph and self._calibrated_for(
+            batch
+        )  # a walk over one graph leaves out shards by itself
         if algorithm.startswith("compass") or (algorithm == "auto" and routes):
-            mask = self._selection(job, target_recall, required=algorithm != "auto")
+            mask = self._selection(batch, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()
         base = algorithm.removeprefix("compass").removeprefix("+") or "cotra"
-        if base == "spire" and (why := self._no_lists(job)):
+        if base == "spire" and (why := self._no_lists(batch)):
             raise InvalidInputError(f"spire: {why}")
         if algorithm == "auto" or explain:
             auto = algorithm == "auto"
-            lists_mask = job.mask if auto else mask
-            considered = self._predictions(job, mask, lists_mask, n_threads, owner_cpu, mixed=owner_cpu and auto)
+            lists_mask = batch.mask if auto else mask
+            considered = self._predictions(batch, mask, lists_mask, n_threads, owner_cpu, mixed=owner_cpu and auto)
             chosen = cheapest(considered) if algorithm == "auto" else next(p for p in considered if p.algorithm == base)
             predictions = (chosen, *(p for p in considered if p is not chosen))
             base = chosen.algorithm
             if algorithm == "auto" and base == "spire":
-                mask = job.mask  # its lists are chosen over all shards: Compass in front would only cost recall
-        asked, others = self._asked(base, job, mask, n_threads, owner_cpu and algorithm == "auto")
-        routed = mask is not job.mask
+                mask = batch.mask  # its lists are chosen over all shards: Compass in front would only cost recall
+        asked, others = self._asked(base, batch, mask, n_threads, owner_cpu and algorithm == "auto")
+        routed = mask is not batch.mask
         name = ("compass" if base == "cotra" else f"compass+{base}") if routed else base
         return Plan(name, mask, base == "spire", asked, others, predictions=predictions)
 
-    def homes(self, job: SearchJob) -> npt.NDArray[np.int64]:
+    def homes(self, batch: Batch) -> npt.NDArray[np.int64]:
         """The shard that has most of each query's neighbourhood, of those that have an owner; where shards were missing at the
         start, by the nearest inverted list alone: the calibration is for all tables together.
 
         Raises `InvalidInputError` where these shards or the job cannot have one, `TransportError` where no shard has an owner.
         """
-        if not self._one_graph or job.mask is not None:
+        if not self._one_graph or batch.mask is not None:
             raise InvalidInputError("home: takes shards of one graph, and no mask of shards")
         there = sorted(self._every)
         if not there:
             raise TransportError("home: no shard has an owner")
-        tables = [table for at in there if (table := self._peers[at].coarse) is not None]
+        tables = [table for at in there if (table := self._connections[at].coarse) is not None]
         if self.router is None and len(tables) < len(there):
             raise InvalidInputError("home: owners have no coarse tables of a collection: cotra build makes them")
         if self.router is None:
-            router = Router(tables, None, self._peers[there[0]].shard.metric)
-            return np.array(there)[router.nearest(job.queries)]
-        shares = self.router.shares(job.queries)[:, [peer.number or 0 for peer in self._peers]]
-        shares[:, [at for at in range(len(self._peers)) if at not in self._every]] = -1.0
+            router = Router(tables, None, self._connections[there[0]].shard.metric)
+            return np.array(there)[router.nearest(batch.queries)]
+        shares = self.router.shares(batch.queries)[:, [connection.number or 0 for connection in self._connections]]
+        shares[:, [at for at in range(len(self._connections)) if at not in self._every]] = -1.0
         homes: npt.NDArray[np.int64] = shares.argmax(axis=1)
         return homes
 
-    def _selection(self, job: SearchJob, target_recall: float, *, required: bool) -> npt.NDArray[np.bool_] | None:
+    def _selection(self, batch: Batch, target_recall: float, *, required: bool) -> npt.NDArray[np.bool_] | None:
         """The shards that Compass takes, of those that the job is for; the job's own mask where it would take almost all."""
-        away = [str(at) for at, peer in enumerate(self._peers) if peer.transport == LOST and peer.coarse is None]
+        away = [
+            str(at)
+            for at, connection in enumerate(self._connections)
+            if connection.transport == LOST and connection.coarse is None
+        ]
         if self.router is None and away:
             raise TransportError(
                 f"compass: takes the tables of all shards, and had none of shard {', '.join(away)} yet, which has no owner"
@@ -156,65 +162,65 @@ class Planner:
             raise InvalidInputError(
                 "compass: these shards are not the whole of a collection with coarse tables: cotra build makes them"
             )
-        numbers = [peer.number or 0 for peer in self._peers]
+        numbers = [connection.number or 0 for connection in self._connections]
         among = None
-        open_to = _may_answer(job)
+        open_to = _may_answer(batch)
         if open_to is not None:
             among = np.empty_like(open_to)
             among[:, numbers] = open_to
-        if job.filters is not None:  # where the rows are that may be returned, Compass does not know
-            may = _may_answer(job)
-            return may if required else job.mask
-        mask = self.router.select(job.queries, target_recall, among)[:, numbers]
-        most = mask.size if job.mask is None else job.mask.sum()
-        return mask if required or mask.sum() < _FULL * most else job.mask
+        if batch.filters is not None:  # where the rows are that may be returned, Compass does not know
+            may = _may_answer(batch)
+            return may if required else batch.mask
+        mask = self.router.select(batch.queries, target_recall, among)[:, numbers]
+        most = mask.size if batch.mask is None else batch.mask.sum()
+        return mask if required or mask.sum() < _FULL * most else batch.mask
 
-    def _calibrated_for(self, job: SearchJob) -> bool:
+    def _calibrated_for(self, batch: Batch) -> bool:
         """Whether Compass keeps its promise: it was measured without filters, and for so many neighbours."""
         calibration = None if self.router is None else self.router.calibration
-        return calibration is not None and job.k <= calibration.k and job.filters is None
+        return calibration is not None and batch.k <= calibration.k and batch.filters is None
 
-    def _no_lists(self, job: SearchJob) -> str:
+    def _no_lists(self, batch: Batch) -> str:
         """Why inverted lists cannot be searched; "" when they can."""
-        if job.most is not None:
+        if batch.most is not None:
             return "max_expansions is a bound of walks"
-        for peer in (self._peers[at] for at in self._every):
-            if peer.transport not in ONE_SIDED:
-                return f"{peer} cannot be read"
-            if peer.lists is None:
-                return f"{peer} has no inverted lists (cotra build --ivf)"
+        for connection in (self._connections[at] for at in self._every):
+            if connection.transport not in ONE_SIDED:
+                return f"{connection} cannot be read"
+            if connection.lists is None:
+                return f"{connection} has no inverted lists (cotra build --ivf)"
         return ""
 
-    def _walk(self, job: SearchJob) -> Needs:
-        record = float(np.mean([peer.shard.record_bytes for peer in self._peers]))
-        known = self.experience.of("walk", job.k, job.ef, job.beam)
-        return known or guess_walk(job.k, job.ef, job.beam, record).shared_by(self._n_walked)
+    def _walk(self, batch: Batch) -> Needs:
+        record = float(np.mean([connection.shard.record_bytes for connection in self._connections]))
+        known = self.experience.of("walk", batch.k, batch.ef, batch.beam)
+        return known or guess_walk(batch.k, batch.ef, batch.beam, record).shared_by(self._n_walked)
 
-    def _over_rpc(self, job: SearchJob, walk: Needs) -> Needs:
-        known = self.experience.of("asked", job.k, job.ef, job.beam)
-        return known or over_rpc(walk.shared_by(1 / self._n_walked), self._dim, job.k)
+    def _over_rpc(self, batch: Batch, walk: Needs) -> Needs:
+        known = self.experience.of("asked", batch.k, batch.ef, batch.beam)
+        return known or over_rpc(walk.shared_by(1 / self._n_walked), self._dim, batch.k)
 
-    def _lists(self, job: SearchJob) -> Needs:
+    def _lists(self, batch: Batch) -> Needs:
         """Of a query, over all shards: however many it is for, it reads as many lists."""
-        known = self.experience.of("lists", job.k, job.ef, 0)
+        known = self.experience.of("lists", batch.k, batch.ef, 0)
         if known is not None:
             return known
-        infos = [peer.lists.info for peer in self._peers if peer.lists is not None]
+        infos = [connection.lists.info for connection in self._connections if connection.lists is not None]
         return guess_lists(
-            job.k,
-            job.ef,
+            batch.k,
+            batch.ef,
             sum(info.n_lists for info in infos),
             sum(info.list_bytes for info in infos),
             sum(info.entries for info in infos),
-            float(np.mean([peer.shard.record_bytes for peer in self._peers])),
+            float(np.mean([connection.shard.record_bytes for connection in self._connections])),
         )
 
     def _shares(self, mask: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float64]:
-        return np.ones(len(self._peers)) if mask is None or not len(mask) else mask.mean(axis=0)
+        return np.ones(len(self._connections)) if mask is None or not len(mask) else mask.mean(axis=0)
 
     def _predictions(
         self,
-        job: SearchJob,
+        batch: Batch,
         mask: npt.NDArray[np.bool_] | None,
         lists_mask: npt.NDArray[np.bool_] | None,
         n_threads: int,
@@ -222,12 +228,12 @@ class Planner:
         *,
         mixed: bool,
     ) -> list[Prediction]:
-        n, shares, walk = len(job.queries), self._shares(mask), self._walk(job)
-        links = [peer.link for peer in self._peers]
-        readable = any(peer.transport in ONE_SIDED for peer in self._peers)
-        others, by_push = map(sorted, self._asked("cotra", job, mask, n_threads, mixed))
+        n, shares, walk = len(batch.queries), self._shares(mask), self._walk(batch)
+        links = [connection.link for connection in self._connections]
+        readable = any(connection.transport in ONE_SIDED for connection in self._connections)
+        others, by_push = map(sorted, self._asked("cotra", batch, mask, n_threads, mixed))
         read = sorted(self._every.difference(others, by_push))
-        rpc = self._over_rpc(job, walk)
+        rpc = self._over_rpc(batch, walk)
         found = []
         walked, parts = [], []
         if read:
@@ -243,24 +249,24 @@ class Planner:
         every = sorted(self._every)
         links, shares = [links[at] for at in every], shares[every]
         gathered = predict_asked("scatter-gather", rpc, links, shares.tolist(), n)
-        there = [self._peers[at] for at in every]
-        refusing = [str(peer) for peer in there if peer.capabilities.transports.get("rpc")]
+        there = [self._connections[at] for at in every]
+        refusing = [str(connection) for connection in there if connection.capabilities.transports.get("rpc")]
         if refusing:
             gathered = forbidden(gathered, f"{refusing[0]} does not offer rpc")
         elif not owner_cpu and readable:
             gathered = forbidden(gathered, "the owners' CPU is not to be used")
         found.append(gathered)
-        if not (why := self._no_lists(job)):
-            whole, parts_of = self._lists(job), self._shares(lists_mask)[every]
+        if not (why := self._no_lists(batch)):
+            whole, parts_of = self._lists(batch), self._shares(lists_mask)[every]
             asked = max(float(parts_of.sum()), 1e-9)
             each = Needs(whole.reads / asked, whole.rounds, whole.bytes / asked, whole.cpu_s / asked)
             found.append(predict_read("spire", each, links, parts_of.tolist(), n, n_threads))
-        elif any(peer.lists is not None for peer in self._peers):
+        elif any(connection.lists is not None for connection in self._connections):
             found.append(Prediction("spire", float("inf"), 0, 2, 0, 0, 0, allowed=False, why=why))
         return found
 
     def _asked(
-        self, base: str, job: SearchJob, mask: npt.NDArray[np.bool_] | None, n_threads: int, mixed: bool
+        self, base: str, batch: Batch, mask: npt.NDArray[np.bool_] | None, n_threads: int, mixed: bool
     ) -> tuple[frozenset[int], frozenset[int]]:
         """The shards that are asked over RPC, and those of one graph that nodes are pushed to. `mixed`: also those of which
         reading takes longer."""
@@ -269,13 +275,13 @@ class Planner:
             return every, frozenset()
         if not mixed or base != "cotra":
             return self._closed, self._pushed
-        walk, shares, n = self._walk(job), self._shares(mask), len(job.queries)
+        walk, shares, n = self._walk(batch), self._shares(mask), len(batch.queries)
         one_walk = self._n_walked > 1
-        needs = pushed(walk, self._dim) if one_walk else self._over_rpc(job, walk)
+        needs = pushed(walk, self._dim) if one_walk else self._over_rpc(batch, walk)
         slow = set()
         for at in every - self._closed - self._pushed:
-            share, link = [float(shares[at])], [self._peers[at].link]
-            offered = not self._peers[at].capabilities.transports.get("rpc")
+            share, link = [float(shares[at])], [self._connections[at].link]
+            offered = not self._connections[at].capabilities.transports.get("rpc")
             read = predict_read("", walk, link, share, n, n_threads)
             other = predict_pushed("", needs, link, share, n) if one_walk else predict_asked("", needs, link, share, n)
             if offered and other.seconds < read.seconds:
@@ -286,12 +292,12 @@ class Planner:
         return (self._closed if slow | self._closed == every else self._closed | slow), self._pushed
 
 
-def _may_answer(job: SearchJob) -> npt.NDArray[np.bool_] | None:
+def _may_answer(batch: Batch) -> npt.NDArray[np.bool_] | None:
     """bool[n_queries, n_shards]: the shards that a query is for, without those that its filter closes; None: all."""
-    if job.filters is None:
-        return job.mask
-    some = np.array([bitmap is None or any(bitmap) for bitmap in job.filters])
-    return np.tile(some, (len(job.queries), 1)) if job.mask is None else job.mask & some
+    if batch.filters is None:
+        return batch.mask
+    some = np.array([bitmap is None or any(bitmap) for bitmap in batch.filters])
+    return np.tile(some, (len(batch.queries), 1)) if batch.mask is None else batch.mask & some
 
 
 def _in_turn(parts: Sequence[Prediction]) -> Prediction:

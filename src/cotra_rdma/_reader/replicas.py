@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from cotra_rdma._reader.batch import Answer, SearchJob
-from cotra_rdma._reader.connection import LOST, Peer
-from cotra_rdma._reader.local_connection import Owned, OwnPeer
+from cotra_rdma._reader.batch import Answer, Batch
+from cotra_rdma._reader.connection import LOST, Connection
+from cotra_rdma._reader.local_connection import LocalConnection, Owned
 from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, TransportError
 from cotra_rdma.protocol.regions import RegionResponse, ShardFields
 
@@ -23,7 +23,7 @@ Tried = tuple[int, str]
 """An owner that failed: the position of its shard, and its address."""
 
 
-class AbsentPeer(Peer):
+class MissingConnection(Connection):
     """In the place of a shard that no owner can be reached of."""
 
     def __init__(self, index: int, address: str, like: ShardFields | None = None) -> None:
@@ -34,7 +34,7 @@ class AbsentPeer(Peer):
         self.shard = known if address else msgspec.structs.replace(known, count=0, image_checksum=0)
         self.capabilities = RegionResponse(shard=self.shard, transports={"rpc": "it has no owner"})
 
-    def take_over(self, failed: Peer) -> None:
+    def take_over(self, failed: Connection) -> None:
         """Keeps what is known of the shard, and its cache, for whoever comes back."""
         super().take_over(failed)
         self.coarse, self.calibration, self.number = failed.coarse, failed.calibration, failed.number
@@ -42,11 +42,11 @@ class AbsentPeer(Peer):
     def renew(self) -> None:
         """Nobody is there."""
 
-    def search(self, job: SearchJob) -> Answer:
+    def search(self, batch: Batch) -> Answer:
         """Raises `TransportError`."""
         raise TransportError(f"{self} has no owner", shard=self.index)
 
-    def search_all(self, job: SearchJob, images: Sequence[int] = ()) -> Any:
+    def search_all(self, batch: Batch, images: Sequence[int] = ()) -> Any:
         """Raises `TransportError`."""
         raise TransportError(f"{self} has no owner", shard=self.index)
 
@@ -56,17 +56,17 @@ class Replicas:
     to answer.
 
     Attributes:
-        peers: for each shard the owner in use; an `AbsentPeer` where there is none. Replaced in place.
+        peers: for each shard the owner in use; an `MissingConnection` where there is none. Replaced in place.
         lost: why a shard has no owner, by its position.
     """
 
     def __init__(
         self,
         owners: Sequence[Sequence[Owner]],
-        reach: Callable[[int, Owner], Peer],
-        choose: Callable[[Peer], None],
-        prepare: Callable[[Peer], None],
-        changed: Callable[[Peer], None],
+        reach: Callable[[int, Owner], Connection],
+        choose: Callable[[Connection], None],
+        prepare: Callable[[Connection], None],
+        changed: Callable[[Connection], None],
     ) -> None:
         """Args:
         owners: for each shard its owners.
@@ -81,14 +81,14 @@ class Replicas:
         self._turns = [threading.Lock() for _ in owners]  # who puts another owner in a shard's place
         self._closed = False
         self._given = {shard for shard, group in enumerate(owners) if group}
-        self._standby: list[list[Peer]] = []
+        self._standby: list[list[Connection]] = []
         self._away: list[tuple[int, Owner]] = []  # to be tried again
-        self.peers: list[Peer] = []
+        self.connections: list[Connection] = []
         self.lost: dict[int, CotraError] = {}
         try:
             for shard, group in enumerate(owners):
                 self._standby.append([])
-                self.peers.append(AbsentPeer(shard, ""))
+                self.connections.append(MissingConnection(shard, ""))
                 self._reach_all(shard, group)
         except BaseException:
             self.close()
@@ -112,10 +112,10 @@ class Replicas:
     @property
     def images(self) -> tuple[int, ...]:
         """The checksum of each shard's image, which names it; 0 where it was never reached, or its owner does not tell."""
-        return tuple(peer.shard.image_checksum or 0 for peer in self.peers)
+        return tuple(connection.shard.image_checksum or 0 for connection in self.connections)
 
     @property
-    def known(self) -> list[Peer]:
+    def known(self) -> list[Connection]:
         """One owner of each shard that was reached, before `settle`."""
         return [standby[0] for standby in self._standby if standby]
 
@@ -128,21 +128,21 @@ class Replicas:
         known = self.known
         for shard, standby in enumerate(self._standby):
             if known:
-                self.peers[shard] = AbsentPeer(shard, "", known[0].shard)
+                self.connections[shard] = MissingConnection(shard, "", known[0].shard)
             if not standby:
                 continue
-            peer, error = self._next(shard)
-            if peer is not None:
-                self.peers[shard] = peer
+            connection, error = self._next(shard)
+            if connection is not None:
+                self.connections[shard] = connection
             elif error is not None:
                 self.lost[shard] = error
-        if self.lost and not (allow_partial and len(self.lost) < len(self.peers)):
+        if self.lost and not (allow_partial and len(self.lost) < len(self.connections)):
             raise self.lost[min(self.lost)]
         for shard, error in sorted(self.lost.items()):
             level = logging.WARNING if shard in self._given else logging.INFO  # who gives none knows
             log.log(level, "shard %d has no owner, and searches go on without it: %s", shard, error)
 
-    def _next(self, shard: int, instead_of: Peer | None = None) -> tuple[Peer | None, CotraError | None]:
+    def _next(self, shard: int, instead_of: Connection | None = None) -> tuple[Connection | None, CotraError | None]:
         """The nearest standby with a path that works, ready to be used `instead_of` another; or why there is none, None where
         there was no standby. Those without one are away."""
         error = None
@@ -150,35 +150,35 @@ class Replicas:
             with self._lock:
                 if not self._standby[shard]:
                     return None, error
-                peer = self._standby[shard].pop(0)
+                connection = self._standby[shard].pop(0)
             try:
-                self._ready(peer, instead_of)
+                self._ready(connection, instead_of)
             except BaseException as failed:  # whatever it was: it is tried again
                 with self._lock:
-                    self._away.append((shard, peer.owner))
-                peer.close()
-                self._changed(peer)
+                    self._away.append((shard, connection.owner))
+                connection.close()
+                self._changed(connection)
                 if not isinstance(failed, CotraError):
                     raise
                 error = failed
                 continue
-            return peer, None
+            return connection, None
 
-    def _ready(self, peer: Peer, instead_of: Peer | None) -> None:
+    def _ready(self, connection: Connection, instead_of: Connection | None) -> None:
         """Takes the best path to an owner that is to be used `instead_of` another; None: the first of its shard, at `settle`."""
-        self._choose(peer)
+        self._choose(connection)
         if instead_of is not None and instead_of.cache is None:
-            self._prepare(peer)
+            self._prepare(connection)
 
-    def _use(self, peer: Peer, instead_of: Peer) -> None:
+    def _use(self, connection: Connection, instead_of: Connection) -> None:
         """Puts an owner in use; under the lock. Raises `ClosedError` once closed."""
         if self._closed:
-            peer.close()
+            connection.close()
         self._check_open()
-        peer.take_over(instead_of)
-        self.peers[peer.index] = peer
+        connection.take_over(instead_of)
+        self.connections[connection.index] = connection
 
-    def replace(self, failed: Peer, error: CotraError, *, give_up: bool, tried: set[Tried]) -> Peer | None:
+    def replace(self, failed: Connection, error: CotraError, *, give_up: bool, tried: set[Tried]) -> Connection | None:
         """The owner to go on with where one failed in a search; None where none is left, or the one that is failed in that search
         already: it was slow, say, and found well meanwhile. `tried` is what the search keeps of those, empty at first.
 
@@ -190,19 +190,19 @@ class Replicas:
         other = self._replace(failed, error, give_up=give_up)
         return None if other is None or (other.index, other.address) in tried else other
 
-    def _replace(self, failed: Peer, error: CotraError, *, give_up: bool) -> Peer | None:
+    def _replace(self, failed: Connection, error: CotraError, *, give_up: bool) -> Connection | None:
         shard = failed.index
         with self._turns[shard]:
             with self._lock:
                 self._check_open()
-                peer = self.peers[shard]
-            if peer is not failed or failed.transport == LOST:  # another thread saw it first
-                return None if peer.transport == LOST else peer
+                connection = self.connections[shard]
+            if connection is not failed or failed.transport == LOST:  # another thread saw it first
+                return None if connection.transport == LOST else connection
             other, _ = self._next(shard, failed)
             if other is None and not give_up:
                 return None
             with self._lock:
-                self._use(other or AbsentPeer(shard, failed.address, failed.shard), failed)
+                self._use(other or MissingConnection(shard, failed.address, failed.shard), failed)
                 self._away.append((shard, failed.owner))
                 if other is None:
                     self.lost[shard] = error.with_traceback(None)  # kept, and should keep nothing else alive
@@ -214,10 +214,10 @@ class Replicas:
         failed.retire()
         return other
 
-    def owners(self, shard: int) -> list[Peer]:
+    def owners(self, shard: int) -> list[Connection]:
         """The owners of a shard that are there, that in use first."""
         with self._lock:
-            return [self.peers[shard], *self._standby[shard]]
+            return [self.connections[shard], *self._standby[shard]]
 
     @property
     def has_spare(self) -> bool:
@@ -235,10 +235,10 @@ class Replicas:
             for shard, owner in away:
                 before_each()
                 try:
-                    peer = self._reach(shard, owner)
-                    if self._take_back(peer):
-                        back.append(peer.address)
-                        log.info("%s is back", peer)
+                    connection = self._reach(shard, owner)
+                    if self._take_back(connection):
+                        back.append(connection.address)
+                        log.info("%s is back", connection)
                 except CotraError as error:
                     if self._closed:
                         raise
@@ -247,31 +247,31 @@ class Replicas:
                     log.exception("shard %d: %s was tried again", shard, owner)
         return back
 
-    def _take_back(self, peer: Peer) -> bool:
+    def _take_back(self, connection: Connection) -> bool:
         """Whether an owner that was away is one again: in use where its shard has none. Raises `CotraError` where no path to it
         works; it stays away then."""
-        shard, gone = peer.index, None
+        shard, gone = connection.index, None
         with self._turns[shard]:
             try:
-                now = self.peers[shard]
-                is_same = _is_same(now, peer)
+                now = self.connections[shard]
+                is_same = _is_same(now, connection)
                 if is_same and now.transport == LOST:
-                    self._ready(peer, now)
+                    self._ready(connection, now)
                     gone = now
                 with self._lock:
                     if gone is not None:
-                        self._use(peer, gone)
+                        self._use(connection, gone)
                         self.lost.pop(shard, None)
                     elif is_same:
                         self._check_open()
-                        self._standby[shard].append(peer)
-                    self._away.remove((shard, peer.owner))
+                        self._standby[shard].append(connection)
+                    self._away.remove((shard, connection.owner))
             except BaseException:
-                peer.close()
+                connection.close()
                 raise
         if not is_same:
-            log.info("%s is back with another image, and stays out: connect again", peer)
-            peer.close()
+            log.info("%s is back with another image, and stays out: connect again", connection)
+            connection.close()
         if gone is not None:
             self._changed(gone)
         return is_same
@@ -289,32 +289,40 @@ class Replicas:
         """Closes every connection."""
         with self._lock:
             self._closed = True
-            peers = [*self.peers, *(peer for standby in self._standby for peer in standby)]
-        for peer in peers:
-            peer.close()
+            connections = [*self.connections, *(connection for standby in self._standby for connection in standby)]
+        for connection in connections:
+            connection.close()
 
 
-def _is_same(known: Peer, peer: Peer) -> bool:
+def _is_same(known: Connection, connection: Connection) -> bool:
     """Whether both hold one image. What was never reached could be any."""
-    a, b = known.shard, peer.shard
-    if isinstance(known, AbsentPeer) and not known.address:
+    a, b = known.shard, connection.shard
+    if isinstance(known, MissingConnection) and not known.address:
         return (a.dim, a.metric, a.graph_id) == (b.dim, b.metric, b.graph_id)
     return (a.generation, a.count, a.image_checksum) == (b.generation, b.count, b.image_checksum)
 
 
-def _alike(peers: list[Peer]) -> list[Peer]:
+def _alike(connections: list[Connection]) -> list[Connection]:
     """Those that hold one image, nearest first; older generations are passed over. Raises `InvalidInputError`."""
-    newest = max(peer.shard.generation for peer in peers)
+    newest = max(connection.shard.generation for connection in connections)
     current = []
-    for peer in sorted(peers, key=lambda peer: (not isinstance(peer, OwnPeer), peer.link.rpc_s)):
-        if peer.shard.generation < newest:
-            log.warning("%s is passed over: generation %d, and %d is the newest", peer, peer.shard.generation, newest)
-            peer.close()
+    for connection in sorted(
+        connections, key=lambda connection: (not isinstance(connection, LocalConnection), connection.link.rpc_s)
+    ):
+        if connection.shard.generation < newest:
+            log.warning(
+                "%s is passed over: generation %d, and %d is the newest",
+                connection,
+                connection.shard.generation,
+                newest,
+            )
+            connection.close()
             continue
-        current.append(peer)
-    for peer in current[1:]:
-        if not _is_same(current[0], peer):
+        current.append(connection)
+    for connection in current[1:]:
+        if not _is_same(current[0], connection):
             raise InvalidInputError(
-                f"{current[0]} and {peer} are given as owners of one shard, and hold different ones", shard=peer.index
+                f"{current[0]} and {connection} are given as owners of one shard, and hold different ones",
+                shard=connection.index,
             )
     return current

@@ -60,7 +60,7 @@ class Shard:
         self._info = info
         self._pinned: Arena | None = None
         self._lock = threading.Lock()
-        self._lanes: list[_LocalLane] = []
+        self._engines: list[_LocalEngine] = []
 
     # ---- making one ----
 
@@ -421,14 +421,14 @@ class Shard:
         stop: Stop,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         with self._lock:
-            lane = self._lanes.pop() if self._lanes else None
-        lane = lane or _LocalLane(self._arena, self._info.record_bytes)
+            own = self._engines.pop() if self._engines else None
+        own = own or _LocalEngine(self._arena, self._info.record_bytes)
         filters = None if bitmap is None else [bitmap]
-        labels, distances, stats = lane.engine.search(
+        labels, distances, stats = own.engine.search(
             rows, k, ef, beam, filters=filters, max_expansions=most, deadline=deadline, stop=stop
         )
-        with self._lock:  # a lane whose search failed is not used again
-            self._lanes.append(lane)
+        with self._lock:  # one whose search failed is not used again
+            self._engines.append(own)
         return labels[0], distances[0], stats
 
     # ---- letting go ----
@@ -436,9 +436,9 @@ class Shard:
     def close(self) -> None:
         """Unmaps the image. Servers and clusters that use it must be closed first."""
         with self._lock:
-            lanes, self._lanes = self._lanes, []
-        for lane in lanes:
-            lane.close()
+            engines, self._engines = self._engines, []
+        for own in engines:
+            own.close()
         if self._pinned is not None and self._pinned is not self._arena:
             self._pinned.close()
         self._arena.close()
@@ -450,7 +450,7 @@ class Shard:
         self.close()
 
 
-class _LocalLane:
+class _LocalEngine:
     """What one thread needs to search an image in this process."""
 
     def __init__(self, arena: Arena, record_bytes: int) -> None:

@@ -71,26 +71,26 @@ class ViewFields(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RegionRequest(msgspec.Struct, array_like=True, frozen=True):
-    """Type 56: [want u32, peer str, queue_pair array | nil, lane u64, offset u64].
+    """Type 56: [want u32, peer str, queue_pair array | nil, number u64, offset u64].
 
     Attributes:
-        want: 0 capabilities, 1 a queue pair for one lane, 2 the shared memory's socket, 3 to release a lane (0: all of
-            this peer's), 4 to keep the peer's lanes alive, 5 a piece of header and navigation section.
-        peer: a random name that the reader chose for itself; its lanes hang on it.
+        want: 0 capabilities, 1 a queue pair, 2 the shared memory's socket, 3 to release a queue pair (0: all of
+            this reader's), 4 to keep the reader's queue pairs alive, 5 a piece of header and navigation section.
+        peer: a random name that the reader chose for itself; its queue pairs hang on it.
         queue_pair: with want 1, the reader's attributes.
-        lane: with want 3, which one.
+        number: with want 3, of which queue pair.
         offset: with want 5, where the piece begins.
     """
 
     want: int
     peer: str
     queue_pair: QueuePairFields | None = None
-    lane: int = 0
+    number: int = 0
     offset: int = 0
 
 
 class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
-    """Type 57: [code u32, message str, shard | nil, transports map, region | nil, queue_pair | nil, lane u64, shared | nil,
+    """Type 57: [code u32, message str, shard | nil, transports map, region | nil, queue_pair | nil, number u64, shared | nil,
     view | nil].
 
     Attributes:
@@ -98,7 +98,7 @@ class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
         shard: of every good answer.
         transports: name -> "" when it can be had, else why not.
         region: what exposed_region() gives; nil where no verbs device exists.
-        queue_pair, lane: with want 1, the owner's attributes and the lane's number.
+        queue_pair, number: with want 1, the owner's attributes and the queue pair's number.
         shared_memory: with want 2.
         view: with want 5.
     """
@@ -109,7 +109,7 @@ class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
     transports: dict[str, str] = {}
     region: RegionFields | None = None
     queue_pair: QueuePairFields | None = None
-    lane: int = 0
+    number: int = 0
     shared_memory: SharedMemoryFields | None = None
     view: ViewFields | None = None
 

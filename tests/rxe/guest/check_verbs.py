@@ -122,7 +122,7 @@ def check_a_killed_owner_is_a_typed_error_within_3_s(
     finally:
         for owner in second:
             owner.close()
-    after = objects_of_this_process()  # of others' lanes, that were being taken back before, there may be fewer
+    after = objects_of_this_process()  # of others' queue pairs, that were being taken back before, there may be fewer
     assert {name for name, n in after.items() if n > before[name]} == set()
     with cotra_rdma.connect(first[0].addresses, transport="verbs") as cluster:
         assert (cluster.search(queries, k=K, ef=EF).ids >= 0).all()

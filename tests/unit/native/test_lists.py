@@ -458,8 +458,8 @@ def test_threads_share_tables(parts: list[Shard], queries: Floats) -> None:
 
         def search(rows: Floats) -> npt.NDArray[np.int64]:
             with ExitStack() as own:
-                lanes = [own.enter_context(Channel.shm(shard.arena)) for shard in parts]
-                engine = own.enter_context(SpireEngine.create(views, tables, lanes))
+                channels = [own.enter_context(Channel.shm(shard.arena)) for shard in parts]
+                engine = own.enter_context(SpireEngine.create(views, tables, channels))
                 return engine.search(rows, 10, 12)[0]
 
         with ThreadPoolExecutor(4) as pool:

@@ -369,7 +369,7 @@ def test_region_messages_round_trip(request: RegionRequest, response: RegionResp
 
 def test_region_messages_byte_for_byte() -> None:
     assert encode_region(RegionRequest(1, "p", None, 2)) == bytes.fromhex("95 01 a170 c0 02 00")
-    response = RegionResponse(shard=None, transports={"shm": ""}, region=RegionFields(2**63, 7, 4096), lane=1)
+    response = RegionResponse(shard=None, transports={"shm": ""}, region=RegionFields(2**63, 7, 4096), number=1)
     golden = bytes.fromhex("99 00 a0 c0 81a373686da0 93 cf8000000000000000 07 cd1000 c0 01 c0 c0")
     assert encode_region(response) == golden
 

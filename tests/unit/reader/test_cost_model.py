@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotra_rdma._core.stop import Stop
-from cotra_rdma._reader.batch import SearchJob
+from cotra_rdma._reader.batch import Batch
 from cotra_rdma._reader.cost_model import (
     EXPANSION_S,
     Experience,
@@ -289,12 +289,12 @@ def peer(link: Link, transport: str = "verbs", *, rpc: str = "", lists: bool = F
     )
 
 
-def job(n: int = 1, mask: npt.NDArray[np.bool_] | None = None) -> SearchJob:
-    return SearchJob(np.zeros((n, DIM), np.float32), 10, 64, 4, 0, 5.0, Stop(), None, mask)
+def job(n: int = 1, mask: npt.NDArray[np.bool_] | None = None) -> Batch:
+    return Batch(np.zeros((n, DIM), np.float32), 10, 64, 4, 0, 5.0, Stop(), None, mask)
 
 
 def plan(
-    *peers: Any, algorithm: str = "auto", owner_cpu: bool = False, explain: bool = False, work: SearchJob | None = None
+    *peers: Any, algorithm: str = "auto", owner_cpu: bool = False, explain: bool = False, work: Batch | None = None
 ) -> Plan:
     planner = Planner(peers, DIM, None)
     return planner.plan(algorithm, work or job(), 1, target_recall=0.99, owner_cpu=owner_cpu, explain=explain)
