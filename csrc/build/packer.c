@@ -495,11 +495,6 @@ int cotra_packer_finish(cotra_packer *packer, cotra_arena **out, cotra_error *er
     status = cotra_image_validate(header, info->image_bytes, 0, &checked, err);
     if (status)
         return status;
-    if (packer->params.arena_flags & COTRA_ARENA_LOCK) {
-        status = cotra_arena_lock(packer->arena, err);
-        if (status)
-            return status;
-    }
     *out = packer->arena;
     packer->arena = NULL;
     return COTRA_OK;

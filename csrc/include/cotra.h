@@ -245,7 +245,7 @@ void cotra_ivf_packer_destroy(cotra_ivf_packer *packer);
 
 /* ---- kernels (csrc/kernels/) ---- */
 
-enum { COTRA_SIMD_PORTABLE = 0, COTRA_SIMD_AVX2 = 1, COTRA_SIMD_AVX512 = 2, COTRA_SIMD_NEON = 3 };
+enum { COTRA_SIMD_PORTABLE = 0, COTRA_SIMD_AVX2 = 1, COTRA_SIMD_AVX512 = 2 };
 
 int cotra_simd_best(void); /* the best level that this CPU has */
 const char *cotra_simd_name(int simd);
@@ -305,16 +305,14 @@ enum { COTRA_GID_IB = 0, COTRA_GID_ROCE_V1 = 1, COTRA_GID_ROCE_V2 = 2 };
 typedef struct cotra_gid_info {
     uint8_t gid[16];
     uint32_t index;
-    uint32_t type;   /* COTRA_GID_* */
-    uint32_t netdev; /* interface index, or 0 */
-    int32_t score;   /* the ranking: highest is chosen */
-    char why[64];    /* the ranking in words: "RoCEv2, IPv4, same subnet as the peer" */
+    uint32_t type; /* COTRA_GID_* */
+    int32_t score; /* the ranking: highest is chosen */
+    char why[64];  /* the ranking in words: "RoCEv2, IPv4, same subnet as the peer" */
 } cotra_gid_info;
 
 typedef struct cotra_mr_info {
     uint64_t address;
     uint64_t length_bytes;
-    uint32_t lkey;
     uint32_t rkey;
 } cotra_mr_info;
 
@@ -577,13 +575,8 @@ typedef struct cotra_ivf_table cotra_ivf_table;
 /* Reads header and table over the channel, by the header that the view was opened with. */
 int cotra_ivf_table_open(cotra_channel *channel, const cotra_view *view, uint64_t timeout_ns, cotra_ivf_table **out,
                          cotra_error *err);
-/* The same from bytes that came another way: the first table_bytes of the section. They are copied. */
-int cotra_ivf_table_load(const void *data, uint64_t length_bytes, const cotra_view *view, cotra_ivf_table **out,
-                         cotra_error *err);
 void cotra_ivf_table_get_info(const cotra_ivf_table *table, cotra_ivf_info *out);
 uint32_t cotra_ivf_table_get_dim(const cotra_ivf_table *table);
-/* The bytes themselves: table_bytes of them, valid as long as the table. */
-const void *cotra_ivf_table_data(const cotra_ivf_table *table);
 /* Copies out, for each list: centroid float32[n_lists, dim], entries, root mean square distance of its rows to the
  * centroid, standard deviation of an estimate of <x - c, u> for a unit vector u, offset in the region. NULL: not
  * wanted. */

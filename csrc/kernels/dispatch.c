@@ -29,8 +29,8 @@ int cotra_simd_best(void)
 
 const char *cotra_simd_name(int simd)
 {
-    static const char *const names[] = {"portable", "avx2", "avx512", "neon"};
-    return simd >= 0 && simd <= COTRA_SIMD_NEON ? names[simd] : "unknown";
+    static const char *const names[] = {"portable", "avx2", "avx512"};
+    return simd >= 0 && simd <= COTRA_SIMD_AVX512 ? names[simd] : "unknown";
 }
 
 static const cotra_kernels *get_or_fail(int simd, cotra_error *err)

@@ -56,10 +56,8 @@ int cotra_mr_create(cotra_device *device, const void *address, uint64_t length_b
 
 void cotra_mr_get_info(const cotra_mr *mr, cotra_mr_info *out)
 {
-    *out = (cotra_mr_info){.address = (uint64_t)(uintptr_t)mr->mr->addr,
-                           .length_bytes = mr->mr->length,
-                           .lkey = mr->mr->lkey,
-                           .rkey = mr->mr->rkey};
+    *out = (cotra_mr_info){
+        .address = (uint64_t)(uintptr_t)mr->mr->addr, .length_bytes = mr->mr->length, .rkey = mr->mr->rkey};
 }
 
 int cotra_mr_destroy(cotra_mr *mr, cotra_error *err)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from cotra_rdma._owner.child_process import OwnerProcess
     from cotra_rdma._owner.peering import Peering
     from cotra_rdma._owner.server import Server, serve
-    from cotra_rdma._reader.cluster import Cluster, connect
+    from cotra_rdma._reader.cluster import Cluster
+    from cotra_rdma._reader.connect import connect
     from cotra_rdma._reader.result import SearchResult
     from cotra_rdma._shard.shard import Shard
     from cotra_rdma.datasets import open_vectors
@@ -119,7 +120,8 @@ _HOMES = {
     "_owner.child_process": ("OwnerProcess",),
     "_owner.peering": ("Peering",),
     "_owner.server": ("Server", "serve"),
-    "_reader.cluster": ("Cluster", "connect"),
+    "_reader.cluster": ("Cluster",),
+    "_reader.connect": ("connect",),
     "_reader.result": ("SearchResult",),
     "_shard.shard": ("Shard",),
     "datasets": ("open_vectors",),

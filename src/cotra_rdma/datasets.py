@@ -234,3 +234,10 @@ def _open_hdf5(path: Path, dataset: str) -> VectorFile:
         raise FormatError(f"{path}: {problem}")
     metric = None if name is None else _HDF5_METRICS[name]
     return VectorFile(path, rows.shape[0], rows.shape[1], rows.dtype.newbyteorder("="), metric, rows, file, dataset)
+
+
+def recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
+    """Recall@k of ids int64[n, k]: the share of each query's k true nearest that were found, on average."""
+    k = found.shape[1]
+    hits = sum(len(np.intersect1d(row, nearest[:k])) for row, nearest in zip(found, truth, strict=True))
+    return hits / found.size

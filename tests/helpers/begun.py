@@ -1,4 +1,4 @@
-"""Signals to this process that come while it does something."""
+"""Signals that come while a process does something."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +21,13 @@ def waited(happened: Callable[[], bool]) -> None:
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.001)
+
+
+def stop_process(pid: int) -> None:
+    """Stops a process, all threads of it: what comes after finds none of them running. The signal alone only asks for that."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    waited(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] in "Tt" for task in tasks.iterdir()))
 
 
 @contextmanager

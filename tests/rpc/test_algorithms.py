@@ -39,6 +39,7 @@ from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.envelope import VShardMessageType
 from cotra_rdma.protocol.tables import BuildExchangeRequest, CentroidTable, CoarseRouteResponse
 from cotra_rdma.seam.interface import BuildExchangeFailed, ShardRef, ShardSubset, exchange_with_peers
+from helpers.begun import stop_process
 from helpers.image import image_bytes
 from helpers.lists import distances_to_all, recall_of
 
@@ -455,7 +456,7 @@ def test_lists_cannot_be_asked_for_over_rpc(addresses: list[str], cluster: Clust
 def stopped(*owners: OwnerProcess) -> Iterator[None]:
     try:
         for owner in owners:
-            os.kill(owner.pid, signal.SIGSTOP)
+            stop_process(owner.pid)
             os.waitpid(owner.pid, os.WUNTRACED)
         yield
     finally:

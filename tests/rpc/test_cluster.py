@@ -36,6 +36,8 @@ from cotra_rdma._native.merge import merge
 from cotra_rdma._owner import server as server_module
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.protocol import search
+from helpers.begun import stop_process
+from helpers.faults import FaultyFabric
 
 Floats = npt.NDArray[np.float32]
 HERE = ("shm", "rpc")
@@ -345,7 +347,7 @@ class TestScope:
     ) -> None:
         with cotra_rdma.connect(addresses, transport="shm") as cluster:
             second = cluster._connections[1]
-            second._fabric = FabricModel(fail_after_reads=20, fail_status=-10, fail_wc_status=12)
+            second._fabric = FaultyFabric(fail_after_reads=20, fail_status=-10, fail_wc_status=12)
             second._first = None  # the channel that connect made, without the fabric
             with pytest.raises(TransportError) as caught:
                 cluster.search(queries, k=10, ef=50)
@@ -454,7 +456,7 @@ class TestOwnersThatGoAway:
             cotra_rdma.connect(owner.addresses, transport="rpc") as cluster,
             ThreadPoolExecutor(1) as pool,
         ):
-            os.kill(owner.pid, signal.SIGSTOP)
+            stop_process(owner.pid)
             os.waitid(os.P_PID, owner.pid, os.WSTOPPED)
             call = pool.submit(cluster.search, queries, k=3, timeout_s=55)
             os.kill(owner.pid, signal.SIGKILL)
@@ -478,7 +480,7 @@ class TestOwnersThatGoAway:
             cotra_rdma.connect(owner.addresses, transport="shm") as cluster,
         ):
             try:
-                os.kill(owner.pid, signal.SIGSTOP)
+                stop_process(owner.pid)
                 os.waitpid(owner.pid, os.WUNTRACED)
                 before = owner.cpu_s()
                 assert cluster.search(queries, k=3).ids.shape == (200, 3)

@@ -11,16 +11,17 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import Cluster, FabricModel
+from cotra_rdma import Cluster
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._reader import replicas
 from cotra_rdma.datasets import open_vectors
+from helpers.faults import FaultyFabric
 
 Floats = npt.NDArray[np.float32]
 N = 2000
-LOSSY = FabricModel(fail_after_reads=150, fail_status=-10, fail_wc_status=12)
+LOSSY = FaultyFabric(fail_after_reads=150, fail_status=-10, fail_wc_status=12)
 
 
 @pytest.fixture(scope="module")

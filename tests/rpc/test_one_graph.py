@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import CompletionError, FabricModel, InvalidInputError, PartialResultError
+from cotra_rdma import CompletionError, InvalidInputError, PartialResultError
 from cotra_rdma._bench.data import DataSet
 from cotra_rdma._bench.runner import Plan, run
 from cotra_rdma._bench.systems import Split, open_systems
@@ -18,6 +18,7 @@ from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.seam.interface import ShardRef
+from helpers.faults import FaultyFabric
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 3000, 3
@@ -100,7 +101,7 @@ def test_a_shard_that_fails_is_named_or_left_out(index: Path, queries: Floats) -
         cotra_rdma.connect(owner.addresses, transport="shm") as cluster,
     ):
         second = cluster._connections[1]
-        second._fabric = FabricModel(fail_after_reads=20, fail_status=-10, fail_wc_status=12)
+        second._fabric = FaultyFabric(fail_after_reads=20, fail_status=-10, fail_wc_status=12)
         second._first = None  # the channel that connect made, without the fabric
         found = cluster.search(queries, k=10, ef=50)
         assert (found.missing, found.coverage, found.transports) == ((1,), 2 / 3, ("shm", "lost", "shm"))

@@ -19,12 +19,14 @@ import cotra_rdma
 from cotra_rdma import ClosedError, Cluster, CotraError, FabricModel, Server, Shard, TransportError
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import coarse_of, shard_paths
-from cotra_rdma._reader import cluster
 from cotra_rdma._reader import replicas as replicas_module
+from cotra_rdma._reader import threads as threads_module
+from cotra_rdma._reader import upkeep
 from cotra_rdma._reader.connection import Connection
 from cotra_rdma._reader.replicas import Owner
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
+from helpers.faults import FaultyFabric
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 2000, 4
@@ -56,7 +58,7 @@ def shards(paths: list[Path], stack: ExitStack) -> list[Shard]:
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Owners are looked for when a test says so, and not by the clock."""
-    monkeypatch.setattr(cluster, "_LOOK_S", 3600.0)
+    monkeypatch.setattr(upkeep, "LOOK_S", 3600.0)
 
 
 def serve(
@@ -131,7 +133,7 @@ def test_a_cache_that_leaves_no_room_for_a_shard_that_is_late(
     late = free_address()
     addresses = [*(server.address for server in servers), late]
     reader = stack.enter_context(cotra_rdma.connect(addresses, allow_partial=True, cache_bytes=200_000))
-    reader._cache_bytes = 1  # as if the others had all of it
+    reader._caches._bytes = 1  # as if the others had all of it
     serve(stack, paths, shards, 3, late)
     assert reader.revive() == [late]
     assert reader.record_caches[3] is None
@@ -243,7 +245,7 @@ def test_owners_that_are_away_are_never_forgotten(
 def test_the_thread_that_looks_for_owners_survives_everything(
     paths: list[Path], shards: list[Shard], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_LOOK_S", 0.01)
+    monkeypatch.setattr(upkeep, "LOOK_S", 0.01)
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
     replicas = reader._replicas
@@ -323,8 +325,8 @@ def test_searches_go_on_while_a_silent_owner_is_tried_again(
 def test_close_waits_for_one_silent_owner_and_not_for_all(
     paths: list[Path], shards: list[Shard], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_LOOK_S", 0.01)
-    monkeypatch.setattr(cluster, "_LEASE_RENEWAL_S", 0.0)
+    monkeypatch.setattr(upkeep, "LOOK_S", 0.01)
+    monkeypatch.setattr(upkeep, "LEASE_RENEWAL_S", 0.0)
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = stack.enter_context(
         cotra_rdma.connect([server.address for server in servers], transport="shm", timeout_s=0.5)
@@ -340,7 +342,7 @@ def test_close_waits_for_one_silent_owner_and_not_for_all(
         return reach(shard, owner)
 
     monkeypatch.setattr(replicas, "_reach", noted)
-    monkeypatch.setattr(reader, "renew_leases", lambda: renewed.append(len(tried)))
+    monkeypatch.setattr(reader._upkeep, "renew_leases", lambda: renewed.append(len(tried)))
     hanging = [silent(stack)[1] for _ in range(20)]
     with replicas._lock:
         replicas._away += [(3, address) for address in hanging]
@@ -387,7 +389,7 @@ def test_a_standby_without_a_path_is_tried_again(
     monkeypatch.undo()
     assert replicas.owners(0) == [used]
     assert not replicas.are_all_here
-    assert reader._attendant is not None  # it looks after those that are away
+    assert reader._upkeep.thread is not None  # it looks after those that are away
     assert reader.revive() == [standby.address]
     assert reader._fail_over(used, TransportError("gone", shard=0), False, set()) is replicas.connections[0]
     assert reader.addresses[0] == standby.address
@@ -400,13 +402,13 @@ def test_a_shard_that_was_not_asked_is_not_covered(
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
     lose(reader, 2)
-    gather = reader._search_executor.gather
+    gather = reader._searcher._executor.gather
 
     def late(*arguments: Any) -> Any:
         assert reader.revive() == [servers[2].address]
         return gather(*arguments)
 
-    monkeypatch.setattr(reader._search_executor, "gather", late)
+    monkeypatch.setattr(reader._searcher._executor, "gather", late)
     found = reader.search(queries, k=10, ef=48)
     assert (found.missing, found.coverage, found.transports[2]) == ((2,), 0.75, "lost")
     assert not (found.shards == 2).any()
@@ -474,7 +476,7 @@ def test_searches_that_share_threads_do_not_wait_for_each_other(
     n_threads: int,
 ) -> None:
     """More parts of searches than threads, and each part asks several owners at once."""
-    monkeypatch.setattr(cluster, "_MAX_THREADS", 4)
+    monkeypatch.setattr(threads_module, "MAX_THREADS", 4)
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="rpc"))
     wanted = reader.search(queries, k=10, ef=48)
@@ -536,7 +538,7 @@ def test_what_a_failover_leaves_behind(
     groups = [[servers[0].address, asked.address], *(server.address for server in servers[1:])]
     reader = stack.enter_context(cotra_rdma.connect(groups))
     peer = reader._connections[0]
-    peer._fabric, peer._first = FabricModel(fail_after_reads=20, fail_status=-10, fail_wc_status=12), None
+    peer._fabric, peer._first = FaultyFabric(fail_after_reads=20, fail_status=-10, fail_wc_status=12), None
     found = reader.search(words[:1500], k=5, ef=16)
     assert found.transports == ("push", "shm", "shm", "shm")
     assert found.coverage == 1.0
@@ -566,7 +568,7 @@ def test_a_close_that_was_interrupted_at_its_thread_is_done_by_the_next(
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = cotra_rdma.connect([server.address for server in servers], transport="shm")
     lose(reader, 1)  # starts the thread that looks for owners
-    thread = reader._attendant
+    thread = reader._upkeep.thread
     assert thread is not None
 
     def interrupt(*_: object) -> None:

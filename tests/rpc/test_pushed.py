@@ -45,6 +45,7 @@ from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType, fiel
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
 from cotra_rdma.protocol.rpc import RpcServer
 from cotra_rdma.protocol.search import SearchRequest, SearchResponse
+from helpers.begun import stop_process
 
 Floats = npt.NDArray[np.float32]
 EXPAND = VShardMessageType.VECTOR_EXPAND_REQUEST
@@ -215,7 +216,7 @@ class TestExpansions:
         ):
             peer = peer_of(owner.addresses[0], stack)
             peer.view = peer.load_view()
-            os.kill(owner.pid, signal.SIGSTOP)
+            stop_process(owner.pid)
             os.waitid(os.P_PID, owner.pid, os.WSTOPPED)
             call = pool.submit(peer.expand, queries, some_pushes(50, 20, 2000), 55.0)
             os.kill(owner.pid, signal.SIGKILL)

@@ -43,6 +43,7 @@ from cotra_rdma.protocol import search as search_messages
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType
 from cotra_rdma.protocol.search import SearchRequest, SearchResponse
 from cotra_rdma.seam.interface import ShardRef, ShardSubset
+from helpers.begun import stop_process
 
 Floats = npt.NDArray[np.float32]
 HERE = ("shm", "rpc")
@@ -199,7 +200,7 @@ class TestOwnersThatGoAway:
             whole = gatherer.search_sync(queries, 5, timeout_s=30)
             assert whole.coverage == 1.0
             try:
-                os.kill(stops.pid, signal.SIGSTOP)
+                stop_process(stops.pid)
                 os.waitpid(stops.pid, os.WUNTRACED)
                 os.kill(dies.pid, signal.SIGKILL)
                 os.waitid(os.P_PID, dies.pid, os.WEXITED | os.WNOWAIT)

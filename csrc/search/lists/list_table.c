@@ -92,27 +92,6 @@ int cotra_ivf_table_open(cotra_channel *channel, const cotra_view *view, uint64_
     return COTRA_OK;
 }
 
-int cotra_ivf_table_load(const void *data, uint64_t length_bytes, const cotra_view *view, cotra_ivf_table **out,
-                         cotra_error *err)
-{
-    cotra_ivf_table *table;
-    int status = table_new(view, length_bytes, &table, err);
-    if (!status) {
-        memcpy(table->data, data, length_bytes);
-        const cotra_ivf_header *header = (const cotra_ivf_header *)table->data;
-        status = header->table_bytes == length_bytes
-                     ? table_finish(table, view, err)
-                     : cotra_fail(err, COTRA_ERR_FORMAT, "inverted lists: a table of %llu bytes that says %llu",
-                                  (unsigned long long)length_bytes, (unsigned long long)header->table_bytes);
-    }
-    if (status) {
-        cotra_ivf_table_close(table);
-        table = NULL;
-    }
-    *out = table;
-    return status;
-}
-
 void cotra_ivf_table_get_info(const cotra_ivf_table *table, cotra_ivf_info *out)
 {
     *out = table->info;
@@ -121,11 +100,6 @@ void cotra_ivf_table_get_info(const cotra_ivf_table *table, cotra_ivf_info *out)
 uint32_t cotra_ivf_table_get_dim(const cotra_ivf_table *table)
 {
     return table->dim;
-}
-
-const void *cotra_ivf_table_data(const cotra_ivf_table *table)
-{
-    return table->data;
 }
 
 void cotra_ivf_table_get_lists(const cotra_ivf_table *table, float *centroids, uint32_t *sizes, float *radii,

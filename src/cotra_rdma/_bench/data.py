@@ -159,10 +159,3 @@ def nearest(metric: str, queries: Queries, rows: npt.NDArray[Any], k: int) -> Id
         order = np.argsort(np.take_along_axis(keys, few, 1), axis=1, kind="stable")
         found[begin : begin + step] = np.take_along_axis(few, order, 1)
     return found
-
-
-def recall(found: Ids, truth: Ids) -> float:
-    """Recall@k of ids int64[n, k]: the share of each query's k true nearest that were found, on average."""
-    k = found.shape[1]
-    hits = sum(len(np.intersect1d(row, nearest[:k])) for row, nearest in zip(found, truth, strict=True))
-    return hits / found.size

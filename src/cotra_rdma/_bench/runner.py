@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._bench.clock import engine_clock
-from cotra_rdma._bench.data import DataSet, Ids, Queries, Rows, recall
+from cotra_rdma._bench.data import DataSet, Ids, Queries, Rows
+from cotra_rdma.datasets import recall
 
 LATENCY_QUERIES = 200
 WARM_UP_QUERIES = 64

@@ -24,7 +24,8 @@ from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.view import View
 from cotra_rdma._owner.child_process import OwnerProcess
-from cotra_rdma._reader.cluster import Cluster, connect
+from cotra_rdma._reader.cluster import Cluster
+from cotra_rdma._reader.connect import connect
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import FormatError, InvalidInputError
 

@@ -124,25 +124,6 @@ def kmeans(
     return Clusters(centroids + centre, assignment, sizes, radii)
 
 
-def nearest_centroids(
-    vectors: npt.ArrayLike | VectorSource, centroids: Floats, *, metric: str = "l2", n_threads: int = 0
-) -> tuple[Parts, Floats]:
-    """The nearest of `centroids` float32[k, dim] to each row, by squared l2: its number int32[n] and distance float32[n].
-
-    Raises `InvalidInputError` as `kmeans`, and for another dimension.
-    """
-    source = Source(vectors, metric)
-    if centroids.ndim != 2 or centroids.shape[1] != source.dim or not len(centroids):
-        raise InvalidInputError(f"centroids must be float32[k, {source.dim}], not {list(centroids.shape)}")
-    centre = centroids.mean(axis=0, dtype=np.float64).astype(np.float32)
-    found, gaps = np.empty(source.count, np.int32), np.empty(source.count, np.float32)
-    with ThreadPoolExecutor(thread_count(n_threads)) as pool:
-        for start, chunk in source.chunks(chunk_rows(len(centroids), source.dim)):
-            rows = slice(start, start + len(chunk))
-            found[rows], gaps[rows] = _nearest(chunk - centre, centroids - centre, pool)
-    return found, gaps
-
-
 def normalised(rows: npt.ArrayLike) -> Floats:
     """Rows as float32[n, dim] of length 1; a zero row stays zero, as in hnswlib."""
     wide = np.asarray(rows, np.float64)

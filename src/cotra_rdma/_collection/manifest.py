@@ -123,17 +123,12 @@ class Collection:
 
     def save(self, directory: Path) -> None:
         """Writes the manifest."""
-        raw = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.summary(), "calibration": None}
-        shards = []
-        for number, shard in enumerate(self.shards):
-            text = json.dumps(raw["shards"][number] | {"centroid": None}, indent=2)
-            shards.append(text.removesuffix("null\n}") + json.dumps(shard.centroid) + "\n}")
-        text = json.dumps(raw | {"shards": []}, indent=2).replace(
-            '"shards": []', '"shards": [' + ",".join(f"\n{shard}" for shard in shards).replace("\n", "\n    ") + "\n  ]"
-        )
-        if self.calibration is not None:  # on one line, as centroids are: nobody reads these numbers
-            text = text.removesuffix("null\n}") + json.dumps(self.calibration.to_json()) + "\n}"
-        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        raw = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.summary()}
+        shards = ",".join(f"\n    {json.dumps(shard)}" for shard in raw.pop("shards"))
+        calibration = None if self.calibration is None else self.calibration.to_json()
+        lines = [f'  "{name}": {json.dumps(value)}' for name, value in raw.items()]
+        lines += [f'  "shards": [{shards}\n  ]', f'  "calibration": {json.dumps(calibration)}']
+        (directory / MANIFEST).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     def summary(self) -> dict[str, Any]:
         """All but the calibration, as values that JSON knows."""

@@ -14,7 +14,7 @@ from cotra_rdma._collection.owner_probe import OwnerStatus, ask_owners
 from cotra_rdma._diagnose.graph_stats import GraphStats, Read, graph_stats
 from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._native.view import View
-from cotra_rdma._reader.cluster import connect
+from cotra_rdma._reader.connect import connect
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import CotraError, FormatError
 from cotra_rdma.protocol.regions import ShardFields, as_fields

@@ -22,7 +22,7 @@ from cotra_rdma._native.verbs import (
     devices,
     library,
 )
-from cotra_rdma._reader.cluster import connect
+from cotra_rdma._reader.connect import connect
 from cotra_rdma.errors import CotraError, InvalidInputError, VerbsUnavailableError
 
 READ_BYTES = 1024

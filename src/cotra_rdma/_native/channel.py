@@ -39,19 +39,19 @@ class FabricModel:
         round_trip_s: seconds from post to completion, at least.
         bytes_per_s: of the link; 0 for no limit.
         reads_per_s: the NIC's message rate; 0 for no limit.
-        fail_after_reads, fail_status, fail_wc_status: the READ after so many fails so; 0 never.
-        drop_after_reads: READs after so many never complete; 0 never.
-        corrupt_every: one bit of every n-th READ is flipped; 0 never.
     """
 
     round_trip_s: float = 0.0
     bytes_per_s: float = 0.0
     reads_per_s: float = 0.0
-    fail_after_reads: int = 0
-    fail_status: int = 0
-    fail_wc_status: int = 0
-    drop_after_reads: int = 0
-    corrupt_every: int = 0
+
+    def params(self) -> dict[str, int]:
+        """The fields of `cotra_model_params`."""
+        return {
+            "round_trip_ns": round(self.round_trip_s * 1e9),
+            "bytes_per_second": round(self.bytes_per_s),
+            "reads_per_second": round(self.reads_per_s),
+        }
 
 
 class Channel(Handle):
@@ -76,20 +76,8 @@ class Channel(Handle):
 
     @classmethod
     def model(cls, inner: Channel, fabric: FabricModel) -> Self:
-        """Wraps another channel and adds a fabric's round-trip time, rates and faults to it."""
-        raw = ffi.new(
-            "cotra_model_params *",
-            {
-                "round_trip_ns": round(fabric.round_trip_s * 1e9),
-                "bytes_per_second": round(fabric.bytes_per_s),
-                "reads_per_second": round(fabric.reads_per_s),
-                "fail_after_reads": fabric.fail_after_reads,
-                "fail_status": fabric.fail_status,
-                "fail_wc_status": fabric.fail_wc_status,
-                "drop_after_reads": fabric.drop_after_reads,
-                "corrupt_every": fabric.corrupt_every,
-            },
-        )
+        """Wraps another channel and adds a fabric's round-trip time and rates to it."""
+        raw = ffi.new("cotra_model_params *", fabric.params())
         return cls._opened(lambda out, err: lib.cotra_channel_open_model(inner.ptr, raw, out, err), inner)
 
     @classmethod

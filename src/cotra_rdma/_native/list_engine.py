@@ -108,15 +108,6 @@ class IvfTable(Handle):
         return cls._made(lambda out, err: lib.cotra_ivf_table_open(channel.ptr, view.ptr, timeout_ns, out, err))
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview, view: View) -> Self:
-        """The same from bytes that came another way: `to_bytes` of a table of the same image.
-
-        Raises: as `open`; `ChecksumError` where the bytes are another image's.
-        """
-        buffer = ffi.from_buffer(data)
-        return cls._made(lambda out, err: lib.cotra_ivf_table_load(buffer, len(buffer), view.ptr, out, err))
-
-    @classmethod
     def _made(cls, call: Any) -> Self:
         out, err = ffi.new("cotra_ivf_table **"), new_error()
         check(call(out, err), err)
@@ -131,10 +122,6 @@ class IvfTable(Handle):
         raw = ffi.new("cotra_ivf_info *")
         lib.cotra_ivf_table_get_info(self.ptr, raw)
         return IvfInfo.from_c(raw)
-
-    def to_bytes(self) -> bytes:
-        """The section's header and table, as they are in the region: `info.table_bytes` of them."""
-        return bytes(ffi.buffer(lib.cotra_ivf_table_data(self.ptr), self.info.table_bytes))
 
     @property
     def centroids(self) -> npt.NDArray[np.float32]:

@@ -14,7 +14,8 @@ from cotra_rdma._collection import owners_file as owners
 from cotra_rdma._collection.manifest import Collection, collection_directory
 from cotra_rdma._collection.owner_probe import OwnerStatus, ask_owners
 from cotra_rdma._owner.server import Server
-from cotra_rdma._reader.cluster import Cluster, connect
+from cotra_rdma._reader.cluster import Cluster
+from cotra_rdma._reader.connect import connect
 from cotra_rdma.errors import ClosedError, CotraError, FormatError, InvalidInputError
 from cotra_rdma.protocol.regions import ShardFields, as_fields
 from cotra_rdma.protocol.rpc import ClientKeys
@@ -52,12 +53,14 @@ class Peering:
         keys: ClientKeys | None = None,
         changed: Callable[[Walks], None] | None = None,
     ) -> None:
-        """Args:
-        path: the collection's directory, or its `collection.json`; of its files only that is read.
-        peers: the addresses of each shard's owners, in the order of the shards; those of own shards are not used. None: those
-            in `owners.json`, read anew at each look.
-        halo, device, gid_index, keys: as `connect`.
-        changed: told from the thread how each shard is walked, first and when that changed.
+        """Prepares it; `start` begins.
+
+        Args:
+            path: the collection's directory, or its `collection.json`; of its files only that is read.
+            peers: the addresses of each shard's owners, in the order of the shards; those of own shards are not used. None:
+                those in `owners.json`, read anew at each look.
+            halo, device, gid_index, keys: as `connect`.
+            changed: told from the thread how each shard is walked, first and when that changed.
 
         Raises `FormatError` for a broken manifest; `InvalidInputError` for shards that are not one graph, a halo that is no
         share, or `peers` of another number of shards.

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._core.stop import Stop
-from cotra_rdma.errors import DeadlineError
+from cotra_rdma._core.query_checks import check_most, check_queries, check_search, pack_filter
+from cotra_rdma._core.stop import Progress, Stop
+from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S
+from cotra_rdma.errors import DeadlineError, InvalidInputError
 
 Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]
 """labels int64[n_shards, n_queries, k] (or without the first dimension: of one shard), distances float32, and one
@@ -98,3 +100,46 @@ class Batch(NamedTuple):
         masks = [None] * n_parts if self.mask is None else np.array_split(self.mask, n_parts)
         queries = np.array_split(self.queries, n_parts)
         return [self._replace(queries=part, mask=mask) for part, mask in zip(queries, masks, strict=True)]
+
+
+def make_batch(
+    queries: npt.ArrayLike,
+    dim: int,
+    counts: Sequence[int],
+    *,
+    k: int,
+    ef: int,
+    beam: int,
+    stop: Stop,
+    inflight: int = 0,
+    timeout_s: float | None = None,
+    filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
+    shards: npt.ArrayLike | None = None,
+    max_expansions: int | None = None,
+    progress: Progress | None = None,
+) -> Batch:
+    """Checks what `Cluster.search` was given, and begins its time.
+
+    Args:
+        dim: of the shards' vectors. counts: rows of each shard.
+        The others are as for `Cluster.search`.
+
+    Raises `InvalidInputError`.
+    """
+    deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    rows, n_shards = check_queries(queries, dim), len(counts)
+    check_search(k, ef, beam, inflight, timeout_s)
+    check_most(max_expansions)
+    packed = None
+    if filters is not None:
+        if len(filters) != n_shards:
+            raise InvalidInputError(f"{len(filters)} filters for {n_shards} shards")
+        packed = tuple(pack_filter(bits, count) for bits, count in zip(filters, counts, strict=True))
+    mask = None
+    if shards is not None:
+        mask = np.asarray(shards)
+        if mask.dtype != np.bool_ or mask.shape != (len(rows), n_shards):
+            raise InvalidInputError(f"shards must be bool[{len(rows)}, {n_shards}], not {mask.dtype}{list(mask.shape)}")
+    stop.begin(len(rows), progress)
+    wait_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+    return Batch(rows, k, ef, beam, inflight, wait_s, stop, packed, mask, deadline, max_expansions)

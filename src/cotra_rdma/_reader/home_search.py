@@ -41,20 +41,26 @@ class HomeSearch:
         self,
         connections: list[Connection],
         batch: Batch,
-        homes: npt.NDArray[np.int64],
+        plan: Plan,
         n_threads: int,
-        plan_here: Callable[[], Plan],
         lenient: bool,
     ) -> tuple[Merged, list[str], dict[int, CotraError], npt.NDArray[np.int32]]:
         """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
         here, and those whose home was lost meanwhile, has no connection to the others, or answers what is none, too.
 
-        `plan_here` plans the walk of those. Owners that do not take filters, or a bound, refuse them, and their queries
-        are walked here.
+        Owners that do not take filters, or a bound, refuse them, and their queries are walked here.
+
+        Args:
+            connections: to all shards, when the search began.
+            plan: with `homes`, and `here` for the queries that are walked here.
+            lenient: go on without a shard that has no owner left.
 
         Returns the answers, what was used for each shard, the failures, and `SearchResult.homes`. Raises `PeerError` where no
         owner that was asked has a connection to the others.
         """
+        assert plan.homes is not None
+        assert plan.here is not None
+        homes, here_plan = plan.homes, plan.here
         ids = np.full((len(homes), batch.k), -1, np.int64)
         found = (
             ids,
@@ -101,16 +107,12 @@ class HomeSearch:
             log.warning("its queries are walked here: %s", refusal)
         rows = np.flatnonzero(here)
         if len(rows):
-            plan, mine, connections = (
-                plan_here(),
-                batch._replace(queries=batch.queries[rows]),
-                list(self._replicas.connections),
-            )
-            answers, lost, plan = self._search_executor.gather(connections, mine, plan, n_threads, lenient)
+            mine, connections = batch._replace(queries=batch.queries[rows]), list(self._replicas.connections)
+            answers, lost, here_plan = self._search_executor.gather(connections, mine, here_plan, n_threads, lenient)
             failures |= lost
             _put(found, rows, self._search_executor.merge(answers, mine))
             used = [
-                before or used_of(connection, plan, failures)
+                before or used_of(connection, here_plan, failures)
                 for before, connection in zip(used, connections, strict=True)
             ]
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -26,7 +28,9 @@ from cotra_rdma._reader.cost_model import (
     pushed,
 )
 from cotra_rdma._routing.router import Router
-from cotra_rdma.errors import InvalidInputError, TransportError
+from cotra_rdma.errors import FormatError, InvalidInputError, TransportError
+
+log = logging.getLogger(__name__)
 
 ALGORITHMS = ("auto", "cotra", "home", "scatter-gather", "spire", "compass", "compass+scatter-gather", "compass+spire")
 _FULL = 0.9  # of the shards: a selection of more is not worth having
@@ -42,6 +46,7 @@ class Plan(NamedTuple):
         asked: positions of the shards whose owners search them, over RPC.
         pushed: positions of the shards of one graph whose owners expand nodes for the walk, over RPC; the others are read.
         homes: int64[n_queries]: the shard whose owner searches all shards for the query; None where this side does.
+        here: how this side searches the queries that no home answers; only beside `homes`.
         predictions: of every way that was considered, the one taken first; empty unless "auto" or an explanation wanted them.
     """
 
@@ -52,6 +57,7 @@ class Plan(NamedTuple):
     pushed: frozenset[int] = frozenset()
     homes: npt.NDArray[np.int64] | None = None
     predictions: tuple[Prediction, ...] = ()
+    here: Plan | None = None
 
 
 class Planner:
@@ -61,25 +67,39 @@ class Planner:
         self,
         connections: Sequence[Connection],
         dim: int,
-        router: Router | None,
-        walked: frozenset[int] = frozenset(),
         *,
         one_graph: bool = False,
     ) -> None:
-        """Args:
-        peers: of all shards; looked at again by `refresh`.
-        walked: positions of the shards of one graph that are walked together.
-        one_graph: whether all shards are of one graph, however many have an owner.
+        """Plans for these shards.
+
+        Args:
+            connections: to all shards; looked at again by `refresh`.
+            one_graph: whether all shards are of one graph, however many have an owner.
         """
         self._connections = connections
         self._dim = dim
         self._one_graph = one_graph
-        self.router = router
+        self.router: Router | None = None
+        self._lock = threading.Lock()
         self.experience = Experience()
-        self.refresh(walked)
+        self.refresh()
 
-    def refresh(self, walked: frozenset[int]) -> None:
-        """After owners were replaced, or lost."""
+    def refresh(self) -> None:
+        """After owners were replaced, or lost. Any thread may call it."""
+        with self._lock:
+            if self.router is None:  # Compass takes the whole collection, which may be there only now
+                self.router = _router(self._connections)
+            self._refresh(self._walked())
+
+    def _walked(self) -> frozenset[int]:
+        """Positions of the shards that are walked together: of one graph, and read or pushed to."""
+        there = [c for c in self._connections if c.transport in ONE_SIDED or c.view is not None]
+        graphs = {connection.shard.graph_id for connection in there}
+        if len(graphs) != 1 or graphs == {0}:
+            return frozenset()
+        return frozenset(connection.index for connection in there)
+
+    def _refresh(self, walked: frozenset[int]) -> None:
         here = range(len(self._connections))
         self._n_walked = max(1, len(walked))
         self._every = frozenset(at for at in here if self._connections[at].transport != LOST)
@@ -98,13 +118,13 @@ class Planner:
         if algorithm == "home" and self._one_graph and batch.mask is not None:
             algorithm = "cotra"  # homes are told no mask: the walk is made here, and the result says so
         if algorithm == "home":
-            return Plan(algorithm, batch.mask, False, frozenset(), homes=self.homes(batch))
+            here = Plan("cotra", batch.mask, False, self._closed, self._pushed)
+            return Plan(algorithm, batch.mask, False, frozenset(), homes=self.homes(batch), here=here)
         if algorithm == "cotra" and not explain:  # nothing to plan
             return Plan(algorithm, batch.mask, False, self._closed, self._pushed)
         mask = batch.mask
-        routes = not self._one_graph and self._calibrated_for(
-            batch
-        )  # a walk over one graph leaves out shards by itself
+        # A walk over one graph leaves out shards by itself.
+        routes = not self._one_graph and self._calibrated_for(batch)
         if algorithm.startswith("compass") or (algorithm == "auto" and routes):
             mask = self._selection(batch, target_recall, required=algorithm != "auto")
         predictions: tuple[Prediction, ...] = ()
@@ -316,3 +336,18 @@ def _together(parts: Sequence[Prediction]) -> Prediction:
         sum(part.owner_cpu_s for part in parts),
         sum(part.shards for part in parts),
     )
+
+
+def _router(connections: Sequence[Connection]) -> Router | None:
+    """Compass over these shards, numbered as in their collection; None where they are not the whole of one."""
+    by_number = {connection.number: connection for connection in connections}
+    tables = [by_number[at].coarse for at in range(len(connections)) if at in by_number]
+    known = [table for table in tables if table is not None]
+    told = {connection.calibration for connection in connections}
+    if len(known) != len(connections) or len(connections) < 2 or len(told) != 1:
+        return None
+    try:
+        return Router(known, told.pop(), connections[0].shard.metric)
+    except FormatError as error:
+        log.info("Compass is off: %s", error)
+        return None

@@ -68,12 +68,16 @@ class Replicas:
         prepare: Callable[[Connection], None],
         changed: Callable[[Connection], None],
     ) -> None:
-        """Args:
-        owners: for each shard its owners.
-        reach: makes the control connection to one.
-        choose: takes the best path to one that is about to be used.
-        prepare: gives one, whose path is chosen, what is kept of its shard, where the owner before it had nothing to hand on.
-        changed: told of a peer that is not used any more, in the thread that found out; it must not come back here for one.
+        """Connects to owners; `settle` chooses among them.
+
+        Args:
+            owners: for each shard its owners.
+            reach: makes the control connection to one.
+            choose: takes the best path to one that is about to be used.
+            prepare: gives one, whose path is chosen, what is kept of its shard, where the owner before it had nothing to
+                hand on.
+            changed: told of a connection that is not used any more, in the thread that found out. It must not come back here
+                for one.
         """
         self._reach, self._choose, self._prepare, self._changed = reach, choose, prepare, changed
         self._lock = threading.Lock()  # of what follows: never held over a call to an owner

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from cotra_rdma._bench.data import recall
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._owner.child_process import OwnerProcess
-from cotra_rdma._reader.cluster import Cluster, connect
+from cotra_rdma._reader.cluster import Cluster
+from cotra_rdma._reader.connect import connect
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, Json, transports
-from cotra_rdma.datasets import open_vectors
+from cotra_rdma.datasets import open_vectors, recall
 from cotra_rdma.errors import InvalidInputError
 
 EPILOG = """**Examples**

@@ -11,16 +11,15 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from cotra_rdma._bench.data import recall
 from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S
-from cotra_rdma._reader.cluster import connect
+from cotra_rdma._reader.connect import connect
 from cotra_rdma._reader.cost_model import Prediction
 from cotra_rdma._reader.result import SearchResult
 from cotra_rdma._routing.router import DEFAULT_TARGET
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, input_file, transports
 from cotra_rdma.cli.targets import reachable, targets
-from cotra_rdma.datasets import read_ground_truth, read_queries
+from cotra_rdma.datasets import read_ground_truth, read_queries, recall
 from cotra_rdma.errors import InvalidInputError
 
 EPILOG = """**Examples**

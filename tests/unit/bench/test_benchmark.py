@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from cotra_rdma._bench.clock import engine_clock
-from cotra_rdma._bench.data import DataSet, Ids, Queries, Rows, distances, nearest, recall
+from cotra_rdma._bench.data import DataSet, Ids, Queries, Rows, distances, nearest
 from cotra_rdma._bench.plot import check_plot, draw
 from cotra_rdma._bench.runner import Answer, Plan, Point, Setting, System, run
 from cotra_rdma._bench.summary import Comparison, Ratio, compare, label, why_not
 from cotra_rdma._bench.transports import is_zero_rtt, parse_transport
 from cotra_rdma._core.stats import STATS_DTYPE
 from cotra_rdma._shard.shard import Shard
+from cotra_rdma.datasets import recall
 from cotra_rdma.errors import InvalidInputError
 
 

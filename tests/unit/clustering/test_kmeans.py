@@ -12,7 +12,7 @@ import pytest
 from cotra_rdma._clustering import balanced as partition_module
 from cotra_rdma._clustering import kmeans as module
 from cotra_rdma._clustering.balanced import balanced_partition
-from cotra_rdma._clustering.kmeans import Clusters, kmeans, nearest_centroids, normalised
+from cotra_rdma._clustering.kmeans import Clusters, kmeans, normalised
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.errors import InvalidInputError
 
@@ -144,15 +144,6 @@ def test_equal_rows_are_split_too() -> None:
     assert np.bincount(balanced_partition(np.ones((101, 3)), 4, seed=1)[0]).max() <= 27
     assert balanced_partition(np.ones((5, 3)), 1)[0].tolist() == [0] * 5
     assert sorted(balanced_partition(np.eye(5), 5)[0].tolist()) == [0, 1, 2, 3, 4]
-
-
-def test_nearest_centroids(words: Floats) -> None:
-    found, gaps = nearest_centroids(words[:500], words[500:520])
-    exact = squared(words[:500], words[500:520])
-    assert np.allclose(gaps, exact.min(axis=1), rtol=1e-3)
-    assert np.array_equal(found, exact.argmin(axis=1))
-    with pytest.raises(InvalidInputError, match="centroids must be"):
-        nearest_centroids(words[:5], words[:2, :7])
 
 
 @pytest.mark.parametrize(

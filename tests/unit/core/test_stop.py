@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cotra_rdma import ClosedError, DeadlineError, FabricModel, SearchCancelledError, Shard, Stop
+from cotra_rdma import ClosedError, DeadlineError, SearchCancelledError, Shard, Stop
 from cotra_rdma._core import stop as stops
 from cotra_rdma._native import graph_engine as engines
 from cotra_rdma._native import list_engine as lists
@@ -23,6 +23,7 @@ from cotra_rdma._native.list_engine import IvfTable, SpireEngine
 from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.view import View
 from helpers.begun import Signaller, waited
+from helpers.faults import FaultyFabric
 
 Floats = npt.NDArray[np.float32]
 MANY = 500  # times the queries: minutes
@@ -44,7 +45,7 @@ class World:
 
     def channel(self, **fabric: float) -> Channel:
         inner = self.stack.enter_context(Channel.shm(self.shard.arena, slot_bytes=1 << 16))
-        return self.stack.enter_context(Channel.model(inner, FabricModel(**fabric))) if fabric else inner
+        return self.stack.enter_context(Channel.model(inner, FaultyFabric(**fabric))) if fabric else inner
 
     def engine(self, *sources: Source, cache: RecordCache | None = None) -> Engine:
         caches = [cache] * len(sources)

@@ -10,6 +10,7 @@ from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.library import lib
 from cotra_rdma._native.view import View
+from helpers.faults import FaultyFabric
 
 
 def test_reads_that_nobody_waits_for_never_answer_a_later_call() -> None:
@@ -25,7 +26,7 @@ def test_reads_that_nobody_waits_for_never_answer_a_later_call() -> None:
 
 def test_dropped_reads_leave_their_slots_taken() -> None:
     with Arena.create(4096) as arena, Channel.shm(arena) as inner:
-        with Channel.model(inner, FabricModel(drop_after_reads=1)) as channel:
+        with Channel.model(inner, FaultyFabric(drop_after_reads=1)) as channel:
             assert channel.read(0, 8) == bytes(8)
             with pytest.raises(DeadlineError):
                 channel.read(0, 8, timeout_s=1e-6)
@@ -37,7 +38,7 @@ def test_dropped_reads_leave_their_slots_taken() -> None:
 def test_a_second_engine_on_the_channel_of_a_failed_search(words: np.ndarray) -> None:
     """The first search leaves completions for slots that the second engine does not have."""
     with Shard.build(words[:500], n_threads=1) as shard, Channel.shm(shard.arena) as inner, View.open(inner) as view:
-        fabric = FabricModel(fail_after_reads=100, fail_status=lib.COTRA_ERR_FORMAT)
+        fabric = FaultyFabric(fail_after_reads=100, fail_status=lib.COTRA_ERR_FORMAT)
         with Channel.model(inner, fabric) as channel:
             with Engine.create([view], [channel]) as engine:
                 with pytest.raises(FormatError, match="READ 101"):

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import InvalidInputError, Shard
-from cotra_rdma._bench.data import recall
 from cotra_rdma._core.query_checks import pack_filter
+from cotra_rdma.datasets import recall
 
 Floats = npt.NDArray[np.float32]
 COUNT = 5000

@@ -15,12 +15,13 @@ from cotra_rdma import Arena, CotraError, FormatError, InvalidInputError, Shard,
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._core.query_checks import pack_filter
-from cotra_rdma._native.channel import Channel, FabricModel
+from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import EXPANSION_DTYPE, MOST_SLOTS, Engine, Expansions, Source
 from cotra_rdma._native.merge import merge
 from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.view import View
 from cotra_rdma.datasets import open_vectors
+from helpers.faults import FaultyFabric
 from helpers.image import Image
 
 Floats = npt.NDArray[np.float32]
@@ -52,7 +53,7 @@ class World:
     def failing(self, shard: int, after: int, drop: bool = False, **also: int) -> Channel:
         faults = {"drop_after_reads": after} if drop else {"fail_after_reads": after, "fail_status": LOST}
         inner = self.stack.enter_context(Channel.shm(self.arenas[shard]))
-        return self.stack.enter_context(Channel.model(inner, FabricModel(**{**faults, **also})))
+        return self.stack.enter_context(Channel.model(inner, FaultyFabric(**{**faults, **also})))
 
 
 class Owners:
@@ -314,7 +315,7 @@ def test_a_broken_record_is_a_failure_of_its_shard(world: World, queries: Floats
     wanted = world.engine(*READ).search(queries, 10, 32, 8)
     sources = [world.source(shard, "read") for shard in range(N_SHARDS)]
     sources[0] = world.stack.enter_context(
-        Channel.model(world.source(0, "read"), FabricModel(corrupt_every=200))  # type: ignore[arg-type]
+        Channel.model(world.source(0, "read"), FaultyFabric(corrupt_every=200))  # type: ignore[arg-type]
     )
     owners = Owners(world, queries, {0: [world.source(0, "read")]})
     with Engine.create(world.views, sources) as engine:

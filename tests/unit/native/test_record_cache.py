@@ -16,6 +16,7 @@ from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.view import View
 from cotra_rdma.errors import StaleShardError
+from helpers.faults import FaultyFabric
 from helpers.image import HEADER_BYTES, RECORD_HEAD_BYTES, image_bytes
 
 Floats = npt.NDArray[np.float32]
@@ -146,7 +147,7 @@ def test_threads_share_a_cache(shard: Shard, queries: Floats) -> None:
 
 
 def test_corrupt_records_are_never_kept(shard: Shard, queries: Floats) -> None:
-    with reader(shard.arena, shard.info.image_bytes, fabric=FabricModel(corrupt_every=1)) as (cache, [engine]):
+    with reader(shard.arena, shard.info.image_bytes, fabric=FaultyFabric(corrupt_every=1)) as (cache, [engine]):
         with pytest.raises(ChecksumError):
             engine.search(queries, 10, 40, 4)
         assert cache.info.records == 0

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from cotra_rdma._bench.data import DataSet, recall
+from cotra_rdma._bench.data import DataSet
 from cotra_rdma._bench.runner import Plan
 from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess
-from cotra_rdma._reader.cluster import Cluster, connect
+from cotra_rdma._reader.cluster import Cluster
+from cotra_rdma._reader.connect import connect
 from cotra_rdma._reader.replicas import Owner
 from cotra_rdma._reader.result import SearchResult
 from cotra_rdma._shard.shard import Shard
+from cotra_rdma.datasets import recall
 
 REPEATS = 25
 """Of a timed comparison, at least."""

@@ -1,0 +1,90 @@
+"""What a cluster does beside searching: it renews leases, and looks for owners that are away."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+from cotra_rdma._reader.replicas import Replicas
+from cotra_rdma.errors import (
+    ClosedError,
+    CotraError,
+)
+
+log = logging.getLogger(__name__)
+
+LEASE_RENEWAL_S = 15.0
+LOOK_S = 5.0
+
+
+class Upkeep:
+    """Renews leases every `LEASE_RENEWAL_S`, and tries owners that are away every `LOOK_S`, in a thread of its own.
+
+    Whoever holds this object keeps the thread going: a cluster that nobody holds any more lets its leases run out.
+    """
+
+    def __init__(self, replicas: Replicas, revive: Callable[[], object]) -> None:
+        """`revive`: tries owners that are away; it raises `ClosedError` once the cluster is closed. It is held weakly, as a
+        bound method of the cluster."""
+        self._replicas, self._revive = replicas, weakref.WeakMethod(revive)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._renewed = time.monotonic()
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts the thread, unless it runs, or was stopped."""
+        with self._lock:
+            if self.thread is not None or self._stop.is_set():
+                return
+            weakref.finalize(self, self._stop.set)
+            self.thread = threading.Thread(
+                target=_attend, args=(weakref.ref(self), self._stop), name="cotra-attendant", daemon=True
+            )
+            self.thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, and waits for its end. Idempotent."""
+        self._stop.set()
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join()
+
+    def renew_if_due(self) -> None:
+        """Renews leases, where that is `LEASE_RENEWAL_S` ago."""
+        with self._lock:
+            if time.monotonic() - self._renewed < LEASE_RENEWAL_S:
+                return
+            self._renewed = time.monotonic()
+        self.renew_leases()
+
+    def renew_leases(self) -> None:
+        """Keeps the queue pairs that owners hold for this reader."""
+        for connection in list(self._replicas.connections):
+            if connection.transport != "verbs":
+                continue
+            try:
+                connection.renew()
+            except CotraError as error:  # a search will tell
+                log.debug("%s: its lease was not renewed: %s", connection, error)
+
+    def look(self) -> None:
+        """What the thread does every `LOOK_S`, whatever comes of it: nobody else does."""
+        revive = self._revive()
+        for task in (self.renew_if_due, revive or (lambda: None)):
+            try:
+                task()
+            except ClosedError:
+                log.debug("owners are looked after no more: the cluster is closed")
+            except Exception:
+                log.exception("owners that are away, and leases, are looked after again in %s s", LOOK_S)
+
+
+def _attend(upkeep: weakref.ref[Upkeep], stop: threading.Event) -> None:
+    while not stop.wait(LOOK_S):
+        alive = upkeep()
+        if alive is not None:
+            alive.look()
+        del alive
