@@ -111,6 +111,14 @@ static const uint32_t *upper_row(const cotra_view *view, uint32_t upper, uint32_
     return row;
 }
 
+/* Has the row of links of a node brought that may be the next to be looked at. */
+static void prefetch_row(const cotra_view *view, uint32_t upper, uint32_t level)
+{
+    const uint8_t *row = (const uint8_t *)cotra_view_row(view, upper, level);
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + 64);
+}
+
 static uint32_t node_of(const cotra_view *view, uint32_t upper)
 {
     return (uint32_t)view->info.graph_base + view->nodes[upper];
@@ -146,6 +154,7 @@ static uint32_t descend_to_level_1(cotra_walk *walk, const cotra_view *view, flo
                 if (d < *distance) {
                     *distance = d;
                     current = row[j];
+                    prefetch_row(view, current, level);
                     moved = 1;
                 }
             }
@@ -193,6 +202,8 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
             if (word >= cotra_major(INFINITY, 0))
                 continue;
             const uint32_t place = cotra_insert_word(nearest, &n, width, word);
+            if (place < width)
+                prefetch_row(view, row[j], 1);
             i = place < i ? place : i;
         }
     }
