@@ -40,7 +40,7 @@ from helpers.rotation import rotate, signs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "ARCHITECTURE.md", ROOT / "README.md", ROOT / "bench" / "README.md"])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "bench" / "README.md"])
 RUNNABLE = ("../README.md", "tutorial.md", "howto/secure.md", "howto/tuning.md", "howto/own-algorithm.md")
 
 Bytes = npt.NDArray[np.uint8]
