@@ -19,7 +19,8 @@ SANITIZED_TIERS = tests/unit tests/fuzz tests/transport tests/fakeverbs
 # What is changed most, and takes under a minute.
 QUICK = $(addprefix tests/unit/,native/test_arena.py native/test_channel.py native/test_estimates.py native/test_half_way.py \
 	native/test_kernels.py native/test_library.py native/test_merge.py native/test_record_cache.py core/test_memory_region.py \
-	collection/test_owners_file.py protocol reader seam test_datasets.py test_layering.py) tests/transport tests/quality/test_measure.py
+	collection/test_owners_file.py protocol reader seam test_datasets.py test_exports.py \
+	test_layering.py) tests/transport tests/quality/test_measure.py
 
 .PHONY: help build demo test test-quick lint warnings format asan bench docs packages clean
 
@@ -66,7 +67,7 @@ bench: build ## recall against speed, beside hnswlib: make bench DATA=directory 
 	PATH="$(BIN):$$PATH" sh bench/run $(DATA)
 
 docs: $(VENV)/.documented ## the documentation as a site, in build/site; broken links are errors
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 packages: ## the system's packages that lint and the tests need (Debian, Ubuntu)
 	@sh tools/install_packages.sh test

@@ -1,7 +1,7 @@
 """The Soft-RoCE tier: the checks in guest/ run once, where an rxe device is, and each is reported here by name.
 
 That is this machine when it has an active rxe device (`sudo sh tools/rxe_setup.sh` makes one where the kernel has rdma_rxe),
-else a virtual machine that is booted for the purpose: see tools/rxe_vm.py and docs/testing.md.
+else a virtual machine that is booted for the purpose: see tools/rxe_vm.py and docs/contributing/testing.md.
 """
 
 from __future__ import annotations

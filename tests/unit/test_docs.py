@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 import typer.main
 
+import cotra_rdma
 from cotra_rdma import Shard, errors
 from cotra_rdma._bench.build import BuildPoint
 from cotra_rdma._bench.environment import Environment
@@ -40,7 +41,7 @@ from helpers.rotation import rotate, signs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "ARCHITECTURE.md", ROOT / "README.md", ROOT / "bench" / "README.md"])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "bench" / "README.md"])
 RUNNABLE = ("../README.md", "tutorial.md", "howto/secure.md", "howto/tuning.md", "howto/own-algorithm.md")
 
 Bytes = npt.NDArray[np.uint8]
@@ -444,6 +445,22 @@ def test_links_lead_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             names = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in names, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_pages_name_are_there(page: Path) -> None:
+    """Paths from the top of the repository, without placeholders, and the package's modules by their dotted names."""
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:src|csrc|tests|tools|bench|docs|\.ci)/[\w./-]+)`", text):
+        assert (ROOT / path).exists() or "NAME" in path, path
+    for path in re.findall(r"`(_\w+/\w+\.py|(?:protocol|seam)/\w+\.py)`", text):
+        assert (ROOT / "src" / "cotra_rdma" / path).exists(), path
+    for name in re.findall(r"`cotra_rdma((?:\.[a-z_]\w*)+)", text):
+        parts = name[1:].split(".")
+        found = ROOT / "src" / "cotra_rdma" / parts[0]
+        assert found.exists() or found.with_suffix(".py").exists() or hasattr(cotra_rdma, parts[0]), name
+        if found.is_dir() and parts[1:]:
+            assert (found / parts[1]).exists() or (found / f"{parts[1]}.py").exists(), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -91,8 +91,8 @@ def build_on_machine(
 
     Raises:
         InvalidInputError: a value is out of its range, or there is a collection already.
-        DeadlineError, PeerError: another builder is gone, or gave up, or builds something else; `shard` is its number. Then
-        nothing is left behind.
+        DeadlineError: another builder was silent for too long; `shard` is its number. Nothing is left behind.
+        PeerError: another builder ended, gave up, or builds something else; `shard` is its number. Nothing is left behind.
         TransportError: an image can be READ over neither verbs nor shared memory, or the address cannot be listened on.
     """
     check_build(vectors, len(peers), None, "global", n_lists)

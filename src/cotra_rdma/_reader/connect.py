@@ -62,9 +62,10 @@ def connect(
             but what shards must have alike; for a path it is the collection there.
 
     Raises:
-        TransportError: a shard cannot be reached. VerbsUnavailableError: verbs was asked for and cannot be had, and why.
-        InvalidInputError: shards that differ in dim or metric; owners of one shard that hold different images; a shard's part of
-        `cache_bytes` that holds no record.
+        TransportError: a shard cannot be reached.
+        VerbsUnavailableError: verbs was asked for and cannot be had; the message says why.
+        InvalidInputError: shards differ in dim or metric, owners of one shard hold different images, or a shard's part of
+            `cache_bytes` holds no record.
     """
     if isinstance(addresses, os.PathLike):
         collection = Collection.load(collection_directory(addresses), shard_files=False)
