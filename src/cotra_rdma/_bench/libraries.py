@@ -77,7 +77,7 @@ class Hnswlib(_Library):
         _save(path, self._index.save_index)
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `benchmark.System`."""
+        """As `System`."""
         self._index.set_ef(setting.ef)
         through = None if rows is None else rows.__getitem__
         ids, _ = self._index.knn_query(queries, setting.k, num_threads=setting.n_threads, filter=through)
@@ -103,7 +103,7 @@ class Faiss(_Library):
         _save(path, lambda part: faiss.write_index(self._index, part))
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `benchmark.System`, without a filter."""
+        """As `System`, without a filter."""
         assert rows is None
         self._faiss.omp_set_num_threads(min(setting.n_threads, len(queries)))
         self._index.hnsw.efSearch = setting.ef
@@ -131,7 +131,7 @@ class Usearch(_Library):
         _save(path, self._index.save)
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `benchmark.System`, without a filter."""
+        """As `System`, without a filter."""
         assert rows is None
         self._index.expansion_search = setting.ef
         found = self._index.search(queries, setting.k, threads=min(setting.n_threads, len(queries)))
@@ -161,7 +161,7 @@ class Rabitqlib(_Library):
         _save(path, self._index.save)
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `benchmark.System`, without a filter."""
+        """As `System`, without a filter."""
         assert rows is None
         n_threads = min(setting.n_threads, len(queries))
         ids, _ = self._index.search(self._padded(queries), setting.k, setting.ef, num_threads=n_threads)

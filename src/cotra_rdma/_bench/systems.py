@@ -1,4 +1,4 @@
-"""This package as `cotra bench` measures it, each way behind `benchmark.System`; and the cache of built graphs."""
+"""This package as `cotra bench` measures it, each way behind `System`; and the cache of built graphs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Remote:
             self._stack = stack.pop_all()
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `benchmark.System`."""
+        """As `System`."""
         result = self._cluster.search(
             queries,
             k=setting.k,
@@ -65,7 +65,7 @@ class Remote:
         return Answer(result.ids, result.stats)
 
     def forget(self) -> None:
-        """As `benchmark.System`."""
+        """As `System`."""
         self._cluster.clear_caches()
 
     def owner_cpu_s(self) -> float | None:
@@ -113,7 +113,7 @@ class Local:
             self._stack = stack.pop_all()
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `benchmark.System`."""
+        """As `System`."""
         filters = None if rows is None else [pack_filter(rows, len(rows))]
 
         def search(engine: Engine, part: Queries) -> tuple[Ids, npt.NDArray[np.float32], npt.NDArray[np.void]]:
@@ -126,7 +126,7 @@ class Local:
         return Answer(np.concatenate([part[0] for part in ids]), np.concatenate(stats))
 
     def forget(self) -> None:
-        """As `benchmark.System`."""
+        """As `System`."""
         if self._cache is not None:
             self._cache.clear()
 
@@ -211,7 +211,7 @@ class Algorithm:
         self.zero_rtt = Algorithm(collective, algorithm, ideal=collective.zero_rtt) if self.rtt_s else None
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `benchmark.System`."""
+        """As `System`."""
         result = self._cluster.search(
             queries,
             k=setting.k,
@@ -226,7 +226,7 @@ class Algorithm:
         return Answer(result.ids, result.stats, float(result.asked.mean()) if len(result.asked) else 0.0)
 
     def forget(self) -> None:
-        """As `benchmark.System`."""
+        """As `System`."""
         self._cluster.clear_caches()
 
     def owner_cpu_s(self) -> float | None:

@@ -1,6 +1,6 @@
-"""One graph built on a machine for each shard: this one's part of it. The steps are those of `graph_build`.
+"""One graph built on a machine for each shard: this one's part of it. The steps are those of `steps`.
 
-The machine's image is served while the others link theirs to it (`server.serve`), and it READs theirs, over verbs or, on one
+The machine's image is served while the others link theirs to it (`serve`), and it READs theirs, over verbs or, on one
 host, shared memory.
 """
 
@@ -80,9 +80,9 @@ def build_on_machine(
         shard: this builder's, 0 to len(peers) - 1.
         peers: HOST:PORT of each shard's builder, in the order of the shards, with this one's.
         listen: HOST:PORT to listen on; None: this one's of `peers`.
-        metric, M, ef_construction, seed, n_lists, ivf_bits, vector_type: as `collection.build_collection`; the same everywhere.
+        metric, M, ef_construction, seed, n_lists, ivf_bits, vector_type: as `build_collection`; the same everywhere.
         n_threads, force, progress: of this builder; progress is called with (phase, rows done).
-        device, gid_index: of verbs, as `server.serve`.
+        device, gid_index: of verbs, as `serve`.
         timeout_s: the longest silence of another builder, also before it starts.
         server_keys, client_keys: CURVE keys: this builder's, and those to call each of the others with.
 

@@ -58,7 +58,7 @@ class _Incoming:
 
 
 class NetworkMail:
-    """A `graph_build.Mail` between machines. `take` and `answer` may be called from any thread, the rest from one.
+    """A `Mail` between machines. `take` and `answer` may be called from any thread, the rest from one.
 
     Args:
         number: of this builder's shard.

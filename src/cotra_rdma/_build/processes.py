@@ -1,4 +1,4 @@
-"""Builder processes on this host: each takes one step of one shard at a time (`graph_build`), and messages are files.
+"""Builder processes on this host: each takes one step of one shard at a time (`steps`), and messages are files.
 
 A process gets its orders on stdin and answers on stdout, a JSON line each. It ends when stdin does: with its parent.
 """

@@ -6,7 +6,7 @@ A `ShardBuilder` does the work of one shard, a step at a time, and knows of the 
     count      each counts for its slice of the rows what shard they would take, and tells all
     divide     each decides that for its slice, and tells every shard which of these rows are its own
     build      each builds its own graph, and tells all what became of it
-    link       each links its own to near nodes of the others (`global_graph`), whose images it READs; tells all
+    link       each links its own to near nodes of the others (`cross_links`), whose images it READs; tells all
     calibrate  the first one fits Compass to what all found for some vectors, and tells all
 
 What is told is a file where the builders share a directory, an envelope where they do not. Rows are read from the input, which
@@ -86,7 +86,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 @dataclass(frozen=True, slots=True)
 class BuildSpec:
-    """What all builders of one graph have to agree on; as the arguments of `collection.build_collection`.
+    """What all builders of one graph have to agree on; as the arguments of `build_collection`.
 
     Attributes:
         count, dim: of the input.

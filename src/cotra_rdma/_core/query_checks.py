@@ -30,7 +30,7 @@ def as_array(values: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
 def check_finite(rows: npt.NDArray[np.float32], what: str, first: int = 0) -> None:
     """Raises `InvalidInputError` naming the first of rows [n, dim] that holds NaN, infinity or a component past 1e15."""
     if rows.size and not (  # NaN is in no range
-        -MAX_COMPONENT <= np.minimum.reduce(rows, axis=None) and np.maximum.reduce(rows, axis=None) <= MAX_COMPONENT
+        np.minimum.reduce(rows, axis=None) >= -MAX_COMPONENT and np.maximum.reduce(rows, axis=None) <= MAX_COMPONENT
     ):
         bad = np.flatnonzero(~(np.abs(rows) <= MAX_COMPONENT).all(axis=1))[0]
         why = "a component beyond 1e15" if np.isfinite(rows[bad]).all() else "NaN or infinity"

@@ -119,7 +119,7 @@ class Engine(Handle):
         deadline: float = math.inf,
         stop: Stop | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
-        """Searches every shard for every query; the GIL is released. Shards of one graph (`global_graph`) are searched together,
+        """Searches every shard for every query; the GIL is released. Shards of one graph (`cross_links`) are searched together,
         by one walk a query.
 
         Args:

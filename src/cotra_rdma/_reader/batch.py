@@ -17,7 +17,7 @@ from cotra_rdma.errors import DeadlineError, InvalidInputError
 
 Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]
 """labels int64[n_shards, n_queries, k] (or without the first dimension: of one shard), distances float32, and one
-`engine.STATS_DTYPE` record for each query."""
+`STATS_DTYPE` record for each query."""
 
 
 class OutOfTimeError(DeadlineError):
@@ -34,7 +34,7 @@ class CollectionAnswer(NamedTuple):
         labels: int64[n_queries, k], -1 in empty places. distances: float32 likewise, inf there.
         shards: int32[n_queries, k]: the place in `images` of the shard of each; -1 there.
         images: the checksums of the shards' images, which name them: the peer numbers them as it likes.
-        stats: `engine.STATS_DTYPE`[n_queries]: the peer's, but for latency_ns, which is this side's.
+        stats: `STATS_DTYPE`[n_queries]: the peer's, but for latency_ns, which is this side's.
         failures: the places in `images` of shards that did not answer, and why.
     """
 

@@ -81,7 +81,7 @@ def over_rpc(walk: Needs, dim: int, k: int) -> Needs:
 def needs_of_reading(
     links: Sequence[Link], stats: npt.NDArray[np.void], searches: int, seconds: float, n_threads: int
 ) -> Needs:
-    """What a batch needed of a shard that took so many seconds: `stats` (`engine.STATS_DTYPE`) of its queries, `searches` of
+    """What a batch needed of a shard that took so many seconds: `stats` (`STATS_DTYPE`) of its queries, `searches` of
     one query in one shard."""
     reads, read_bytes, rounds = (float(stats[name].sum()) for name in ("reads", "read_bytes", "rounds"))
     n, rounds = len(links), rounds / len(stats)

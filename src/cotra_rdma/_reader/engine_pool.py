@@ -35,7 +35,7 @@ class OnlyAskedError(CotraError):
 
 class _ShardEngines:
     """The way to each of some shards, and engines over them: one thread's at a time. It is what an engine turns to
-    (`engine.Helper`) where owners have to expand nodes, or one fails."""
+    (`Helper`) where owners have to expand nodes, or one fails."""
 
     def __init__(
         self, connections: Sequence[Connection], pushed: frozenset[Connection], replace: Replace, callers: Executor
@@ -97,7 +97,7 @@ class _ShardEngines:
         return answer
 
     def expand(self, pushes: Mapping[int, npt.NDArray[np.void]]) -> dict[int, Expansions | CotraError]:
-        """As `engine.Helper`: one message to each owner, all at once."""
+        """As `Helper`: one message to each owner, all at once."""
         told: dict[int, Expansions | CotraError] = {at: e for at, e in self._unopened.items() if at in pushes}
         asked = [at for at in pushes if at not in told]
         spread = self._callers().map if len(asked) > 1 else map
@@ -129,7 +129,7 @@ class _ShardEngines:
         return int(wanted.nbytes + n_queries * self._job.queries.itemsize * self._job.queries.shape[1])
 
     def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
-        """As `engine.Helper`."""
+        """As `Helper`."""
         failed = self._connections[shard]
         self.is_broken = True
         self._unopened.pop(shard, None)

@@ -85,7 +85,7 @@ class Shard:
         """Builds a graph with hnswlib and packs it.
 
         Args:
-            vectors: [n, dim], 1 <= dim <= 4096, of any real dtype; or a `kmeans.VectorSource`, a `VectorFile` say, which is read
+            vectors: [n, dim], 1 <= dim <= 4096, of any real dtype; or a `VectorSource`, a `VectorFile` say, which is read
                 some rows at a time. uint8 vectors are held as uint8, and float16 ones as
                 float16; all others as float32.
             ids: int64[n], unique and >= 0; None for 0 ... n - 1.
@@ -367,7 +367,7 @@ class Shard:
             queries: float32[n_queries, dim] or float32[dim].
             k, ef, beam: answers, how far to look (k <= ef), expansions a round at most.
             n_threads: threads that share the queries.
-            rows: which local rows may be returned: bool[count] or a bitmap (`queries.pack_filter`); None: all.
+            rows: which local rows may be returned: bool[count] or a bitmap (`cotra_rdma.pack_filter`); None: all.
             max_expansions: records that a walk expands at most, though it would find more; `incomplete` in the stats says which
                 queries that ended. None: as many as it takes.
             timeout_s: how long the whole search may take; None: as long as it takes.

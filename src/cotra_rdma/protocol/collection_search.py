@@ -28,7 +28,7 @@ class CollectionResponse:
         images: uint64[n_shards]: the checksum of each shard's image, which names it: the owner's order of the shards need not be
             that of who asks. 0 where the owner does not know it.
         shards: int32[n, k]: the place in `images` of the shard of each answer; -1 in empty places.
-        more_stats: what `engine.STATS_DTYPE` has beyond `OWNER_STATS_DTYPE`, [n], as raw bytes (16 each).
+        more_stats: what `STATS_DTYPE` has beyond `OWNER_STATS_DTYPE`, [n], as raw bytes (16 each).
         failures: the places of shards that did not answer, and why.
     """
 

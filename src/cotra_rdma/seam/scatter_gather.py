@@ -72,7 +72,7 @@ class ShardOutcome:
 
 @dataclass(frozen=True, slots=True)
 class SeamResult:
-    """The answers to a batch of queries, and what became of each shard; all of `cluster.SearchResult` by the same names.
+    """The answers to a batch of queries, and what became of each shard; all of `SearchResult` by the same names.
 
     Attributes:
         ids: int64[n_queries, k], nearest first; -1 where there are fewer.
@@ -260,7 +260,8 @@ class ScatterGather(VectorShardSeam):
         for number, bitmap in (filters or {}).items():
             if not isinstance(bitmap, bytes | bytearray | memoryview):
                 raise InvalidInputError(
-                    f"the filter of shard {number} must be a bitmap as bytes (queries.pack_filter), not a {type(bitmap).__name__}"
+                    f"the filter of shard {number} must be a bitmap as bytes (cotra_rdma.pack_filter), "
+                    f"not a {type(bitmap).__name__}"
                 )
         unknown = set(filters or ()) - set(self._numbers)
         if unknown:
