@@ -13,6 +13,7 @@ import typer
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._build.machine import DEFAULT_TIMEOUT_S, build_on_machine
 from cotra_rdma._build.processes import Usage
+from cotra_rdma._collection.manifest import Collection
 from cotra_rdma._native.list_engine import MAX_BITS
 from cotra_rdma._routing.router import DEFAULT_TARGET
 from cotra_rdma.cli import output
@@ -44,111 +45,125 @@ cotra build glove-100-angular.hdf5 index --shards 2 --metric cosine --M 24 --ef-
 """
 
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="INPUT",
+        exists=True,
+        dir_okay=False,
+        help="Vectors, of any float dtype or uint8: .npy, .fvecs, .bvecs (these may be larger than memory) or "
+        "ann-benchmarks .hdf5.",
+    ),
+]
+OutDir = Annotated[Path, typer.Argument(metavar="OUT_DIR", file_okay=False, help="Where the shard files go.")]
+Shards = Annotated[int, typer.Option("--shards", min=1, metavar="N", help="Shard files to split the rows over.")]
+Partition = Annotated[
+    PartitionName | None,
+    typer.Option(
+        help="How rows are split: equal ranges, or neighbours together (no shard over 1.1 times the mean), so that "
+        "a query need not ask every shard. Default: kmeans for one graph, else range."
+    ),
+]
+Graph = Annotated[
+    GraphName,
+    typer.Option(
+        help="independent: each shard has a graph of its own. global: the shards are linked to one graph, and a "
+        "query is one walk over all of them."
+    ),
+]
+Ivf = Annotated[
+    int,
+    typer.Option(
+        "--ivf",
+        min=0,
+        metavar="N",
+        help="Inverted lists beside the graphs, over all shards, for searches in two rounds (SPIRE); 0: none. About "
+        "one for 100 vectors is usual.",
+    ),
+]
+IvfBits = Annotated[
+    int, typer.Option("--ivf-bits", min=1, max=MAX_BITS, help="Bits a dimension of the codes in those lists.")
+]
+VectorType = Annotated[
+    VectorTypeName,
+    typer.Option(
+        help="How vectors are held. auto: uint8 and float16 as they are, others as float32. float16 "
+        "rounds; uint8 must be exact."
+    ),
+]
+Metric = Annotated[MetricName | None, typer.Option(help="Distance. Default: what an HDF5 file says, else l2.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the graph's levels and of the code's rotation.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: one for each core.")]
+Dataset = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Data set of an HDF5 file. Default: train.", show_default=False)
+]
+Processes = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="P",
+        help="Builder processes on this host, for one graph, each with one shard at a time; --threads is for each of them. "
+        "0: this process builds.",
+    ),
+]
+Shard = Annotated[
+    int | None,
+    typer.Option(
+        "--shard",
+        min=0,
+        metavar="I",
+        help="Build only this shard of one graph, 0 to N - 1, together with the builders at --peers, which build the others "
+        "at the same time. INPUT must be the same everywhere.",
+        show_default=False,
+    ),
+]
+Peers = Annotated[
+    list[str],
+    typer.Option(
+        metavar="HOST:PORT[,HOST:PORT...]",
+        help="With --shard: the builders' addresses, in the order of the shards, this one's among them.",
+        show_default=False,
+    ),
+]
+Listen = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="With --shard: where to listen. Default: this one's of --peers.",
+        show_default=False,
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(min=0.001, help="With --shard: the longest silence of another builder, also before it starts, in s."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a collection that is in OUT_DIR already.")]
+
+
 @output.verb
 def build(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="INPUT",
-            exists=True,
-            dir_okay=False,
-            help="Vectors, of any float dtype or uint8: .npy, .fvecs, .bvecs (these may be larger than memory) or "
-            "ann-benchmarks .hdf5.",
-        ),
-    ],
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", file_okay=False, help="Where the shard files go.")],
-    shards: Annotated[
-        int, typer.Option("--shards", min=1, metavar="N", help="Shard files to split the rows over.")
-    ] = 1,
-    partition: Annotated[
-        PartitionName | None,
-        typer.Option(
-            help="How rows are split: equal ranges, or neighbours together (no shard over 1.1 times the mean), so that "
-            "a query need not ask every shard. Default: kmeans for one graph, else range."
-        ),
-    ] = None,
-    graph: Annotated[
-        GraphName,
-        typer.Option(
-            help="independent: each shard has a graph of its own. global: the shards are linked to one graph, and a "
-            "query is one walk over all of them."
-        ),
-    ] = GraphName.INDEPENDENT,
-    ivf: Annotated[
-        int,
-        typer.Option(
-            "--ivf",
-            min=0,
-            metavar="N",
-            help="Inverted lists beside the graphs, over all shards, for searches in two rounds (SPIRE); 0: none. About "
-            "one for 100 vectors is usual.",
-        ),
-    ] = 0,
-    ivf_bits: Annotated[
-        int, typer.Option("--ivf-bits", min=1, max=MAX_BITS, help="Bits a dimension of the codes in those lists.")
-    ] = 2,
-    vector_type: Annotated[
-        VectorTypeName,
-        typer.Option(
-            help="How vectors are held. auto: uint8 and float16 as they are (not for cosine), others as float32. float16 "
-            "rounds; uint8 must be exact."
-        ),
-    ] = VectorTypeName.AUTO,
-    metric: Annotated[
-        MetricName | None, typer.Option(help="Distance. Default: what an HDF5 file says, else l2.")
-    ] = None,
+    source: Source,
+    out_dir: OutDir,
+    shards: Shards = 1,
+    partition: Partition = None,
+    graph: Graph = GraphName.INDEPENDENT,
+    ivf: Ivf = 0,
+    ivf_bits: IvfBits = 2,
+    vector_type: VectorType = VectorTypeName.AUTO,
+    metric: Metric = None,
     M: GraphM = 16,
     ef_construction: ConstructionEf = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the graph's levels and of the code's rotation.")] = 100,
-    threads: Annotated[int, typer.Option(min=0, help="Threads; 0: one for each core.")] = 0,
-    dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Data set of an HDF5 file. Default: train.", show_default=False)
-    ] = None,
-    processes: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="P",
-            help="Builder processes on this host, for one graph, each with one shard at a time; --threads is for each of them. "
-            "0: this process builds.",
-        ),
-    ] = 0,
-    shard: Annotated[
-        int | None,
-        typer.Option(
-            "--shard",
-            min=0,
-            metavar="I",
-            help="Build only this shard of one graph, 0 to N - 1, together with the builders at --peers, which build the others "
-            "at the same time. INPUT must be the same everywhere.",
-            show_default=False,
-        ),
-    ] = None,
-    peers: Annotated[
-        list[str],
-        typer.Option(
-            metavar="HOST:PORT[,HOST:PORT...]",
-            help="With --shard: the builders' addresses, in the order of the shards, this one's among them.",
-            show_default=False,
-        ),
-    ] = [],  # noqa: B006 (typer copies it)
-    listen: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="With --shard: where to listen. Default: this one's of --peers.",
-            show_default=False,
-        ),
-    ] = None,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            min=0.001, help="With --shard: the longest silence of another builder, also before it starts, in s."
-        ),
-    ] = DEFAULT_TIMEOUT_S,
+    seed: Seed = 100,
+    threads: Threads = 0,
+    dataset: Dataset = None,
+    processes: Processes = 0,
+    shard: Shard = None,
+    peers: Peers = [],  # noqa: B006 (typer copies it)
+    listen: Listen = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
     device: Device = None,
     gid_index: GidIndex = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a collection that is in OUT_DIR already.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Build graph shards from a file of vectors.
@@ -212,18 +227,26 @@ def build(
     used = used or [Usage.of_this_process()]
     seconds = time.perf_counter() - begin
     if as_json:
-        compass = collection.calibration
-        expected = compass.expected(DEFAULT_TARGET) if compass else float(shards)
-        output.print_json(
-            {
-                "out_dir": str(out_dir),
-                "seconds": seconds,
-                **collection.summary(),
-                "compass_shards": expected,
-                "builders": [asdict(builder) for builder in used],
-            }
-        )
-        return
+        _print_json(collection, out_dir, used, seconds)
+    else:
+        _print(collection, out_dir, used, seconds, shard)
+
+
+def _print_json(collection: Collection, out_dir: Path, used: list[Usage], seconds: float) -> None:
+    compass = collection.calibration
+    output.print_json(
+        {
+            "out_dir": str(out_dir),
+            "seconds": seconds,
+            **collection.summary(),
+            "compass_shards": compass.expected(DEFAULT_TARGET) if compass else float(len(collection.shards)),
+            "builders": [asdict(builder) for builder in used],
+        }
+    )
+
+
+def _print(collection: Collection, out_dir: Path, used: list[Usage], seconds: float, shard: int | None) -> None:
+    entries = [entry for number, entry in enumerate(collection.shards) if shard in (None, number)]
     output.print_table(
         ("shard", ">vectors", ">first id", ">size"),
         (
@@ -233,20 +256,19 @@ def build(
                 f"{entry.first_id:,}",
                 output.human_bytes(entry.image_bytes),
             )
-            for number, entry in enumerate(collection.shards)
-            if shard in (None, number)
+            for entry in entries
         ),
     )
     output.out.print(
-        f"{collection.count:,} x {collection.dim} vectors, {collection.metric}, M={M}, "
-        f"ef_construction={ef_construction}: {seconds:.1f} s, {collection.count / seconds:,.0f} vectors/s",
+        f"{collection.count:,} x {collection.dim} vectors, {collection.metric}, M={collection.M}, "
+        f"ef_construction={collection.ef_construction}: {seconds:.1f} s, {collection.count / seconds:,.0f} vectors/s",
     )
     output.out.print(
         f"{len(used)} {'builders' if len(used) > 1 else 'builder'}: {sum(builder.cpu_s for builder in used):.1f} s of CPU, "
         f"{output.human_bytes(max(builder.peak_bytes for builder in used))} of memory at most"
     )
     if collection.calibration is not None:
-        expected = collection.calibration.expected(DEFAULT_TARGET)
+        expected, shards = collection.calibration.expected(DEFAULT_TARGET), len(collection.shards)
         output.out.print(
             f"Compass: {expected:.1f} of {shards} shards hold {DEFAULT_TARGET:.0%} of a query's neighbours"
             if expected < shards

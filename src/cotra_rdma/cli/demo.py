@@ -39,14 +39,18 @@ K, EF, BEAM = 10, 40, 8
 MEASURED_S = 2.0
 
 
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="WORD", help="Words to look up, lower case.", show_default=False)
+]
+Transport = Annotated[
+    str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
+]
+
+
 @output.verb
 def demo(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="WORD", help="Words to look up, lower case.", show_default=False)
-    ] = None,
-    transport: Annotated[
-        str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
-    ] = "auto",
+    words: Words = None,
+    transport: Transport = "auto",
     as_json: Json = False,
 ) -> None:
     """See it work: the 20,000 most frequent words of GloVe, by meaning, in the memory of four other processes.

@@ -25,16 +25,19 @@ Exit status: 0 verbs is usable; 1 it is not.
 MARKS = {Status.OK: "[green]ok[/]", Status.WARNING: "[yellow]warning[/]", Status.FAILED: "[bold red]failed[/]"}
 
 
+Peer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        show_default=False,
+        help="HOST:PORT of an owner: also do a real 1 KiB READ of its memory.",
+    ),
+]
+
+
 @output.verb
 def doctor(
-    peer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            show_default=False,
-            help="HOST:PORT of an owner: also do a real 1 KiB READ of its memory.",
-        ),
-    ] = None,
+    peer: Peer = None,
     device: Device = None,
     gid_index: GidIndex = None,
     timeout: Timeout = 5.0,

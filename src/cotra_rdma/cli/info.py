@@ -45,24 +45,29 @@ names; 1 something does not, each told in a line of its own; 2 the command line 
 _BARS, _BAR_WIDTH, _TOP = 16, 40, 3
 
 
+What = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH|ADDRESS",
+        help="A collection (a directory that `cotra build` made, or its collection.json); or shard files; or HOST:PORT of "
+        "each shard's owner, with commas between several owners of one shard.",
+    ),
+]
+Records = Annotated[
+    bool,
+    typer.Option(
+        "--records",
+        help="Also read the graph of shards that are no files here: all of an owner's memory, one-sided.",
+    ),
+]
+Timeout = Annotated[float, typer.Option(min=0.001, help="The longest wait for an owner, in seconds.")]
+
+
 @output.verb
 def info(
-    what: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH|ADDRESS",
-            help="A collection (a directory that `cotra build` made, or its collection.json); or shard files; or HOST:PORT of "
-            "each shard's owner, with commas between several owners of one shard.",
-        ),
-    ],
-    records: Annotated[
-        bool,
-        typer.Option(
-            "--records",
-            help="Also read the graph of shards that are no files here: all of an owner's memory, one-sided.",
-        ),
-    ] = False,
-    timeout: Annotated[float, typer.Option(min=0.001, help="The longest wait for an owner, in seconds.")] = 1.0,
+    what: What,
+    records: Records = False,
+    timeout: Timeout = 1.0,
     as_json: Json = False,
 ) -> None:
     """Tell what is in a collection: sizes, generations, links across shards, degrees, and which owners answer.

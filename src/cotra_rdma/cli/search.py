@@ -41,92 +41,107 @@ The third has two owners of the first shard: the first that answers is read. A c
 SHOWN_QUERIES, SHOWN_ANSWERS = 3, 10
 
 
+Shards = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ADDRESS|COLLECTION",
+        help="HOST:PORT of each shard's owner, with commas between several owners of one shard; or a directory that "
+        "`cotra build` made, or its collection.json, for all its shards.",
+    ),
+]
+Queries = Annotated[Path, input_file('Vectors to search for; of an HDF5 file its "test" set.')]
+K = Annotated[int, typer.Option("--k", "-k", min=1, help="Answers to each query.")]
+Ef = Annotated[
+    int, typer.Option(min=1, help="Candidates kept during a search, at least k: more is slower and finds more.")
+]
+Beam = Annotated[int, typer.Option(min=1, help="Nodes expanded a round at most: more is fewer round trips.")]
+Transport = Annotated[
+    str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        dir_okay=False,
+        show_default=False,
+        help="Write the answers: .npz of ids, distances (both [n, k]) and incomplete [n], or .npy of both as fields.",
+    ),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        metavar="S",
+        show_default=False,
+        help="How long the search may take, and the longest wait for an owner when connecting, in seconds. Default: a search "
+        "takes as long as it goes on, and any one answer is waited for 5 s.",
+    ),
+]
+Algorithm = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="auto: what the cost model says is quickest. cotra: read the graphs. home: the owner of most of a query's "
+        "neighbourhood walks the graph (`cotra serve --walk`). scatter-gather: the owners search. "
+        "spire: read inverted lists, --ef of them (`cotra build --ivf`). compass, compass+scatter-gather, "
+        "compass+spire: ask only shards that hold a query's neighbours (`cotra build --partition kmeans`).",
+    ),
+]
+TargetRecall = Annotated[
+    float,
+    typer.Option(min=0.01, max=1.0, help="Of Compass: the recall to keep, of that which asking every shard has."),
+]
+OwnerCpu = Annotated[bool, typer.Option("--owner-cpu", help="Let auto have owners search whose memory could be read.")]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Tell what the cost model expected of each way, beside what was measured; auto always does.",
+    ),
+]
+AllowPartial = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-partial/--no-allow-partial",
+        show_default=False,
+        help="Answer without the shards that fail or have no owner, and name them; or fail. Default: answer where the "
+        "shards are one graph.",
+    ),
+]
+CacheBytes = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="Keep records that are read often, in N bytes at most; 0: none."),
+]
+MaxExpansions = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        show_default=False,
+        help="End each walk after N records, and say which queries that cut short.",
+    ),
+]
+
+
 @output.verb
 def search(
-    shards: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ADDRESS|COLLECTION",
-            help="HOST:PORT of each shard's owner, with commas between several owners of one shard; or a directory that "
-            "`cotra build` made, or its collection.json, for all its shards.",
-        ),
-    ],
-    queries: Annotated[Path, input_file('Vectors to search for; of an HDF5 file its "test" set.')],
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Answers to each query.")] = 10,
-    ef: Annotated[
-        int, typer.Option(min=1, help="Candidates kept during a search, at least k: more is slower and finds more.")
-    ] = 64,
-    beam: Annotated[int, typer.Option(min=1, help="Nodes expanded a round at most: more is fewer round trips.")] = 8,
-    transport: Annotated[
-        str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
-    ] = "auto",
+    shards: Shards,
+    queries: Queries,
+    k: K = 10,
+    ef: Ef = 64,
+    beam: Beam = 8,
+    transport: Transport = "auto",
     threads: Threads = 1,
     ground_truth: GroundTruth = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            dir_okay=False,
-            show_default=False,
-            help="Write the answers: .npz of ids, distances (both [n, k]) and incomplete [n], or .npy of both as fields.",
-        ),
-    ] = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001,
-            metavar="S",
-            show_default=False,
-            help="How long the search may take, and the longest wait for an owner when connecting, in seconds. Default: a search "
-            "takes as long as it goes on, and any one answer is waited for 5 s.",
-        ),
-    ] = None,
-    algorithm: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="auto: what the cost model says is quickest. cotra: read the graphs. home: the owner of most of a query's "
-            "neighbourhood walks the graph (`cotra serve --walk`). scatter-gather: the owners search. "
-            "spire: read inverted lists, --ef of them (`cotra build --ivf`). compass, compass+scatter-gather, "
-            "compass+spire: ask only shards that hold a query's neighbours (`cotra build --partition kmeans`).",
-        ),
-    ] = "cotra",
-    target_recall: Annotated[
-        float,
-        typer.Option(min=0.01, max=1.0, help="Of Compass: the recall to keep, of that which asking every shard has."),
-    ] = DEFAULT_TARGET,
-    owner_cpu: Annotated[
-        bool, typer.Option("--owner-cpu", help="Let auto have owners search whose memory could be read.")
-    ] = False,
-    explain: Annotated[
-        bool,
-        typer.Option(
-            "--explain",
-            help="Tell what the cost model expected of each way, beside what was measured; auto always does.",
-        ),
-    ] = False,
-    allow_partial: Annotated[
-        bool | None,
-        typer.Option(
-            "--allow-partial/--no-allow-partial",
-            show_default=False,
-            help="Answer without the shards that fail or have no owner, and name them; or fail. Default: answer where the "
-            "shards are one graph.",
-        ),
-    ] = None,
-    cache_bytes: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", help="Keep records that are read often, in N bytes at most; 0: none."),
-    ] = 0,
-    max_expansions: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            show_default=False,
-            help="End each walk after N records, and say which queries that cut short.",
-        ),
-    ] = None,
+    out: Out = None,
+    timeout: Timeout = None,
+    algorithm: Algorithm = "cotra",
+    target_recall: TargetRecall = DEFAULT_TARGET,
+    owner_cpu: OwnerCpu = False,
+    explain: Explain = False,
+    allow_partial: AllowPartial = None,
+    cache_bytes: CacheBytes = 0,
+    max_expansions: MaxExpansions = None,
     as_json: Json = False,
 ) -> None:
     """Search shards that are served, and say what it took.

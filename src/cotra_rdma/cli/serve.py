@@ -49,76 +49,88 @@ no directory in common with them.
 """
 
 
+Shards = Annotated[
+    list[Path],
+    typer.Argument(metavar="SHARD", exists=True, help="Shard files, or directories that `cotra build` made."),
+]
+ShardOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        show_default=False,
+        help="Of a collection only this shard, counted from 0; may be repeated. The files of others need not be here.",
+    ),
+]
+Listen = Annotated[
+    str, typer.Option(metavar="HOST:PORT", help="Where peers connect; PORT 0: a free one for each shard.")
+]
+Transport = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[,NAME...]",
+        show_default=False,
+        help="Ways to offer: verbs, shm, rpc. May be repeated. Default: those of them that can be had here.",
+    ),
+]
+Announce = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST[:PORT]",
+        show_default=False,
+        help="Where others reach this owner, where that is not --listen: noted in owners.json. PORT: of the first shard.",
+    ),
+]
+NoAnnounce = Annotated[
+    bool,
+    typer.Option("--no-announce", help="Leave owners.json alone: readers are told the address some other way."),
+]
+Walk = Annotated[
+    bool,
+    typer.Option(
+        "--walk",
+        help="Be a peer: also answer searches of the whole collection (`cotra search --algorithm home`), by walking it with "
+        "the own records in place. For collections of one graph (`cotra build --graph global`).",
+    ),
+]
+Peer = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ADDRESS",
+        show_default=False,
+        help="Of --walk: HOST:PORT[,HOST:PORT...] of a shard's owners; once for each shard of the collection, in order "
+        "(of the own ones any will do). Default: whoever is in owners.json.",
+    ),
+]
+Halo = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        metavar="SHARE",
+        show_default=False,
+        help="Of --walk: keep those records of other shards that the own ones link to most, as a share of the own shards' "
+        f"bytes; 0: none. Default: {DEFAULT_HALO}.",
+    ),
+]
+UntilStdinCloses = Annotated[
+    bool, typer.Option("--until-stdin-closes", hidden=True, help="End when stdin does: with the parent process.")
+]
+
+
 @output.verb
 def serve(
-    shards: Annotated[
-        list[Path],
-        typer.Argument(metavar="SHARD", exists=True, help="Shard files, or directories that `cotra build` made."),
-    ],
-    shard: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            show_default=False,
-            help="Of a collection only this shard, counted from 0; may be repeated. The files of others need not be here.",
-        ),
-    ] = None,
-    listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where peers connect; PORT 0: a free one for each shard.")
-    ] = "127.0.0.1:0",
+    shards: Shards,
+    shard: ShardOption = None,
+    listen: Listen = "127.0.0.1:0",
     device: Device = None,
     gid_index: GidIndex = None,
-    transport: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[,NAME...]",
-            show_default=False,
-            help="Ways to offer: verbs, shm, rpc. May be repeated. Default: those of them that can be had here.",
-        ),
-    ] = None,
-    announce: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST[:PORT]",
-            show_default=False,
-            help="Where others reach this owner, where that is not --listen: noted in owners.json. PORT: of the first shard.",
-        ),
-    ] = None,
-    no_announce: Annotated[
-        bool,
-        typer.Option("--no-announce", help="Leave owners.json alone: readers are told the address some other way."),
-    ] = False,
-    walk: Annotated[
-        bool,
-        typer.Option(
-            "--walk",
-            help="Be a peer: also answer searches of the whole collection (`cotra search --algorithm home`), by walking it with "
-            "the own records in place. For collections of one graph (`cotra build --graph global`).",
-        ),
-    ] = False,
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ADDRESS",
-            show_default=False,
-            help="Of --walk: HOST:PORT[,HOST:PORT...] of a shard's owners; once for each shard of the collection, in order "
-            "(of the own ones any will do). Default: whoever is in owners.json.",
-        ),
-    ] = None,
-    halo: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            metavar="SHARE",
-            show_default=False,
-            help="Of --walk: keep those records of other shards that the own ones link to most, as a share of the own shards' "
-            f"bytes; 0: none. Default: {DEFAULT_HALO}.",
-        ),
-    ] = None,
-    until_stdin_closes: Annotated[
-        bool, typer.Option("--until-stdin-closes", hidden=True, help="End when stdin does: with the parent process.")
-    ] = False,
+    transport: Transport = None,
+    announce: Announce = None,
+    no_announce: NoAnnounce = False,
+    walk: Walk = False,
+    peer: Peer = None,
+    halo: Halo = None,
+    until_stdin_closes: UntilStdinCloses = False,
     as_json: Json = False,
 ) -> None:
     """Serve shards: peers read their memory, or ask over RPC where they cannot.
