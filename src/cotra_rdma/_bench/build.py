@@ -13,11 +13,9 @@ from cotra_rdma._bench.data import DataSet
 from cotra_rdma._bench.libraries import SEED, load
 from cotra_rdma._bench.runner import Plan
 from cotra_rdma._bench.summary import Ratio
+from cotra_rdma._core.record_layout import HEAD, LINK_BYTES, vector_bytes
 from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._shard.shard import Shard
-
-_ELEMENT_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
-_HEAD_BYTES, _NEIGHBOUR_BYTES = 32, 8  # docs/reference/format.md: a record's head; a neighbour's number and factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,5 +110,5 @@ def _point(
 
 def payload_bytes(info: ImageInfo) -> int:
     """Bytes of a record that mean something: head, own vector, and each link's number, factors and code."""
-    link = _NEIGHBOUR_BYTES + info.code_dim // 8
-    return _HEAD_BYTES + info.dim * _ELEMENT_BYTES[info.vector_type] + info.degree * link
+    link = LINK_BYTES + info.code_dim // 8
+    return HEAD.itemsize + vector_bytes(info) + info.degree * link

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._native.library import Handle, check, ffi, lib, new_error
+from cotra_rdma._core.record_layout import ELEMENTS, HEAD, records_of, vector_bytes, vectors_of
 from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import Engine
@@ -42,8 +43,6 @@ _LINK_BYTES = 4 << 20
 _FAR_SIGHTED = 8
 _CACHE_BYTES = 16 << 20  # for records of the shard that is searched
 _BULK_BYTES = 1 << 20
-_RECORD_HEAD_BYTES = 32
-_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
 
 OpenChannel = Callable[[int], AbstractContextManager[Channel]]
 """Opens a channel to the image that a shard built by itself; the number is its place in the collection."""
@@ -198,21 +197,11 @@ class _Own:
     def __init__(self, image: Arena) -> None:
         self.info = ImageInfo.of_arena(image)
         self._view = image.view()
-        self._records = np.frombuffer(
-            self._view, np.uint8, self.info.count * self.info.record_bytes, self.info.records_offset
-        ).reshape(self.info.count, self.info.record_bytes)
-
-    @property
-    def vector_bytes(self) -> int:
-        """Of a vector in a record, without padding."""
-        return self.info.dim * _TYPES[self.info.vector_type].itemsize
+        self._records = records_of(self._view, self.info)
 
     def vectors(self, rows: slice | npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         """Own vectors of some nodes: float32[n, dim]; for cosine normalised."""
-        raw = self._records[rows, _RECORD_HEAD_BYTES : _RECORD_HEAD_BYTES + self.vector_bytes]
-        found: npt.NDArray[np.float32] = (
-            np.ascontiguousarray(raw).view(_TYPES[self.info.vector_type]).astype(np.float32)
-        )
+        found: npt.NDArray[np.float32] = vectors_of(self._records, self.info, rows).astype(np.float32)
         return normalised(found) if self.info.metric == "cosine" else found
 
     def __enter__(self) -> _Own:
@@ -367,7 +356,7 @@ def _relink(
     progress: Progress | None,
 ) -> None:
     """Appends all records to the file."""
-    stride = -(-own.vector_bytes // 32) * 32
+    stride = -(-vector_bytes(own.info) // 32) * 32
     with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
         channels: dict[int, Channel] = {}
         running: deque[tuple[int, int, Future[npt.NDArray[np.uint8]]]] = deque()
@@ -393,7 +382,7 @@ def _relink(
                 if other not in channels:
                     channels[other] = stack.enter_context(open_channel(int(other)))
                 mine = shards == other
-                offsets = own.info.records_offset + _RECORD_HEAD_BYTES
+                offsets = own.info.records_offset + HEAD.itemsize
                 offsets = offsets + (numbers[mine].astype(np.int64) - plan.bases[other]) * own.info.record_bytes
                 vectors[mine] = channels[other].gather(offsets.astype(np.uint64), stride)
             if len(running) > threads:  # one range waits

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma._core.record_layout import DELETED, NO_NODE, heads_of, links_of, round_up
 from cotra_rdma._native.image import ImageInfo
 from cotra_rdma.errors import FormatError
 
@@ -23,21 +24,6 @@ Progress = Callable[[int], None]
 """Called with the records that were looked at so far."""
 
 _RANGE_BYTES = 8 << 20
-_HEAD = np.dtype(
-    [
-        ("checksum", "<u4"),
-        ("node", "<u4"),
-        ("label", "<i8"),
-        ("flags", "<u4"),
-        ("count", "<u2"),
-        ("reserved", "<u2"),
-        ("generation", "<u4"),
-        ("reserved2", "<u4"),
-    ]
-)
-_ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
-_DELETED = 1
-_NONE = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +88,7 @@ def graph_stats(
         rows = np.arange(begin, min(begin + step, info.count))
         heads, numbers = _records(info, read, rows)
         degrees += np.bincount(heads["count"], minlength=len(degrees))
-        deleted += int(np.count_nonzero(heads["flags"] & _DELETED))
+        deleted += int(np.count_nonzero(heads["flags"] & DELETED))
         inside += int(np.count_nonzero((numbers >= info.graph_base) & (numbers < info.graph_base + info.count)))
         at = np.searchsorted(bases, numbers, side="right") - 1
         found = np.flatnonzero(at >= 0)
@@ -122,9 +108,7 @@ def _records(
     """The heads of some records, one after the other in the image, and all numbers of neighbours in them."""
     begin, n, size = int(rows[0]), len(rows), info.record_bytes
     records = np.frombuffer(read(info.records_offset + begin * size, n * size), np.uint8).reshape(n, size)
-    heads = np.ascontiguousarray(records[:, : _HEAD.itemsize]).view(_HEAD)[:, 0]
-    at = _HEAD.itemsize + _round_up(info.dim * _ITEM_BYTES[info.vector_type], 32)
-    numbers = np.ascontiguousarray(records[:, at : at + 4 * _round_up(info.degree, 32)]).view("<u4")
+    heads, numbers = heads_of(records), links_of(records, info)
     used = np.arange(numbers.shape[1]) < heads["count"][:, None]
     for what, bad in (
         ("the number of another node", heads["node"] != rows),
@@ -135,7 +119,7 @@ def _records(
             f"a neighbour beyond the graph's {info.graph_count} nodes",
             ((numbers >= info.graph_count) & used).any(axis=1),
         ),
-        ("a neighbour in a place that is not used", ((numbers != _NONE) & ~used).any(axis=1)),
+        ("a neighbour in a place that is not used", ((numbers != NO_NODE) & ~used).any(axis=1)),
     ):
         if bad.any():
             raise FormatError(f"record {begin + int(bad.argmax())} has {what}")
@@ -149,13 +133,9 @@ def _levels(info: ImageInfo, read: Read) -> npt.NDArray[np.int64]:
     n = info.upper_count
     if n == 0:
         return levels
-    at = info.nav_offset + _round_up(4 * info.dim, 8) + _round_up(4 * n, 8)
+    at = info.nav_offset + round_up(4 * info.dim, 8) + round_up(4 * n, 8)
     heights = np.diff(np.frombuffer(read(at, 4 * (n + 1)), "<u4").astype(np.int64))
     if heights.min() < 1 or heights.max() != info.max_level:
         raise FormatError(f"an upper node is on level {heights.max()} or below 1 of {info.max_level} levels")
     levels[1:] = n - np.cumsum(np.bincount(heights, minlength=info.max_level + 1))[: info.max_level]
     return levels
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma._core.record_layout import heads_of, links_of, records_of
 from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._reader.connection import READ, Connection
@@ -19,24 +20,20 @@ from cotra_rdma.errors import InvalidInputError
 
 log = logging.getLogger(__name__)
 
-_HEAD_BYTES, _BLOCK, _ROWS = 32, 32, 4096
+_ROWS = 4096
 _SPARE = 1.25  # of a cache's places: buckets fill unevenly
 _RECORD_EXTRA = 64  # bytes of a bucket for each record
 
 
 def far_links(arena: Arena, info: ImageInfo) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
     """The nodes of other shards that a shard's nodes link to, uint32[n] ascending, and how many of its nodes link to each."""
-    item = {"float32": 4, "float16": 2, "uint8": 1}[info.vector_type]
-    start = _HEAD_BYTES + -(-info.dim * item // 32) * 32
     parts = []
     with arena.view() as memory:
-        records = np.frombuffer(memory, np.uint8, info.count * info.record_bytes, info.records_offset)
-        records = records.reshape(info.count, info.record_bytes)
+        records = records_of(memory, info)
         for begin in range(0, info.count, _ROWS):
             rows = records[begin : begin + _ROWS]
-            counts = rows[:, 20:22].copy().view("<u2")[:, 0]
-            numbers = rows[:, start : start + 4 * info.degree].copy().view("<u4")
-            linked = numbers[np.arange(info.degree) < counts[:, np.newaxis]]
+            numbers = links_of(rows, info)
+            linked = numbers[np.arange(numbers.shape[1]) < heads_of(rows)["count"][:, np.newaxis]]
             own = linked - np.uint32(info.graph_base) < info.count
             parts.append(linked[~own & (linked < info.graph_count)])
         del records, rows

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._clustering.kmeans import kmeans
+from cotra_rdma._core.record_layout import DELETED, ELEMENTS, HEAD, heads_of, records_of
 from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._native.library import Handle, check, ffi, lib, new_error
 from cotra_rdma._native.list_engine import MAX_BITS, MAX_LISTS
@@ -31,13 +32,10 @@ def own_vectors(arena: Arena, info: ImageInfo) -> tuple[npt.NDArray[Any], npt.ND
 
     The first is a view of the arena's memory: let go of it before the arena is closed or grown.
     """
-    memory, kind = arena.view(), np.dtype(info.vector_type)
+    memory, kind = arena.view(), ELEMENTS[info.vector_type]
     shape, strides = (info.count, info.dim), (info.record_bytes, kind.itemsize)
-    vectors: npt.NDArray[Any] = np.ndarray(shape, kind, memory, info.records_offset + 32, strides)
-    flags: npt.NDArray[np.uint32] = np.ndarray(
-        (info.count,), np.uint32, memory, info.records_offset + 16, (info.record_bytes,)
-    )
-    return vectors, flags & 1 == 0
+    vectors: npt.NDArray[Any] = np.ndarray(shape, kind, memory, info.records_offset + HEAD.itemsize, strides)
+    return vectors, heads_of(records_of(memory, info))["flags"] & DELETED == 0
 
 
 def append_lists(

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from cotra_rdma._clustering.kmeans import ArraySource, VectorSource
 from cotra_rdma._core.constants import METRICS, VECTOR_TYPES
 from cotra_rdma._core.query_checks import as_array, check_finite, check_most, check_queries, check_search, pack_filter
+from cotra_rdma._core.record_layout import heads_of, records_of
 from cotra_rdma._core.stop import Stop
 from cotra_rdma._native.arena import Arena, trim_memory
 from cotra_rdma._native.channel import Channel
@@ -309,8 +310,7 @@ class Shard:
         given them; in an hnswlib index, in that of its own numbers."""
         info = self._info
         with self._arena.view() as view:
-            records = np.frombuffer(view, np.uint8, info.count * info.record_bytes, info.records_offset)
-            return records.reshape(info.count, info.record_bytes)[:, 8:16].copy().view(np.int64)[:, 0]
+            return np.ascontiguousarray(heads_of(records_of(view, info))["label"])
 
     @property
     def arena(self) -> Arena:
