@@ -316,7 +316,7 @@ def bad(**changes: object) -> Callable[[SearchRequest], VShardEnvelope]:
         (bad(code=3, message="no disk"), ShardStatus.FAILED, PeerError, "no disk"),
         (bad(labels=np.array([[1, 2]]), distances=np.zeros((1, 2), np.float32)), "failed", FormatError, "an answer of"),
         (bad(distances=np.array([[1, 3, 2]], np.float32)), "failed", FormatError, "not sorted"),
-        (bad(distances=np.array([[1, np.nan, 2]], np.float32)), "failed", FormatError, "not sorted"),
+        (bad(distances=np.array([[1, np.nan, 2]], np.float32)), "failed", FormatError, "no numbers"),
         (bad(labels=np.array([[1, -1, 2]])), "failed", FormatError, "not sorted"),
         (bad(labels=np.array([[-1, 1, 2]])), "failed", FormatError, "not sorted"),
         (bad(stats=bytes(31)), "failed", FormatError, "31 bytes of stats"),

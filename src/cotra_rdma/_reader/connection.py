@@ -393,9 +393,8 @@ class Connection:
         answer = SearchResponse.decode(reply.payload)
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
-        if answer.labels.shape != (len(queries), batch.k):
-            raise FormatError(f"{self}: an answer of {answer.labels.shape} to {len(queries)} queries", shard=self.index)
         try:
+            answer.check(len(queries), batch.k)
             stats = unpack_stats(answer.stats, len(queries))
         except FormatError as error:
             raise FormatError(f"{self}: {error}", shard=self.index) from None
@@ -448,9 +447,8 @@ class Connection:
         answer = told.answer
         if answer.code:
             raise PeerError(f"{self}: {answer.message}", shard=self.index)
-        if answer.labels.shape != (len(queries), batch.k):
-            raise FormatError(f"{self}: an answer of {answer.labels.shape} to {len(queries)} queries", shard=self.index)
         try:
+            answer.check(len(queries), batch.k)
             stats = unpack_stats(answer.stats, len(queries), told.more_stats)
         except FormatError as error:
             raise FormatError(f"{self}: {error}", shard=self.index) from None

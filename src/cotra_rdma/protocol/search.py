@@ -168,6 +168,18 @@ class SearchResponse:
         reader.end()
         return answer
 
+    def check(self, n_queries: int, k: int) -> None:
+        """Raises `FormatError` unless the answer can be merged with others: it is of the right shape, no distance is NaN, and
+        each row is sorted, its empty places (-1, inf) at the end. What an owner sends is not to be trusted."""
+        if self.labels.shape != (n_queries, k):
+            raise FormatError(f"an answer of {list(self.labels.shape)} to {n_queries} queries for {k}")
+        filled = self.labels >= 0
+        if np.isnan(self.distances).any():
+            raise FormatError("an answer with distances that are no numbers")
+        distances = np.where(filled, self.distances, np.float32(np.inf))
+        if (filled[:, 1:] & ~filled[:, :-1]).any() or not (distances[:, 1:] >= distances[:, :-1]).all():
+            raise FormatError("an answer that is not sorted by distance")
+
     @classmethod
     def read(cls, reader: Reader) -> SearchResponse:
         """Reads the array, after which something may follow. Raises `FormatError`."""

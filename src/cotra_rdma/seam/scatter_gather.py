@@ -495,19 +495,10 @@ def _checked(
     answer: SearchResponse, n: int, k: int, shard: ShardRef
 ) -> tuple[_Labels, _Distances, npt.NDArray[np.void]]:
     """An answer that can be merged: of the right shape, each row sorted, with its empty places at the end."""
-    labels, distances = answer.labels, answer.distances
-    if labels.shape != (n, k):
-        raise FormatError(f"{shard}: an answer of {list(labels.shape)} to {n} queries for {k}")
-    distances = np.where(labels < 0, np.float32(np.inf), distances)
-    filled = labels >= 0
-    if (filled[:, 1:] & ~filled[:, :-1]).any() or not (distances[:, 1:] >= distances[:, :-1]).all():
-        raise FormatError(f"{shard}: an answer that is not sorted by distance")
-    if np.isnan(distances).any():
-        raise FormatError(f"{shard}: an answer with distances that are no numbers")
-    if not len(answer.stats):  # owners of other kinds need not tell
-        return labels, distances, np.zeros(n, STATS_DTYPE)
     try:
-        return labels, distances, unpack_stats(answer.stats, n)
+        answer.check(n, k)
+        stats = unpack_stats(answer.stats, n) if len(answer.stats) else np.zeros(n, STATS_DTYPE)  # others need not tell
+        return answer.labels, np.where(answer.labels < 0, np.float32(np.inf), answer.distances), stats
     except FormatError as error:
         raise FormatError(f"{shard}: {error}") from None
 

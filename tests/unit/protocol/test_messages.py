@@ -273,6 +273,27 @@ def test_malformed_search_requests(data: bytes, reason: str) -> None:
 # ---- 51: search response ----
 
 
+@pytest.mark.parametrize(
+    ("labels", "distances", "reason"),
+    [
+        ([[3, 1, 2]], [[0.5, 0.5, 1.0]], ""),
+        ([[3, 1, -1]], [[0.5, 0.5, np.inf]], ""),
+        ([[3, 1, -1]], [[0.5, 0.5, 0.0]], ""),  # what stands in an empty place is not looked at
+        ([[3, 1]], [[0.5, 0.5]], "an answer of"),
+        ([[3, 1, 2]], [[0.5, 0.4, 1.0]], "not sorted"),
+        ([[3, -1, 2]], [[0.5, np.inf, np.inf]], "not sorted"),
+        ([[3, 1, 2]], [[0.5, np.nan, 1.0]], "no numbers"),
+    ],
+)
+def test_answers_that_cannot_be_merged(labels: list[list[int]], distances: list[list[float]], reason: str) -> None:
+    answer = SearchResponse(0, "", np.array(labels), np.array(distances, np.float32), b"")
+    if not reason:
+        answer.check(1, 3)
+        return
+    with pytest.raises(FormatError, match=reason):
+        answer.check(1, 3)
+
+
 def test_a_search_response_byte_for_byte() -> None:
     response = SearchResponse(0, "", np.array([[7, -1]]), np.array([[0.5, np.inf]], np.float32), b"s" * 32)
     golden = bytes.fromhex("97 00 a0 01 02 c410") + struct.pack("<qq", 7, -1)
