@@ -23,7 +23,7 @@ from cotra_rdma._reader.connector import Connector
 from cotra_rdma._reader.engine_pool import EnginePool
 from cotra_rdma._reader.executor import SearchExecutor
 from cotra_rdma._reader.home_search import HomeSearch
-from cotra_rdma._reader.planner import Planner
+from cotra_rdma._reader.planner import Planner, router_of, walked_of
 from cotra_rdma._reader.replicas import Owner, Replicas, Tried
 from cotra_rdma._reader.result import SearchResult
 from cotra_rdma._reader.searcher import Options, Searcher
@@ -75,7 +75,8 @@ class Cluster:
             self.metric: str = first.shard.metric
             graphs = {connection.shard.graph_id for connection in replicas.connections}
             self.one_graph: bool = len(replicas.connections) > 1 and len(graphs) == 1 and graphs != {0}
-            self._planner = Planner(replicas.connections, self.dim, one_graph=self.one_graph)
+            shards = replicas.connections
+            self._planner = Planner(shards, self.dim, router_of(shards), walked_of(shards), one_graph=self.one_graph)
             executor = SearchExecutor(replicas, self._engines, self._threads.callers)
             homes = HomeSearch(replicas, executor, self._threads.callers)
             self._searcher = Searcher(replicas, self._planner, executor, homes, one_graph=self.one_graph)

@@ -67,6 +67,8 @@ class Planner:
         self,
         connections: Sequence[Connection],
         dim: int,
+        router: Router | None,
+        walked: frozenset[int] = frozenset(),
         *,
         one_graph: bool = False,
     ) -> None:
@@ -74,30 +76,24 @@ class Planner:
 
         Args:
             connections: to all shards; looked at again by `refresh`.
+            dim: of their vectors.
+            router: of `router_of`. walked: of `walked_of`.
             one_graph: whether all shards are of one graph, however many have an owner.
         """
         self._connections = connections
         self._dim = dim
         self._one_graph = one_graph
-        self.router: Router | None = None
+        self.router = router
         self._lock = threading.Lock()
         self.experience = Experience()
-        self.refresh()
+        self._refresh(walked)
 
     def refresh(self) -> None:
         """After owners were replaced, or lost. Any thread may call it."""
         with self._lock:
             if self.router is None:  # Compass takes the whole collection, which may be there only now
-                self.router = _router(self._connections)
-            self._refresh(self._walked())
-
-    def _walked(self) -> frozenset[int]:
-        """Positions of the shards that are walked together: of one graph, and read or pushed to."""
-        there = [c for c in self._connections if c.transport in ONE_SIDED or c.view is not None]
-        graphs = {connection.shard.graph_id for connection in there}
-        if len(graphs) != 1 or graphs == {0}:
-            return frozenset()
-        return frozenset(connection.index for connection in there)
+                self.router = router_of(self._connections)
+            self._refresh(walked_of(self._connections))
 
     def _refresh(self, walked: frozenset[int]) -> None:
         here = range(len(self._connections))
@@ -338,7 +334,18 @@ def _together(parts: Sequence[Prediction]) -> Prediction:
     )
 
 
-def _router(connections: Sequence[Connection]) -> Router | None:
+def walked_of(connections: Sequence[Connection]) -> frozenset[int]:
+    """Positions of the shards that are walked together: of one graph, and read or pushed to."""
+    there = [
+        connection for connection in connections if connection.transport in ONE_SIDED or connection.view is not None
+    ]
+    graphs = {connection.shard.graph_id for connection in there}
+    if len(graphs) != 1 or graphs == {0}:
+        return frozenset()
+    return frozenset(connection.index for connection in there)
+
+
+def router_of(connections: Sequence[Connection]) -> Router | None:
     """Compass over these shards, numbered as in their collection; None where they are not the whole of one."""
     by_number = {connection.number: connection for connection in connections}
     tables = [by_number[at].coarse for at in range(len(connections)) if at in by_number]
