@@ -1,5 +1,6 @@
 /* Arenas: memory with one owner that a NIC may pin, a same-host peer may map and a file may hold byte for byte. */
 #include "base/arena.h"
+#include "base/int_math.h"
 
 #include "base/status.h"
 
@@ -34,11 +35,6 @@ struct cotra_arena {
     int wants_huge, huge; /* huge pages, as far as whole ones go */
 };
 
-static uint64_t round_up(uint64_t value, uint64_t unit)
-{
-    return (value + unit - 1) / unit * unit;
-}
-
 static cotra_arena *arena_new(uint64_t length, cotra_error *err)
 {
     cotra_arena *arena = calloc(1, sizeof *arena);
@@ -71,7 +67,7 @@ int cotra_arena_lock(cotra_arena *arena, cotra_error *err)
                             "'* - memlock unlimited' in /etc/security/limits.conf (systemd: LimitMEMLOCK=infinity; "
                             "containers: --ulimit memlock=-1)",
                             (unsigned long long)arena->length, soft,
-                            (unsigned long long)round_up(arena->length, 1024) / 1024);
+                            (unsigned long long)cotra_round_up(arena->length, 1024) / 1024);
 }
 
 /* Maps a memfd where huge pages could be: an address that is a multiple of theirs, as the file's offset 0 is. */
@@ -81,7 +77,7 @@ static void *map_aligned(int fd, uint64_t length, int protection)
     uint8_t *reserved = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (reserved == MAP_FAILED)
         return MAP_FAILED;
-    uint8_t *start = (uint8_t *)round_up((uintptr_t)reserved, HUGE_PAGE), *end = start + length;
+    uint8_t *start = (uint8_t *)cotra_round_up((uintptr_t)reserved, HUGE_PAGE), *end = start + length;
     void *data = mmap(start, length, protection, MAP_SHARED | MAP_FIXED, fd, 0);
     if (data == MAP_FAILED) {
         int error = errno;
@@ -110,7 +106,7 @@ static int map_memfd(cotra_arena *arena, int huge)
 {
     unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge ? MFD_HUGETLB : 0);
     uint64_t page = huge ? HUGE_PAGE : (uint64_t)sysconf(_SC_PAGESIZE);
-    uint64_t mapped = round_up(arena->length, page);
+    uint64_t mapped = cotra_round_up(arena->length, page);
     int fd = memfd_create("cotra-arena", flags);
     if (fd < 0)
         return errno;
@@ -192,7 +188,7 @@ static int map_read_only(cotra_arena *arena, void *data, const char *what, cotra
         return cotra_fail_errno(err, COTRA_ERR_SYSTEM, errno, "mmap of %llu bytes of %s",
                                 (unsigned long long)arena->length, what);
     arena->data = data;
-    arena->mapped = round_up(arena->length, arena->page);
+    arena->mapped = cotra_round_up(arena->length, arena->page);
     return COTRA_OK;
 }
 
@@ -222,9 +218,9 @@ int cotra_arena_map_fd(int fd, uint64_t length_bytes, uint32_t flags, cotra_aren
     }
     if (st.st_blksize == HUGE_PAGE) {
         arena->page = HUGE_PAGE;
-        arena->length = round_up(length_bytes, HUGE_PAGE); /* mmap of huge pages takes whole pages */
+        arena->length = cotra_round_up(length_bytes, HUGE_PAGE); /* mmap of huge pages takes whole pages */
     }
-    void *data = map_aligned(arena->fd, round_up(arena->length, arena->page), PROT_READ);
+    void *data = map_aligned(arena->fd, cotra_round_up(arena->length, arena->page), PROT_READ);
     status = map_read_only(arena, data, "the peer's memfd", err);
     arena->length = length_bytes;
     arena->sealed = sealed;
@@ -290,7 +286,7 @@ int cotra_arena_seal(cotra_arena *arena, cotra_error *err)
 
 int cotra_arena_grow(cotra_arena *arena, uint64_t length_bytes, cotra_error *err)
 {
-    uint64_t mapped = round_up(length_bytes, arena->page);
+    uint64_t mapped = cotra_round_up(length_bytes, arena->page);
     if (mapped != arena->mapped) {
         if (ftruncate(arena->fd, (off_t)mapped) != 0)
             return cotra_fail_errno(err, COTRA_ERR_SYSTEM, errno, "arena: growing to %llu bytes",

@@ -4,15 +4,15 @@
  *
  * Records are written where the caller wants them, some at a time: a second image beside the first would double a
  * builder's memory. A node's neighbours are chosen anew, from those that it has and from candidates in other shards, by
- * the rule that fills lists (build/fill_links.h). The source image is only read, so that the order of nodes and threads
- * does not matter.
+ * the rule that fills lists (build/select_neighbours.h). The source image is only read, so that the order of nodes and
+ * threads does not matter.
  */
-#include "base/ranked.h"
+#include "base/int_math.h"
 #include "base/status.h"
 #include "kernels/kernels.h"
 #include "format/codes.h"
 #include "format/vector_types.h"
-#include "build/fill_links.h"
+#include "build/select_neighbours.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -98,7 +98,7 @@ static int work_make(const cotra_relinker *relinker, work *w, uint32_t width, co
 {
     const cotra_image_info *info = &relinker->info;
     const float *mean = (const float *)(relinker->source + info->nav_offset);
-    *w = (work){.capacity = info->degree + width, .padded = (info->dim + 31u) / 32 * 32};
+    *w = (work){.capacity = info->degree + width, .padded = cotra_padded_dim(info->dim)};
     w->vectors = calloc((size_t)w->capacity * w->padded, sizeof *w->vectors);
     w->own = calloc(w->padded, sizeof *w->own);
     int status = cotra_code_writer_create(&w->codes, &relinker->rotation, info, &relinker->layout, mean, err);
@@ -143,11 +143,18 @@ static int is_finite(const float *vector, uint32_t dim)
     return 1;
 }
 
-static int is_apart(const cotra_relinker *relinker, const work *w, uint64_t word, uint32_t count)
+/* What is_apart looks at. */
+typedef struct selection {
+    const cotra_relinker *relinker;
+    const work *w;
+} selection;
+
+static int is_apart(void *context, uint64_t word, uint32_t count)
 {
-    const float bound = cotra_unkey((uint32_t)(word >> 32)) / COTRA_RELAXED;
+    const selection *of = context;
+    const float bound = cotra_apart_bound(word);
     for (uint32_t i = 0; i < count; i++)
-        if (distance_of(relinker, vector_of(w, (uint32_t)word), vector_of(w, w->chosen[i])) < bound)
+        if (distance_of(of->relinker, vector_of(of->w, (uint32_t)word), vector_of(of->w, of->w->chosen[i])) < bound)
             return 0;
     return 1;
 }
@@ -155,16 +162,8 @@ static int is_apart(const cotra_relinker *relinker, const work *w, uint64_t word
 /* Of all candidates, the neighbours; returns their number. */
 static uint32_t choose(const cotra_relinker *relinker, work *w)
 {
-    uint32_t count = 0, n_left = 0;
-    for (uint32_t i = 0; i < w->n && count < relinker->info.degree; i++) {
-        if (is_apart(relinker, w, w->words[i], count))
-            w->chosen[count++] = (uint32_t)w->words[i];
-        else
-            w->words[n_left++] = w->words[i];
-    }
-    for (uint32_t i = 0; i < n_left && count < relinker->info.degree; i++)
-        w->chosen[count++] = (uint32_t)w->words[i];
-    return count;
+    selection of = {relinker, w};
+    return cotra_select_neighbours(w->words, w->n, w->chosen, 0, relinker->info.degree, is_apart, &of);
 }
 
 static void write_record(const cotra_relinker *relinker, work *w, uint32_t count, uint8_t *record)
@@ -272,9 +271,6 @@ int cotra_relinker_finish(cotra_relinker *relinker, void *header_bytes, cotra_er
     info->image_checksum = (uint64_t)info->nav_checksum << 32 | relinker->chain;
     memset(header_bytes, 0, COTRA_HEADER_BYTES);
     cotra_image_header *header = header_bytes;
-    header->magic = COTRA_IMAGE_MAGIC;
-    header->format_version = COTRA_FORMAT_VERSION;
-    header->info = *info;
-    header->header_checksum = cotra_header_checksum(header);
+    cotra_image_seal(header, info);
     return COTRA_OK;
 }

@@ -1,7 +1,8 @@
 #include "build/fill_links.h"
 
-#include "base/ranked.h"
+#include "build/select_neighbours.h"
 #include "base/status.h"
+#include "base/int_math.h"
 #include "kernels/own_distance.h"
 #include "format/vector_types.h"
 
@@ -15,7 +16,7 @@ enum { MAX_FAR = 512, MAX_SEEN = 4096, MAX_CANDIDATES = 40, MAX_LISTS = 12, PREF
 int cotra_linker_create(cotra_linker *linker, const cotra_image_info *info, const cotra_record_layout *layout,
                         uint8_t *records, cotra_error *err)
 {
-    const uint32_t padded = (info->dim + 31u) / 32 * 32;
+    const uint32_t padded = cotra_padded_dim(info->dim);
     *linker = (cotra_linker){.info = info,
                              .layout = layout,
                              .records = records,
@@ -103,10 +104,11 @@ static uint32_t find_candidates(cotra_linker *linker, const float *own, const ui
 
 /* Whether no neighbour so far, in places 1 to count, is much nearer to a candidate than the node is. Leaves the
  * candidate's vector in the place behind them. */
-static int is_apart(cotra_linker *linker, uint64_t candidate, uint32_t count)
+static int is_apart(void *context, uint64_t candidate, uint32_t count)
 {
+    cotra_linker *linker = context;
     const cotra_image_info *info = linker->info;
-    const float bound = cotra_unkey((uint32_t)(candidate >> 32)) / COTRA_RELAXED;
+    const float bound = cotra_apart_bound(candidate);
     const float *vector = load(linker, (uint32_t)candidate, count + 1);
     for (uint32_t i = 1; i <= count; i++)
         if (cotra_metric_distance(linker->kernels, info->metric, COTRA_VECTOR_F32, vector,
@@ -130,14 +132,5 @@ void cotra_linker_fill(cotra_linker *linker, uint64_t node)
         load(linker, numbers[i], i + 1);
     }
     const uint32_t n = find_candidates(linker, load(linker, (uint32_t)node, 0), numbers, count);
-    uint64_t *candidates = linker->candidates;
-    uint32_t n_left = 0;
-    for (uint32_t i = 0; i < n && count < degree; i++) {
-        if (is_apart(linker, candidates[i], count))
-            numbers[count++] = (uint32_t)candidates[i];
-        else
-            candidates[n_left++] = candidates[i];
-    }
-    for (uint32_t i = 0; i < n_left && count < degree; i++)
-        numbers[count++] = (uint32_t)candidates[i];
+    cotra_select_neighbours(linker->candidates, n, numbers, count, degree, is_apart, linker);
 }

@@ -1,18 +1,12 @@
 /* Fills the places that hnswlib leaves empty in a node's list of neighbours: they are in every record, read or not.
  *
- * Candidates are the neighbours of a node's neighbours. Nearest first, one is taken if no neighbour so far is much
- * nearer to it than the node is (the rule of hnswlib's own lists, relaxed as in Vamana: Subramanya, Devvrit, Simhadri,
- * Krishnaswamy, Kadekodi, NeurIPS 2019, algorithm 2); places that are left then go to the nearest of the others.
+ * Candidates are the neighbours of a node's neighbours; build/select_neighbours.h chooses among them.
  */
 #ifndef COTRA_BUILD_FILL_LINKS_H
 #define COTRA_BUILD_FILL_LINKS_H
 
 #include "kernels/kernels.h"
 #include "format/image.h"
-
-/* A neighbour stands in the way where it is nearer by this factor: squared distances, 1 - products. Measured: 1.1
- * to 1.3 does not matter much. */
-#define COTRA_RELAXED 1.2f
 
 typedef struct cotra_linker {
     const cotra_image_info *info;

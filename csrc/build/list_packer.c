@@ -338,11 +338,11 @@ int cotra_ivf_packer_finish(cotra_ivf_packer *packer, cotra_error *err)
     packer->header.table_checksum = cotra_ivf_table_checksum(section, packer->header.table_bytes);
     memcpy(section, &packer->header, sizeof packer->header);
     cotra_image_header *image = (cotra_image_header *)cotra_arena_data(packer->arena);
-    image->info.ivf_offset = image->info.image_bytes;
-    image->info.ivf_bytes = packer->header.table_bytes + packer->header.list_bytes;
-    image->info.ivf_checksum = cotra_ivf_header_checksum(&packer->header);
-    image->info.image_bytes += image->info.ivf_bytes;
-    image->header_checksum = cotra_header_checksum(image);
-    cotra_image_info checked;
-    return cotra_image_validate(image, image->info.image_bytes, 0, &checked, err);
+    cotra_image_info info = image->info;
+    info.ivf_offset = info.image_bytes;
+    info.ivf_bytes = packer->header.table_bytes + packer->header.list_bytes;
+    info.ivf_checksum = cotra_ivf_header_checksum(&packer->header);
+    info.image_bytes += info.ivf_bytes;
+    cotra_image_seal(image, &info);
+    return cotra_image_validate(image, info.image_bytes, 0, &info, err);
 }

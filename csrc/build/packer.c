@@ -8,6 +8,7 @@
  */
 #include "base/arena.h"
 #include "base/checksum.h"
+#include "base/int_math.h"
 #include "base/ranked.h"
 #include "base/status.h"
 #include "format/codes.h"
@@ -450,7 +451,7 @@ static void write_nav(cotra_packer *packer, const cotra_nav_layout *layout, uint
 {
     const cotra_image_info *info = &packer->info;
     const size_t n = info->upper_count, row_bytes = 4 * (1 + (size_t)info->M);
-    const size_t stride = (packer->layout.vector_bytes + 31u) / 32 * 32;
+    const size_t stride = cotra_round_up(packer->layout.vector_bytes, 32);
     memcpy(nav, packer->mean, info->dim * sizeof *packer->mean);
     if (n) {
         memcpy(nav + layout->nodes, packer->upper_nodes, 4 * n);
@@ -487,10 +488,7 @@ int cotra_packer_finish(cotra_packer *packer, cotra_arena **out, cotra_error *er
     info->image_checksum = (uint64_t)info->nav_checksum << 32 | chain;
 
     cotra_image_header *header = (cotra_image_header *)cotra_arena_data(packer->arena);
-    header->magic = COTRA_IMAGE_MAGIC;
-    header->format_version = COTRA_FORMAT_VERSION;
-    header->info = *info;
-    header->header_checksum = cotra_header_checksum(header);
+    cotra_image_seal(header, info);
     cotra_image_info checked;
     status = cotra_image_validate(header, info->image_bytes, 0, &checked, err);
     if (status)

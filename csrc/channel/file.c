@@ -6,6 +6,7 @@
 #include "channel/channel.h"
 
 #include "base/status.h"
+#include "base/int_math.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -99,7 +100,7 @@ int cotra_channel_open_file(int fd, uint64_t length_bytes, uint32_t slots, uint3
     file_channel *self = calloc(1, sizeof *self + slots * sizeof self->ready[0]);
     if (!self)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "file channel: no memory for %u slots", slots);
-    slot_bytes = (slot_bytes + 63u) / 64 * 64;
+    slot_bytes = (uint32_t)cotra_round_up(slot_bytes, 64);
     self->landing = aligned_alloc(64, (size_t)slots * slot_bytes);
     if (!self->landing) {
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "file channel: no memory for %u slots", slots);

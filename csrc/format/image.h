@@ -104,6 +104,8 @@ uint32_t cotra_record_checksum(const uint8_t *record, uint32_t record_bytes, uin
 /* The image's checksum is the chain of its records' checksums, and the navigation section's. */
 uint32_t cotra_image_chain(uint32_t chain, uint32_t record_checksum);
 uint32_t cotra_header_checksum(const cotra_image_header *header);
+/* Writes a header's end: magic number, version, what the image is, and the checksum over all of it. */
+void cotra_image_seal(cotra_image_header *header, const cotra_image_info *info);
 
 /* Checks a header that came from region_bytes of anybody's memory, and copies its info out. */
 int cotra_header_validate(const cotra_image_header *header, uint64_t region_bytes, cotra_image_info *out,

@@ -2,6 +2,7 @@
 #include "format/lists.h"
 
 #include "base/checksum.h"
+#include "base/int_math.h"
 #include "base/status.h"
 #include "format/vector_types.h"
 
@@ -11,18 +12,13 @@
 
 enum { SEED_HEADER = 3, SEED_TABLE = 4 };
 
-static uint64_t round_up(uint64_t value, uint64_t unit)
-{
-    return (value + unit - 1) / unit * unit;
-}
-
 void cotra_ivf_layout_make(const cotra_image_info *info, uint32_t n_lists, uint32_t bits, uint32_t centroid_type,
                            cotra_ivf_layout *out)
 {
-    const uint64_t column = round_up(4 * (uint64_t)n_lists, 64);
-    out->stride = (uint32_t)round_up(cotra_vector_bytes(centroid_type, info->dim), 32);
+    const uint64_t column = cotra_round_up(4 * (uint64_t)n_lists, 64);
+    out->stride = (uint32_t)cotra_round_up(cotra_vector_bytes(centroid_type, info->dim), 32);
     out->centroids = COTRA_IVF_HEADER_BYTES;
-    out->sizes = out->centroids + round_up((uint64_t)n_lists * out->stride, 64);
+    out->sizes = out->centroids + cotra_round_up((uint64_t)n_lists * out->stride, 64);
     out->radii = out->sizes + column;
     out->errors = out->radii + column;
     out->checksums = out->errors + column;
@@ -37,7 +33,7 @@ void cotra_ivf_layout_make(const cotra_image_info *info, uint32_t n_lists, uint3
 
 uint32_t cotra_prefix_bytes(const cotra_image_info *info)
 {
-    return COTRA_RECORD_HEAD_BYTES + (uint32_t)round_up(cotra_vector_bytes(info->vector_type, info->dim), 32);
+    return COTRA_RECORD_HEAD_BYTES + (uint32_t)cotra_round_up(cotra_vector_bytes(info->vector_type, info->dim), 32);
 }
 
 uint32_t cotra_prefix_checksum(const uint8_t *record, uint32_t prefix_bytes, uint32_t node)

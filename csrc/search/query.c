@@ -1,6 +1,7 @@
 #include "search/query.h"
 
 #include "base/status.h"
+#include "base/int_math.h"
 #include "format/vector_types.h"
 
 #include <math.h>
@@ -10,26 +11,16 @@
 #define CODE_VARIANCE 0.36f /* 1 - CODE_COSINE^2 */
 #define FACTOR_ERROR  1e-3f /* of a bfloat16, relative: up to 2^-9, evenly */
 
-static size_t padded_dim(uint32_t dim)
-{
-    return (dim + 31u) / 32 * 32;
-}
-
-static size_t round_up64(size_t bytes)
-{
-    return (bytes + 63) / 64 * 64;
-}
-
 int cotra_query_create(cotra_query *query, uint32_t max_dim, cotra_error *err)
 {
     const size_t code_dim = cotra_code_dim(max_dim);
     memset(query, 0, sizeof *query);
-    query->codes.table = aligned_alloc(64, round_up64(code_dim * 4));
-    query->near.table = aligned_alloc(64, round_up64(code_dim * 4));
+    query->codes.table = aligned_alloc(64, cotra_round_up(code_dim * 4, 64));
+    query->near.table = aligned_alloc(64, cotra_round_up(code_dim * 4, 64));
     query->sketch.values = aligned_alloc(64, cotra_sketch_stride(max_dim) * sizeof *query->sketch.values);
-    query->own = aligned_alloc(64, round_up64(padded_dim(max_dim) * sizeof(float)));
-    query->vector = aligned_alloc(64, round_up64(padded_dim(max_dim) * sizeof(float)));
-    query->scratch = aligned_alloc(64, round_up64(2 * code_dim * sizeof(float)));
+    query->own = aligned_alloc(64, cotra_round_up(cotra_padded_dim(max_dim) * sizeof(float), 64));
+    query->vector = aligned_alloc(64, cotra_round_up(cotra_padded_dim(max_dim) * sizeof(float), 64));
+    query->scratch = aligned_alloc(64, cotra_round_up(2 * code_dim * sizeof(float), 64));
     if (query->codes.table && query->near.table && query->sketch.values && query->vector && query->own &&
         query->scratch)
         return COTRA_OK;
@@ -52,7 +43,7 @@ void cotra_query_copy(const cotra_view *view, const float *vector, float *to)
 {
     const uint32_t dim = view->info.dim;
     memcpy(to, vector, dim * sizeof *vector);
-    memset(to + dim, 0, (padded_dim(dim) - dim) * sizeof *vector);
+    memset(to + dim, 0, (cotra_padded_dim(dim) - dim) * sizeof *vector);
     if (view->info.metric == COTRA_METRIC_COSINE) { /* as hnswlib normalises */
         float norm = 0;
         for (uint32_t i = 0; i < dim; i++)

@@ -1,6 +1,7 @@
 #include "search/record_cache.h"
 
 #include "base/status.h"
+#include "base/int_math.h"
 #include "search/view.h"
 
 #include <stdatomic.h>
@@ -52,7 +53,7 @@ int cotra_cache_create(const cotra_view *view, uint64_t budget_bytes, cotra_cach
     cache->ways = (uint32_t)ways;
     cache->bytes = sizeof *cache + n_buckets * (sizeof(bucket) + ways * info->record_bytes);
     cache->buckets = aligned_alloc(64, n_buckets * sizeof *cache->buckets);
-    cache->records = aligned_alloc(64, (n_buckets * ways * info->record_bytes + 63) / 64 * 64);
+    cache->records = aligned_alloc(64, cotra_round_up((uint64_t)n_buckets * ways * info->record_bytes, 64));
     if (!cache->buckets || !cache->records) {
         cotra_cache_destroy(cache);
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "cache: no memory for %llu bytes of records",

@@ -1,6 +1,7 @@
 #include "search/view.h"
 
 #include "base/status.h"
+#include "base/int_math.h"
 #include "format/vector_types.h"
 #include "channel/channel.h"
 
@@ -85,7 +86,7 @@ static int settle(cotra_view *view, cotra_error *err)
     cotra_nav_layout_make(&view->info, view->first_row[n], &layout);
     view->rows = (const uint32_t *)(view->nav + layout.rows);
     view->vectors = view->nav + layout.vectors;
-    view->vector_stride = (view->record.vector_bytes + 31) / 32 * 32;
+    view->vector_stride = (uint32_t)cotra_round_up(view->record.vector_bytes, 32);
     while (view->entry < n && view->nodes[view->entry] != view->info.entry_node)
         view->entry++;
     if (n && cotra_is_scaled(&view->info))

@@ -3,6 +3,7 @@
 
 #include "base/arena.h"
 #include "base/status.h"
+#include "base/int_math.h"
 #include "search/record_cache.h"
 
 #include <math.h>
@@ -209,7 +210,7 @@ static int make_walks(cotra_engine *engine, uint32_t n_walks, uint32_t k, uint32
         engine->n_walks++;
         run->records = calloc(width, sizeof *run->records);
         if (engine->copy_bytes)
-            run->copies = aligned_alloc(64, ((size_t)width * engine->copy_bytes + 63) / 64 * 64);
+            run->copies = aligned_alloc(64, cotra_round_up((uint64_t)width * engine->copy_bytes, 64));
         if (!run->records || (engine->copy_bytes && !run->copies))
             status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
     }

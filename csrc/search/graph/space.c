@@ -1,6 +1,7 @@
 #include "search/graph/space.h"
 
 #include "base/status.h"
+#include "base/int_math.h"
 #include "format/vector_types.h"
 
 #include <stdlib.h>
@@ -49,7 +50,7 @@ static void find_centroid(const cotra_view *view, float *scratch, float *centroi
 int cotra_space_create(cotra_space *space, cotra_view *const *views, uint32_t first, uint32_t n, cotra_error *err)
 {
     const cotra_image_info *info = &views[first]->info;
-    *space = (cotra_space){.n = n, .padded_dim = (info->dim + 31u) / 32 * 32, .count = info->graph_count};
+    *space = (cotra_space){.n = n, .padded_dim = cotra_padded_dim(info->dim), .count = info->graph_count};
     space->views = malloc(n * sizeof *space->views);
     space->shards = malloc(n * sizeof *space->shards);
     space->bases = malloc(n * sizeof *space->bases);

@@ -2,6 +2,7 @@
 
 #include "base/ranked.h"
 #include "base/status.h"
+#include "base/int_math.h"
 #include "kernels/own_distance.h"
 #include "format/vector_types.h"
 
@@ -303,17 +304,12 @@ static int lets_through(const uint8_t *filter, uint64_t row)
     return !filter || (filter[row / 8] >> row % 8 & 1);
 }
 
-static uint32_t min_u32(uint32_t a, uint32_t b)
-{
-    return a < b ? a : b;
-}
-
 /* The records of a round that the bound leaves; one where it leaves none: whether there is one says if the bound ends
  * it. */
 static uint32_t within_bound(const cotra_walk *walk, uint32_t wanted)
 {
     const uint32_t left = walk->plan.most - walk->stats.expansions;
-    return min_u32(wanted, left ? left : 1);
+    return cotra_min_u32(wanted, left ? left : 1);
 }
 
 /* The next rows of a sweep: that the filters let through, and that were not read before. */
@@ -371,7 +367,7 @@ static int lacks_hits(const cotra_walk *walk)
 static int choose_next(cotra_walk *walk, cotra_error *err)
 {
     /* What is nearest after a round or two is worth more than what was nearest at the start. */
-    walk->beam = min_u32(walk->beam + 2, walk->plan.beam);
+    walk->beam = cotra_min_u32(walk->beam + 2, walk->plan.beam);
     choose_nearest(walk);
     while (walk->frontier_count == 0 && walk->space->n > 1) {
         const uint64_t before = walk->next_start;

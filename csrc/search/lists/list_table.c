@@ -1,6 +1,7 @@
 #include "search/lists/list_table.h"
 
 #include "base/status.h"
+#include "base/int_math.h"
 #include "format/vector_types.h"
 #include "channel/channel.h"
 
@@ -18,7 +19,7 @@ static int table_new(const cotra_view *view, uint64_t bytes, cotra_ivf_table **o
     cotra_ivf_table *table = calloc(1, sizeof *table);
     if (!table)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "inverted lists: no memory");
-    table->data = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    table->data = aligned_alloc(64, cotra_round_up(bytes, 64));
     if (!table->data) {
         free(table);
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "inverted lists: no memory for %llu bytes of table",
