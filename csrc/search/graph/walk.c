@@ -163,57 +163,84 @@ static uint32_t descend_to_level_1(cotra_walk *walk, const cotra_view *view, flo
     return current;
 }
 
-/* Greedy on the levels above 1, then a best-first search on level 1 for the plan's beam of nearest nodes: the first
- * frontiers then have something to choose from. All nodes that were looked at there are candidates; the nearest have
- * their exact distances. */
+/* The only node of a shard without upper layers that a walk can start from; its distance is not known yet. */
+static int start_at_entry(cotra_walk *walk, const cotra_view *view, cotra_error *err)
+{
+    int status = cotra_candidates_make_room(&walk->candidates, err);
+    if (!status)
+        cotra_candidates_take(&walk->candidates, (uint32_t)view->info.graph_base + view->info.entry_node, FARTHEST,
+                              COTRA_EXACT);
+    return status;
+}
+
+/* Takes the neighbours of an upper node on level 1 in, and among the nearest those that are; returns the first place
+ * there that changed, or their number. */
+static int take_row(cotra_walk *walk, const cotra_view *view, uint32_t upper, uint32_t width, uint32_t *n,
+                    uint32_t *first, cotra_error *err)
+{
+    const uint32_t *row = upper_row(view, upper, 1);
+    *first = *n;
+    for (uint32_t j = 1; j <= row[0]; j++) {
+        if ((j - 1) % COTRA_BLOCK == 0) {
+            int status = cotra_candidates_make_room(&walk->candidates, err);
+            if (status)
+                return status;
+        }
+        const uint64_t word = cotra_major(take_upper(walk, view, row[j]), row[j]);
+        if (word >= cotra_major(INFINITY, 0))
+            continue;
+        const uint32_t place = cotra_insert_word(walk->nearest, n, width, word);
+        if (place < width)
+            prefetch_row(view, row[j], 1);
+        *first = place < *first ? place : *first;
+    }
+    return COTRA_OK;
+}
+
+/* A best-first search on level 1 from one node; leaves the `*n` nearest, `width` at most, in walk->nearest. All nodes
+ * that were looked at are candidates. */
+static int search_level_1(cotra_walk *walk, const cotra_view *view, uint32_t from, float distance, uint32_t width,
+                          uint32_t *n, cotra_error *err)
+{
+    uint64_t *nearest = walk->nearest; /* distance << 32 | DONE | upper node, sorted */
+    nearest[0] = cotra_major(distance, from);
+    *n = 1;
+    for (uint32_t i = 0; i < *n;) {
+        if (nearest[i] & DONE) {
+            i++;
+            continue;
+        }
+        nearest[i] |= DONE;
+        uint32_t first;
+        int status = take_row(walk, view, (uint32_t)nearest[i] & ~DONE, width, n, &first, err);
+        if (status)
+            return status;
+        i = first < i ? first : i;
+    }
+    return COTRA_OK;
+}
+
+/* Greedy on the levels above 1, then a search on level 1 for the plan's beam of nearest nodes: the first frontiers then
+ * have something to choose from. The nearest have their exact distances. */
 static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
 {
-    if (view->info.upper_count == 0) {
-        int failed = cotra_candidates_make_room(&walk->candidates, err);
-        if (!failed)
-            cotra_candidates_take(&walk->candidates, (uint32_t)view->info.graph_base + view->info.entry_node, FARTHEST,
-                                  COTRA_EXACT);
-        return failed;
-    }
+    if (view->info.upper_count == 0)
+        return start_at_entry(walk, view, err);
     float distance;
     const uint32_t current = descend_to_level_1(walk, view, &distance);
     int status = cotra_candidates_make_room(&walk->candidates, err);
     if (status)
         return status;
     distance = clamp(distance); /* a start is a start */
-    const uint32_t width = walk->plan.beam < MAX_STARTS ? walk->plan.beam : MAX_STARTS;
-    uint64_t *nearest = walk->nearest; /* distance << 32 | DONE | upper node, sorted */
-    uint32_t n = 1;
     cotra_candidates_take(&walk->candidates, node_of(view, current), distance, COTRA_LEAST_WEIGHT);
-    nearest[0] = cotra_major(distance, current);
-    for (uint32_t i = 0; i < n;) {
-        if (nearest[i] & DONE) {
-            i++;
-            continue;
-        }
-        nearest[i] |= DONE;
-        const uint32_t *row = upper_row(view, (uint32_t)nearest[i] & ~DONE, 1);
-        for (uint32_t j = 1; j <= row[0]; j++) {
-            if ((j - 1) % COTRA_BLOCK == 0) {
-                status = cotra_candidates_make_room(&walk->candidates, err);
-                if (status)
-                    return status;
-            }
-            const uint64_t word = cotra_major(take_upper(walk, view, row[j]), row[j]);
-            if (word >= cotra_major(INFINITY, 0))
-                continue;
-            const uint32_t place = cotra_insert_word(nearest, &n, width, word);
-            if (place < width)
-                prefetch_row(view, row[j], 1);
-            i = place < i ? place : i;
-        }
-    }
-    for (uint32_t i = 0; i < n; i++) {
-        const uint32_t upper = (uint32_t)nearest[i] & ~DONE;
+    uint32_t n;
+    status = search_level_1(walk, view, current, distance, cotra_min_u32(walk->plan.beam, MAX_STARTS), &n, err);
+    for (uint32_t i = 0; i < n && !status; i++) {
+        const uint32_t upper = (uint32_t)walk->nearest[i] & ~DONE;
         cotra_candidates_take(&walk->candidates, node_of(view, upper), clamp(exact_distance(walk, view, upper)),
                               COTRA_EXACT);
     }
-    return COTRA_OK;
+    return status;
 }
 
 static int is_open(const cotra_walk *walk, uint32_t place)
