@@ -31,7 +31,8 @@ from cotra_rdma._build.steps import BuildSpec, ShardBuilder, result_of
 from cotra_rdma.protocol.tables import BuildExchangeRequest
 from cotra_rdma._reader.connection import Connection
 from cotra_rdma.protocol.rpc import ClientKeys, RpcServer, ServerKeys, parse_address
-from cotra_rdma._owner.server import LEASE_S, serve
+from cotra_rdma._owner.leases import LEASE_S
+from cotra_rdma._owner.server import serve
 from cotra_rdma._native.verbs import Device, QueuePairOptions
 
 DEFAULT_TIMEOUT_S = 120.0

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-import itertools
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,6 +20,7 @@ from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.memfd_handover import HandOver, boot_id
 from cotra_rdma._native.verbs import Device, MemoryRegistration, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma._owner.expander import Expander
+from cotra_rdma._owner.leases import Leases
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import (
     CotraError,
@@ -68,19 +67,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRANSPORTS = ("verbs", "shm", "rpc")
-LEASE_S = 60.0
-"""A peer's queue pairs are taken back when nothing was heard of it for so many seconds."""
-MAX_QUEUE_PAIRS = 1024
 
 Exchange = Callable[[BuildExchangeRequest], object]
 """What takes the table that a peer sends at build time: from any of the server's threads, several at once maybe. What it
 returns is not looked at; what it raises is told to the peer, which may send the table again. A list's `append` will do."""
-
-
-@dataclass(slots=True)
-class _LeasedQueuePair:
-    peer: str
-    queue_pair: QueuePair
 
 
 def serve(
@@ -183,14 +173,9 @@ class Server:
         self._registration: MemoryRegistration | None = None
         self._handover: HandOver | None = None
         self._expander: Expander | None = None
-        self._queue_pairs: dict[int, _LeasedQueuePair] = {}
-        self._queue_pair_numbers = itertools.count(1)
-        self._heard: dict[str, float] = {}
+        self._leases = Leases()
         self._lock = threading.Lock()
         self._let_go = threading.Condition()
-        self._closed = False
-        self._stop = threading.Event()
-        self._reaper = threading.Thread(target=self._reap_regularly, name="cotra-leases", daemon=True)
         self.unavailable: dict[str, str] = {name: "not offered" for name in TRANSPORTS if name not in transports}
         try:
             if "verbs" in transports:
@@ -204,7 +189,7 @@ class Server:
                 raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
             self._rpc = rpc or RpcServer(address, self._handle, keys=keys, n_workers=n_workers)
             self._rpc.handler = self._handle
-            self._reaper.start()
+            self._leases.start()
         except BaseException:
             self._close_parts()
             raise
@@ -268,8 +253,7 @@ class Server:
     @property
     def n_queue_pairs(self) -> int:
         """Queue pairs that peers hold."""
-        with self._lock:
-            return len(self._queue_pairs)
+        return len(self._leases)
 
     @property
     def request_counts(self) -> Mapping[VShardMessageType, int]:
@@ -421,7 +405,7 @@ class Server:
     def _region(self, request: VShardEnvelope) -> RegionResponse:
         try:
             wanted = decode_region_request(request.payload)
-            self._renew(wanted.peer)
+            self._leases.renew(wanted.peer)
             if wanted.want == WANT_QUEUE_PAIR:
                 return self._open_queue_pair(wanted)
             if wanted.want == WANT_SHARED_MEMORY:
@@ -429,7 +413,7 @@ class Server:
             if wanted.want == WANT_VIEW:
                 return self._offer_view(wanted.offset)
             if wanted.want == WANT_RELEASE:
-                self._release(lambda number, held: held.peer == wanted.peer and wanted.number in (0, number))
+                self._leases.release(wanted.peer, wanted.number)
             elif wanted.want not in (WANT_CAPABILITIES, WANT_LEASE):
                 raise InvalidInputError(f"want {wanted.want} is unknown")
             return self._describe()
@@ -471,51 +455,23 @@ class Server:
         if wanted.queue_pair is None:
             raise InvalidInputError("a queue pair's attributes are missing")
         remote = QueuePairAttributes(**fields_of(wanted.queue_pair))
-        with self._lock:
-            if self._closed or len(self._queue_pairs) >= MAX_QUEUE_PAIRS:
-                raise InvalidInputError(f"no more than {MAX_QUEUE_PAIRS} queue pairs at once")
-            queue_pair = QueuePair(self._device, self._options_towards(remote.gid))
-            try:
-                queue_pair.connect(remote)
-            except BaseException:
-                queue_pair.close()
-                raise
-            number = next(self._queue_pair_numbers)
-            self._queue_pairs[number] = _LeasedQueuePair(wanted.peer, queue_pair)
-            self._heard[wanted.peer] = time.monotonic()
+        number, queue_pair = self._leases.lease(wanted.peer, lambda: self._connect(remote))
         return self._describe(queue_pair=as_fields(QueuePairFields, queue_pair.local), number=number)
 
-    def _renew(self, peer: str) -> None:
-        """Notes that a peer that holds queue pairs lives."""
-        with self._lock:
-            if peer in self._heard:
-                self._heard[peer] = time.monotonic()
-
-    def _reap(self) -> None:
-        """Takes back what silent peers hold."""
-        with self._lock:
-            silent = {name for name, heard in self._heard.items() if time.monotonic() - heard > LEASE_S}
-        if silent:
-            log.info("queue pairs of %d silent peers are taken back", len(silent))
-            self._release(lambda _number, held: held.peer in silent)
-
-    def _reap_regularly(self) -> None:
-        while not self._stop.wait(LEASE_S / 4):
-            self._reap()
-
-    def _release(self, chosen: Callable[[int, _LeasedQueuePair], bool]) -> None:
-        with self._lock:
-            for number in [number for number, held in self._queue_pairs.items() if chosen(number, held)]:
-                self._queue_pairs.pop(number).queue_pair.close()
-            holding = {held.peer for held in self._queue_pairs.values()}
-            self._heard = {peer: heard for peer, heard in self._heard.items() if peer in holding}
+    def _connect(self, remote: QueuePairAttributes) -> QueuePair:
+        assert self._device is not None
+        queue_pair = QueuePair(self._device, self._options_towards(remote.gid))
+        try:
+            queue_pair.connect(remote)
+        except BaseException:
+            queue_pair.close()
+            raise
+        return queue_pair
 
     # ---- the end ----
 
     def _close_parts(self) -> None:
-        with self._lock:
-            self._closed = True
-        self._release(lambda _number, _held: True)
+        self._leases.close()
         for part in (self._registration, self._device, self._handover, self._expander):
             if part is not None:
                 part.close()
@@ -524,8 +480,6 @@ class Server:
     def close(self) -> None:
         """Stops listening, takes back the queue pairs and deregisters the region: peers' READs fail from then on. Idempotent."""
         self._rpc.close()
-        self._stop.set()
-        self._reaper.join()
         self._close_parts()
 
     def __enter__(self) -> Self:

@@ -1,0 +1,103 @@
+"""The queue pairs that readers hold at an owner, and how long they keep them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cotra_rdma._native.verbs import QueuePair
+from cotra_rdma.errors import InvalidInputError
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 60.0
+"""A reader that is silent for so long loses its queue pairs."""
+MAX_QUEUE_PAIRS = 1024
+"""At once, of all readers together."""
+
+
+class _Held(NamedTuple):
+    reader: str
+    queue_pair: QueuePair
+
+
+class Leases:
+    """Queue pairs by number, each held by a reader.
+
+    A thread takes back what silent readers hold.
+    Any thread may call the methods.
+    """
+
+    def __init__(self, lease_s: float = LEASE_S, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds."""
+        self._lease_s, self._clock = lease_s, clock
+        self._held: dict[int, _Held] = {}
+        self._numbers = itertools.count(1)
+        self._heard: dict[str, float] = {}  # of readers that hold any
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._take_back_regularly, name="cotra-leases", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """Queue pairs that are held."""
+        with self._lock:
+            return len(self._held)
+
+    def lease(self, reader: str, connect: Callable[[], QueuePair]) -> tuple[int, QueuePair]:
+        """Has a queue pair made and connected for a reader; its number, and the queue pair, which stays this object's.
+
+        Raises `InvalidInputError` where there are too many, or after `close`.
+        """
+        with self._lock:
+            if self._stop.is_set() or len(self._held) >= MAX_QUEUE_PAIRS:
+                raise InvalidInputError(f"no more than {MAX_QUEUE_PAIRS} queue pairs at once")
+            queue_pair = connect()
+            number = next(self._numbers)
+            self._held[number] = _Held(reader, queue_pair)
+            self._heard[reader] = self._clock()
+        return number, queue_pair
+
+    def renew(self, reader: str) -> None:
+        """Notes that a reader lives."""
+        with self._lock:
+            if reader in self._heard:
+                self._heard[reader] = self._clock()
+
+    def release(self, reader: str, number: int) -> None:
+        """Closes one of a reader's queue pairs; number 0: all of them."""
+        self._close_those(lambda at, held: held.reader == reader and number in (0, at))
+
+    def close(self) -> None:
+        """Closes all queue pairs, and ends the thread. Idempotent."""
+        with self._lock:
+            self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._close_those(lambda _at, _held: True)
+
+    def take_back(self) -> None:
+        """Closes what silent readers hold. The thread does it four times a lease."""
+        with self._lock:
+            silent = {reader for reader, heard in self._heard.items() if self._clock() - heard > self._lease_s}
+        if silent:
+            log.info("queue pairs of %d silent readers are taken back", len(silent))
+            self._close_those(lambda _at, held: held.reader in silent)
+
+    def _take_back_regularly(self) -> None:
+        while not self._stop.wait(self._lease_s / 4):
+            self.take_back()
+
+    def _close_those(self, chosen: Callable[[int, _Held], bool]) -> None:
+        with self._lock:
+            for number in [at for at, held in self._held.items() if chosen(at, held)]:
+                self._held.pop(number).queue_pair.close()
+            holding = {held.reader for held in self._held.values()}
+            self._heard = {reader: heard for reader, heard in self._heard.items() if reader in holding}
