@@ -1,4 +1,4 @@
-"""`MemoryRegion`: what an owner publishes and a peer READs."""
+"""`MemoryRegion`: a registered memory region, as an owner publishes it and a reader READs it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _U32, _U64 = 2**32, 2**64
 
 @dataclass(frozen=True, slots=True)
 class MemoryRegion:
-    """A registered memory region as a peer names it in an RDMA READ: (remote address, rkey, length).
+    """A registered memory region, as a reader names it in an RDMA READ.
 
     Attributes:
-        addr: the virtual address of its first byte in the owner's process (u64).
-        rkey: the remote key that the NIC checks (u32).
-        len: its length in bytes (u64).
+        addr: the virtual address of the first byte in the owner's process (u64).
+        rkey: the remote key, which the owner's NIC checks (u32).
+        len: the length in bytes (u64).
     """
 
     addr: int
@@ -32,11 +32,15 @@ class MemoryRegion:
 
     @property
     def remote_addr(self) -> int:
-        """`addr` under the name that NodeDB's seam gives it."""
+        """`addr`, under the name that NodeDB's seam gives it."""
         return self.addr
 
     def slice(self, offset: int, length: int) -> MemoryRegion:
-        """The part [offset, offset + length) with the same rkey. Raises `BoundsError` when it is not inside."""
+        """Returns the part [offset, offset + length), with the same rkey.
+
+        Raises:
+            BoundsError: the part is not inside the region.
+        """
         if offset < 0 or length < 0 or offset + length > self.len:
             raise BoundsError(f"[{offset}, {offset + length}) is outside a region of {self.len} bytes")
         return MemoryRegion(self.addr + offset, self.rkey, length)

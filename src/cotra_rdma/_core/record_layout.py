@@ -1,6 +1,8 @@
-"""Where the parts of a record lie, for Python: csrc/format/image.h says the same in C, and a test compares the two.
+"""The layout of a record, for Python.
 
-A record is a head, the node's own vector, and for each neighbour a number, two factors and a code (docs/reference/format.md).
+`csrc/format/image.h` holds the same layout for C, and a test compares the two.
+A record is a head, the node's own vector, and for each neighbour a number, two factors and a code.
+The format is described in docs/reference/format.md.
 """
 
 from __future__ import annotations
@@ -25,18 +27,18 @@ HEAD = np.dtype(
 DELETED = 1
 """The flag of a node that is never returned."""
 NO_NODE = 0xFFFFFFFF
-"""In places for neighbours that are not used."""
+"""The number in places for neighbours that are not used."""
 LINK_BYTES = 8
-"""Of a neighbour's number and factors; its code comes on top."""
+"""The bytes of a neighbour's number and factors. Its code comes on top."""
 ELEMENTS: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
-"""A component, by the vector type's name."""
+"""The type of a component, by the name of the vector type."""
 
-_BLOCK = 32  # neighbours whose codes are scanned together, and bytes that the own vector is padded to
+_BLOCK = 32  # neighbours whose codes are scanned together, and the bytes to whose multiple the own vector is padded
 _Records = npt.NDArray[np.uint8]
 
 
 class Header(Protocol):
-    """What of an image's header the layout hangs on: an `ImageInfo`."""
+    """The fields of an image's header that decide the layout. `ImageInfo` has them."""
 
     @property
     def dim(self) -> int: ...
@@ -53,33 +55,62 @@ class Header(Protocol):
 
 
 def round_up(value: int, unit: int) -> int:
-    """The least multiple of `unit` that is not below `value`."""
+    """Returns the least multiple of `unit` that is not below `value`."""
     return -(-value // unit) * unit
 
 
 def vector_bytes(header: Header) -> int:
-    """Of an own vector, without padding."""
+    """Returns the bytes of a node's own vector, without padding."""
     return header.dim * ELEMENTS[header.vector_type].itemsize
 
 
 def records_of(image: Any, header: Header) -> _Records:
-    """All records of an image, a buffer: uint8[count, record_bytes], a view of it."""
+    """Returns all records of an image as uint8[count, record_bytes].
+
+    Args:
+        image: the image, as a buffer. The result is a view of it, not a copy.
+        header: the image's header.
+    """
     records = np.frombuffer(image, np.uint8, header.count * header.record_bytes, header.records_offset)
     return records.reshape(header.count, header.record_bytes)
 
 
 def heads_of(records: _Records) -> npt.NDArray[np.void]:
-    """The heads of records uint8[n, record_bytes]: `HEAD`[n], a copy."""
+    """Copies the heads of records.
+
+    Args:
+        records: uint8[n, record_bytes].
+
+    Returns:
+        `HEAD`[n].
+    """
     return np.ascontiguousarray(records[:, : HEAD.itemsize]).view(HEAD)[:, 0]
 
 
 def vectors_of(records: _Records, header: Header, rows: slice | npt.NDArray[np.intp] = slice(None)) -> npt.NDArray[Any]:
-    """The own vectors of some of the records, as they are held: [n, dim], a copy."""
+    """Copies the own vectors of some records, in the type in which they are stored.
+
+    Args:
+        records: uint8[n, record_bytes].
+        header: the image's header.
+        rows: which records; all by default.
+
+    Returns:
+        [n, dim] of the image's vector type.
+    """
     raw = records[rows, HEAD.itemsize : HEAD.itemsize + vector_bytes(header)]
     return np.ascontiguousarray(raw).view(ELEMENTS[header.vector_type])
 
 
 def links_of(records: _Records, header: Header) -> npt.NDArray[np.uint32]:
-    """The numbers of neighbours, those of places that are not used too: uint32[n, places], a copy."""
+    """Copies the numbers of the neighbours.
+
+    Args:
+        records: uint8[n, record_bytes].
+        header: the image's header.
+
+    Returns:
+        uint32[n, places], with the places that are not used.
+    """
     begin = HEAD.itemsize + round_up(vector_bytes(header), _BLOCK)
     return np.ascontiguousarray(records[:, begin : begin + 4 * round_up(header.degree, _BLOCK)]).view("<u4")

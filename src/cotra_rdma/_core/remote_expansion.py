@@ -1,4 +1,4 @@
-"""Pushed expansions: what a walk asks a shard's owner to expand for it, and what it is told of that."""
+"""Values of remote expansion: what a walk asks a shard's owner to expand, and what the owner replies."""
 
 from __future__ import annotations
 
@@ -9,24 +9,38 @@ import numpy as np
 import numpy.typing as npt
 
 PUSH_DTYPE = np.dtype([("query", "<u4"), ("row", "<u4"), ("limit", "<f4"), ("reserved", "<u4")])
-"""A node that its shard's owner is asked to expand: the row of the query that goes with it, the node's row in its shard, and the
-limit that estimates must be below to be of use. `cotra_push` of the C shim, and on the wire."""
+"""One push: a node that its shard's owner is asked to expand.
+
+`query` is the row of the query that goes with it.
+`row` is the node's row in its shard.
+An estimate is of use only if it is below `limit`.
+The C shim calls this type `cotra_push`, and the messages carry it too.
+"""
 EXPANSION_DTYPE = np.dtype(
     [("distance", "<f4"), ("scale", "<f4"), ("label", "<i8"), ("flags", "<u4"), ("count", "<u4")]
 )
-"""What the owner tells of it: the exact distance, for inner products the scale of what estimates near it are wrong by, label
-and flags, and of how many neighbours it tells. `cotra_expansion` of the C shim, and on the wire."""
+"""The owner's reply to one push, without the neighbours.
+
+`distance` is the exact distance.
+`scale` matters for inner products: it is the scale of the errors of estimates near the node.
+`label` and `flags` are the node's.
+`count` is the number of neighbours in the reply.
+The C shim calls this type `cotra_expansion`, and the messages carry it too.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expansions:
-    """What an owner makes of pushed nodes.
+    """The replies of an owner to some pushes.
+
+    The neighbours of the first node come first, then those of the next.
+    There are t of them, and t is the sum of the counts.
 
     Attributes:
-        found: `EXPANSION_DTYPE`[n], one for each push, in their order.
-        numbers: uint32[t], of the neighbours in the graph: those of the first node, then of the next; t: the sum of the counts.
-        estimates: float32[t] of their distances.
-        weights: float32[t]: what each estimate counts for in a mean, the inverse of its standard deviation.
+        found: `EXPANSION_DTYPE`[n], one for each push, in the order of the pushes.
+        numbers: the neighbours' numbers in the graph, uint32[t].
+        estimates: estimates of the neighbours' distances, float32[t].
+        weights: what each estimate counts for in a mean, float32[t]. A weight is the inverse of the standard deviation.
     """
 
     found: npt.NDArray[np.void]
@@ -36,18 +50,18 @@ class Expansions:
 
     @property
     def nbytes(self) -> int:
-        """Of all four."""
+        """The bytes of all four arrays."""
         return self.found.nbytes + self.numbers.nbytes + self.estimates.nbytes + self.weights.nbytes
 
     @classmethod
     def none(cls) -> Expansions:
-        """Of no nodes."""
+        """Makes the replies to no pushes."""
         floats = np.empty(0, np.float32)
         return cls(np.empty(0, EXPANSION_DTYPE), np.empty(0, np.uint32), floats, floats)
 
     @classmethod
     def joined(cls, parts: Sequence[Expansions]) -> Expansions:
-        """Of the nodes of all parts, one after the other."""
+        """Joins the replies of all parts, one part after the other."""
         if len(parts) == 1:
             return parts[0]
         columns = zip(

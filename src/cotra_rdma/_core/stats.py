@@ -1,4 +1,4 @@
-"""What a query took: the record that engines fill, and how it travels."""
+"""Statistics of a query: the record that engines fill, and its form in messages."""
 
 from __future__ import annotations
 
@@ -21,18 +21,36 @@ STATS_DTYPE = np.dtype(
         ("incomplete", "<u4"),
     ]
 )
-"""What a query took. expansions = reads + cached_records + own + pushed: records that were READ, that a cache had, in this
-process's own memory, and nodes that their shards' owners expanded. (A READ repeated after a failure is counted twice.)"""
+"""The statistics of one query.
+
+`reads` counts records that were READ.
+`cached_records` counts records that a cache held.
+`own` counts records in this process's own memory.
+`pushed` counts nodes that their shards' owners expanded.
+`expansions` is the sum of these four.
+A READ that was repeated after a failure is counted twice.
+"""
 COUNTS = ("reads", "expansions", "cache_hits", "cached_records", "own", "pushed", "incomplete", "read_bytes")
-"""Those of `STATS_DTYPE` that are summed over shards; of rounds and latency_ns a query has its slowest shard's."""
+"""The fields of `STATS_DTYPE` that are summed over shards.
+
+For `rounds` and `latency_ns`, a query has the values of its slowest shard.
+"""
 OWNER_STATS_DTYPE = np.dtype([(name, STATS_DTYPE[name]) for name in (STATS_DTYPE.names or ())[:6]])
-"""What an owner that searches its shard tells of each query, without what a cache did: it has none."""
+"""What an owner that searches its own shard says of each query. It has no cache, so cache fields are missing."""
 MORE_STATS_DTYPE = np.dtype([(name, STATS_DTYPE[name]) for name in (STATS_DTYPE.names or ())[6:]])
-"""What it tells beside of a search of the whole collection."""
+"""The further fields that an owner sends when it searched the whole collection."""
 
 
 def pack_stats(stats: npt.NDArray[np.void], dtype: np.dtype[np.void] = OWNER_STATS_DTYPE) -> memoryview:
-    """An owner's stats (`STATS_DTYPE`[n]) as they travel: `OWNER_STATS_DTYPE`[n], or the rest of them, as raw bytes."""
+    """Packs an owner's stats for a message.
+
+    Args:
+        stats: `STATS_DTYPE`[n].
+        dtype: the fields to pack, `OWNER_STATS_DTYPE` or `MORE_STATS_DTYPE`.
+
+    Returns:
+        The raw bytes of dtype[n].
+    """
     told = np.empty(len(stats), dtype)
     for name in dtype.names or ():
         told[name] = stats[name]
@@ -42,7 +60,19 @@ def pack_stats(stats: npt.NDArray[np.void], dtype: np.dtype[np.void] = OWNER_STA
 def unpack_stats(
     data: bytes | memoryview, n_queries: int, more: bytes | memoryview | None = None
 ) -> npt.NDArray[np.void]:
-    """The other way round: `STATS_DTYPE`[n_queries]. Raises `FormatError` where they are of another number of queries."""
+    """Unpacks an owner's stats from a message.
+
+    Args:
+        data: the raw bytes of `OWNER_STATS_DTYPE`[n_queries].
+        n_queries: the number of queries that were asked.
+        more: the raw bytes of `MORE_STATS_DTYPE`[n_queries], or None if there are none.
+
+    Returns:
+        `STATS_DTYPE`[n_queries]. Fields that were not sent are 0.
+
+    Raises:
+        FormatError: the stats are of another number of queries.
+    """
     stats = np.zeros(n_queries, STATS_DTYPE)
     for raw, dtype in ((data, OWNER_STATS_DTYPE), (more, MORE_STATS_DTYPE)):
         if raw is None:

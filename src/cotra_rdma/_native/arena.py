@@ -1,4 +1,4 @@
-"""Arenas: memory that can be pinned, registered with a NIC, handed to a same-host peer and written to a file byte for byte."""
+"""Arenas: memory that a NIC can pin, another process on the host can map, and a file can hold byte for byte."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from cotra_rdma.errors import InvalidInputError
 
 @dataclass(frozen=True, slots=True)
 class ArenaInfo:
-    """What an arena is made of.
+    """The properties of an arena.
 
     Attributes:
-        addr: its first byte's virtual address in this process.
-        len: its length in bytes.
-        page_bytes: the page size that backs it (4 KiB, or 2 MiB where huge pages were had).
-        fd: its memfd, or None when the memory is wrapped or a mapped file.
-        locked, sealed, writable, borrowed: as their names say; `borrowed` memory belongs to the caller.
+        addr: the virtual address of the first byte in this process.
+        len: the length in bytes.
+        page_bytes: the size of the pages behind it: 4 KiB, or 2 MiB if huge pages were available.
+        fd: the memfd, or None if the memory is wrapped or is a mapped file.
+        locked: whether the memory is pinned by mlock.
+        sealed: whether the memfd is sealed.
+        writable: whether this mapping is writable.
+        borrowed: whether the memory belongs to the caller.
     """
 
     addr: int
@@ -33,24 +36,40 @@ class ArenaInfo:
 
 
 class Arena(Handle):
-    """One page-aligned piece of memory. Make one with `create`, `wrap`, `map_fd` or `map_file`."""
+    """One page-aligned piece of memory.
+
+    Make one with `create`, `wrap`, `map_fd` or `map_file`.
+    """
 
     @classmethod
     def create(cls, length: int, *, huge: bool = False, lock: bool = False) -> Self:
-        """A new zeroed memfd arena of `length` bytes.
+        """Makes a memfd arena of zeros.
 
         Args:
             length: bytes, at least 1.
-            huge: try huge pages first; `info.page_bytes` tells what was had.
-            lock: mlock it. Raises `MemlockError` with the remedy when the limit is too small.
+            huge: try huge pages first. `info.page_bytes` says which pages were used.
+            lock: pin the memory with mlock.
+
+        Raises:
+            MemlockError: the limit for locked memory is too small. The message names the remedy.
         """
         flags = (lib.COTRA_ARENA_HUGE if huge else 0) | (lib.COTRA_ARENA_LOCK if lock else 0)
         return cls._made(lambda out, err: lib.cotra_arena_create(length, flags, out, err))
 
     @classmethod
     def wrap(cls, buffer: Any, *, lock: bool = False) -> Self:
-        """An arena over memory that the caller owns: any C-contiguous buffer, a numpy array say. It stays pinned in Python
-        (cannot be resized) until the arena is closed, and is never copied."""
+        """Makes an arena over memory that the caller owns.
+
+        The memory is never copied.
+        Python keeps the buffer pinned until the arena is closed, so the buffer cannot be resized.
+
+        Args:
+            buffer: any C-contiguous buffer, for example a numpy array.
+            lock: pin the memory with mlock.
+
+        Raises:
+            InvalidInputError: the buffer is not C-contiguous.
+        """
         view = memoryview(buffer)
         if not view.c_contiguous:
             raise InvalidInputError("an arena wraps C-contiguous memory; use numpy.ascontiguousarray first")
@@ -60,7 +79,13 @@ class Arena(Handle):
 
     @classmethod
     def map_fd(cls, fd: int, length: int, *, sealed: bool = True) -> Self:
-        """Maps a peer's memfd read-only. `sealed`: refuse one whose owner could still shrink it under the reader."""
+        """Maps another process's memfd read-only.
+
+        Args:
+            fd: the memfd.
+            length: bytes to map.
+            sealed: refuse a memfd whose owner could still shrink it while it is read.
+        """
         flags = lib.COTRA_ARENA_SEALED if sealed else 0
         return cls._made(lambda out, err: lib.cotra_arena_map_fd(fd, length, flags, out, err))
 
@@ -80,7 +105,7 @@ class Arena(Handle):
 
     @property
     def info(self) -> ArenaInfo:
-        """What the arena is made of."""
+        """The properties of the arena."""
         raw = ffi.new("cotra_arena_info *")
         lib.cotra_arena_get_info(self.ptr, raw)
         return ArenaInfo(
@@ -98,23 +123,36 @@ class Arena(Handle):
         return self.info.len
 
     def seal(self) -> None:
-        """Seals the memfd: from now on nobody can resize it or map it writable; the owner's own mapping stays."""
+        """Seals the memfd.
+
+        From now on nobody can resize the memfd or map it writable.
+        The mapping of this arena stays as it is.
+        """
         err = new_error()
         check(lib.cotra_arena_seal(self.ptr, err), err)
 
     def lock(self) -> None:
-        """Pins the memory (mlock). Raises `MemlockError` with the remedy when the limit is too small."""
+        """Pins the memory with mlock.
+
+        Raises:
+            MemlockError: the limit for locked memory is too small. The message names the remedy.
+        """
         err = new_error()
         check(lib.cotra_arena_lock(self.ptr, err), err)
 
     def view(self) -> memoryview:
-        """The arena's bytes (writable when the arena is). Valid until `close`: do not keep it longer."""
+        """Returns the bytes of the arena, writable if the arena is.
+
+        The view is valid until `close`. Do not keep it longer.
+        """
         info = self.info
         view = memoryview(ffi.buffer(ffi.cast("char *", info.addr), info.len))
         return view if info.writable else view.toreadonly()
 
 
 def trim_memory() -> None:
-    """Gives memory that was freed back to the system, where the C library kept it (malloc_trim(3)): between something large and
-    the next."""
+    """Returns freed memory to the system if the C library kept it (malloc_trim(3)).
+
+    Call it between one large allocation and the next.
+    """
     lib.cotra_memory_trim()

@@ -1,4 +1,7 @@
-"""Channels: one-sided READs of one region, from one thread. One contract, four implementations: shm, file, verbs, model."""
+"""Channels: one-sided READs of one region by one thread.
+
+All four implementations keep one contract: shm, file, verbs and model.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,17 @@ DEFAULT_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ChannelInfo:
-    """A channel's limits and counts: READs at once (`slots`), the longest single READ in bytes, and what it did so far."""
+    """A channel's limits and counts.
+
+    Attributes:
+        transport: "shm", "file", "verbs" or "model".
+        region_bytes: the length of the region.
+        slots: the most READs in progress at once.
+        slot_bytes: the length of the longest single READ.
+        reads: READs so far.
+        read_bytes: bytes that were READ so far.
+        doorbells: doorbells so far.
+    """
 
     transport: str
     region_bytes: int
@@ -33,12 +46,12 @@ class ChannelInfo:
 
 @dataclass(frozen=True, slots=True)
 class FabricModel:
-    """A fabric that we do not own: what `Channel.model` adds to every READ of the channel it wraps.
+    """A modelled fabric. `Channel.model` adds its delays to every READ of the channel that it wraps.
 
     Attributes:
-        round_trip_s: seconds from post to completion, at least.
-        bytes_per_s: of the link; 0 for no limit.
-        reads_per_s: the NIC's message rate; 0 for no limit.
+        round_trip_s: the least time from post to completion, in seconds.
+        bytes_per_s: the rate of the link; 0 for no limit.
+        reads_per_s: the message rate of the NIC; 0 for no limit.
     """
 
     round_trip_s: float = 0.0
@@ -46,7 +59,7 @@ class FabricModel:
     reads_per_s: float = 0.0
 
     def params(self) -> dict[str, int]:
-        """The fields of `cotra_model_params`."""
+        """Returns the fields of `cotra_model_params`."""
         return {
             "round_trip_ns": round(self.round_trip_s * 1e9),
             "bytes_per_second": round(self.bytes_per_s),
@@ -55,28 +68,38 @@ class FabricModel:
 
 
 class Channel(Handle):
-    """One-sided READs of one region, from one thread at a time. Make one with `shm`, `file`, `verbs` or `model`."""
+    """One-sided READs of one region, by one thread at a time.
+
+    Make one with `shm`, `file`, `verbs` or `model`.
+    """
 
     @classmethod
     def shm(cls, arena: Arena, *, slots: int = 0, slot_bytes: int = 0) -> Self:
-        """Reads a region that is mapped in this process: an own arena, or a same-host peer's (`Arena.map_fd`)."""
+        """Opens a channel to a region that is mapped in this process.
+
+        The region is an arena of this process, or one of an owner on the same host (`Arena.map_fd`).
+        """
         return cls._opened(lambda out, err: lib.cotra_channel_open_shm(arena.ptr, slots, slot_bytes, out, err), arena)
 
     @classmethod
     def file(cls, fd: int, length: int, *, slots: int = 0, slot_bytes: int = 0) -> Self:
-        """Reads the first `length` bytes of a file, or of a memfd, with pread(2): nothing is mapped, so what is read never counts
-        as this process's memory, as touched pages of `shm` do. `fd` stays the caller's."""
+        """Opens a channel to the first `length` bytes of a file or a memfd, which it reads with pread(2).
+
+        Nothing is mapped.
+        So the bytes never count as this process's memory, as the touched pages of `shm` do.
+        The caller keeps `fd` and closes it.
+        """
         return cls._opened(lambda out, err: lib.cotra_channel_open_file(fd, length, slots, slot_bytes, out, err))
 
     @classmethod
     def verbs(cls, qp: QueuePair, region: MemoryRegion, *, slots: int = 0, slot_bytes: int = 0) -> Self:
-        """Reads a remote region over a connected queue pair."""
+        """Opens a channel to a remote region over a connected queue pair."""
         raw = ffi.new("cotra_remote_region *", (region.addr, region.len, region.rkey, 0))
         return cls._opened(lambda out, err: lib.cotra_channel_open_verbs(qp.ptr, raw, slots, slot_bytes, out, err), qp)
 
     @classmethod
     def model(cls, inner: Channel, fabric: FabricModel) -> Self:
-        """Wraps another channel and adds a fabric's round-trip time and rates to it."""
+        """Wraps another channel, and adds the round-trip time and the rates of a fabric to it."""
         raw = ffi.new("cotra_model_params *", fabric.params())
         return cls._opened(lambda out, err: lib.cotra_channel_open_model(inner.ptr, raw, out, err), inner)
 
@@ -105,7 +128,7 @@ class Channel(Handle):
         )
 
     def read(self, offset: int, length: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> bytes:
-        """The region's bytes [offset, offset + length), by as many READs as it takes."""
+        """READs the region's bytes [offset, offset + length), by as many READs as that takes."""
         destination, err = ffi.new("char[]", max(length, 1)), new_error()
         check(lib.cotra_channel_read(self.ptr, offset, length, destination, round(timeout_s * 1e9), err), err)
         return bytes(ffi.buffer(destination, length))
@@ -113,7 +136,16 @@ class Channel(Handle):
     def gather(
         self, offsets: npt.NDArray[np.uint64], length: int, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> npt.NDArray[np.uint8]:
-        """The `length` bytes at each of `offsets` (uint64[n]), one READ each: uint8[n, length]."""
+        """READs `length` bytes at each offset, with one READ each.
+
+        Args:
+            offsets: uint64[n].
+            length: bytes of each READ.
+            timeout_s: the longest wait for one READ, in seconds.
+
+        Returns:
+            uint8[n, length].
+        """
         offsets = np.ascontiguousarray(offsets, np.uint64)
         found, err = np.empty((len(offsets), length), np.uint8), new_error()
         status = lib.cotra_channel_gather(
@@ -131,9 +163,16 @@ class Channel(Handle):
     def read_loop(
         self, offsets: npt.NDArray[np.uint64], length: int, *, depth: int = 1, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> tuple[float, npt.NDArray[np.uint64]]:
-        """Times READs of `length` bytes at each of `offsets` (uint64[n]), `depth` in progress.
+        """Times READs of `length` bytes at each offset.
 
-        Returns: (elapsed seconds, latency of each READ in ns: uint64[n]).
+        Args:
+            offsets: uint64[n].
+            length: bytes of each READ.
+            depth: READs in progress at once.
+            timeout_s: the longest wait for one READ, in seconds.
+
+        Returns:
+            The elapsed seconds, and the latency of each READ in nanoseconds: uint64[n].
         """
         offsets = np.ascontiguousarray(offsets, np.uint64)
         latencies = np.empty(len(offsets), np.uint64)

@@ -1,4 +1,4 @@
-"""One thread's searcher over graphs: `Engine`, and what helps it where memory cannot be read."""
+"""`Engine`: one thread's searcher of graphs, with the helper that it asks where it cannot READ records."""
 
 from __future__ import annotations
 
@@ -33,30 +33,47 @@ from cotra_rdma._native.view import View
 from cotra_rdma.errors import CotraError, FormatError, InvalidInputError
 
 Source = Channel | Arena | None
-"""How the records of a shard are come by: see `Engine.create`."""
+"""How an engine gets the records of a shard; see `Engine.create`."""
 
 MOST_SLOTS: int = lib.COTRA_MOST_SLOTS
-"""Of a channel: an engine has no use for more."""
+"""The most slots of a channel that an engine can use."""
 
 
 class Helper(Protocol):
-    """What a search turns to half-way: for nodes that only their owner can expand, and where a shard fails."""
+    """What a suspended search asks for help.
+
+    An engine asks it to expand nodes that only their owner can expand, and for another way to a shard that failed.
+    """
 
     def expand(self, pushes: Mapping[int, npt.NDArray[np.void]]) -> Mapping[int, Expansions | CotraError]:
-        """For shards (positions in the engine) the answers of their owners to `PUSH_DTYPE`[n], or why there are none."""
+        """Has the owners expand nodes.
+
+        Args:
+            pushes: for a shard, by its position in the engine, the pushes `PUSH_DTYPE`[n].
+
+        Returns:
+            For each shard, its owner's replies, or the error that says why there are none.
+        """
 
     def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
-        """Another way to a shard that failed, which this object keeps open until the search is over; None: go on without it.
-        May raise, which ends the search."""
+        """Returns another way to a shard that failed, or None to go on without the shard.
+
+        This object keeps what it returns open until the search is over.
+        It may raise an error, which ends the search.
+        """
 
 
 def simd_level() -> str:
-    """The SIMD level that searches use on this CPU: portable, avx2..."""
+    """Returns the SIMD level that searches use on this CPU, for example "portable" or "avx2"."""
     return str(ffi.string(lib.cotra_simd_name(lib.cotra_simd_best())).decode())
 
 
 class Engine(Handle):
-    """One thread's searcher over n shards: `views[i]` is walked through `sources[i]`. Not shared between threads."""
+    """One thread's searcher of n shards.
+
+    `views[i]` is walked through `sources[i]`.
+    Threads must not share an engine.
+    """
 
     @classmethod
     def create(
@@ -67,11 +84,18 @@ class Engine(Handle):
         *,
         simd: int | None = None,
     ) -> Self:
-        """All views must agree on dim and metric.
+        """Makes an engine.
 
-        sources: for each shard the channel that it is READ through; or the arena that holds its image in this process, where its
-        records are used in place; or None: its owner expands its nodes (`Helper`). caches: for each shard one of its records,
-        or None. simd: a COTRA_SIMD_* level; None: the CPU's best.
+        Args:
+            views: one for each shard. All must agree on dimension and metric.
+            sources: for each shard a channel, an arena or None. An engine READs records through a channel.
+                An arena holds the shard's image in this process, and the records are used in place.
+                For None, the owner expands the nodes, and `search` needs a `Helper`.
+            caches: for each shard a cache of its records, or None.
+            simd: a COTRA_SIMD_* level; None for the best that the CPU has.
+
+        Raises:
+            InvalidInputError: the numbers of views, sources and caches differ, or there are no views.
         """
         if len(views) != len(sources) or not views:
             raise InvalidInputError("an engine needs one source for each view, and at least one")
@@ -92,11 +116,11 @@ class Engine(Handle):
         engine._replaced = []
         return engine
 
-    _replaced: list[object]  # views and sources that came in the middle of a search
+    _replaced: list[object]  # views and sources that replaced others during a search
     _n_shards: int
     _dim: int
     _params: Any  # of the last search
-    _asked: tuple[float | None, ...] | None  # what is in them
+    _asked: tuple[float | None, ...] | None  # the values that `_params` holds
     _err: Any
 
     def _destroy(self, ptr: Any) -> None:
@@ -119,33 +143,38 @@ class Engine(Handle):
         deadline: float = math.inf,
         stop: Stop | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
-        """Searches every shard for every query; the GIL is released. Shards of one graph (`cross_links`) are searched together,
-        by one walk a query.
+        """Searches every shard for every query. The GIL is released.
+
+        Shards of one graph (`cross_links`) are searched together, by one walk for each query.
+        The engine cannot be used again after a failure, or after a search that was ended early.
 
         Args:
-            queries: float32[n_queries, dim], C-contiguous.
-            k, ef, beam: answers, how far to look (k <= ef) and expansions a round at most.
-            inflight: queries in progress at once; 0: chosen from the channels.
+            queries: float32[n_queries, dim].
+            k: the number of answers.
+            ef: the length of the list of nearest nodes, at least k.
+            beam: the most expansions in a round.
+            inflight: queries in progress at once; 0 to choose it from the channels.
             timeout_s: the longest wait for one READ, in seconds.
-            filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
-            mask: bool[n_queries, n_shards]: which shards each query is for.
-            numbers: have node numbers (of the graph, over all its shards) in place of labels.
-            max_expansions: records that a walk expands at most; `incomplete` in the stats says how many walks that ended. None:
-                as many as it takes.
-            helper: asked half-way, without which a shard that fails is an error.
-            deadline: of the whole search, on `time.monotonic`'s clock: `DeadlineError`, which names no shard.
-            stop: ends it, and hears of its progress. In Python's main thread Ctrl-C ends it as well.
-
-        After a failure, and a search that was ended before its time, the engine is of no use for another one.
+            filters: for each shard None, or a bitmap as `pack_filter` makes it.
+            mask: bool[n_queries, n_shards], the shards that each query asks.
+            numbers: return node numbers in place of labels. They are numbers of the graph, over all its shards.
+            max_expansions: the most records that a walk expands; None for no limit.
+                `incomplete` in the stats counts the walks that this limit ended.
+            helper: asked while the search is suspended. Without a helper, a shard that fails is an error.
+            deadline: the end of the whole search, on `time.monotonic`'s clock. Its `DeadlineError` names no shard.
+            stop: ends the search early, and receives its progress. Ctrl-C ends a search in Python's main thread too.
 
         Returns:
-            labels int64[n_shards, n_queries, k] (-1 where there are fewer), distances float32 likewise (inf there), each
-            row by distance, then label; and one `STATS_DTYPE` record for each query, summed over the shards.
+            Labels, distances and stats.
+            Labels are int64[n_shards, n_queries, k], with -1 where there are fewer answers.
+            Distances are float32 of the same shape, with inf there.
+            Each row is sorted by distance, then label.
+            Stats are `STATS_DTYPE`[n_queries], summed over the shards.
         """
         n = len(queries)
         queries = check_rows(queries, self._dim)
         params, err, asked = self._params, self._err, (k, ef, beam, inflight, timeout_s, numbers, max_expansions)
-        if asked != self._asked:  # most searches ask for what the one before did
+        if asked != self._asked:  # most searches have the parameters of the search before
             check_search(k, ef, beam, inflight, timeout_s)
             params.k, params.ef, params.beam, params.inflight = k, ef, beam, inflight
             params.timeout_ns = round(timeout_s * 1e9)
@@ -187,11 +216,11 @@ class Engine(Handle):
 
     @property
     def slots(self) -> int:
-        """Those that a channel needs which comes in the middle of the last search: at most `MOST_SLOTS`."""
+        """The slots that a channel needs if it joins the last search. It is at most `MOST_SLOTS`."""
         return int(lib.cotra_engine_get_slots(self.ptr))
 
     def _push(self, helper: Helper) -> None:
-        """Has owners expand what waits for them."""
+        """Has the owners expand the nodes that wait for them."""
         out, n = ffi.new("cotra_push **"), ffi.new("uint64_t *")
         pushes = {}
         for shard in range(self._n_shards):
@@ -234,7 +263,7 @@ class Engine(Handle):
         check(status, err)
 
     def _replace(self, helper: Helper, error: CotraError, shard: int | None = None) -> None:
-        """Goes on over another way to a shard, or without it."""
+        """Goes on over another way to a shard, or without the shard."""
         shard = error.shard if shard is None else shard
         assert shard is not None
         while True:
@@ -246,7 +275,7 @@ class Engine(Handle):
             try:
                 check(lib.cotra_engine_replace(self.ptr, shard, raw, err), err)
                 return
-            except InvalidInputError:  # the helper's fault, and no owner's
+            except InvalidInputError:  # the helper is wrong, and no owner is
                 raise
             except CotraError as failed:
                 if other is None:

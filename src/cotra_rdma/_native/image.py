@@ -1,4 +1,4 @@
-"""A graph image's header."""
+"""`ImageInfo`: the header of a graph image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,36 @@ from cotra_rdma._native.library import check, ffi, lib, new_error
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """A graph image's header. `code_dim`: bits of a neighbour's code; `degree`: links of a node on level 0; `ivf_bytes`: of the
-    section of inverted lists, 0 where there is none; `graph_id`: of the graph over all shards that the shard is a part of, 0
-    for its own, `graph_count` its nodes, and `graph_base` the number of the shard's first node in it."""
+    """The header of a graph image.
+
+    Attributes:
+        image_bytes: the length of the image.
+        count: the number of nodes.
+        deleted_count: how many of them are deleted.
+        upper_count: how many of them are on upper layers too.
+        generation: grows when the shard is built again.
+        seed: the seed of the build.
+        nav_offset: where the navigation section begins, in bytes.
+        nav_bytes: the length of the navigation section.
+        records_offset: where the records begin, in bytes.
+        image_checksum: the checksum of the image.
+        ivf_offset: where the section of inverted lists begins, in bytes.
+        ivf_bytes: the length of the section of inverted lists; 0 if there is none.
+        record_bytes: the length of a record.
+        dim: the dimension of the vectors.
+        code_dim: the bits of a neighbour's code.
+        metric: one of `METRICS`.
+        vector_type: one of `VECTOR_TYPES`.
+        M: the most links of a node on an upper layer.
+        degree: the most links of a node on level 0.
+        ef_construction: the `ef` of the searches of the build.
+        max_level: the highest level of the graph.
+        entry_node: the node where a descent begins.
+        format_version: the version of the image format.
+        graph_id: the id of the one graph that the shard is a part of; 0 if the shard has a graph of its own.
+        graph_count: the number of nodes of that graph.
+        graph_base: the number of the shard's first node in that graph.
+    """
 
     image_bytes: int
     count: int
@@ -45,14 +72,23 @@ class ImageInfo:
 
     @classmethod
     def of_arena(cls, arena: Arena, *, full: bool = False) -> Self:
-        """Of the image in an arena, which is validated: `full`: every record too. Raises `FormatError`, `ChecksumError`."""
+        """Validates the image in an arena, and returns its header.
+
+        Args:
+            arena: holds the image.
+            full: validate every record too.
+
+        Raises:
+            FormatError: the image is malformed.
+            ChecksumError: a checksum is wrong.
+        """
         raw, err, info = ffi.new("cotra_image_info *"), new_error(), arena.info
         check(lib.cotra_image_validate(ffi.cast("void *", info.addr), info.len, full, raw, err), err)
         return cls.from_c(raw)
 
     @classmethod
     def from_c(cls, raw: Any) -> Self:
-        """From a `cotra_image_info *`."""
+        """Converts a `cotra_image_info *`."""
         return cls(
             image_bytes=raw.image_bytes,
             count=raw.count,

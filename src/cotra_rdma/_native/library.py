@@ -1,4 +1,7 @@
-"""The only importer of the compiled module: its `ffi` and `lib`, and the one function that turns a status into an exception."""
+"""The only importer of the compiled module.
+
+It offers `ffi` and `lib`, and the one function that turns a status into an exception.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ __all__ = ["Handle", "check", "ffi", "lib", "new_error"]
 
 
 def new_error() -> Any:
-    """A fresh `cotra_error *` to pass as a call's last argument."""
+    """Makes a new `cotra_error *`, the last argument of a call."""
     err = ffi.new(_ERROR)
     err.shard = -1
     return err
@@ -41,7 +44,7 @@ _SIMPLE: dict[int, type[errors.CotraError]] = {
 
 
 def check(status: int, err: Any) -> int:
-    """Returns `status` when it is not an error, else raises the exception that `err` describes."""
+    """Raises the exception that `err` describes if `status` is an error, and returns `status` otherwise."""
     if status >= 0:
         return status
     message = ffi.string(err.message).decode("utf-8", "replace") or ffi.string(lib.cotra_status_name(status)).decode()
@@ -56,17 +59,19 @@ def check(status: int, err: Any) -> int:
 
 
 class Handle:
-    """Owns one C object, and the Python objects (parent handles, pinned buffers) that must outlive it.
+    """Owns one C object, and the Python objects that must outlive it: parent handles and pinned buffers.
 
-    `close()` is idempotent; use after close raises `ClosedError`. A C object is destroyed when its handle is closed *and* the
-    handles made on it are: so the order in which a program, or the garbage collector, closes things can never leave a queue
-    pair without its device. A subclass gives `_destroy`.
+    `close()` is idempotent.
+    A use after close raises `ClosedError`.
+    A C object is destroyed when its handle and all handles that were made on it are closed.
+    So a queue pair never loses its device, in whatever order a program or the garbage collector closes things.
+    A subclass defines `_destroy`.
     """
 
     _ptr: Any = None
-    _doomed: Any = None  # closed, but handles made on it are still open
+    _doomed: Any = None  # the C object of a closed handle, while handles made on it are open
     _users: int = 0
-    _counting = threading.RLock()  # re-entrant: a finalizer may run at any allocation
+    _counting = threading.RLock()  # re-entrant, since a finalizer may run at any allocation
 
     def __init__(self, ptr: Any, *keep_alive: object) -> None:
         self._ptr = ptr
@@ -92,7 +97,10 @@ class Handle:
         return self._ptr is None
 
     def close(self) -> None:
-        """Destroys the C object and lets go of what it kept alive; with handles made on it still open, when the last closes."""
+        """Destroys the C object, and releases what it kept alive.
+
+        If handles made on it are still open, this happens when the last of them closes.
+        """
         with self._counting:
             if self._ptr is None:
                 return

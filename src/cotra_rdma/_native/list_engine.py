@@ -1,8 +1,10 @@
-"""Searches of inverted lists: a shard's `IvfTable`, and one thread's `SpireEngine` over several.
+"""Searches of inverted lists: `IvfTable` describes the lists of a shard, and `SpireEngine` searches those of several.
 
-A query takes two one-sided rounds whatever the size (SPIRE): the residual codes of the nearest lists over all shards, then
-the exact vectors of the best candidates. Codes are RaBitQ's (Gao and Long, SIGMOD 2024), with several bits a dimension as
-in Gao, Gou, Xu, Yang, Long and Wong, SIGMOD 2025.
+A query takes two rounds of READs, whatever the size of the collection (SPIRE).
+The first round reads the residual codes of the nearest lists over all shards.
+The second reads the exact vectors of the best candidates.
+The codes are RaBitQ codes (Gao and Long, SIGMOD 2024).
+They have several bits a dimension, as in Gao, Gou, Xu, Yang, Long and Wong, SIGMOD 2025.
 """
 
 from __future__ import annotations
@@ -45,16 +47,18 @@ MAX_BITS, MAX_LISTS, MAX_PROBE = 8, 2**20, 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class IvfInfo:
-    """A section of inverted lists.
+    """The description of a section of inverted lists.
 
     Attributes:
-        entries: rows in all lists: those that are not deleted.
-        table_bytes: what a reader takes once and keeps: header, centroids, sizes.
-        list_bytes: all lists.
-        n_lists, bits, code_dim: lists, bits a dimension, and dimensions of a code.
-        block_bytes: of 32 entries; a channel's slots must hold a block.
-        centroid_type: "float16", or "float32" where that is too coarse.
-        longest: entries of the longest list.
+        entries: the rows in all lists. Deleted rows are in no list.
+        table_bytes: the bytes that a reader copies once and keeps: header, centroids and sizes.
+        list_bytes: the bytes of all lists.
+        n_lists: the number of lists.
+        bits: the bits a dimension of a code.
+        code_dim: the dimensions of a code.
+        block_bytes: the bytes of 32 entries. A channel's slots must hold a block.
+        centroid_type: "float16", or "float32" if float16 is too coarse.
+        longest: the entries of the longest list.
     """
 
     entries: int
@@ -69,7 +73,7 @@ class IvfInfo:
 
     @classmethod
     def from_c(cls, raw: Any) -> Self:
-        """From a `cotra_ivf_info *`."""
+        """Converts a `cotra_ivf_info *`."""
         return cls(
             entries=raw.entries,
             table_bytes=raw.table_bytes,
@@ -84,25 +88,40 @@ class IvfInfo:
 
     @classmethod
     def of_arena(cls, arena: Arena) -> Self | None:
-        """What the image in an arena has; None where it has no lists. Raises `FormatError` for a malformed image."""
+        """Describes the inverted lists of the image in an arena.
+
+        Returns:
+            The description, or None if the image has no lists.
+
+        Raises:
+            FormatError: the image is malformed.
+        """
         raw, err, memory = ffi.new("cotra_ivf_info *"), new_error(), arena.info
         check(lib.cotra_ivf_get_info(ffi.cast("void *", memory.addr), memory.len, raw, err), err)
         return cls.from_c(raw) if raw.n_lists else None
 
 
 class IvfTable(Handle):
-    """What a reader keeps of one shard's inverted lists: centroids, sizes, where each list is. Read once and validated.
+    """The list table of one shard: centroids, sizes, radii, errors, and where each list is.
 
-    Read-only afterwards: engines of several threads may share it.
+    A reader reads it once and validates it.
+    It is read-only afterwards, so engines of several threads may share it.
     """
 
     @classmethod
     def open(cls, channel: Channel, view: View, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
         """Reads and validates the table of the shard that `view` was opened on.
 
+        Args:
+            channel: READs the shard's region.
+            view: the shard's view.
+            timeout_s: the longest wait for one READ, in seconds.
+
         Raises:
             InvalidInputError: the shard has no inverted lists.
-            FormatError, ChecksumError, TransportError: the bytes, or the way to them, are broken.
+            FormatError: the table is malformed.
+            ChecksumError: the checksum of the table is wrong.
+            TransportError: a READ failed.
         """
         timeout_ns = round(timeout_s * 1e9)
         return cls._made(lambda out, err: lib.cotra_ivf_table_open(channel.ptr, view.ptr, timeout_ns, out, err))
@@ -125,28 +144,31 @@ class IvfTable(Handle):
 
     @property
     def centroids(self) -> npt.NDArray[np.float32]:
-        """float32[n_lists, dim], as stored: codes are relative to these."""
+        """The centroids as stored, float32[n_lists, dim]. Codes are relative to these."""
         dim: int = lib.cotra_ivf_table_get_dim(self.ptr)
         return self._column(0, np.float32, "float[]", dim)
 
     @property
     def sizes(self) -> npt.NDArray[np.uint32]:
-        """uint32[n_lists]: entries."""
+        """The number of entries of each list, uint32[n_lists]."""
         return self._column(1, np.uint32, "uint32_t[]")
 
     @property
     def radii(self) -> npt.NDArray[np.float32]:
-        """float32[n_lists]: root mean square l2 distance (not squared) of a list's rows to its centroid."""
+        """The root mean square l2 distance (not squared) of each list's rows to its centroid, float32[n_lists]."""
         return self._column(2, np.float32, "float[]")
 
     @property
     def errors(self) -> npt.NDArray[np.float32]:
-        """float32[n_lists]: standard deviation of an estimate of <x - c, u>, for rows x of the list and unit vectors u."""
+        """The standard deviation of an estimate of <x - c, u> in each list, float32[n_lists].
+
+        x is a row of the list, c is its centroid and u is a unit vector.
+        """
         return self._column(3, np.float32, "float[]")
 
     @property
     def offsets(self) -> npt.NDArray[np.uint64]:
-        """uint64[n_lists]: where each list is in the region, in bytes."""
+        """Where each list begins in the region, in bytes: uint64[n_lists]."""
         return self._column(4, np.uint64, "uint64_t[]")
 
     def _column(self, place: int, dtype: type[Any], kind: str, *width: int) -> npt.NDArray[Any]:
@@ -158,9 +180,10 @@ class IvfTable(Handle):
 
 
 class SpireEngine(Handle):
-    """One thread's searcher of n shards' inverted lists: `tables[i]` and `views[i]` are read through `channels[i]`.
+    """One thread's searcher of the inverted lists of n shards.
 
-    Not shared between threads.
+    `tables[i]` and `views[i]` are read through `channels[i]`.
+    Threads must not share an engine.
     """
 
     @classmethod
@@ -172,7 +195,13 @@ class SpireEngine(Handle):
         *,
         simd: int | None = None,
     ) -> Self:
-        """All views must agree on dim and metric. `simd`: a COTRA_SIMD_* level; None: the CPU's best.
+        """Makes an engine.
+
+        Args:
+            views: one for each shard. All must agree on dimension and metric.
+            tables: one for each shard.
+            channels: one for each shard.
+            simd: a COTRA_SIMD_* level; None for the best that the CPU has.
 
         Raises:
             InvalidInputError: the parts do not fit each other, or a channel's slots cannot hold a block of codes.
@@ -210,28 +239,37 @@ class SpireEngine(Handle):
         deadline: float = math.inf,
         stop: Stop | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.void]]:
-        """Searches all shards for every query in two rounds of READs; the GIL is released.
+        """Searches all shards for every query, in two rounds of READs. The GIL is released.
+
+        After an error, the engine and its channels must not be used again.
 
         Args:
-            queries: float32[n_queries, dim], C-contiguous.
-            k: answers.
-            n_probe: lists that a query reads, the nearest over all shards; more than there are: all.
-            n_rerank: vectors that it then reads, at least k; 0: as many as the estimates' error asks for.
-            inflight: queries in progress at once; 0: chosen from the channels.
+            queries: float32[n_queries, dim].
+            k: the number of answers.
+            n_probe: how many lists a query reads. They are the nearest over all shards. A larger number than there are
+                lists means all of them.
+            n_rerank: how many vectors a query then reads, at least k. 0 takes as many as the estimates' error asks for.
+            inflight: queries in progress at once; 0 to choose it from the channels.
             timeout_s: the longest wait for one READ, in seconds.
-            filters: for each shard None, or a bitmap: bit i (of byte i // 8, lowest first) = row i may be returned.
-            mask: bool[n_queries, n_shards]: which shards each query is for.
-            deadline, stop: as for `Engine.search`.
+            filters: for each shard None, or a bitmap as `pack_filter` makes it.
+            mask: bool[n_queries, n_shards], the shards that each query asks.
+            deadline: as for `Engine.search`.
+            stop: as for `Engine.search`.
 
         Returns:
-            labels int64[n_queries, k] (-1 where there are fewer), exact distances float32[n_queries, k] (inf there), the
-            position of the shard of each, int32[n_queries, k] (-1 there), sorted by distance, then shard, then label, a
-            label once; and one `SPIRE_STATS_DTYPE` record for each query.
+            Labels, exact distances, positions of shards, and stats.
+            Labels are int64[n_queries, k], with -1 where there are fewer answers.
+            Distances are float32[n_queries, k], with inf there.
+            The position of each answer's shard is int32[n_queries, k], with -1 there.
+            Each row is sorted by distance, then shard, then label, and holds a label once.
+            Stats are `SPIRE_STATS_DTYPE`[n_queries].
 
         Raises:
-            InvalidInputError: a wrong shape, k or n_rerank out of range, a filter that is too short.
-            ChecksumError, StaleShardError: torn, corrupt or rebuilt bytes; TransportError, DeadlineError: a READ failed.
-                The error's `shard` says whose; the engine and its channels are not to be used again.
+            InvalidInputError: a shape is wrong, k or n_rerank is out of range, or a filter is too short.
+            ChecksumError: the bytes that were READ are torn or corrupt. `shard` says whose they are.
+            StaleShardError: the shard was built again. `shard` says which.
+            TransportError: a READ failed. `shard` says whose.
+            DeadlineError: a READ, or the whole search, took too long.
         """
         n = len(queries)
         queries = check_rows(queries, self._dim)

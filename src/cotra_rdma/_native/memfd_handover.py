@@ -1,4 +1,7 @@
-"""The hand-over of a region to a reader on the same host: a sealed memfd through a Unix socket, to the same user only."""
+"""Hands a region over to a reader on the same host.
+
+The owner sends a sealed memfd through a Unix socket, and only to a reader of the same user.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,18 @@ _TIMEOUT_S = 5.0
 
 
 def boot_id() -> str:
-    """A name for this boot of this host: equal on both sides means that a Unix socket may work."""
+    """Returns the name of this boot of this host.
+
+    If it is equal on both sides, a Unix socket may work.
+    """
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 class HandOver:
-    """The owner's side: a listening socket in the abstract namespace (unix(7)), and a thread that answers it."""
+    """The owner's side of the hand-over.
+
+    It listens on a socket in the abstract namespace (unix(7)), and a thread answers the readers.
+    """
 
     def __init__(self, arena: Arena) -> None:
         self.name = f"cotra-{secrets.token_hex(16)}"
@@ -42,16 +51,16 @@ class HandOver:
         while True:
             try:
                 peer, _ = self._listener.accept()
-            except OSError:  # closed
+            except OSError:  # the socket is closed
                 return
-            with peer, contextlib.suppress(OSError):  # a peer that went away
+            with peer, contextlib.suppress(OSError):  # the reader is gone
                 peer.settimeout(_TIMEOUT_S)
                 credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
                 if _CREDENTIALS.unpack(credentials)[1] == os.geteuid():
                     socket.send_fds(peer, [_LENGTH.pack(self.length)], [self._fd])
 
     def close(self) -> None:
-        """Stops handing over; regions that were mapped stay mapped."""
+        """Stops handing over. Regions that are mapped stay mapped."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -60,9 +69,17 @@ class HandOver:
 
 
 def receive(name: str, length: int) -> Arena:
-    """The reader's side: connects, takes the memfd and maps it read-only.
+    """Takes a memfd from an owner, and maps it read-only.
 
-    Raises `TransportError` where the socket cannot be reached or refuses this user, `FormatError` for a bad memfd.
+    This is the reader's side.
+
+    Args:
+        name: the name of the owner's socket.
+        length: the length of the region in bytes.
+
+    Raises:
+        TransportError: the socket cannot be reached, or the owner refuses this user.
+        FormatError: the memfd cannot be used.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Sorted answers of several shards, merged."""
+"""Merges the sorted answers of several shards."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from cotra_rdma._native.search_call import FLOATS, LABELS, PLACES, buffer_of
 def merge(
     labels: npt.NDArray[np.int64], distances: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Merges sorted answers of several shards by distance, then shard, then label; a label is kept once.
+    """Merges sorted answers of several shards by distance, then shard, then label. A label is kept once.
 
     Args:
-        labels: int64[n_shards, n_queries, k], -1 where a row has fewer. distances: float32, likewise.
+        labels: int64[n_shards, n_queries, k], with -1 where a row has fewer answers.
+        distances: float32[n_shards, n_queries, k].
 
     Returns:
-        labels int64[n_queries, k], distances float32[n_queries, k], and the position of the shard of each: int32 (-1: none).
+        Labels int64[n_queries, k], distances float32[n_queries, k], and the position of each answer's shard
+        int32[n_queries, k], with -1 where there is no answer.
     """
     labels = np.ascontiguousarray(labels, np.int64)
     distances = np.ascontiguousarray(distances, np.float32)

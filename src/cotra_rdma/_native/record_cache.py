@@ -1,4 +1,4 @@
-"""The records that walks read most often, kept by the reader."""
+"""`RecordCache`: a reader's copies of the records that walks use most often."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from cotra_rdma.errors import InvalidInputError
 
 @dataclass(frozen=True, slots=True)
 class CacheInfo:
-    """A cache's memory in bytes, all in all; how many records it may hold, and how many it holds now."""
+    """The size of a record cache.
+
+    Attributes:
+        nbytes: all memory of the cache, in bytes.
+        places: how many records it may hold.
+        records: how many records it holds now.
+    """
 
     nbytes: int
     places: int
@@ -23,16 +29,23 @@ class CacheInfo:
 
 
 class RecordCache(Handle):
-    """The records of one shard that walks read most often, as many as fit a budget: each is taken from here in place of a READ.
+    """Holds the records of one shard that walks use most often, as many as fit a budget.
 
-    Engines of several threads may share it; none of them waits for another. A record takes the place of another only when
-    it was asked for more often of late: TinyLFU (Einziger, Friedman, Manes, ACM Transactions on Storage 13(4), 2017).
+    A walk takes a record from the cache in place of a READ.
+    Engines of several threads may share a cache, and none of them waits for another.
+    A record takes the place of another only if walks recently asked for it more often.
+    The rule is TinyLFU (Einziger, Friedman, Manes, ACM Transactions on Storage 13(4), 2017).
     """
 
     @classmethod
     def create(cls, view: View, budget_bytes: int) -> Self:
-        """For the shard of `view`; never takes more than the budget, nor than all records need. Raises `InvalidInputError`
-        where the budget holds no record."""
+        """Makes a cache for the shard of `view`.
+
+        It never takes more memory than the budget, nor more than all records need.
+
+        Raises:
+            InvalidInputError: the budget does not hold a single record.
+        """
         if not 0 <= budget_bytes < 2**63:
             raise InvalidInputError(f"a cache cannot have {budget_bytes} bytes")
         out, err = ffi.new("cotra_cache **"), new_error()
@@ -50,7 +63,12 @@ class RecordCache(Handle):
         return CacheInfo(raw.bytes, raw.places, raw.records)
 
     def put(self, row: int, record: bytes | memoryview | npt.NDArray[np.uint8]) -> None:
-        """Keeps a record (all its bytes) that was read another way, as if it were read often; a broken one is not kept."""
+        """Keeps a record that was read in another way, as if it were read often.
+
+        Args:
+            row: the record's row.
+            record: all bytes of the record. A broken record is not kept.
+        """
         lib.cotra_cache_put(self.ptr, row, ffi.from_buffer(record))
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""What every call of a search in C takes: buffers, a deadline, pauses, filters and masks."""
+"""Arguments that every search in C takes: buffers, a deadline, pauses, filters and masks."""
 
 from __future__ import annotations
 
@@ -21,21 +21,31 @@ PUSHES, EXPANSIONS = ffi.typeof("cotra_push[]"), ffi.typeof("cotra_expansion[]")
 NUMBERS = ffi.typeof("uint32_t[]")
 WATCH = ffi.typeof("cotra_watch[]")
 PAUSE_NS = round(LOOK_S * 1e9)
-"""A search pauses first after so long; then as `pause_ns` says."""
+"""The time until a search pauses first, in nanoseconds. `pause_ns` gives the time until each further pause."""
 
 
 def end_by(params: Any, deadline: float, stop: Stop | None) -> Any:
-    """Says in the parameters of a search what ends it before its time; what it returns must live as long as the search."""
+    """Sets the fields of a search's parameters that can end it early.
+
+    Args:
+        params: the C struct of the search's parameters.
+        deadline: the end of the search on `time.monotonic`'s clock; infinity for none.
+        stop: ends the search, or None.
+
+    Returns:
+        What must live as long as the search.
+    """
     params.deadline_ns = 0 if deadline == math.inf else max(1, round(deadline * 1e9))
     params.watch = watch = ffi.NULL if stop is None else buffer_of(WATCH, stop.memory)
     return watch
 
 
 def pause_ns(stop: Stop | None) -> int:
-    """In a search's pause: how long until the next one.
+    """Returns the time until the next pause, for a search that is in a pause. 0 means no more pauses.
 
-    Python handles signals, Ctrl-C for one, in its main thread only, and only between two calls of C. A search in another thread
-    is ended by who waits for it; it pauses no more, for each pause takes the GIL, unless somebody wants to hear of its progress.
+    Python handles signals such as Ctrl-C only in its main thread, and only between two calls of C.
+    A search in another thread is ended by the thread that waits for it.
+    Such a search pauses only to report its progress, since each pause takes the GIL.
     """
     if stop is not None and stop.is_heard:
         stop.tell()
@@ -47,9 +57,19 @@ def pause_ns(stop: Stop | None) -> int:
 def search_scope(
     filters: Sequence[bytes | None] | None, mask: npt.NDArray[np.bool_] | None, n_queries: int, n_shards: int
 ) -> tuple[Any, list[Any]]:
-    """A `cotra_search_scope *` of filters and mask (as `Engine.search` takes them), and what it points into.
+    """Makes a `cotra_search_scope *` of filters and a mask.
 
-    Raises `InvalidInputError` where they are for another number of shards or queries.
+    Args:
+        filters: as `Engine.search` takes them.
+        mask: as `Engine.search` takes it.
+        n_queries: the number of queries.
+        n_shards: the number of shards.
+
+    Returns:
+        The scope, and the objects that it points into.
+
+    Raises:
+        InvalidInputError: the filters or the mask are for another number of shards or queries.
     """
     if filters is None and mask is None:
         return ffi.NULL, []

@@ -1,4 +1,7 @@
-"""The verbs objects from Python: devices, memory registrations and queue pairs; and `register` for a caller's own pyverbs PD."""
+"""The verbs objects for Python: devices, memory registrations and queue pairs.
+
+`register` registers memory with a pyverbs PD that the caller owns.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ _GID_TYPES = ("InfiniBand", "RoCEv1", "RoCEv2")
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """A verbs device's attributes (ibv_query_device(3)).
+    """The attributes of a verbs device (ibv_query_device(3)).
 
-    `max_rd_atomic`: READs that a queue pair may be the target of at once; `max_init_rd_atomic`: that it may have started.
+    `max_rd_atomic` is the most READs that a queue pair may be the target of at once.
+    `max_init_rd_atomic` is the most READs that a queue pair may have in progress itself.
     """
 
     name: str
@@ -37,14 +41,18 @@ class DeviceInfo:
 
     @classmethod
     def from_c(cls, raw: Any) -> Self:
-        """From a `cotra_device_info`."""
+        """Converts a `cotra_device_info`."""
         texts = {"name": ffi.string(raw.name).decode(), "firmware": ffi.string(raw.firmware).decode()}
         return cls(**texts, **{name: getattr(raw, name) for name in cls.__slots__ if name not in texts})
 
 
 @dataclass(frozen=True, slots=True)
 class PortInfo:
-    """A port's attributes (ibv_query_port(3)). `state` 4 is active; `link_layer` is "InfiniBand" or "Ethernet"."""
+    """The attributes of a port (ibv_query_port(3)).
+
+    A `state` of 4 means active.
+    `link_layer` is "InfiniBand" or "Ethernet".
+    """
 
     port: int
     state: int
@@ -56,7 +64,11 @@ class PortInfo:
 
 @dataclass(frozen=True, slots=True)
 class GidInfo:
-    """An entry of a port's GID table; `type` is "RoCEv2", "RoCEv1" or "InfiniBand", `why` the ranking in words."""
+    """An entry of a port's GID table.
+
+    `type` is "RoCEv2", "RoCEv1" or "InfiniBand".
+    `score` ranks the entry, and `why` explains the rank in words.
+    """
 
     gid: bytes
     index: int
@@ -66,19 +78,19 @@ class GidInfo:
 
     @classmethod
     def from_c(cls, raw: Any) -> Self:
-        """From a `cotra_gid_info`."""
+        """Converts a `cotra_gid_info`."""
         return cls(bytes(raw.gid), raw.index, _GID_TYPES[raw.type], raw.score, ffi.string(raw.why).decode())
 
     @property
     def address(self) -> str:
-        """The GID as an IP address: IPv4 where it maps one."""
+        """The GID as an IP address. It is an IPv4 address if the GID maps one."""
         address = ipaddress.IPv6Address(self.gid)
         return str(address.ipv4_mapped or address)
 
 
 @dataclass(frozen=True, slots=True)
 class QueuePairAttributes:
-    """What the two sides of a connection tell each other: see `cotra_qp_attributes` in cotra.h."""
+    """What the two sides of a connection tell each other; see `cotra_qp_attributes` in cotra.h."""
 
     gid: bytes
     qp_number: int
@@ -91,18 +103,21 @@ class QueuePairAttributes:
 
 @dataclass(frozen=True, slots=True)
 class QueuePairOptions:
-    """How a queue pair is made; 0 (None, -1) means the default.
+    """Options of a queue pair. 0, None or -1 means the default.
 
     Attributes:
-        peer_address: the IP address that the peer is reached at; the GID is chosen for it.
-        gid_index: -1 for the ranked choice.
+        peer_address: the IP address of the other side. The GID is chosen for it.
+        gid_index: an index into the GID table; -1 for the best by rank.
         port: 0 for the first active one.
-        send_depth: READs in the send queue; default 128.
-        max_rd_atomic: a cap on READs in progress; default what both devices allow.
-        timeout_exponent: ACK time-out of 4.096 us x 2^n; default 14 (67 ms).
-        retry_count: default 6; a dead peer surfaces after about (retry_count + 1) time-outs, 0.5 s (NICs round up). 7 means
-            for ever on Soft-RoCE.
-        traffic_class, service_level, hop_limit: of the packets; hop_limit is 64 by default.
+        send_depth: READs in the send queue; 128 by default.
+        max_rd_atomic: the most READs in progress; by default what both devices allow.
+        timeout_exponent: n, for an ACK time-out of 4.096 us x 2^n; 14 by default, which is 67 ms.
+        retry_count: retries, 6 by default; on Soft-RoCE, 7 means for ever.
+            A dead target is noticed after about (retry_count + 1) time-outs, which is 0.5 s.
+            NICs round this time up.
+        traffic_class: of the packets.
+        service_level: of the packets.
+        hop_limit: of the packets; 64 by default.
     """
 
     peer_address: str | None = None
@@ -118,7 +133,7 @@ class QueuePairOptions:
 
 
 def address_bytes(address: str | None) -> bytes:
-    """An IP address as 16 bytes, IPv4 mapped into IPv6; zeros for None."""
+    """Returns an IP address as 16 bytes, with IPv4 mapped into IPv6. None gives zeros."""
     if address is None:
         return bytes(16)
     parsed = ipaddress.ip_address(address.partition("%")[0])
@@ -131,26 +146,39 @@ def compiled() -> bool:
 
 
 def library() -> str:
-    """The path of the libibverbs that was loaded. Raises `VerbsUnavailableError` with the reason when there is none."""
+    """Returns the path of the libibverbs that was loaded.
+
+    Raises:
+        VerbsUnavailableError: there is none. The message gives the reason.
+    """
     text, err = ffi.new("char[256]"), new_error()
     check(lib.cotra_verbs_probe(text, 256, err), err)
     return str(ffi.string(text).decode())
 
 
 def devices() -> list[DeviceInfo]:
-    """This machine's verbs devices. Raises `VerbsUnavailableError` where library or kernel offers no verbs at all."""
+    """Lists the verbs devices of this machine.
+
+    Raises:
+        VerbsUnavailableError: the library or the kernel offers no verbs at all.
+    """
     raw, count, err = ffi.new("cotra_device_info[]", _MAX_DEVICES), ffi.new("uint32_t *"), new_error()
     check(lib.cotra_verbs_devices(raw, _MAX_DEVICES, count, err), err)
     return [DeviceInfo.from_c(raw[i]) for i in range(min(count[0], _MAX_DEVICES))]
 
 
 class Device(Handle):
-    """An opened device with its protection domain."""
+    """An open device with its protection domain."""
 
     def __init__(self, name: str | None = None) -> None:
-        """`name`: the device's, rxe0 or mlx5_0 say; None for the first one with an active port.
+        """Opens a device. It never opens another device than the one that was asked for.
 
-        Raises `VerbsUnavailableError`, `DeviceNotFoundError`: never another device than the one asked for.
+        Args:
+            name: the device's name, for example rxe0 or mlx5_0; None for the first one with an active port.
+
+        Raises:
+            VerbsUnavailableError: the library or the kernel offers no verbs at all.
+            DeviceNotFoundError: there is no such device.
         """
         out, err = ffi.new("cotra_device **"), new_error()
         check(lib.cotra_device_open(ffi.NULL if name is None else name.encode(), out, err), err)
@@ -167,14 +195,14 @@ class Device(Handle):
         return DeviceInfo.from_c(raw)
 
     def port(self, number: int = 1) -> PortInfo:
-        """A port's attributes; ports count from 1."""
+        """Returns the attributes of a port. Ports count from 1."""
         raw, err = ffi.new("cotra_port_info *"), new_error()
         check(lib.cotra_device_port(self.ptr, number, raw, err), err)
         link = "Ethernet" if raw.link_layer == 2 else "InfiniBand"
         return PortInfo(raw.port, raw.state, link, raw.active_mtu_bytes, raw.lid, raw.gid_count)
 
     def gids(self, port: int = 1, peer: str | None = None) -> list[GidInfo]:
-        """A port's GID table ranked for a peer's IP address, best first."""
+        """Returns a port's GID table, ranked for the IP address of the other side, best first."""
         raw, count, err = ffi.new("cotra_gid_info[]", _MAX_GIDS), ffi.new("uint32_t *"), new_error()
         address = ffi.new("uint8_t[16]", address_bytes(peer))
         check(lib.cotra_device_gids(self.ptr, port, address, raw, _MAX_GIDS, count, err), err)
@@ -182,10 +210,14 @@ class Device(Handle):
 
 
 class MemoryRegistration(Handle):
-    """An arena registered with a device for REMOTE_READ and nothing else."""
+    """An arena that is registered with a device, for REMOTE_READ only."""
 
     def __init__(self, device: Device, arena: Arena) -> None:
-        """Raises `MemlockError` with the number needed when the memory cannot be pinned."""
+        """Registers an arena.
+
+        Raises:
+            MemlockError: the memory cannot be pinned. The message says how much is needed.
+        """
         out, err, info = ffi.new("cotra_mr **"), new_error(), arena.info
         check(lib.cotra_mr_create(device.ptr, ffi.cast("void *", info.addr), info.len, out, err), err)
         super().__init__(out[0], device, arena)
@@ -196,7 +228,7 @@ class MemoryRegistration(Handle):
 
     @property
     def region(self) -> MemoryRegion:
-        """What a peer needs to READ it."""
+        """What a reader needs to READ it."""
         raw = ffi.new("cotra_mr_info *")
         lib.cotra_mr_get_info(self.ptr, raw)
         return MemoryRegion(raw.address, raw.rkey, raw.length_bytes)
@@ -206,7 +238,11 @@ class QueuePair(Handle):
     """A reliable-connected queue pair with its own completion queue."""
 
     def __init__(self, device: Device, options: QueuePairOptions = QueuePairOptions()) -> None:
-        """Makes it, in INIT. Raises `DeviceNotFoundError` when there is no active port or no such GID."""
+        """Makes a queue pair, in the state INIT.
+
+        Raises:
+            DeviceNotFoundError: there is no active port, or no such GID.
+        """
         raw = ffi.new("cotra_qp_options *")
         raw.peer_address = address_bytes(options.peer_address)
         for name in options.__slots__:
@@ -226,7 +262,7 @@ class QueuePair(Handle):
 
     @property
     def local(self) -> QueuePairAttributes:
-        """This side's attributes, for the peer's `connect`."""
+        """This side's attributes, for `connect` on the other side."""
         raw, _ = self._local()
         numbers: dict[str, int] = {n: getattr(raw, n) for n in QueuePairAttributes.__slots__ if n != "gid"}
         return QueuePairAttributes(gid=bytes(raw.gid), **numbers)
@@ -237,7 +273,12 @@ class QueuePair(Handle):
         return GidInfo.from_c(self._local()[1])
 
     def connect(self, remote: QueuePairAttributes) -> None:
-        """INIT to RTR to RTS, towards a peer's queue pair. Raises `InvalidInputError`, `CotraError`."""
+        """Connects to the other side's queue pair: INIT to RTR to RTS.
+
+        Raises:
+            InvalidInputError: an attribute of the other side is not valid.
+            CotraError: the device refused a change of state.
+        """
         if len(remote.gid) != 16:
             raise InvalidInputError(f"a GID has 16 bytes, not {len(remote.gid)}")
         raw, err = ffi.new("cotra_qp_attributes *"), new_error()
@@ -250,7 +291,10 @@ class QueuePair(Handle):
 
 
 class Registration(MemoryRegion):
-    """A `MemoryRegion` registered through a pyverbs PD. Close it (or leave its `with` block) before the PD."""
+    """A `MemoryRegion` that is registered with a pyverbs PD.
+
+    Close it, or leave its `with` block, before the PD.
+    """
 
     __slots__ = ("_kept", "_mr")
     _mr: Any
@@ -262,7 +306,11 @@ class Registration(MemoryRegion):
         object.__setattr__(self, "_kept", keep_alive)
 
     def close(self) -> None:
-        """Deregisters the memory, then lets go of the buffer: from then on a READ of it fails. Idempotent."""
+        """Deregisters the memory, and then releases the buffer.
+
+        A READ of the memory fails from then on.
+        This method is idempotent.
+        """
         mr = self._mr
         object.__setattr__(self, "_mr", None)
         if mr is not None:
@@ -277,11 +325,15 @@ class Registration(MemoryRegion):
 
 
 def register(buffer: Any, pd: Any) -> Registration:
-    """Registers an arena, or any C-contiguous buffer, for REMOTE_READ through a pyverbs PD that the caller owns.
+    """Registers memory for REMOTE_READ with a pyverbs PD that the caller owns.
 
     Args:
-        buffer: an `Arena`, or an object with a C-contiguous buffer (a numpy array). It is kept alive, never copied.
+        buffer: an `Arena`, or an object with a C-contiguous buffer such as a numpy array.
+            It is kept alive, never copied.
         pd: a `pyverbs.pd.PD`.
+
+    Returns:
+        The registration. The caller closes it before the PD.
 
     Raises:
         VerbsUnavailableError: pyverbs cannot be imported.

@@ -1,4 +1,4 @@
-"""What a reader keeps of one shard."""
+"""`View`: a reader's validated copy of a shard's header and navigation section."""
 
 from __future__ import annotations
 
@@ -17,36 +17,61 @@ from cotra_rdma._native.search_call import EXPANSIONS, FLOATS, NUMBERS, PUSHES, 
 
 
 class View(Handle):
-    """What a reader keeps of one shard: its header and upper layers, read once over a channel and validated.
+    """A reader's private copy of a shard's header and navigation section.
 
-    Read-only afterwards: engines of several threads may share it.
+    It is read once over a channel, and validated.
+    It is read-only afterwards, so engines of several threads may share it.
     """
 
     @classmethod
     def open(cls, channel: Channel, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
-        """Reads and validates header and navigation section. Raises `FormatError`, `ChecksumError`, `TransportError`."""
+        """Reads and validates the header and the navigation section.
+
+        Args:
+            channel: READs the shard's region.
+            timeout_s: the longest wait for one READ, in seconds.
+
+        Raises:
+            FormatError: the image is malformed.
+            ChecksumError: a checksum is wrong.
+            TransportError: a READ failed.
+        """
         out, err = ffi.new("cotra_view **"), new_error()
         check(lib.cotra_view_open(channel.ptr, round(timeout_s * 1e9), out, err), err)
         return cls(out[0])
 
     @classmethod
     def load(cls, data: bytes | bytearray | memoryview) -> Self:
-        """Of header and navigation section, one after the other, that came another way: they are copied and validated.
+        """Makes a view of a header and a navigation section that came in another way.
 
-        Raises `FormatError`, `ChecksumError`.
+        Args:
+            data: the header, followed by the navigation section. The bytes are copied and validated.
+
+        Raises:
+            FormatError: the image is malformed.
+            ChecksumError: a checksum is wrong.
         """
         out, err = ffi.new("cotra_view **"), new_error()
         check(lib.cotra_view_load(ffi.from_buffer(data), len(data), out, err), err)
         return cls(out[0])
 
     def expand(self, arena: Arena, queries: npt.NDArray[np.float32], pushes: npt.NDArray[np.void]) -> Expansions:
-        """Expands nodes of the image in `arena`, this view's, for somebody else's walks: an owner's side of `Helper.expand`.
+        """Expands nodes of this view's image, for the walks of a reader.
+
+        An owner calls it to answer `Helper.expand`.
+        Any thread may call it.
+        The GIL is released.
 
         Args:
+            arena: holds the image.
             queries: float32[n_queries, dim].
-            pushes: `PUSH_DTYPE`[n]; those of one query follow each other.
+            pushes: `PUSH_DTYPE`[n]. The pushes of one query follow each other.
 
-        Raises `InvalidInputError` for a query or row that is not there. Any thread may call it; the GIL is released.
+        Returns:
+            The replies, in the order of the pushes.
+
+        Raises:
+            InvalidInputError: a push names a query or a row that does not exist.
         """
         info = self.info
         queries = check_rows(queries, info.dim)
@@ -84,7 +109,7 @@ class View(Handle):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the view holds."""
+        """The bytes of memory that the view holds."""
         raw, nbytes = ffi.new("cotra_image_info *"), ffi.new("uint64_t *")
         lib.cotra_view_get_info(self.ptr, raw, nbytes)
         return int(nbytes[0])
