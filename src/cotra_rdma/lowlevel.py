@@ -6,6 +6,7 @@ Objects may be closed in any order; most are context managers.
 
 from __future__ import annotations
 
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.remote_expansion import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
 from cotra_rdma._core.stats import MORE_STATS_DTYPE, OWNER_STATS_DTYPE, STATS_DTYPE, pack_stats, unpack_stats
@@ -41,6 +42,7 @@ __all__ = [
     "Expansions",
     "FabricModel",
     "Helper",
+    "ImageIdentity",
     "ImageInfo",
     "IvfInfo",
     "IvfTable",

@@ -53,7 +53,7 @@ def break_channels(cluster: Cluster, *shards: int) -> None:
     for shard in shards:
         peer = cluster._connections[shard]
         peer._fabric, peer._first = LOSSY, None
-        cluster._engines.drop(peer)
+        cluster._session.engines.drop(peer)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
@@ -88,7 +88,7 @@ def test_an_engine_in_use_is_not_kept_when_its_owner_is_dropped_meanwhile(
 ) -> None:
     with cotra_rdma.connect(groups, transport="shm") as cluster:
         cluster.search(queries[:5], k=5)
-        peers, pool, n_open = list(cluster._connections), cluster._engines, len(os.listdir("/proc/self/fd"))
+        peers, pool, n_open = list(cluster._connections), cluster._session.engines, len(os.listdir("/proc/self/fd"))
         engines = pool._take(peers, frozenset())  # as a search of another thread does
         pool.drop(peers[1])
         pool._give_back(peers, frozenset(), engines)

@@ -77,7 +77,9 @@ def free_address() -> str:
 
 def lose(reader: Cluster, shard: int) -> None:
     """As a search does whose READs of it fail, where nobody else owns it."""
-    assert reader._fail_over(reader._connections[shard], TransportError("gone", shard=shard), True, set()) is None
+    assert (
+        reader._session._fail_over(reader._connections[shard], TransportError("gone", shard=shard), True, set()) is None
+    )
     assert reader.transports[shard] == "lost"
 
 
@@ -133,7 +135,7 @@ def test_a_cache_that_leaves_no_room_for_a_shard_that_is_late(
     late = free_address()
     addresses = [*(server.address for server in servers), late]
     reader = stack.enter_context(cotra_rdma.connect(addresses, allow_partial=True, cache_bytes=200_000))
-    reader._caches._bytes = 1  # as if the others had all of it
+    reader._session.caches._bytes = 1  # as if the others had all of it
     serve(stack, paths, shards, 3, late)
     assert reader.revive() == [late]
     assert reader.record_caches[3] is None
@@ -169,7 +171,7 @@ def test_nobody_waits_for_another_shards_owner(
     other = serve(stack, paths, shards, 0)
     groups = [[servers[0].address, other.address], *(server.address for server in servers[1:])]
     reader = stack.enter_context(cotra_rdma.connect(groups, transport="shm"))
-    replicas = reader._replicas
+    replicas = reader._session.replicas
     assert replicas is not None
     asked, answer = threading.Event(), threading.Event()
     choose = replicas._choose
@@ -184,7 +186,9 @@ def test_nobody_waits_for_another_shards_owner(
     failed = replicas.connections[0]
     failover = [
         threading.Thread(
-            target=lambda: found.append(reader._fail_over(failed, TransportError("gone", shard=0), True, set()))
+            target=lambda: found.append(
+                reader._session._fail_over(failed, TransportError("gone", shard=0), True, set())
+            )
         )
         for _ in range(2)
     ]
@@ -212,7 +216,7 @@ def test_owners_that_are_away_are_never_forgotten(
 ) -> None:
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
-    replicas = reader._replicas
+    replicas = reader._session.replicas
     assert replicas is not None
     for shard in (1, 2):
         lose(reader, shard)
@@ -248,7 +252,7 @@ def test_the_thread_that_looks_for_owners_survives_everything(
     monkeypatch.setattr(upkeep, "LOOK_S", 0.01)
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
-    replicas = reader._replicas
+    replicas = reader._session.replicas
     assert replicas is not None
     revive, failures = replicas.revive, iter(range(3))
 
@@ -304,7 +308,7 @@ def test_searches_go_on_while_a_silent_owner_is_tried_again(
     reader = stack.enter_context(
         cotra_rdma.connect([server.address for server in servers], transport="shm", timeout_s=30.0)
     )
-    replicas = reader._replicas
+    replicas = reader._session.replicas
     assert replicas is not None
     listener, address = silent(stack)
     lose(reader, 2)
@@ -331,7 +335,7 @@ def test_close_waits_for_one_silent_owner_and_not_for_all(
     reader = stack.enter_context(
         cotra_rdma.connect([server.address for server in servers], transport="shm", timeout_s=0.5)
     )
-    replicas = reader._replicas
+    replicas = reader._session.replicas
     assert replicas is not None
     tried: list[Owner] = []
     renewed: list[int] = []  # after how many owners
@@ -342,7 +346,7 @@ def test_close_waits_for_one_silent_owner_and_not_for_all(
         return reach(shard, owner)
 
     monkeypatch.setattr(replicas, "_reach", noted)
-    monkeypatch.setattr(reader._upkeep, "renew_leases", lambda: renewed.append(len(tried)))
+    monkeypatch.setattr(reader._session.upkeep, "renew_leases", lambda: renewed.append(len(tried)))
     hanging = [silent(stack)[1] for _ in range(20)]
     with replicas._lock:
         replicas._away += [(3, address) for address in hanging]
@@ -376,7 +380,7 @@ def test_a_standby_without_a_path_is_tried_again(
     other = serve(stack, paths, shards, 0)
     groups = [[servers[0].address, other.address], *(server.address for server in servers[1:])]
     reader = stack.enter_context(cotra_rdma.connect(groups, transport="shm"))
-    replicas = reader._replicas
+    replicas = reader._session.replicas
     assert replicas is not None
     used, standby = replicas.owners(0)
 
@@ -385,13 +389,13 @@ def test_a_standby_without_a_path_is_tried_again(
 
     monkeypatch.setattr(replicas, "_choose", refuse)
     with contextlib.suppress(MemoryError):
-        assert reader._fail_over(used, TransportError("gone", shard=0), False, set()) is None
+        assert reader._session._fail_over(used, TransportError("gone", shard=0), False, set()) is None
     monkeypatch.undo()
     assert replicas.owners(0) == [used]
     assert not replicas.are_all_here
-    assert reader._upkeep.thread is not None  # it looks after those that are away
+    assert reader._session.upkeep.thread is not None  # it looks after those that are away
     assert reader.revive() == [standby.address]
-    assert reader._fail_over(used, TransportError("gone", shard=0), False, set()) is replicas.connections[0]
+    assert reader._session._fail_over(used, TransportError("gone", shard=0), False, set()) is replicas.connections[0]
     assert reader.addresses[0] == standby.address
 
 
@@ -402,13 +406,13 @@ def test_a_shard_that_was_not_asked_is_not_covered(
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = stack.enter_context(cotra_rdma.connect([server.address for server in servers], transport="shm"))
     lose(reader, 2)
-    gather = reader._searcher._executor.gather
+    gather = reader._session.searcher._executor.gather
 
     def late(*arguments: Any) -> Any:
         assert reader.revive() == [servers[2].address]
         return gather(*arguments)
 
-    monkeypatch.setattr(reader._searcher._executor, "gather", late)
+    monkeypatch.setattr(reader._session.searcher._executor, "gather", late)
     found = reader.search(queries, k=10, ef=48)
     assert (found.missing, found.coverage, found.transports[2]) == ((2,), 0.75, "lost")
     assert not (found.shards == 2).any()
@@ -427,7 +431,7 @@ def test_a_standby_that_can_be_read_gets_the_cache_that_one_that_was_asked_had_n
     assert reader.transports == ("shm", "rpc", "shm", "shm")
     assert reader.record_caches[1] is None
     reader._cache_bytes = 400_000  # the others have all of it
-    assert reader._fail_over(reader._connections[1], TransportError("gone", shard=1), True, set()) is not None
+    assert reader._session._fail_over(reader._connections[1], TransportError("gone", shard=1), True, set()) is not None
     assert reader.transports == ("shm",) * 4
     assert reader.record_caches[1] is not None
     assert reader.search(queries, k=10, ef=48).coverage == 1.0
@@ -460,10 +464,10 @@ def test_a_close_that_was_interrupted_is_done_by_the_next(
         with pytest.raises(KeyboardInterrupt):
             reader.close()
         monkeypatch.undo()
-    assert reader._replicas is not None
-    assert not reader._replicas._closed
+    assert reader._session.replicas is not None
+    assert not reader._session.replicas._closed
     reader.close()
-    assert reader._replicas._closed
+    assert reader._session.replicas._closed
 
 
 @pytest.mark.parametrize("n_threads", [2, 4])
@@ -568,7 +572,7 @@ def test_a_close_that_was_interrupted_at_its_thread_is_done_by_the_next(
     servers = [serve(stack, paths, shards, number) for number in range(N_SHARDS)]
     reader = cotra_rdma.connect([server.address for server in servers], transport="shm")
     lose(reader, 1)  # starts the thread that looks for owners
-    thread = reader._upkeep.thread
+    thread = reader._session.upkeep.thread
     assert thread is not None
 
     def interrupt(*_: object) -> None:

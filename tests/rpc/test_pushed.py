@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cotra_rdma import (
     PeerError,
     Server,
     Shard,
+    StaleShardError,
     TransportError,
 )
 from cotra_rdma._core.remote_expansion import PUSH_DTYPE, Expansions
@@ -164,21 +166,33 @@ class TestExpansions:
     @pytest.mark.parametrize(
         ("request_of", "why"),
         [
-            (lambda rows, pushes: ExpandRequest("", rows[:, :99], pushes), r"queries must be float32\[n, 100\]"),
-            (lambda rows, pushes: ExpandRequest("", rows * np.float32(np.nan), pushes), "query 0 holds NaN"),
-            (lambda rows, pushes: ExpandRequest("", rows + np.float32(1e20), pushes), "beyond 1e15"),
-            (lambda rows, pushes: ExpandRequest("", rows[:1], pushes), "a node for query 1 of 1"),
-            (lambda rows, pushes: ExpandRequest("", rows, with_row(pushes, 2000)), "row 2000 of 2000"),
-            (lambda rows, pushes: ExpandRequest("", rows, with_row(pushes, 2**32 - 1)), "row 4294967295 of 2000"),
-            (lambda rows, pushes: ExpandRequest("", rows, np.repeat(pushes, 200_000)), "do not fit one answer"),
+            (
+                lambda rows, pushes, image: ExpandRequest("", rows[:, :99], pushes, image),
+                r"queries must be float32\[n, 100\]",
+            ),
+            (
+                lambda rows, pushes, image: ExpandRequest("", rows * np.float32(np.nan), pushes, image),
+                "query 0 holds NaN",
+            ),
+            (lambda rows, pushes, image: ExpandRequest("", rows + np.float32(1e20), pushes, image), "beyond 1e15"),
+            (lambda rows, pushes, image: ExpandRequest("", rows[:1], pushes, image), "a node for query 1 of 1"),
+            (lambda rows, pushes, image: ExpandRequest("", rows, with_row(pushes, 2000), image), "row 2000 of 2000"),
+            (
+                lambda rows, pushes, image: ExpandRequest("", rows, with_row(pushes, 2**32 - 1), image),
+                "row 4294967295 of 2000",
+            ),
+            (
+                lambda rows, pushes, image: ExpandRequest("", rows, np.repeat(pushes, 200_000), image),
+                "do not fit one answer",
+            ),
         ],
     )
     def test_hostile_requests_are_refused_and_the_owner_lives(
-        self, peer: Connection, queries: Floats, request_of: Callable[[Floats, Any], ExpandRequest], why: str
+        self, peer: Connection, queries: Floats, request_of: Callable[[Floats, Any, Any], ExpandRequest], why: str
     ) -> None:
         pushes = some_pushes(2, 2, 2000)
         pushes["query"] = 0, 1
-        reply = peer._call(EXPAND, request_of(queries[:2], pushes).encode(), 5000)
+        reply = peer._call(EXPAND, request_of(queries[:2], pushes, peer.image).encode(), 5000)
         answer = ExpandResponse.decode(reply.payload)
         assert answer.code == 1
         assert len(answer.told.found) == 0
@@ -256,7 +270,11 @@ def lying(server: Server) -> Iterator[Callable[[VShardMessageType, Change], Conn
 
 
 def told(change: Callable[[Expansions], Expansions]) -> Change:
-    return lambda payload: ExpandResponse(0, "", change(ExpandResponse.decode(payload).told)).encode()
+    def changed(payload: bytes) -> Any:
+        answer = ExpandResponse.decode(payload)
+        return replace(answer, told=change(answer.told)).encode()
+
+    return changed
 
 
 def with_count(count: int) -> Callable[[Expansions], Expansions]:
@@ -298,19 +316,14 @@ class TestOwnersThatLie:
         with pytest.raises(FormatError, match=why):
             peer.expand(queries, pushes, 5.0)
 
-    def test_an_owner_of_an_earlier_version_is_known_without_waiting(
-        self, lying: Callable[..., Connection], queries: Floats
-    ) -> None:
+    def test_an_owner_of_an_earlier_version_is_refused(self, lying: Callable[..., Connection], queries: Floats) -> None:
         def as_before(payload: bytes) -> bytes:
             fields = msgspec.msgpack.decode(payload)
             fields[2] = fields[2][:6]
             return msgspec.msgpack.encode(fields[:8])
 
-        peer = lying(VShardMessageType.VECTOR_MEM_REGION_RESPONSE, as_before)
-        assert peer.shard.image_checksum is None
-        for call in (peer.load_view, lambda: peer.expand(queries, some_pushes(1, 1, 9), 55.0)):
-            with pytest.raises(PeerError, match=r"shard 0 \(.*earlier version, which expands no nodes"):
-                call()
+        with pytest.raises(PeerError, match=r"shard 0 \(.*earlier version, which does not tell its image from others"):
+            lying(VShardMessageType.VECTOR_MEM_REGION_RESPONSE, as_before)
 
     @pytest.mark.parametrize(
         "change",
@@ -356,7 +369,7 @@ class TestOwnersThatLie:
             fields[2][9] ^= 1
             return msgspec.msgpack.encode(fields)
 
-        with pytest.raises(FormatError, match="of another shard than it announced"):
+        with pytest.raises(StaleShardError, match="and had image"):
             lying(VShardMessageType.VECTOR_MEM_REGION_RESPONSE, changed).load_view()
 
 
@@ -497,7 +510,7 @@ class TestWholeCollection:
             peer = cluster._connections[0]
             with pytest.raises(InvalidInputError, match="takes no mask"):
                 peer.search_all(job_of(queries, mask=np.ones((200, 2), bool)))
-            with pytest.raises(PeerError, match="filters are of other shards"):
+            with pytest.raises(StaleShardError, match="filters are of other images"):
                 peer.search_all(job_of(queries, filters=(None, None)), [cluster.images[0], 12])
             with pytest.raises(PeerError, match="a filter"):
                 peer.search_all(job_of(queries, filters=(b"\0", None)), cluster.images)

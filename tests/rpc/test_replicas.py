@@ -65,7 +65,7 @@ def break_channel(cluster: Cluster, shard: int) -> None:
     """The channels to a shard's present owner fail after some READs."""
     peer = cluster._connections[shard]
     peer._fabric, peer._first = LOSSY, None
-    cluster._engines.drop(peer)
+    cluster._session.engines.drop(peer)
 
 
 def assert_same(found: cotra_rdma.SearchResult, wanted: cotra_rdma.SearchResult) -> None:
@@ -90,8 +90,8 @@ def test_the_other_owner_takes_over_in_the_middle_of_a_query(
             assert cluster.addresses[shard] in groups[shard]
         assert_same(cluster.search(queries, k=10, ef=48, n_threads=n_threads), wanted)
         cluster.revive()  # unless its own thread was quicker
-        assert cluster._replicas is not None
-        assert cluster._replicas.are_all_here
+        assert cluster._session.replicas is not None
+        assert cluster._session.replicas.are_all_here
         break_channel(cluster, 1)  # and back again
         assert_same(cluster.search(queries, k=10, ef=48), wanted)
         assert cluster.addresses[1] == before[1]

@@ -86,6 +86,7 @@ LOWLEVEL_NAMES = [
     "Expansions",
     "FabricModel",
     "Helper",
+    "ImageIdentity",
     "ImageInfo",
     "IvfInfo",
     "IvfTable",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from cotra_rdma._core.constants import METRICS, VECTOR_TYPES
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.library import check, ffi, lib, new_error
 
@@ -69,6 +70,11 @@ class ImageInfo:
     graph_id: int
     graph_count: int
     graph_base: int
+
+    @property
+    def identity(self) -> ImageIdentity:
+        """What tells this image from every other."""
+        return ImageIdentity(self.graph_id, self.generation, self.image_checksum)
 
     @classmethod
     def of_arena(cls, arena: Arena, *, full: bool = False) -> Self:

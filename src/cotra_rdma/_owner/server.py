@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.stats import MORE_STATS_DTYPE, pack_stats
 from cotra_rdma._native.arena import Arena
@@ -27,10 +28,19 @@ from cotra_rdma.errors import (
     InvalidInputError,
     MemlockError,
     SearchCancelledError,
+    StaleShardError,
     VerbsUnavailableError,
 )
 from cotra_rdma.protocol.collection_search import CollectionResponse
-from cotra_rdma.protocol.envelope import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.envelope import (
+    FAILED,
+    STALE,
+    WIRE_VERSION,
+    Payload,
+    VShardEnvelope,
+    VShardMessageType,
+    fields_of,
+)
 from cotra_rdma.protocol.regions import (
     VIEW_PIECE_BYTES,
     WANT_CAPABILITIES,
@@ -310,7 +320,7 @@ class Server:
                 raise InvalidInputError("this owner has no coarse table: it serves without `coarse`")
             return self._coarse
         except CotraError as error:
-            return CoarseRouteResponse.failed(1, str(error)).encode()
+            return CoarseRouteResponse.failed(FAILED, str(error)).encode()
 
     def _take_table(self, request: VShardEnvelope) -> bytes:
         try:
@@ -320,15 +330,22 @@ class Server:
             self._exchange(table)
             return BuildExchangeResponse().encode()
         except CotraError as error:
-            return BuildExchangeResponse(1, str(error)).encode()
+            return BuildExchangeResponse(FAILED, str(error)).encode()
         except Exception as error:  # the callback is not ours, and a peer that waits is owed an answer
             log.exception("%s: the exchange callback failed", self.address)
-            return BuildExchangeResponse(1, f"{type(error).__name__}: {error}").encode()
+            return BuildExchangeResponse(FAILED, f"{type(error).__name__}: {error}").encode()
+
+    def _check_image(self, wanted: ImageIdentity | None) -> None:
+        """Raises `StaleShardError` where a request is about another image than this owner's."""
+        serves = self._shard.info.identity
+        if wanted is not None and wanted != serves:
+            raise StaleShardError(f"this owner serves {serves}, and the request is about {wanted}")
 
     def _search(self, request: VShardEnvelope) -> Payload | Callable[[], Payload]:
         try:
             self._offered()
             wanted = SearchRequest.decode(request.payload)
+            self._check_image(wanted.image)
             if len(wanted.queries) % self._shard.dim:
                 raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {self._shard.dim}")
             if wanted.scope == WHOLE_COLLECTION:
@@ -344,11 +361,11 @@ class Server:
                 stop=asker.get(),
             )
             incomplete = stats["incomplete"] if wanted.most else None
-            return SearchResponse(0, "", labels, distances, pack_stats(stats), incomplete).encode()
+            return SearchResponse(0, "", labels, distances, pack_stats(stats), incomplete, wanted.image).encode()
         except SearchCancelledError:
             raise
         except (CotraError, MemoryError) as error:
-            return SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+            return SearchResponse.failed(_code_of(error), _message_of(error)).encode()
 
     def _search_collection(self, wanted: SearchRequest) -> Payload:
         """The search is this process's own: what it asks of other owners is about their shards, so none routes it on."""
@@ -359,21 +376,22 @@ class Server:
                 )
             queries = wanted.queries.reshape(-1, self._shard.dim)
             with self._held_cluster() as cluster:
-                filters = None if wanted.filters is None else _filters_of(cluster.images, dict(wanted.filters))
+                images = cluster.images
+                filters = None if wanted.filters is None else _filters_of(images, dict(wanted.filters))
                 found = cluster.search(
                     queries,
                     wanted.top_k,
                     wanted.ef_search,
                     wanted.beam,
                     filters=filters,
+                    images=images,
                     allow_partial=True,
                     max_expansions=wanted.most or None,
                     stop=asker.get(),
                 )
-                images = np.array(cluster.images, np.uint64)
             return CollectionResponse(
                 SearchResponse(0, "", found.ids, found.distances, pack_stats(found.stats)),
-                images,
+                np.array(found.images, np.uint64),
                 found.shards,
                 pack_stats(found.stats, MORE_STATS_DTYPE),
                 {shard: str(error) for shard, error in found.failures.items()},
@@ -381,7 +399,7 @@ class Server:
         except SearchCancelledError:
             raise
         except (CotraError, MemoryError) as error:
-            return SearchResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+            return SearchResponse.failed(_code_of(error), _message_of(error)).encode()
 
     def _expand(self, request: VShardEnvelope) -> Payload:
         try:
@@ -389,12 +407,13 @@ class Server:
             if (stop := asker.get()) is not None:
                 stop.check()
             wanted = ExpandRequest.decode(request.payload)
+            self._check_image(wanted.image)
             check_fits(len(wanted.pushes), self._shard.info.degree)
-            return ExpandResponse(0, "", expander.expand(wanted.queries, wanted.pushes)).encode()
+            return ExpandResponse(0, "", expander.expand(wanted.queries, wanted.pushes), wanted.image).encode()
         except SearchCancelledError:
             raise
         except (CotraError, MemoryError) as error:
-            return ExpandResponse.failed(1, f"{type(error).__name__}: {error}").encode()
+            return ExpandResponse.failed(_code_of(error), _message_of(error)).encode()
 
     def _offered(self) -> Expander:
         """What works for peers that ask over RPC."""
@@ -418,7 +437,7 @@ class Server:
                 raise InvalidInputError(f"want {wanted.want} is unknown")
             return self._describe()
         except (CotraError, MemoryError) as error:
-            return RegionResponse(code=1, message=str(error))
+            return RegionResponse(code=FAILED, message=str(error))
 
     def _describe(
         self,
@@ -489,10 +508,18 @@ class Server:
         self.close()
 
 
+def _code_of(error: Exception) -> int:
+    return STALE if isinstance(error, StaleShardError) else FAILED
+
+
+def _message_of(error: Exception) -> str:
+    return str(error) if isinstance(error, StaleShardError) else f"{type(error).__name__}: {error}"
+
+
 def _filters_of(images: Sequence[int], filters: dict[int, bytes | None]) -> list[bytes | None]:
-    """The filter of each image. Raises `InvalidInputError` where one has none: its rows must not be returned unfiltered."""
+    """The filter of each image. Raises `StaleShardError` where one has none: its rows must not be returned unfiltered."""
     if not set(images) <= set(filters):
-        raise InvalidInputError("the filters are of other shards than those that this owner is connected to")
+        raise StaleShardError("the filters are of other images than those that this owner is connected to")
     return [filters[image] for image in images]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -16,19 +18,13 @@ from cotra_rdma._core.stats import STATS_DTYPE
 from cotra_rdma._core.stop import Progress, Stop
 from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.record_cache import CacheInfo
-from cotra_rdma._reader.batch import Answer, make_batch
-from cotra_rdma._reader.caches import RecordCaches
-from cotra_rdma._reader.connection import LOST, ONE_SIDED, Connection, check_alike
+from cotra_rdma._reader.batch import Answer, Batch, make_batch
+from cotra_rdma._reader.connection import ONE_SIDED, Connection
 from cotra_rdma._reader.connector import Connector
-from cotra_rdma._reader.engine_pool import EnginePool
-from cotra_rdma._reader.executor import SearchExecutor
-from cotra_rdma._reader.home_search import HomeSearch
-from cotra_rdma._reader.planner import Planner, router_of, walked_of
-from cotra_rdma._reader.replicas import Owner, Replicas, Tried
 from cotra_rdma._reader.result import SearchResult
-from cotra_rdma._reader.searcher import Options, Searcher
+from cotra_rdma._reader.searcher import Options
+from cotra_rdma._reader.session import Session, SessionHooks
 from cotra_rdma._reader.threads import MAX_THREADS, Threads
-from cotra_rdma._reader.upkeep import Upkeep
 from cotra_rdma._routing.router import DEFAULT_TARGET
 from cotra_rdma.errors import (
     ClosedError,
@@ -39,6 +35,8 @@ from cotra_rdma.errors import (
 )
 from cotra_rdma.protocol.envelope import fields_of
 
+log = logging.getLogger(__name__)
+
 
 class Cluster:
     """A connection to shards; made by `connect`. Searches may come from many threads at once.
@@ -48,93 +46,97 @@ class Cluster:
         one_graph: whether its shards, several, are of one graph, and those that have an owner are walked together.
     """
 
-    def __init__(
-        self, owners: list[list[Owner]], connector: Connector, cache_bytes: int, halo: float, allow_partial: bool
-    ) -> None:
+    def __init__(self, connect: Callable[[SessionHooks], Session], connector: Connector, *, follow: bool) -> None:
+        """`connect`: connects to what owners serve now. `connector`: what it uses for that; it is closed with the cluster."""
         self._lock = threading.Lock()
-        self._ending = threading.Lock()
+        self._ending, self._following = threading.Lock(), threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._n_searches = 0
         self._closing = self._closed = False
-        self._connector, self._threads = connector, Threads()
-        self._engines = EnginePool(self._threads.searchers, self._threads.callers, self._fail_over)
+        self._connect, self._connector, self._threads = connect, connector, Threads()
+        self._follows = follow
         self._ef: int | None = None
-        self._planner: Planner | None = None
-        self._replicas: Replicas | None = None
-        self._upkeep: Upkeep | None = None
-        self._caches: RecordCaches | None = None
         try:
-            self._replicas = replicas = Replicas(
-                owners, connector.connect, connector.choose, self._equip_late, self._forget
-            )
-            check_alike(replicas.known)
-            connector.open_device(replicas.known)
-            replicas.settle(allow_partial=allow_partial)
-            first = next(connection for connection in replicas.connections if connection.transport != LOST)
-            self.dim: int = first.shard.dim
-            self.metric: str = first.shard.metric
-            graphs = {connection.shard.graph_id for connection in replicas.connections}
-            self.one_graph: bool = len(replicas.connections) > 1 and len(graphs) == 1 and graphs != {0}
-            shards = replicas.connections
-            self._planner = Planner(shards, self.dim, router_of(shards), walked_of(shards), one_graph=self.one_graph)
-            executor = SearchExecutor(replicas, self._engines, self._threads.callers)
-            homes = HomeSearch(replicas, executor, self._threads.callers)
-            self._searcher = Searcher(replicas, self._planner, executor, homes, one_graph=self.one_graph)
-            self._caches = RecordCaches(replicas, cache_bytes, halo)
-            for connection in replicas.connections:
-                self._caches.equip(connection)
-            self._upkeep = Upkeep(replicas, self.revive)
+            self._session = session = connect(self._hooks)
         except BaseException:
-            self.close()
+            self._threads.close()
+            connector.close()
             raise
-        if "verbs" in self.transports or not replicas.are_all_here:
-            self._upkeep.start()
+        self._first_images = session.replicas.images
+        self.dim: int = session.dim
+        self.metric: str = session.metric
+        self.one_graph: bool = session.one_graph
+
+    @property
+    def _hooks(self) -> SessionHooks:
+        return SessionHooks(self._threads, self.revive, self._follow_later)
 
     @property
     def _connections(self) -> list[Connection]:
         """The owner of each shard that is in use now."""
-        return [] if self._replicas is None else self._replicas.connections
-
-    @property
-    def _one_sided(self) -> list[Connection]:
-        return [connection for connection in self._connections if connection.transport in ONE_SIDED]
+        return self._session.replicas.connections
 
     # ---- owners that come and go ----
-
-    def _fail_over(self, failed: Connection, error: CotraError, give_up: bool, tried: set[Tried]) -> Connection | None:
-        assert self._replicas is not None
-        return self._replicas.replace(failed, error, give_up=give_up, tried=tried)
-
-    def _forget(self, gone: Connection) -> None:
-        """What there was of an owner that is not used any more."""
-        if self._planner is not None:
-            self._planner.refresh()
-        if self._upkeep is not None:
-            self._upkeep.start()
-        self._engines.drop(gone)
-
-    def _equip_late(self, connection: Connection) -> None:
-        if self._caches is not None:
-            self._caches.equip_late(connection)
 
     def revive(self) -> list[str]:
         """Tries owners that failed, or were not there at `connect`, again now; the addresses of those that are back.
 
         A thread does it every few seconds as long as any is away. Raises `ClosedError` once closed."""
-        with self._searching(1):  # `close` waits for it, too
-            assert self._replicas is not None
-            return self._replicas.revive(self._between_owners)
-
-    def _between_owners(self) -> None:
-        """Before each owner that is tried again, which takes long where it is silent: leases and `close` do not wait for all."""
-        self._check_open()
-        if self._upkeep is not None:
-            self._upkeep.renew_if_due()
+        with self._searching(1) as session:  # `close` waits for it, too
+            back = session.revive()
+            is_stale = bool(session.replicas.renewed & session.replicas.lost.keys())
+        if is_stale:
+            self._follow_later()
+        return back
 
     def renew_leases(self) -> None:
         """Keeps the queue pairs that owners hold for this reader. A thread does it, as long as the cluster is open."""
-        if self._upkeep is not None:
-            self._upkeep.renew_leases()
+        self._session.upkeep.renew_leases()
+
+    def follow(self) -> None:
+        """Connects to the images that owners serve now, and searches those from the next search on.
+
+        Searches in progress end on the images that they began with. A search does it by itself where it finds that an owner
+        serves another image, unless `connect` was told not to. Filters are for the rows of an image: see `search`.
+
+        Raises:
+            StaleShardError: the owners cannot be followed: another number of shards, another dim or metric, or a rebuild that
+                is not over. TransportError and those of `connect`: a shard cannot be reached. The cluster stays as it was.
+            ClosedError: the cluster was closed.
+        """
+        self._follow(self._session)
+
+    def _follow(self, stale: Session) -> None:
+        """Puts a new session in the place of one; nothing where another thread did."""
+        with self._following:
+            with self._lock:
+                self._check_open()
+            if self._session is not stale:
+                return
+            session = self._connect(self._hooks)
+            try:
+                session.check_follows(stale)
+                with self._lock:
+                    self._check_open()
+                    self._session = session
+                    is_idle = not stale.n_searches
+            except BaseException:
+                session.close()
+                raise
+        log.info("owners serve other images, and are followed: %s", self)
+        if is_idle:
+            stale.close()
+
+    def _follow_later(self) -> None:
+        """The same, for threads that nobody waits for: what does not work now is tried again."""
+        if not self._follows:
+            return
+        try:
+            self._follow(self._session)
+        except ClosedError:
+            raise
+        except CotraError as error:
+            log.warning("owners serve other images, and cannot be followed yet: %s", error)
 
     def _check_open(self) -> None:
         if self._closing:
@@ -160,7 +162,7 @@ class Cluster:
     @property
     def lost(self) -> dict[int, CotraError]:
         """The shards that have no owner left, and why."""
-        return {} if self._replicas is None else dict(self._replicas.lost)
+        return dict(self._session.replicas.lost)
 
     def __len__(self) -> int:
         """Vectors in all shards."""
@@ -179,9 +181,8 @@ class Cluster:
 
     @property
     def images(self) -> tuple[int, ...]:
-        """The checksum of each shard's image, which names the shard whatever its place here; 0 where its owner, of an earlier
-        version, does not tell it."""
-        return () if self._replicas is None else self._replicas.images
+        """The checksum of each shard's image, which names the shard whatever its place here; 0 where it was never reached."""
+        return self._session.replicas.images
 
     @property
     def cached_bytes(self) -> int:
@@ -192,7 +193,7 @@ class Cluster:
     @property
     def record_caches(self) -> tuple[CacheInfo | None, ...]:
         """The cache of each shard's records; None for a shard without."""
-        return () if self._caches is None else self._caches.infos
+        return self._session.caches.infos
 
     def clear_caches(self) -> None:
         """Forgets all cached records, and how often each was asked for: as after `connect`."""
@@ -248,6 +249,7 @@ class Cluster:
         owner_cpu: bool = False,
         explain: bool = False,
         max_expansions: int | None = None,
+        images: Sequence[int] | None = None,
         progress: Progress | None = None,
         stop: Stop | None = None,
     ) -> SearchResult:
@@ -302,6 +304,8 @@ class Cluster:
                 whatever the data and the filter. Of shards with graphs of their own each has a walk. The result says which
                 queries that ended (`incomplete`), and `coverage` does not count them. None: as many as it takes. Not for
                 "spire".
+            images: the images that the filters are for, as `Cluster.images` told them when the filters were made. None: those of
+                `connect`. Where the cluster searches others by now, filters are refused.
             progress: hears of queries that were answered, some times a second.
             stop: what another thread may end the search by.
 
@@ -311,32 +315,61 @@ class Cluster:
             answered in its `result`, where that is to be had: when the shard was asked over RPC.
             DeadlineError: the search was not over within `timeout_s`; it names a shard where that one kept it waiting.
             SearchCancelledError: `stop` was set.
+            StaleShardError: an owner serves another image than when this cluster connected, and cannot be followed: `follow`
+                says why. Or there are filters, and they are for the rows of the old image: make them for the new one, after
+                `follow`.
         """
-        stop = stop or Stop()
-        with self._searching(n_threads):
+        stop, begin = stop or Stop(), time.perf_counter()
+
+        def make(session: Session) -> Batch:
+            if filters is not None:
+                session.check_images(self._first_images if images is None else images)
+            spent_s = time.perf_counter() - begin
+            return make_batch(
+                queries,
+                self.dim,
+                session.counts,
+                k=k,
+                ef=ef,
+                beam=beam,
+                stop=stop,
+                inflight=inflight,
+                timeout_s=None if timeout_s is None else max(timeout_s - spent_s, min(timeout_s, 1e-3)),
+                filters=filters,
+                shards=shards,
+                max_expansions=max_expansions,
+                progress=progress,
+            )
+
+        options = Options(n_threads, allow_partial, algorithm, target_recall, owner_cpu, explain)
+        try:
+            return self._search(make, options, may_follow=self._follows and filters is None)
+        except DeadlineError as error:
+            raise stop.late(error, timeout_s) from None
+        except BaseException:
+            stop.set()  # for all that still works for it
+            raise
+
+    def _search(self, make: Callable[[Session], Batch], options: Options, *, may_follow: bool) -> SearchResult:
+        """Searches. Where an owner serves another image, follows it, if it may, and searches once more."""
+        behind: SearchResult | CotraError
+        with self._searching(options.n_threads) as session:
             try:
-                batch = make_batch(
-                    queries,
-                    self.dim,
-                    self.counts,
-                    k=k,
-                    ef=ef,
-                    beam=beam,
-                    stop=stop,
-                    inflight=inflight,
-                    timeout_s=timeout_s,
-                    filters=filters,
-                    shards=shards,
-                    max_expansions=max_expansions,
-                    progress=progress,
-                )
-                options = Options(n_threads, allow_partial, algorithm, target_recall, owner_cpu, explain)
-                return self._searcher.search(batch, options)
-            except DeadlineError as error:
-                raise stop.late(error, timeout_s) from None
-            except BaseException:
-                stop.set()  # for all that still works for it
-                raise
+                behind = session.searcher.search(make(session), options)
+                if not may_follow or not session.is_behind(behind.failures.values()):
+                    return behind
+            except CotraError as error:
+                if not may_follow or not session.is_behind([error]):
+                    raise
+                behind = error
+        try:
+            self._follow(session)
+        except CotraError as error:
+            log.warning("owners serve other images, and cannot be followed yet: %s", error)
+            if isinstance(behind, CotraError):
+                raise behind from error
+            return behind
+        return self._search(make, options, may_follow=False)
 
     def homes(self, queries: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The shard whose owner `search(algorithm="home")` sends each query to: int64[n_queries], positions as in `addresses`.
@@ -344,9 +377,9 @@ class Cluster:
         Raises `InvalidInputError` for wrong queries, shards that are not one graph, or not the whole of a collection with
         coarse tables.
         """
-        assert self._planner is not None
-        with self._searching(1):
-            return self._planner.homes(make_batch(queries, self.dim, self.counts, k=1, ef=1, beam=1, stop=Stop()))
+        with self._searching(1) as session:
+            batch = make_batch(queries, self.dim, session.counts, k=1, ef=1, beam=1, stop=Stop())
+            return session.planner.homes(batch)
 
     def walk(
         self,
@@ -359,6 +392,7 @@ class Cluster:
         inflight: int = 0,
         timeout_s: float | None = None,
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
+        images: Sequence[int] | None = None,
     ) -> Answer:
         """The one-sided part of `search`, by shard and not merged, for algorithms that merge it with other answers.
 
@@ -368,12 +402,14 @@ class Cluster:
             labels int64[n_read, n_queries, k] (-1 where there are fewer) and distances float32 likewise (inf there) of the
             shards that are read over verbs or shm, in their order; and one `STATS_DTYPE` record for each query.
         """
-        with self._searching(n_threads):
+        with self._searching(n_threads) as session:
             stop = Stop()
+            if filters is not None:
+                session.check_images(self._first_images if images is None else images)
             batch = make_batch(
                 queries,
                 self.dim,
-                self.counts,
+                session.counts,
                 k=k,
                 ef=ef,
                 beam=beam,
@@ -382,29 +418,36 @@ class Cluster:
                 timeout_s=timeout_s,
                 filters=filters,
             )
-            connections = self._one_sided
+            connections = [each for each in session.replicas.connections if each.transport in ONE_SIDED]
             if not connections:
                 shape = (0, len(batch.queries), k)
                 return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(batch.queries), STATS_DTYPE)
             stop.expect(len(batch.queries))
             try:
-                return self._engines.search(
+                return session.engines.search(
                     connections, batch.of_shards([connection.index for connection in connections]), n_threads
                 )[0]
             except DeadlineError as error:
                 raise stop.late(error, timeout_s) from None
 
     @contextmanager
-    def _searching(self, n_threads: int) -> Iterator[None]:
+    def _searching(self, n_threads: int) -> Iterator[Session]:
         """A search, from begin to end: `close` waits for it. Raises `ClosedError` once closed."""
         if not 1 <= n_threads <= MAX_THREADS:
             raise InvalidInputError(f"n_threads must be in [1, {MAX_THREADS}], not {n_threads}")
         with self._lock:
             self._check_open()
             self._n_searches += 1
+            session = self._session
+            session.n_searches += 1
         try:
-            yield
+            yield session
         finally:
+            with self._lock:
+                session.n_searches -= 1
+                is_over = session is not self._session and not session.n_searches
+            if is_over:
+                session.close()
             with self._lock:
                 self._n_searches -= 1
                 if self._closing:
@@ -438,17 +481,17 @@ class Cluster:
         that come later raise `ClosedError`. Idempotent; one that was interrupted is done by the next."""
         with self._lock:
             self._closing = True
+            self._session.begin_close()
             while self._n_searches:
                 self._idle.wait()
         with self._ending:
             if self._closed:
                 return
-            if self._upkeep is not None:
-                self._upkeep.stop()
+            with self._following:
+                session = self._session
+            session.upkeep.stop()
             self._threads.close()
-            self._engines.close()
-            if self._replicas is not None:
-                self._replicas.close()
+            session.close()
             self._connector.close()
             self._closed = True
 

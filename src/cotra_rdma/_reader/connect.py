@@ -15,6 +15,7 @@ from cotra_rdma._native.verbs import QueuePairOptions
 from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._reader.connector import Connector
 from cotra_rdma._reader.replicas import Owner
+from cotra_rdma._reader.session import Session, SessionHooks
 from cotra_rdma.errors import (
     InvalidInputError,
 )
@@ -37,6 +38,7 @@ def connect(
     halo: float = 0.0,
     allow_partial: bool = False,
     collection: Collection | None = None,
+    follow: bool = True,
 ) -> Cluster:
     """Connects to the owners of shards, and reads each shard's header and upper layers once.
 
@@ -60,6 +62,8 @@ def connect(
         allow_partial: go on without shards that no owner can be reached of, as long as there is one.
         collection: whose shards these are, in its order: owners of another generation are not used. None: nothing is checked
             but what shards must have alike; for a path it is the collection there.
+        follow: what a search does where owners serve other images than at this call, for their shards were built again. True: it
+            connects to those, and searches them (`Cluster.follow`). False: it raises `StaleShardError`.
 
     Raises:
         TransportError: a shard cannot be reached.
@@ -67,17 +71,6 @@ def connect(
         InvalidInputError: shards differ in dim or metric, owners of one shard hold different images, or a shard's part of
             `cache_bytes` holds no record.
     """
-    if isinstance(addresses, os.PathLike):
-        collection = Collection.load(collection_directory(addresses), shard_files=False)
-        addresses = addresses_of(addresses)
-    elif isinstance(addresses, str) or not isinstance(addresses, Sequence):
-        addresses = [addresses]
-    owners = [list(of) if isinstance(of, Sequence) and not isinstance(of, str) else [of] for of in addresses]
-    if not any(owners) or not (allow_partial or all(owners)):
-        empty = [at for at, of in enumerate(owners) if not of]
-        raise InvalidInputError(f"connect needs at least one address for each shard; without: {empty or 'all'}")
-    if collection is not None and len(owners) != len(collection.shards):
-        raise InvalidInputError(f"owners of {len(owners)} shards, and the collection has {len(collection.shards)}")
     check_timeout(timeout_s)
     if cache_bytes < 0:
         raise InvalidInputError(f"cache_bytes must be 0 or more, not {cache_bytes}")
@@ -87,6 +80,28 @@ def connect(
         raise InvalidInputError("halo is a cache: it takes the place of cache_bytes")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
-    fits = None if collection is None else partial(misfit, collection)
-    reach = Connector(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions(), fits)
-    return Cluster(owners, reach, cache_bytes, halo, allow_partial)
+    connector = Connector(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions())
+
+    def connect_now(hooks: SessionHooks) -> Session:
+        owners, shards = _owners_of(addresses, collection)
+        if not any(owners) or not (allow_partial or all(owners)):
+            empty = [at for at, of in enumerate(owners) if not of]
+            raise InvalidInputError(f"connect needs at least one address for each shard; without: {empty or 'all'}")
+        if shards is not None and len(owners) != len(shards.shards):
+            raise InvalidInputError(f"owners of {len(owners)} shards, and the collection has {len(shards.shards)}")
+        fits = None if shards is None else partial(misfit, shards)
+        return Session(owners, connector, fits, hooks, cache_bytes, halo, allow_partial=allow_partial)
+
+    return Cluster(connect_now, connector, follow=follow)
+
+
+def _owners_of(
+    addresses: Owner | os.PathLike[str] | Sequence[Owner | Sequence[Owner]], collection: Collection | None
+) -> tuple[list[list[Owner]], Collection | None]:
+    """The owners of each shard, and the collection that they are of. A path is read anew each time."""
+    if isinstance(addresses, os.PathLike):
+        collection = Collection.load(collection_directory(addresses), shard_files=False)
+        addresses = addresses_of(addresses)
+    elif isinstance(addresses, str) or not isinstance(addresses, Sequence):
+        addresses = [addresses]
+    return [list(of) if isinstance(of, Sequence) and not isinstance(of, str) else [of] for of in addresses], collection

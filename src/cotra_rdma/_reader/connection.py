@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.remote_expansion import Expansions
 from cotra_rdma._core.stats import STATS_DTYPE, unpack_stats
@@ -39,11 +40,12 @@ from cotra_rdma.errors import (
     FormatError,
     InvalidInputError,
     PeerError,
+    StaleShardError,
     TransportError,
     VerbsUnavailableError,
 )
 from cotra_rdma.protocol.collection_search import CollectionResponse
-from cotra_rdma.protocol.envelope import WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.envelope import STALE, WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
 from cotra_rdma.protocol.regions import (
     WANT_CAPABILITIES,
     WANT_LEASE,
@@ -105,12 +107,21 @@ class Connection:
         shard = self.capabilities.shard
         if shard is None:
             raise FormatError(f"{self}: the answer does not describe the shard")
-        self.shard = shard
+        if shard.identity is None:
+            raise PeerError(
+                f"{self}: its owner is of an earlier version, which does not tell its image from others: update it",
+                shard=self.index,
+            )
+        self.shard, self.image = shard, shard.identity
         begin = time.perf_counter()
         self._ask_coarse()
         self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
 
+    is_local = False
+    """Whether this process owns the shard itself."""
     link: Link
+    image: ImageIdentity
+    """Of the image that the owner served when this reader came; set by whoever sets `shard`."""
 
     def _begin(self, index: int, address: str, timeout_ms: int, fabric: FabricModel | None = None) -> None:
         self.index = index
@@ -191,9 +202,26 @@ class Connection:
             VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._timeout_ms
         )
         answer = decode_region_response(reply.payload)
-        if answer.code:
-            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        self._check_code(answer.code, answer.message)
+        if hasattr(self, "image") and answer.shard != self.shard:
+            raise self._stale(answer.shard.identity if answer.shard else None)
         return answer
+
+    def _check_code(self, code: int, message: str) -> None:
+        """Raises what an answer with this code says."""
+        if code:
+            raise (StaleShardError if code == STALE else PeerError)(f"{self}: {message}", shard=self.index)
+
+    def _check_image(self, image: ImageIdentity | None) -> None:
+        """Raises `StaleShardError` unless an answer is about the image that this reader asked about."""
+        if image != self.image:
+            raise self._stale(image)
+
+    def _stale(self, image: ImageIdentity | None) -> StaleShardError:
+        serves = "an image that it does not name" if image is None else image
+        return StaleShardError(
+            f"{self} serves {serves}, and had {self.image} when this reader connected", shard=self.index
+        )
 
     def _ask_coarse(self) -> None:
         """The shard from afar, where its owner tells: what Compass chooses by."""
@@ -270,8 +298,8 @@ class Connection:
         """Reads what is kept of the shard, and times some READs."""
         self.view = View.open(channel, timeout_s=self._timeout_ms / 1000)
         info, told = self.view.info, self.shard
-        if (info.dim, info.metric, info.generation) != (told.dim, told.metric, told.generation):
-            raise FormatError(f"{self}: its region holds another shard than it announced", shard=self.index)
+        if any(getattr(info, name) != value for name, value in fields_of(told).items()):
+            raise self._stale(info.identity)
         self.link = replace(self.link, **_measure(channel))
         if info.ivf_bytes:
             self.lists = IvfTable.open(channel, self.view, timeout_s=self._timeout_ms / 1000)
@@ -387,12 +415,14 @@ class Connection:
 
     def _search_part(self, batch: Batch, queries: npt.NDArray[np.float32]) -> Answer:
         bitmap = None if batch.filters is None else batch.filters[0]
-        request = SearchRequest("", queries, batch.k, batch.ef, bitmap, batch.beam, most=batch.most or 0).encode()
+        request = SearchRequest(
+            "", queries, batch.k, batch.ef, bitmap, batch.beam, most=batch.most or 0, image=self.image
+        ).encode()
         begin = time.perf_counter_ns()
         reply = self._call_to_search(batch, request)
         answer = SearchResponse.decode(reply.payload)
-        if answer.code:
-            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        self._check_code(answer.code, answer.message)
+        self._check_image(answer.image)
         try:
             answer.check(len(queries), batch.k)
             stats = unpack_stats(answer.stats, len(queries))
@@ -445,8 +475,7 @@ class Connection:
         reply = self._call_to_search(batch, request)
         told = CollectionResponse.decode(reply.payload)
         answer = told.answer
-        if answer.code:
-            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        self._check_code(answer.code, answer.message)
         try:
             answer.check(len(queries), batch.k)
             stats = unpack_stats(answer.stats, len(queries), told.more_stats)
@@ -463,7 +492,6 @@ class Connection:
 
         Raises `PeerError` where the owner does not offer it, `FormatError` and `ChecksumError` for what is not the shard's.
         """
-        self._check_expands()
         data, length = bytearray(), 0
         while not data or len(data) < length:
             piece = self._ask(WANT_VIEW, offset=len(data)).view
@@ -476,7 +504,7 @@ class Connection:
         info = view.info
         if any(getattr(info, name) != value for name, value in fields_of(self.shard).items()):
             view.close()
-            raise FormatError(f"{self}: its upper layers are of another shard than it announced", shard=self.index)
+            raise self._stale(info.identity)
         return view
 
     def expand(
@@ -497,11 +525,10 @@ class Connection:
         Raises `TransportError` where the owner is gone, `PeerError` where it refuses, `FormatError` for an answer that does not
         fit. The view must be there (`load_view`).
         """
-        self._check_expands()
         assert self.view is not None
         degree = self.view.info.degree
         parts = [
-            self._expand_part(ExpandRequest.of(queries, pushes[part]), degree, timeout_s, stop)
+            self._expand_part(ExpandRequest.of(queries, pushes[part], self.image), degree, timeout_s, stop)
             for part in split_pushes(pushes, queries.shape[1], degree)
         ]
         return Expansions.joined(parts)
@@ -510,8 +537,8 @@ class Connection:
         kind = VShardMessageType.VECTOR_EXPAND_REQUEST
         reply = self._call(kind, request.encode(), max(1, round(timeout_s * 1000)), stop)
         answer = ExpandResponse.decode(reply.payload)
-        if answer.code:
-            raise PeerError(f"{self}: {answer.message}", shard=self.index)
+        self._check_code(answer.code, answer.message)
+        self._check_image(answer.image)
         found = answer.told.found
         if len(found) != len(request.pushes) or (found["count"] > degree).any():
             raise FormatError(
@@ -520,12 +547,6 @@ class Connection:
                 shard=self.index,
             )
         return answer.told
-
-    def _check_expands(self) -> None:
-        if self.shard.image_checksum is None:
-            raise PeerError(
-                f"{self}: its owner is of an earlier version, which expands no nodes for others", shard=self.index
-            )
 
     def close(self) -> None:
         """Closes everything; engines that were opened on it must be closed before."""

@@ -18,6 +18,9 @@ from cotra_rdma.protocol.rpc import ClientKeys, parse_address
 
 log = logging.getLogger(__name__)
 
+Misfit = Callable[[int, ShardFields], str]
+"""Why what an owner serves is not the shard at a position; "" where it is."""
+
 
 @dataclass(slots=True)
 class Connector:
@@ -30,14 +33,12 @@ class Connector:
     timeout_s: float
     fabric: FabricModel | None
     queue_pair: QueuePairOptions
-    misfit: Callable[[int, ShardFields], str] | None = None
-    """Why what an owner serves is not the shard at a position; "" where it is."""
     _device: Device | None = None
     _no_device: str = "not asked for"
     _tried: bool = field(default=False)
 
-    def connect(self, shard: int, owner: Owner) -> Connection:
-        """The control connection to an owner of the shard at a position. Raises `TransportError`."""
+    def connect(self, shard: int, owner: Owner, misfit: Misfit | None = None) -> Connection:
+        """The control connection to an owner of the shard at a position. Raises `TransportError`, also for a misfit."""
         timeout_ms = max(1, round(self.timeout_s * 1000))
         if not isinstance(owner, str):
             return LocalConnection(shard, owner, timeout_ms=timeout_ms)
@@ -47,7 +48,7 @@ class Connector:
         connection = Connection(
             shard, owner, keys=self.keys, timeout_ms=timeout_ms, options=options, fabric=self.fabric
         )
-        if self.misfit is not None and (why := self.misfit(shard, connection.shard)):
+        if misfit is not None and (why := misfit(shard, connection.shard)):
             connection.close()
             raise TransportError(f"{connection} serves {why}", shard=shard)
         return connection

@@ -36,12 +36,14 @@ Owned = Shard | Serving
 class LocalConnection(Connection):
     """A shard that this process owns itself: its records are used in place."""
 
+    is_local = True
+
     def __init__(self, index: int, owner: Owned, *, timeout_ms: int) -> None:
         """`owner` stays the caller's, and must outlive it."""
         self._owner = owner
         self._held = owner if isinstance(owner, Shard) else owner.shard
         self._begin(index, "own" if isinstance(owner, Shard) else owner.address, timeout_ms)
-        self.shard = as_fields(ShardFields, self._held.info)
+        self.shard, self.image = as_fields(ShardFields, self._held.info), self._held.info.identity
         self.capabilities = RegionResponse(shard=self.shard, transports={"own": "", "rpc": "it is this process"})
         self.link = replace(self.link, rpc_s=0.0)
         coarse = None if isinstance(owner, Shard) else owner.coarse

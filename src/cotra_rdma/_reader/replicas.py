@@ -58,6 +58,7 @@ class Replicas:
     Attributes:
         peers: for each shard the owner in use; an `MissingConnection` where there is none. Replaced in place.
         lost: why a shard has no owner, by its position.
+        renewed: shards of which an owner came back with another image. It is not used: the shards of one build belong together.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Replicas:
         self._away: list[tuple[int, Owner]] = []  # to be tried again
         self.connections: list[Connection] = []
         self.lost: dict[int, CotraError] = {}
+        self.renewed: set[int] = set()
         try:
             for shard, group in enumerate(owners):
                 self._standby.append([])
@@ -104,7 +106,9 @@ class Replicas:
         for owner in group:
             try:
                 self._standby[shard].append(self._reach(shard, owner))
-            except TransportError as error:
+            except InvalidInputError:
+                raise
+            except CotraError as error:  # whatever it is, it is that owner's
                 self._away.append((shard, owner))
                 self.lost.setdefault(shard, error)
                 if len(group) > 1:
@@ -274,7 +278,8 @@ class Replicas:
                 connection.close()
                 raise
         if not is_same:
-            log.info("%s is back with another image, and stays out: connect again", connection)
+            log.info("%s is back with another image, and is not used for this one", connection)
+            self.renewed.add(shard)
             connection.close()
         if gone is not None:
             self._changed(gone)

@@ -33,6 +33,7 @@ class SearchResult:
         asked: int32[n_queries]: how many shards each query was for.
         algorithm: what was done: "cotra", "compass+spire"...
         predictions: what the cost model expected of each way, the one taken first; empty where it was not asked.
+        images: the checksum of each shard's image that was searched, as `Cluster.images`: the rows of filters are theirs.
         homes: int32[n_queries]: the shard whose owner walked each query; -1 where this process did. None: of "home" only.
     """
 
@@ -47,6 +48,7 @@ class SearchResult:
     asked: npt.NDArray[np.int32]
     algorithm: str
     predictions: tuple[Prediction, ...]
+    images: tuple[int, ...]
     homes: npt.NDArray[np.int32] | None = None
 
     @property

@@ -89,7 +89,16 @@ class Searcher:
         asked[:] = n_shards if batch.mask is None else batch.mask.sum(axis=1)
         seconds, coverage = time.perf_counter() - begin, _coverage(n_shards, failures, found[3])
         result = SearchResult(
-            *found, tuple(used), seconds, coverage, failures, asked, plan.algorithm, plan.predictions, homes
+            *found,
+            tuple(used),
+            seconds,
+            coverage,
+            failures,
+            asked,
+            plan.algorithm,
+            plan.predictions,
+            self._replicas.images,
+            homes,
         )
         if failures and (not lenient or (options.allow_partial is None and len(failures) == n_shards)):
             raise _error_of(result, n_shards)

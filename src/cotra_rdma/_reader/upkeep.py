@@ -1,4 +1,4 @@
-"""What a cluster does beside searching: it renews leases, and looks for owners that are away."""
+"""What a session does beside searching: it renews leases, and looks for owners that are away."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Executor
 
+from cotra_rdma._reader.connection import Connection
 from cotra_rdma._reader.replicas import Replicas
 from cotra_rdma.errors import (
     ClosedError,
     CotraError,
+    StaleShardError,
 )
 
 log = logging.getLogger(__name__)
@@ -26,10 +29,24 @@ class Upkeep:
     Whoever holds this object keeps the thread going: a cluster that nobody holds any more lets its leases run out.
     """
 
-    def __init__(self, replicas: Replicas, revive: Callable[[], object]) -> None:
-        """`revive`: tries owners that are away; it raises `ClosedError` once the cluster is closed. It is held weakly, as a
-        bound method of the cluster."""
-        self._replicas, self._revive = replicas, weakref.WeakMethod(revive)
+    def __init__(
+        self,
+        replicas: Replicas,
+        revive: Callable[[], object],
+        follow: Callable[[], object],
+        callers: Callable[[], Executor],
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            replicas: whose owners are looked after.
+            revive: tries owners that are away; it raises `ClosedError` once the cluster is closed. It is held weakly, as a bound
+                method of the cluster.
+            follow: called where an owner serves another image than before; likewise.
+            callers: gives the threads that wait for owners.
+        """
+        self._replicas, self._callers = replicas, callers
+        self._revive, self._follow = weakref.WeakMethod(revive), weakref.WeakMethod(follow)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._renewed = time.monotonic()
@@ -61,14 +78,11 @@ class Upkeep:
         self.renew_leases()
 
     def renew_leases(self) -> None:
-        """Keeps the queue pairs that owners hold for this reader."""
-        for connection in list(self._replicas.connections):
-            if connection.transport != "verbs":
-                continue
-            try:
-                connection.renew()
-            except CotraError as error:  # a search will tell
-                log.debug("%s: its lease was not renewed: %s", connection, error)
+        """Keeps what owners hold for this reader, and sees whether they serve the same images still; of all owners at once."""
+        if any(list(self._callers().map(_renew, self._replicas.connections))):
+            follow = self._follow()
+            if follow is not None:
+                follow()
 
     def look(self) -> None:
         """What the thread does every `LOOK_S`, whatever comes of it: nobody else does."""
@@ -80,6 +94,18 @@ class Upkeep:
                 log.debug("owners are looked after no more: the cluster is closed")
             except Exception:
                 log.exception("owners that are away, and leases, are looked after again in %s s", LOOK_S)
+
+
+def _renew(connection: Connection) -> bool:
+    """Whether its owner serves another image than before."""
+    try:
+        connection.renew()
+    except StaleShardError as error:
+        log.info("%s", error)
+        return True
+    except CotraError as error:  # a search will tell
+        log.debug("%s: its lease was not renewed: %s", connection, error)
+    return False
 
 
 def _attend(upkeep: weakref.ref[Upkeep], stop: threading.Event) -> None:

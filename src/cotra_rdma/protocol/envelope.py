@@ -16,6 +16,8 @@ import msgspec
 from cotra_rdma.errors import FormatError, InvalidInputError
 
 WIRE_VERSION = 2
+FAILED, STALE = 1, 2
+"""Codes of an answer that is an error: STALE where the request is about another image than the owner serves."""
 MAX_PAYLOAD_BYTES = 64 << 20
 
 _HEADER = struct.Struct("<HHQQII")

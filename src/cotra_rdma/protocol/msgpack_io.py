@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma.errors import FormatError, InvalidInputError
-from cotra_rdma.protocol.envelope import Payload
+from cotra_rdma.protocol.envelope import Payload, encode_array
 
 FLOAT32 = np.dtype([("marker", "u1"), ("value", ">f4")])
 """An item of an array of MessagePack's float32."""
@@ -42,6 +43,11 @@ def bin_prefix(length: int) -> bytes:
 def binary(field: npt.NDArray[Any]) -> bytes:
     """An array's memory as a bin field."""
     return bin_prefix(field.nbytes) + field.tobytes()
+
+
+def encode_image(image: ImageIdentity | None) -> bytes:
+    """An identity as an array of three numbers; None as an array of none."""
+    return encode_array(image or ())
 
 
 class Reader:
@@ -119,6 +125,18 @@ class Reader:
         if len(field) != wanted:
             raise FormatError(f"{self._what}: a field of {len(field)} bytes where {n} numbers take {wanted}")
         return np.frombuffer(field, kind)
+
+    def image(self) -> ImageIdentity | None:
+        """An identity, or None, as `encode_image` writes them."""
+        length = self.array()
+        if length not in (0, 3):
+            raise FormatError(f"{self._what}: the identity of an image is 3 numbers, not {length}")
+        return ImageIdentity(*(self.unsigned64() for _ in range(3))) if length else None
+
+    def is_array_next(self) -> bool:
+        """Whether the next item is an array."""
+        marker = next((part[0] for part in self._buffers if part), 0)
+        return 0x90 <= marker < 0xA0 or marker in (0xDC, 0xDD)
 
     def rest(self) -> bytes:
         """All that is left."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma.protocol.envelope import Payload, decode_array, encode_array, join
 
 WANT_CAPABILITIES, WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_RELEASE, WANT_LEASE, WANT_VIEW = range(6)
@@ -40,7 +41,7 @@ class ShardFields(msgspec.Struct, array_like=True, frozen=True):
 
     Attributes:
         graph_id, graph_base, graph_count: as in the image's header.
-        image_checksum: likewise; it names the shard wherever it is. None: not told, and such an owner expands nothing for peers.
+        image_checksum: likewise. None: not told; readers refuse such an owner, for they could not tell a restart.
     """
 
     dim: int
@@ -53,6 +54,13 @@ class ShardFields(msgspec.Struct, array_like=True, frozen=True):
     graph_base: _U64 = 0
     graph_count: _U64 = 0
     image_checksum: _U64 | None = None
+
+    @property
+    def identity(self) -> ImageIdentity | None:
+        """What tells the image from every other; None where the owner does not tell it."""
+        return (
+            None if self.image_checksum is None else ImageIdentity(self.graph_id, self.generation, self.image_checksum)
+        )
 
 
 class SharedMemoryFields(msgspec.Struct, array_like=True, frozen=True):

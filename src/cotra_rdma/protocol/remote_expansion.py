@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.remote_expansion import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
 from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.protocol.envelope import MAX_PAYLOAD_BYTES, Buffer, Payload, encode_array
-from cotra_rdma.protocol.msgpack_io import Reader, array_prefix, bin_prefix
+from cotra_rdma.protocol.msgpack_io import Reader, array_prefix, bin_prefix, encode_image
 
 _MAX_BATCH_BYTES = 16 << 20
 _NEIGHBOUR_BYTES = 12  # a number, an estimate and its weight
-_REQUEST_FIELDS, _RESPONSE_FIELDS = 4, 6
+_REQUEST_FIELDS, _RESPONSE_FIELDS = 5, 7
 _ALIGNMENT = 8  # the C shim reads what was received where it lies
 _HEAD_BYTES = 1024  # of an answer that is no error, beside its arrays: generously
 
@@ -79,20 +80,22 @@ def _take(reader: Reader, dtype: Any, what: str) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpandRequest:
-    """Type 58: [collection str, dim u32, queries bin, pushes bin].
+    """Type 58: [collection str, dim u32, queries bin, pushes bin, image array].
 
     Attributes:
         collection: a name; "" where the owner serves one shard.
         queries: float32[n_queries, dim]: those that occur in `pushes`.
         pushes: `PUSH_DTYPE`[n]; those of one query follow each other, or it is slower.
+        image: which image the rows are of.
     """
 
     collection: str
     queries: npt.NDArray[np.float32]
     pushes: npt.NDArray[np.void]
+    image: ImageIdentity
 
     @classmethod
-    def of(cls, queries: npt.NDArray[np.float32], pushes: npt.NDArray[np.void]) -> ExpandRequest:
+    def of(cls, queries: npt.NDArray[np.float32], pushes: npt.NDArray[np.void], image: ImageIdentity) -> ExpandRequest:
         """With those of the queries only that occur in `pushes`, which are numbered anew.
 
         Raises `InvalidInputError` for a push of a query that is not there.
@@ -102,12 +105,13 @@ class ExpandRequest:
             raise InvalidInputError(f"a node to expand for query {used[-1]} of {len(queries)}")
         pushes = pushes.copy()
         pushes["query"] = numbers
-        return cls("", queries[used], pushes)
+        return cls("", queries[used], pushes, image)
 
     def encode(self) -> tuple[Buffer, ...]:
         """The payload in parts."""
         head = array_prefix(_REQUEST_FIELDS) + encode_array(self.collection) + encode_array(self.queries.shape[1])
-        return _in_parts(head, _bytes_of(self.queries, "<f4"), _bytes_of(self.pushes, PUSH_DTYPE))
+        parts = _in_parts(head, _bytes_of(self.queries, "<f4"), _bytes_of(self.pushes, PUSH_DTYPE))
+        return (*parts, encode_image(self.image))
 
     @classmethod
     def decode(cls, payload: Payload) -> ExpandRequest:
@@ -121,7 +125,10 @@ class ExpandRequest:
             raise FormatError(f"{what}: an array of {_REQUEST_FIELDS} was expected")
         collection, dim = reader.text(), reader.unsigned()
         flat, pushes = _take(reader, "<f4", what), _take(reader, PUSH_DTYPE, what)
+        image = reader.image()
         reader.end()
+        if image is None:
+            raise FormatError(f"{what}: it names no image")
         if not dim or len(flat) % dim:
             raise FormatError(f"{what}: {len(flat)} numbers are no queries of dim {dim}")
         queries = flat.reshape(-1, dim)
@@ -129,21 +136,23 @@ class ExpandRequest:
             raise FormatError(f"{what}: a node for query {pushes['query'].max()} of {len(queries)}")
         if np.isnan(pushes["limit"]).any():
             raise FormatError(f"{what}: a limit is NaN")
-        return cls(collection, queries, pushes)
+        return cls(collection, queries, pushes, image)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpandResponse:
-    """Type 59: [code u32, message str, expansions bin, numbers bin, estimates bin, weights bin].
+    """Type 59: [code u32, message str, expansions bin, numbers bin, estimates bin, weights bin, image array].
 
     Attributes:
         code, message: as in `SearchResponse`; with an error the rest is empty.
         told: what became of the pushes.
+        image: whose rows were expanded; None with an error.
     """
 
     code: int
     message: str
     told: Expansions
+    image: ImageIdentity | None = None
 
     @classmethod
     def failed(cls, code: int, message: str) -> ExpandResponse:
@@ -154,13 +163,14 @@ class ExpandResponse:
         """The payload in parts: the large fields are the arrays' own memory."""
         head = array_prefix(_RESPONSE_FIELDS) + encode_array(self.code) + encode_array(self.message)
         told = self.told
-        return _in_parts(
+        parts = _in_parts(
             head,
             _bytes_of(told.found, EXPANSION_DTYPE),
             _bytes_of(told.numbers, "<u4"),
             _bytes_of(told.estimates, "<f4"),
             _bytes_of(told.weights, "<f4"),
         )
+        return (*parts, encode_image(self.image))
 
     @classmethod
     def decode(cls, payload: Payload) -> ExpandResponse:
@@ -177,6 +187,7 @@ class ExpandResponse:
         found = _take(reader, EXPANSION_DTYPE, what)
         numbers = _take(reader, "<u4", what)
         estimates, weights = _take(reader, "<f4", what), _take(reader, "<f4", what)
+        image = reader.image()
         reader.end()
         total = int(found["count"].sum(dtype=np.uint64))
         if not total == len(numbers) == len(estimates) == len(weights):
@@ -188,4 +199,4 @@ class ExpandResponse:
             raise FormatError(f"{what}: a distance is NaN or infinite")
         if np.isnan(estimates).any():
             raise FormatError(f"{what}: an estimate is NaN")
-        return cls(code, message, Expansions(found, numbers, estimates, weights))
+        return cls(code, message, Expansions(found, numbers, estimates, weights), image)

@@ -8,9 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma.errors import FormatError
 from cotra_rdma.protocol.envelope import Buffer, Payload, encode_array
-from cotra_rdma.protocol.msgpack_io import FLOAT32, FLOAT32_MARKER, Reader, array_prefix, bin_prefix, binary
+from cotra_rdma.protocol.msgpack_io import (
+    FLOAT32,
+    FLOAT32_MARKER,
+    Reader,
+    array_prefix,
+    bin_prefix,
+    binary,
+    encode_image,
+)
 
 DEFAULT_BEAM = 8
 OWN_SHARD, WHOLE_COLLECTION = range(2)
@@ -42,6 +51,8 @@ class SearchRequest:
         beam: expansions a round; only written when it is not the default, 8, or the scope follows.
         scope: `OWN_SHARD`, or `WHOLE_COLLECTION`, which is answered with a `CollectionResponse`.
         most: records that a walk expands at most; 0: as many as it takes.
+        image: which image the owner has to search; it refuses for another one, and repeats it in its answer. None: whichever it
+            serves.
         filters: of a search of the whole collection: for each shard the checksum of its image, which names it, and a bitmap as
             `filter_bitmap`, or None. None: no filter anywhere.
     """
@@ -55,6 +66,7 @@ class SearchRequest:
     scope: int = OWN_SHARD
     most: int = 0
     filters: tuple[tuple[int, bytes | None], ...] | None = None
+    image: ImageIdentity | None = None
 
     def encode(self) -> bytes:
         """The payload."""
@@ -74,14 +86,21 @@ class SearchRequest:
             parts += [struct.pack("<I", len(self.filter_bitmap)), self.filter_bitmap]
         extension = [self.beam, self.scope, self.most]
         n = 3 if self.most else 2 if self.scope != OWN_SHARD else 1 if self.beam != DEFAULT_BEAM else 0
-        if self.filters is not None:
-            parts += [array_prefix(4), *map(encode_array, extension), array_prefix(1 + len(self.filters))]
-            parts.append(binary(np.array([image for image, _ in self.filters], "<u8")))
-            for _, bitmap in self.filters:
-                parts += [bin_prefix(len(bitmap or b"")), bitmap or b""]
+        if self.filters is not None or self.image is not None:
+            parts += [array_prefix(4 if self.image is None else 5), *map(encode_array, extension)]
+            parts += self._encode_filters()
+            parts += [] if self.image is None else [encode_image(self.image)]
         elif n:
             parts.append(encode_array(extension[:n]))
         return b"".join(parts)
+
+    def _encode_filters(self) -> list[bytes]:
+        if self.filters is None:
+            return [array_prefix(0)]
+        parts = [array_prefix(1 + len(self.filters)), binary(np.array([image for image, _ in self.filters], "<u8"))]
+        for _, bitmap in self.filters:
+            parts += [bin_prefix(len(bitmap or b"")), bitmap or b""]
+        return parts
 
     @classmethod
     def decode(cls, payload: Payload) -> SearchRequest:
@@ -95,23 +114,26 @@ class SearchRequest:
         bitmap = None
         if has_filter:
             bitmap = bytes(reader.take(struct.unpack("<I", reader.take(4))[0]))
-        beam, scope, most, filters = DEFAULT_BEAM, OWN_SHARD, 0, None
+        beam, scope, most, filters, image = DEFAULT_BEAM, OWN_SHARD, 0, None, None
         if not reader.at_end():
             length = reader.array()
-            if not 1 <= length <= 4:
-                raise FormatError("search request: its extension must be an array of 1 to 4")
+            if not 1 <= length <= 5:
+                raise FormatError("search request: its extension must be an array of 1 to 5")
             beam = reader.unsigned()
             scope = reader.unsigned() if length > 1 else OWN_SHARD
             most = reader.unsigned() if length > 2 else 0
-            filters = _read_filters(reader) if length > 3 else None
+            filters = _read_filters(reader, may_be_none=length > 4) if length > 3 else None
+            image = reader.image() if length > 4 else None
         if scope not in (OWN_SHARD, WHOLE_COLLECTION):
             raise FormatError(f"search request: scope {scope} is unknown")
         reader.end()
-        return cls(collection, queries, top_k, ef_search, bitmap, beam, scope, most, filters)
+        return cls(collection, queries, top_k, ef_search, bitmap, beam, scope, most, filters, image)
 
 
-def _read_filters(reader: Reader) -> tuple[tuple[int, bytes | None], ...]:
+def _read_filters(reader: Reader, *, may_be_none: bool) -> tuple[tuple[int, bytes | None], ...] | None:
     n = reader.array() - 1
+    if n < 0 and may_be_none:
+        return None
     images = reader.vector("<u8", n).tolist() if n >= 0 else []
     if not images:
         raise FormatError("search request: filters of no shards")
@@ -120,13 +142,16 @@ def _read_filters(reader: Reader) -> tuple[tuple[int, bytes | None], ...]:
 
 @dataclass(frozen=True, slots=True)
 class SearchResponse:
-    """Type 51: [code u32, message str, n u32, k u32, labels bin, distances bin, stats bin], and after the array, where the
-    request had `most`, a bin: `incomplete`.
+    """Type 51: [code u32, message str, n u32, k u32, labels bin, distances bin, stats bin].
+
+    After the array follow what the request asked for: where it named an image, an array, the image; where it had `most`, a bin,
+    `incomplete`.
 
     Attributes:
         code: 0; else the request failed, `message` says why, and the rest is empty.
         labels: int64[n, k], little-endian. distances: float32[n, k]. stats: `engine.OWNER_STATS_DTYPE`[n] as raw bytes (32 each).
         incomplete: uint32[n], little-endian: walks that `most` ended; None where it was not asked.
+        image: that was searched; None where it was not asked.
     """
 
     code: int
@@ -135,6 +160,7 @@ class SearchResponse:
     distances: npt.NDArray[np.float32]
     stats: Buffer
     incomplete: npt.NDArray[np.uint32] | None = None
+    image: ImageIdentity | None = None
 
     def encode(self) -> tuple[Buffer, ...]:
         """The payload in parts: the large fields are the arrays' own memory."""
@@ -149,6 +175,8 @@ class SearchResponse:
         parts: list[Buffer] = [head + bin_prefix(len(fields[0])), fields[0]]
         for field in fields[1:]:
             parts += [bin_prefix(len(field)), field]
+        if self.image is not None:
+            parts.append(encode_image(self.image))
         if self.incomplete is not None:
             parts.append(binary(np.ascontiguousarray(self.incomplete, "<u4")))
         return tuple(parts)
@@ -163,6 +191,8 @@ class SearchResponse:
         """Reads a payload; the arrays are views of it where it came in parts. Raises `FormatError`."""
         reader = Reader(payload, "search response")
         answer = cls.read(reader)
+        if reader.is_array_next():
+            answer = replace(answer, image=reader.image())
         if not reader.at_end():
             answer = replace(answer, incomplete=reader.vector("<u4", len(answer.labels)))
         reader.end()

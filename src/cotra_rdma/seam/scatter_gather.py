@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -18,11 +19,19 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.query_checks import as_array, check_queries, check_search
 from cotra_rdma._core.stats import COUNTS, STATS_DTYPE, unpack_stats
 from cotra_rdma._native.merge import merge
-from cotra_rdma.errors import FormatError, InvalidInputError, PartialResultError, PeerError
-from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType
+from cotra_rdma.errors import FormatError, InvalidInputError, PartialResultError, PeerError, StaleShardError
+from cotra_rdma.protocol.envelope import STALE, WIRE_VERSION, VShardEnvelope, VShardMessageType
+from cotra_rdma.protocol.regions import (
+    WANT_CAPABILITIES,
+    RegionRequest,
+    ShardFields,
+    decode_region_response,
+    encode_region,
+)
 from cotra_rdma.protocol.rpc import ClientKeys
 from cotra_rdma.protocol.search import DEFAULT_BEAM, SearchRequest, SearchResponse, queries_per_message
 from cotra_rdma.seam.interface import ShardRef, ShardRpcDispatch, VectorShardSeam
@@ -171,6 +180,7 @@ class ScatterGather(VectorShardSeam):
         *,
         selector: VectorShardSeam | None = None,
         collection: str = "",
+        verify: bool = True,
     ) -> None:
         """Asks nothing yet.
 
@@ -179,6 +189,9 @@ class ScatterGather(VectorShardSeam):
             dispatch: what carries the requests. It stays the caller's to close.
             selector: the algorithm whose `select_shards` chooses for each query; None: this one's, which takes all.
             collection: goes into every request; "" where owners serve one shard each.
+            verify: ask each owner once what it serves (type 56), and have all its answers be of that image. A shard of another
+                dim or metric than the others, and one whose owner serves another image by then, has failed. False: for owners
+                that know type 50 only; nobody then notices one that comes back with other rows.
         """
         self._shards = tuple(shards)
         self._numbers = [shard.vshard_id for shard in self._shards]
@@ -191,6 +204,8 @@ class ScatterGather(VectorShardSeam):
         self._dispatch = dispatch
         self._selector = selector or self
         self._collection = collection
+        self._verify = verify
+        self._known: dict[int, ShardFields] = {}  # by position
         self._own: ZmqDispatch | None = None
         self._loop = LoopThread("cotra-scatter-gather")
 
@@ -357,7 +372,57 @@ class ScatterGather(VectorShardSeam):
         )
         calls = [self._ask(at, rows, np.flatnonzero(asked[at]), knobs, gathered) for at in range(len(self._shards))]
         gathered.outcomes = list(await asyncio.gather(*calls))
+        self._refuse_unlike(gathered)
         return gathered
+
+    def _refuse_unlike(self, gathered: Gathered) -> None:
+        """Shards of another metric than the first have failed: their distances mean nothing beside its own."""
+        if len({known.metric for known in self._known.values()}) < 2:
+            return
+        first = min(self._known)
+        for at, outcome in enumerate(gathered.outcomes):
+            if outcome.status is not ShardStatus.ANSWERED or self._known[at].metric == self._known[first].metric:
+                continue
+            why = InvalidInputError(
+                f"{self._shards[at]} has metric {self._known[at].metric}, and {self._shards[first]} has "
+                f"{self._known[first].metric}"
+            )
+            gathered.labels[at], gathered.distances[at] = -1, np.inf
+            gathered.outcomes[at] = replace(outcome, status=ShardStatus.FAILED, reason=str(why), error=why)
+
+    def follow(self) -> None:
+        """Takes the images that owners serve from the next search on, whatever they served before.
+
+        Filters that were made before are for other rows.
+        """
+        self._known = {}
+
+    async def _identify(self, at: int, dim: int, knobs: _Knobs) -> ImageIdentity:
+        """Which image an owner serves: it is asked once."""
+        shard = self._shards[at]
+        if at not in self._known:
+            request = encode_region(RegionRequest(WANT_CAPABILITIES, secrets.token_hex(8)))
+            reply = await self._call(shard, VShardMessageType.VECTOR_MEM_REGION_REQUEST, request, knobs)
+            answer = decode_region_response(reply.payload)
+            if answer.code:
+                raise PeerError(f"{shard}: {answer.message}")
+            if answer.shard is None:
+                raise FormatError(f"{shard}: its owner does not tell what it serves")
+            self._known[at] = answer.shard
+        known = self._known[at]
+        if known.dim != dim:
+            raise InvalidInputError(f"{shard} has dim {known.dim}, and the queries have {dim}")
+        if known.identity is None:
+            raise FormatError(f"{shard}: its owner is of an earlier version, which does not tell its image from others")
+        return known.identity
+
+    async def _call(self, shard: ShardRef, kind: VShardMessageType, payload: bytes, knobs: _Knobs) -> VShardEnvelope:
+        envelope = VShardEnvelope(WIRE_VERSION, kind, 0, shard.node_id, shard.vshard_id, payload)
+        left_ms = max(1, math.ceil((knobs.deadline - time.perf_counter()) * 1000))
+        reply = await self._dispatch.call(envelope, left_ms)
+        if reply.msg_type != kind.response:
+            raise FormatError(f"{shard} answered type {kind.value} with type {reply.msg_type}")
+        return reply
 
     async def _ask(self, at: int, rows: _Distances, which: _Rows, knobs: _Knobs, into: Gathered) -> ShardOutcome:
         """Asks one shard its queries, and puts the answer where it belongs once all of it is there."""
@@ -369,8 +434,10 @@ class ScatterGather(VectorShardSeam):
         step = queries_per_message(rows.shape[1], knobs.k, knobs.ef, filtered=filtered)
         try:
             async with asyncio.timeout(max(0.0, knobs.deadline - begin)):
+                image = await self._identify(at, rows.shape[1], knobs) if self._verify else None
                 parts = [
-                    await self._ask_part(shard, rows[which[first : first + step]], knobs) for first in range(0, n, step)
+                    await self._ask_part(shard, rows[which[first : first + step]], image, knobs)
+                    for first in range(0, n, step)
                 ]
         except (Exception, asyncio.CancelledError) as error:  # whatever it was, it is in the outcome
             task = asyncio.current_task()
@@ -390,19 +457,17 @@ class ScatterGather(VectorShardSeam):
         return ShardOutcome(shard, ShardStatus.ANSWERED, n, elapsed_s=time.perf_counter() - begin)
 
     async def _ask_part(
-        self, shard: ShardRef, rows: _Distances, knobs: _Knobs
+        self, shard: ShardRef, rows: _Distances, image: ImageIdentity | None, knobs: _Knobs
     ) -> tuple[_Labels, _Distances, npt.NDArray[np.void]]:
         bitmap = knobs.filters.get(shard.vshard_id)
-        request = SearchRequest(knobs.collection, rows, knobs.k, knobs.ef, bitmap, knobs.beam).encode()
+        request = SearchRequest(knobs.collection, rows, knobs.k, knobs.ef, bitmap, knobs.beam, image=image).encode()
         kind = VShardMessageType.VECTOR_SCATTER_REQUEST
-        envelope = VShardEnvelope(WIRE_VERSION, kind, 0, shard.node_id, shard.vshard_id, request)
-        left_ms = max(1, math.ceil((knobs.deadline - time.perf_counter()) * 1000))
-        reply = await self._dispatch.call(envelope, left_ms)
-        if reply.msg_type != kind.response:
-            raise FormatError(f"{shard} answered type {kind.value} with type {reply.msg_type}")
+        reply = await self._call(shard, kind, request, knobs)
         answer = SearchResponse.decode(reply.payload)
         if answer.code:
-            raise PeerError(f"{shard}: {answer.message}")
+            raise (StaleShardError if answer.code == STALE else PeerError)(f"{shard}: {answer.message}")
+        if answer.image != image:
+            raise StaleShardError(f"{shard} serves {answer.image}, and was asked about {image}")
         labels, distances, stats = _checked(answer, len(rows), knobs.k, shard)
         # What the owner read in its own memory crossed no wire: this side made one round of one message.
         stats["reads"], stats["rounds"] = 0, 1

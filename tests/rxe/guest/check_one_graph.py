@@ -160,7 +160,7 @@ def check_an_owner_killed_in_the_middle_of_a_search_is_replaced(
             assert cluster.addresses[2] == victim.addresses[0]
         with cotra_rdma.connect([*homes[:2], [victim.addresses[0], homes[2]], homes[3]], transport="verbs") as cluster:
             if cluster.addresses[2] != victim.addresses[0]:  # the other one was nearer
-                cluster._replicas.replace(  # type: ignore[union-attr]
+                cluster._session.replicas.replace(  # type: ignore[union-attr]
                     cluster._connections[2], cotra_rdma.TransportError("for the test"), give_up=True, tried=set()
                 )
                 cluster.revive()

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotra_rdma import FormatError, InvalidInputError
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma.protocol.envelope import (
     HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -72,6 +73,9 @@ def test_message_types() -> None:
         assert kind.is_request == (kind % 2 == 0)
         if kind.is_request:
             assert kind.response == kind + 1
+
+
+IMAGES = st.none() | st.builds(ImageIdentity, *[st.integers(0, 2**64 - 1)] * 3)
 
 
 @fixed(200)
@@ -184,6 +188,7 @@ def test_a_search_request_byte_for_byte() -> None:
     | st.lists(
         st.tuples(st.integers(0, 2**64 - 1), st.none() | st.binary(min_size=1, max_size=9)), min_size=1, max_size=20
     ).map(tuple),
+    image=IMAGES,
 )
 def test_search_requests_round_trip(
     name: str,
@@ -195,8 +200,9 @@ def test_search_requests_round_trip(
     scope: int,
     most: int,
     filters: tuple[tuple[int, bytes | None], ...] | None,
+    image: ImageIdentity | None,
 ) -> None:
-    sent = SearchRequest(name, queries, top_k, ef, bitmap, beam, scope, most, filters)
+    sent = SearchRequest(name, queries, top_k, ef, bitmap, beam, scope, most, filters, image)
     data = sent.encode()
     for payload in (data, memoryview(data), (data[:3], data[3:3], data[3:])):
         found = SearchRequest.decode(payload)
@@ -250,8 +256,11 @@ GOOD = SearchRequest("docs", np.array([1.0, -2.5], np.float32), 10, 128).encode(
         (GOOD.replace(b"\xcc\x80", b"\xcf" + bytes(8)), "a u32 was expected"),
         (GOOD[:-1] + b"\x00", "a boolean was expected"),
         (GOOD + b"\x00", "an array was expected"),
-        (GOOD + b"\x95\x08\x00\x00\x90\x00", "array of 1 to 4"),
-        (GOOD + b"\x90", "array of 1 to 4"),
+        (GOOD + b"\x96\x08\x00\x00\x90\x90\x00", "array of 1 to 5"),
+        (GOOD + b"\x90", "array of 1 to 5"),
+        (GOOD + b"\x95\x08\x00\x00\x90\x00", "an array was expected"),
+        (GOOD + b"\x95\x08\x00\x00\x90\x94\x00\x00\x00\x00", "the identity of an image is 3 numbers, not 4"),
+        (GOOD + b"\x95\x08\x00\x00\x90\x93\x00\x00", "too early"),
         (GOOD + b"\x94\x08\x01\x00\x90", "filters of no shards"),
         (GOOD + b"\x94\x08\x01\x00\x91\xc4\x00", "filters of no shards"),
         (GOOD + b"\x94\x08\x01\x00\x92\xc4\x07" + bytes(7), "1 numbers take 8"),
@@ -304,6 +313,10 @@ def test_a_search_response_byte_for_byte() -> None:
     assert b"".join(told.encode()) == golden + bytes.fromhex("c404 02000000")
     assert SearchResponse.decode(b"".join(told.encode())).incomplete == 2
     assert SearchResponse.decode(golden).incomplete is None
+    of = dataclasses.replace(told, image=ImageIdentity(7, 1, 128))
+    assert b"".join(of.encode()) == golden + bytes.fromhex("93 07 01 cc80 c404 02000000")
+    both = SearchResponse.decode(b"".join(of.encode()))
+    assert (both.incomplete, both.image) == (2, (7, 1, 128))
     with pytest.raises(FormatError, match="1 numbers take 4"):
         SearchResponse.decode(golden + bytes.fromhex("c403 020000"))
     assert b"".join(SearchResponse.failed(3, "no").encode()) == bytes.fromhex("97 03 a2 6e6f 00 00 c400 c400 c400")

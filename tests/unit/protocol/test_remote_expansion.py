@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotra_rdma import FormatError, InvalidInputError
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.remote_expansion import EXPANSION_DTYPE, PUSH_DTYPE, Expansions
 from cotra_rdma._core.stats import MORE_STATS_DTYPE, STATS_DTYPE, pack_stats, unpack_stats
 from cotra_rdma.protocol import remote_expansion as expansion_messages
@@ -36,15 +37,18 @@ def cut(data: bytes, cuts: list[int]) -> tuple[bytes, ...]:
     return tuple(data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True))
 
 
+IMAGE = ImageIdentity(7, 1, 128)
+
+
 # ---- 58 ----
 
 
 def test_an_expand_request_byte_for_byte() -> None:
-    request = ExpandRequest("", np.array([[1.0, -2.5]], np.float32), pushes_of(0))
-    golden = bytes.fromhex("94 a0 02 c408") + struct.pack("<ff", 1, -2.5)
-    golden += bytes.fromhex("c410") + struct.pack("<IIfI", 0, 7, np.inf, 0)
+    request = ExpandRequest("", np.array([[1.0, -2.5]], np.float32), pushes_of(0), IMAGE)
+    golden = bytes.fromhex("95 a0 02 c408") + struct.pack("<ff", 1, -2.5)
+    golden += bytes.fromhex("c410") + struct.pack("<IIfI", 0, 7, np.inf, 0) + bytes.fromhex("93 07 01 cc80")
     assert b"".join(request.encode()) == golden
-    assert len(msgspec.msgpack.decode(golden)) == 4
+    assert len(msgspec.msgpack.decode(golden)) == 5
 
 
 @fixed(150)
@@ -61,11 +65,11 @@ def test_expand_requests_round_trip(name: str, dim: int, counts: list[int], seed
     pushes = np.zeros(sum(counts), PUSH_DTYPE)
     pushes["query"] = np.repeat(np.arange(len(counts)), counts)
     pushes["row"], pushes["limit"] = generator.integers(0, 2**32, len(pushes)), generator.normal(size=len(pushes))
-    parts = ExpandRequest(name, queries, pushes).encode()
+    parts = ExpandRequest(name, queries, pushes, IMAGE).encode()
     data = b"".join(parts)
     for payload in (data, memoryview(b"x" + data)[1:], parts, cut(data, cuts)):
         found = ExpandRequest.decode(payload)
-        assert found.collection == name
+        assert (found.collection, found.image) == (name, IMAGE)
         assert (found.queries.tobytes(), found.pushes.tobytes()) == (queries.tobytes(), pushes.tobytes())
         assert found.queries.shape == queries.shape
         for array in (found.queries, found.pushes):
@@ -75,28 +79,30 @@ def test_expand_requests_round_trip(name: str, dim: int, counts: list[int], seed
 def test_only_the_queries_that_occur_travel() -> None:
     queries = np.arange(12, dtype=np.float32).reshape(6, 2)
     pushes = pushes_of(1, 1, 4)
-    request = ExpandRequest.of(queries, pushes)
+    request = ExpandRequest.of(queries, pushes, IMAGE)
     np.testing.assert_array_equal(request.queries, queries[[1, 4]])
     assert request.pushes["query"].tolist() == [0, 0, 1]
     assert request.pushes["row"].tolist() == [7, 8, 9]
     assert pushes["query"].tolist() == [1, 1, 4]  # the caller's stay as they are
     with pytest.raises(InvalidInputError, match="for query 6 of 6"):
-        ExpandRequest.of(queries, pushes_of(1, 6))
+        ExpandRequest.of(queries, pushes_of(1, 6), IMAGE)
 
 
-REQUEST = b"".join(ExpandRequest("", np.ones((2, 1), np.float32), pushes_of(0, 1)).encode())
+REQUEST = b"".join(ExpandRequest("", np.ones((2, 1), np.float32), pushes_of(0, 1), IMAGE).encode())
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"\x95" + REQUEST[1:], "array of 4"),
+        (b"\x94" + REQUEST[1:], "array of 5"),
         (REQUEST.replace(b"\xa0\x01", b"\xa0\x00"), "2 numbers are no queries of dim 0"),
         (REQUEST.replace(b"\xa0\x01", b"\xa0\x04"), "2 numbers are no queries of dim 4"),
         (REQUEST.replace(b"\xa0\x01", b"\xa0\x02"), "a node for query 1 of 1"),
         (REQUEST.replace(b"\xc4\x08", b"\xc4\x07"), "items of 4"),
         (REQUEST.replace(b"\xc4\x20", b"\xc4\x1f"), "items of 16"),
-        (REQUEST[:-6] + b"\xc0\x7f" + REQUEST[-4:], "a limit is NaN"),
+        (REQUEST[:-11] + b"\xc0\x7f" + REQUEST[-9:], "a limit is NaN"),
+        (REQUEST[:-5] + b"\x90", "it names no image"),
+        (REQUEST[:-5] + b"\x92\x07\x01", "the identity of an image is 3 numbers, not 2"),
         (REQUEST + b"\0", "left over"),
         *((REQUEST[:n], "too early") for n in range(len(REQUEST))),
     ],
@@ -124,7 +130,7 @@ def test_no_part_is_too_large_and_none_is_smaller_than_need_be(counts: list[int]
     limit = 1000
 
     def sizes(part: slice) -> tuple[int, int]:
-        request = ExpandRequest.of(queries, pushes[part])
+        request = ExpandRequest.of(queries, pushes[part], IMAGE)
         return request.queries.nbytes + request.pushes.nbytes, len(request.pushes) * (24 + 12 * degree)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -163,12 +169,12 @@ def told_of(*counts: int) -> Expansions:
 def test_an_expand_response_byte_for_byte() -> None:
     found = np.array([(0.5, 0, 7, 1, 1)], EXPANSION_DTYPE)
     estimate, weight = np.array([0.25], np.float32), np.array([2], np.float32)
-    response = ExpandResponse(0, "", Expansions(found, np.array([9], np.uint32), estimate, weight))
-    golden = bytes.fromhex("96 00 a0 c418") + struct.pack("<ffqII", 0.5, 0, 7, 1, 1)
+    response = ExpandResponse(0, "", Expansions(found, np.array([9], np.uint32), estimate, weight), IMAGE)
+    golden = bytes.fromhex("97 00 a0 c418") + struct.pack("<ffqII", 0.5, 0, 7, 1, 1)
     golden += bytes.fromhex("c404") + struct.pack("<I", 9) + bytes.fromhex("c404") + struct.pack("<f", 0.25)
-    golden += bytes.fromhex("c404") + struct.pack("<f", 2)
+    golden += bytes.fromhex("c404") + struct.pack("<f", 2) + bytes.fromhex("93 07 01 cc80")
     assert b"".join(response.encode()) == golden
-    assert b"".join(ExpandResponse.failed(1, "no").encode()) == bytes.fromhex("96 01 a2 6e6f c400 c400 c400 c400")
+    assert b"".join(ExpandResponse.failed(1, "no").encode()) == bytes.fromhex("97 01 a2 6e6f c400 c400 c400 c400 90")
 
 
 @fixed(150)
@@ -180,11 +186,11 @@ def test_an_expand_response_byte_for_byte() -> None:
 )
 def test_expand_responses_round_trip(code: int, message: str, counts: list[int], cuts: list[int]) -> None:
     told = told_of(*counts)
-    parts = ExpandResponse(code, message, told).encode()
+    parts = ExpandResponse(code, message, told, IMAGE).encode()
     data = b"".join(parts)
     for payload in (data, memoryview(b"x" + data)[1:], parts, cut(data, cuts)):
         found = ExpandResponse.decode(payload)
-        assert (found.code, found.message) == (code, message)
+        assert (found.code, found.message, found.image) == (code, message, IMAGE)
         for name in ("found", "numbers", "estimates", "weights"):
             sent, received = getattr(told, name), getattr(found.told, name)
             np.testing.assert_array_equal(received, sent)
@@ -235,7 +241,7 @@ def test_counts_whose_sum_wraps_around() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"\x95" + RESPONSE[1:],
+        b"\x96" + RESPONSE[1:],
         RESPONSE + b"\0",
         RESPONSE.replace(b"\xc4\x18", b"\xc4\x17"),
         *(RESPONSE[:n] for n in range(len(RESPONSE))),
@@ -286,7 +292,7 @@ def test_an_answer_of_the_whole_collection_byte_for_byte() -> None:
 
 
 def test_who_asked_for_one_shard_is_not_answered_for_all() -> None:
-    with pytest.raises(FormatError, match="a binary field was expected"):
+    with pytest.raises(FormatError, match="the identity of an image is 3 numbers, not 4"):
         SearchResponse.decode(whole())
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from cotra_rdma import BoundsError, CotraError, DeadlineError, FormatError, InvalidInputError, errors
 from cotra_rdma._core import memory_region as region
+from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.remote_expansion import PUSH_DTYPE
 from cotra_rdma.protocol import envelope as wire
 from cotra_rdma.protocol.regions import (
@@ -388,14 +389,14 @@ GOLDEN: list[tuple[str, int, str, Any, Callable[[bytes], Any]]] = [
     (
         "expand request",
         58,
-        "94 a0 02 c4 08 00 00 80 3f 00 00 00 c0 c4 10 00 00 00 00 07 00 00 00 00 00 80 3f 00 00 00 00",
-        ExpandRequest("", QUERY[np.newaxis], np.array([(0, 7, 1.0, 0)], PUSH_DTYPE)).encode(),
+        "95 a0 02 c4 08 00 00 80 3f 00 00 00 c0 c4 10 00 00 00 00 07 00 00 00 00 00 80 3f 00 00 00 00 93 07 01 cc 80",
+        ExpandRequest("", QUERY[np.newaxis], np.array([(0, 7, 1.0, 0)], PUSH_DTYPE), ImageIdentity(7, 1, 128)).encode(),
         lambda data: ExpandRequest.decode(data).encode(),
     ),
     (
         "expand response",
         59,
-        "96 01 a2 6e 6f c4 00 c4 00 c4 00 c4 00",
+        "97 01 a2 6e 6f c4 00 c4 00 c4 00 c4 00 90",
         ExpandResponse.failed(1, "no").encode(),
         lambda data: ExpandResponse.decode(data).encode(),
     ),
