@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cotra_rdma.datasets import open_vectors
     from cotra_rdma.errors import (
         BoundsError,
+        BusyError,
         ChecksumError,
         ClosedError,
         CompletionError,
@@ -46,21 +47,21 @@ if TYPE_CHECKING:
         TransportError,
         VerbsUnavailableError,
     )
-    from cotra_rdma.protocol.rpc import ClientKeys, ServerKeys
+    from cotra_rdma.protocol.tls import Tls
     from cotra_rdma.seam.compass import Compass
+    from cotra_rdma.seam.grpc_dispatch import GrpcDispatch
     from cotra_rdma.seam.interface import VectorShardSeam
     from cotra_rdma.seam.one_sided import CoTraRdma
     from cotra_rdma.seam.scatter_gather import ScatterGather, SeamResult, ShardOutcome, ShardStatus
     from cotra_rdma.seam.spire import Spire
-    from cotra_rdma.seam.zmq_dispatch import ZmqDispatch
 
     __version__: str
 
 __all__ = [
     "Arena",
     "BoundsError",
+    "BusyError",
     "ChecksumError",
-    "ClientKeys",
     "ClosedError",
     "Cluster",
     "CoTraRdma",
@@ -72,6 +73,7 @@ __all__ = [
     "DeviceNotFoundError",
     "FabricModel",
     "FormatError",
+    "GrpcDispatch",
     "InvalidInputError",
     "LossyVectorError",
     "MemlockError",
@@ -86,17 +88,16 @@ __all__ = [
     "SearchCancelledError",
     "SearchResult",
     "Server",
-    "ServerKeys",
     "Shard",
     "ShardOutcome",
     "ShardStatus",
     "Spire",
     "StaleShardError",
     "Stop",
+    "Tls",
     "TransportError",
     "VectorShardSeam",
     "VerbsUnavailableError",
-    "ZmqDispatch",
     "build_collection",
     "build_on_machine",
     "connect",
@@ -127,6 +128,7 @@ _HOMES = {
     "datasets": ("open_vectors",),
     "errors": (
         "BoundsError",
+        "BusyError",
         "ChecksumError",
         "ClosedError",
         "CompletionError",
@@ -144,13 +146,13 @@ _HOMES = {
         "TransportError",
         "VerbsUnavailableError",
     ),
-    "protocol.rpc": ("ClientKeys", "ServerKeys"),
+    "protocol.tls": ("Tls",),
     "seam.compass": ("Compass",),
     "seam.interface": ("VectorShardSeam",),
     "seam.one_sided": ("CoTraRdma",),
     "seam.scatter_gather": ("ScatterGather", "SeamResult", "ShardOutcome", "ShardStatus"),
     "seam.spire": ("Spire",),
-    "seam.zmq_dispatch": ("ZmqDispatch",),
+    "seam.grpc_dispatch": ("GrpcDispatch",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -77,6 +77,10 @@ class DeadlineError(TransportError, TimeoutError):
     """Time ran out: before a peer answered, or before a search was over."""
 
 
+class BusyError(TransportError):
+    """An owner has too much to do to take this request now; it may be sent again, a little later."""
+
+
 class BoundsError(CotraError, IndexError):
     """An offset and length outside the memory region."""
 

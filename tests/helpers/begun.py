@@ -1,4 +1,4 @@
-"""Signals that come while a process does something."""
+"""What happens while a process does something, and what an owner answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from cotra_rdma import Server
+from cotra_rdma.protocol.envelope import VShardEnvelope
+
 GENEROUS_S = 60.0
+
+
+def answer_of(server: Server, request: VShardEnvelope) -> VShardEnvelope:
+    """What a server answers, however it makes that."""
+    made = server._handle(request)
+    if callable(made):
+        made = made()
+    return made if isinstance(made, VShardEnvelope) else next(step for step in made if step is not None)
 
 
 def waited(happened: Callable[[], bool]) -> None:

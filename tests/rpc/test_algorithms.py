@@ -18,6 +18,7 @@ import cotra_rdma
 from cotra_rdma import (
     Cluster,
     Compass,
+    GrpcDispatch,
     InvalidInputError,
     PartialResultError,
     ScatterGather,
@@ -25,7 +26,6 @@ from cotra_rdma import (
     Shard,
     Spire,
     TransportError,
-    ZmqDispatch,
 )
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import Collection, coarse_of, shard_paths
@@ -561,7 +561,7 @@ def exchange(opened: Sequence[Shard], servers: Sequence[Server]) -> None:
 
     async def body() -> None:
         places = {(0, number): server.address for number, server in enumerate(servers)}
-        async with ZmqDispatch(places) as dispatch:
+        async with GrpcDispatch(places) as dispatch:
             calls = []
             for me, shard in zip(refs, opened, strict=True):
                 with table_of(shard) as table:

@@ -23,7 +23,7 @@ from cotra_rdma._build.collection import build_collection
 from cotra_rdma._build.machine import build_on_machine
 from cotra_rdma._build.network_mail import NetworkMail
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.protocol.rpc import RpcServer
+from cotra_rdma.protocol.rpc_server import RpcServer
 from cotra_rdma.protocol.tables import BuildExchangeRequest
 
 Floats = npt.NDArray[np.float32]

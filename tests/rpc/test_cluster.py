@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,9 @@ import hnswlib
 import numpy as np
 import numpy.typing as npt
 import pytest
-import zmq
 
 import cotra_rdma
 from cotra_rdma import (
-    ClientKeys,
     ClosedError,
     DeadlineError,
     FabricModel,
@@ -27,7 +26,6 @@ from cotra_rdma import (
     PartialResultError,
     PeerError,
     Server,
-    ServerKeys,
     Shard,
     TransportError,
     VerbsUnavailableError,
@@ -36,6 +34,7 @@ from cotra_rdma._native.merge import merge
 from cotra_rdma._owner import server as server_module
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.protocol import search
+from cotra_rdma.protocol.certificates import make_certificate
 from helpers.begun import stop_process
 from helpers.faults import FaultyFabric
 
@@ -403,20 +402,18 @@ class TestConnecting:
             cotra_rdma.serve(opened[0], transports=("verbs",))
 
     def test_what_is_no_owner_is_a_deadline_with_a_hint(self) -> None:
-        with zmq.Context() as context, context.socket(zmq.ROUTER) as mute:
-            mute.linger = 0
-            port = mute.bind_to_random_port("tcp://127.0.0.1")
+        with socket.create_server(("127.0.0.1", 0)) as mute:
+            port = mute.getsockname()[1]
             with pytest.raises(DeadlineError, match="is it an owner of cotra-rdma"):
                 cotra_rdma.connect(f"127.0.0.1:{port}", timeout_s=0.2)
 
-    def test_keys(self, opened: list[Shard], queries: Floats) -> None:
-        owner, reader = zmq.curve_keypair(), zmq.curve_keypair()
-        with cotra_rdma.serve(opened[0], transports=HERE, keys=ServerKeys(*owner, allowed=(reader[0],))) as server:
+    def test_certificates(self, opened: list[Shard], queries: Floats, tmp_path: Path) -> None:
+        owner, reader = make_certificate(tmp_path, "owner", ["127.0.0.1"]), make_certificate(tmp_path, "reader")
+        with cotra_rdma.serve(opened[0], transports=HERE, tls=owner) as server:
             for transport in HERE:
-                keys = ClientKeys(*reader, server=owner[0])
-                with cotra_rdma.connect(server.address, transport=transport, keys=keys) as cluster:
+                with cotra_rdma.connect(server.address, transport=transport, tls=reader) as cluster:
                     assert cluster.search(queries, k=3).ids.shape == (200, 3)
-            with pytest.raises(TransportError, match="CURVE keys"):
+            with pytest.raises(TransportError, match="does it want a certificate"):
                 cotra_rdma.connect(server.address)
 
     def test_serving_bad_input(self, opened: list[Shard]) -> None:

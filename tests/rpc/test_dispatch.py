@@ -1,30 +1,30 @@
-"""`ZmqDispatch`: many calls at once, deadlines, late answers, cancellation, keys, and owners that go away."""
+"""`GrpcDispatch`: many calls at once, deadlines, late answers, cancellation, certificates, and owners that go away."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
-import zmq.asyncio
 
 from cotra_rdma import (
-    ClientKeys,
     ClosedError,
     DeadlineError,
     FormatError,
     InvalidInputError,
-    ServerKeys,
     TransportError,
 )
+from cotra_rdma.protocol.certificates import make_certificate
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, join
-from cotra_rdma.protocol.rpc import RpcServer
+from cotra_rdma.protocol.rpc_server import RpcServer, asker
+from cotra_rdma.seam.grpc_dispatch import GrpcDispatch
 from cotra_rdma.seam.interface import ShardRpcDispatch
-from cotra_rdma.seam.zmq_dispatch import ZmqDispatch
 
 REQUEST = VShardMessageType.VECTOR_SCATTER_REQUEST
 Serve = Callable[..., RpcServer]
@@ -63,23 +63,8 @@ def run(body: Callable[[], Awaitable[Any]]) -> Any:
     return asyncio.run(watched())
 
 
-@asynccontextmanager
-async def router() -> AsyncIterator[tuple[zmq.asyncio.Socket, ZmqDispatch]]:
-    """An owner whose answers the test makes by hand, and a dispatch towards it."""
-    context = zmq.asyncio.Context()
-    owner = context.socket(zmq.ROUTER)
-    owner.linger = 0
-    port = owner.bind_to_random_port("tcp://127.0.0.1")
-    try:
-        async with ZmqDispatch({0: f"127.0.0.1:{port}"}) as dispatch:
-            yield owner, dispatch
-    finally:
-        owner.close()
-        context.term()
-
-
 def test_it_is_a_dispatch_of_the_seam() -> None:
-    assert isinstance(ZmqDispatch({}), ShardRpcDispatch)
+    assert isinstance(GrpcDispatch({}), ShardRpcDispatch)
 
 
 def test_places_are_shards_before_nodes(serve: Serve) -> None:
@@ -88,7 +73,7 @@ def test_places_are_shards_before_nodes(serve: Serve) -> None:
 
     async def body() -> None:
         places = {5: serve(named(b"node 5")).address, (5, 2): serve(named(b"shard 2")).address}
-        async with ZmqDispatch(places) as dispatch:
+        async with GrpcDispatch(places) as dispatch:
             assert join((await dispatch.call(envelope(b"", node=5, shard=1), 5000)).payload) == b"node 5"
             assert join((await dispatch.call(envelope(b"", node=5, shard=2), 5000)).payload) == b"shard 2"
             with pytest.raises(TransportError, match="no address is known for shard 2 of node 6"):
@@ -99,7 +84,7 @@ def test_places_are_shards_before_nodes(serve: Serve) -> None:
 
 def test_envelopes_go_and_come_whole(serve: Serve) -> None:
     async def body() -> None:
-        async with ZmqDispatch({7: serve().address}) as dispatch:
+        async with GrpcDispatch({7: serve().address}) as dispatch:
             large = bytes(range(256)) * 4096
             for payload in (b"", b"x", large, (large[:1000], memoryview(large)[1000:])):
                 reply = await dispatch.call(VShardEnvelope(WIRE_VERSION, REQUEST, 3, 7, 9, payload), 5000)
@@ -112,7 +97,7 @@ def test_envelopes_go_and_come_whole(serve: Serve) -> None:
 def test_many_tasks_share_connections(serve: Serve) -> None:
     async def body() -> None:
         places = {node: serve(n_workers=3).address for node in range(3)}
-        async with ZmqDispatch(places) as dispatch:
+        async with GrpcDispatch(places) as dispatch:
             asked = [(i % 3, b"%d" % i) for i in range(600)]
             replies = await asyncio.gather(
                 *(dispatch.call(envelope(payload, node=node), 30_000) for node, payload in asked)
@@ -122,92 +107,70 @@ def test_many_tasks_share_connections(serve: Serve) -> None:
     run(body)
 
 
-def test_a_late_answer_is_dropped() -> None:
+def test_answers_may_come_in_any_order(serve: Serve) -> None:
+    gates = [threading.Event() for _ in range(4)]
+
+    def waits(request: VShardEnvelope) -> VShardEnvelope:
+        number = int(bytes(join(request.payload)))
+        gates[number].wait(30)
+        if number:
+            gates[number - 1].set()
+        return echo(request)
+
     async def body() -> None:
-        async with router() as (owner, dispatch):
+        async with GrpcDispatch({0: serve(waits).address}) as dispatch:
+            calls = [asyncio.create_task(dispatch.call(envelope(b"%d" % i), 50_000)) for i in range(4)]
+            gates[3].set()  # the last one is answered first
+            assert [bytes(join((await call).payload)) for call in calls] == [b"0", b"1", b"2", b"3"]
+
+    run(body)
+
+
+def test_a_late_answer_and_a_cancelled_call_leave_nothing_behind(serve: Serve) -> None:
+    ended = threading.Semaphore(0)
+
+    def hangs(request: VShardEnvelope) -> VShardEnvelope:
+        stop = asker.get()
+        assert stop is not None
+        while join(request.payload) != b"quick" and not stop.is_set:
+            time.sleep(0.005)
+        time.sleep(0 if join(request.payload) == b"quick" else 0.1)  # the deadline is over at the caller, too
+        ended.release()
+        return echo(request)
+
+    async def body() -> None:
+        async with GrpcDispatch({0: serve(hangs).address}) as dispatch:
             with pytest.raises(DeadlineError, match="did not answer within 50 ms"):
-                await dispatch.call(envelope(b"first"), 50)
-            peer, number, *first = await owner.recv_multipart()
-            second = asyncio.create_task(dispatch.call(envelope(b"second"), 5000))
-            request = await owner.recv_multipart()
-            for head, frames in (([peer, number], first), (request[:2], request[2:])):
-                asked = VShardEnvelope.decode(b"".join(frames))
-                await owner.send_multipart([*head, echo(asked).encode()])
-            assert bytes(join((await second).payload)) == b"second"
-
-    run(body)
-
-
-def test_answers_may_come_in_any_order() -> None:
-    async def body() -> None:
-        async with router() as (owner, dispatch):
-            calls = [asyncio.create_task(dispatch.call(envelope(b"%d" % i), 5000)) for i in range(20)]
-            requests = [await owner.recv_multipart() for _ in calls]
-            for peer, number, *frames in reversed(requests):
-                await owner.send_multipart([peer, number, echo(VShardEnvelope.decode(b"".join(frames))).encode()])
-            assert [bytes(join((await call).payload)) for call in calls] == [b"%d" % i for i in range(20)]
-
-    run(body)
-
-
-def test_a_cancelled_call_leaves_nothing_behind() -> None:
-    async def body() -> None:
-        async with router() as (owner, dispatch):
+                await dispatch.call(envelope(b"late"), 50)
             call = asyncio.create_task(dispatch.call(envelope(b"given up"), 60_000))
-            peer, number, *frames = await owner.recv_multipart()
+            await asyncio.sleep(0.1)
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
-            await owner.send_multipart([peer, number, echo(VShardEnvelope.decode(b"".join(frames))).encode()])
-            (connection,) = dispatch._connections.values()
-            assert connection._waiting == {}
-            again = asyncio.create_task(dispatch.call(envelope(b"again"), 5000))
-            peer, number, *frames = await owner.recv_multipart()
-            await owner.send_multipart([peer, number, echo(VShardEnvelope.decode(b"".join(frames))).encode()])
-            assert bytes(join((await again).payload)) == b"again"
+            assert dispatch._calls == set()
+            for _ in range(2):  # the owner knows of both
+                assert await asyncio.to_thread(ended.acquire, timeout=30)
+            assert bytes(join((await dispatch.call(envelope(b"quick"), 50_000)).payload)) == b"quick"
 
     run(body)
 
 
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        ([], "without an envelope"),
-        ([b""], "too few"),
-        ([b"\x09" + bytes(27)], "wire version 9"),
-        ([envelope(b"").encode()], "with type 50"),
-        ([VShardEnvelope(WIRE_VERSION, VShardMessageType(57), 0, 0, 0, b"").encode()], "with type 57"),
-        ([echo(envelope(b"")).encode() + b"!"], "should be 0 bytes"),
-    ],
-)
-def test_a_malformed_answer_is_said(answer: list[bytes], reason: str) -> None:
+@pytest.mark.parametrize("kind", [50, 57])
+def test_an_answer_of_another_type_is_said(serve: Serve, kind: int) -> None:
+    def wrong(request: VShardEnvelope) -> VShardEnvelope:
+        return VShardEnvelope(WIRE_VERSION, VShardMessageType(kind), 0, 0, 0, b"")
+
     async def body() -> None:
-        async with router() as (owner, dispatch):
-            call = asyncio.create_task(dispatch.call(envelope(b""), 5000))
-            request = await owner.recv_multipart()
-            await owner.send_multipart([*request[:2], *answer])
-            with pytest.raises(FormatError, match=reason):
-                await call
-
-    run(body)
-
-
-def test_frames_that_answer_nothing_are_ignored() -> None:
-    async def body() -> None:
-        async with router() as (owner, dispatch):
-            call = asyncio.create_task(dispatch.call(envelope(b"x"), 5000))
-            peer, number, *frames = await owner.recv_multipart()
-            for garbage in ([b""], [b"no such id", b"x"], [b"\xff" * 8, b"x" * 100]):
-                await owner.send_multipart([peer, *garbage])
-            await owner.send_multipart([peer, number, echo(VShardEnvelope.decode(b"".join(frames))).encode()])
-            assert bytes(join((await call).payload)) == b"x"
+        async with GrpcDispatch({0: serve(wrong).address}) as dispatch:
+            with pytest.raises(FormatError, match=f"with type {kind}"):
+                await dispatch.call(envelope(b""), 5000)
 
     run(body)
 
 
 def test_nobody_there_is_said_before_the_deadline() -> None:
     async def body() -> None:
-        async with ZmqDispatch({0: "127.0.0.1:1"}) as dispatch:
+        async with GrpcDispatch({0: "127.0.0.1:1"}) as dispatch:
             for _ in range(2):
                 with pytest.raises(
                     TransportError, match=r"127.0.0.1:1 cannot be reached: nobody listens there"
@@ -219,41 +182,56 @@ def test_nobody_there_is_said_before_the_deadline() -> None:
 
 
 def test_a_connection_that_breaks_fails_its_calls_and_is_made_anew() -> None:
+    begun = threading.Semaphore(0)
+
+    def hangs(request: VShardEnvelope) -> VShardEnvelope:
+        begun.release()
+        time.sleep(0.2)
+        return echo(request)
+
     async def body() -> None:
-        async with router() as (owner, dispatch):
+        owner = RpcServer("127.0.0.1:0", hangs)
+        async with GrpcDispatch({0: owner.address}) as dispatch:
             calls = [asyncio.create_task(dispatch.call(envelope(b"x"), 55_000)) for _ in range(3)]
             for _ in calls:
-                await owner.recv_multipart()
-            owner.close()
+                await asyncio.to_thread(begun.acquire)
+            await asyncio.to_thread(owner.close)
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, TransportError)
-                assert "the connection broke" in str(outcome)
-            (address,) = dispatch._connections
-            with RpcServer(address, echo):
+            with pytest.raises(TransportError, match="nobody listens there"):
+                await dispatch.call(envelope(b"gone"), 5000)
+            with RpcServer(owner.address, echo):
                 assert bytes(join((await dispatch.call(envelope(b"back"), 5000)).payload)) == b"back"
 
     run(body)
 
 
 def test_closing(serve: Serve) -> None:
+    go = threading.Event()
+
+    def hangs(request: VShardEnvelope) -> VShardEnvelope:
+        go.wait(30)
+        return echo(request)
+
     async def body() -> None:
-        async with router() as (owner, dispatch):
+        async with GrpcDispatch({0: serve(hangs).address}) as dispatch:
             call = asyncio.create_task(dispatch.call(envelope(b""), 55_000))
-            await owner.recv_multipart()
+            await asyncio.sleep(0.1)
             await dispatch.close()
             await dispatch.close()
             with pytest.raises(ClosedError, match="during the call"):
                 await call
             with pytest.raises(ClosedError):
                 await dispatch.call(envelope(b""), 1000)
-        await ZmqDispatch({0: serve().address}).close()
+        go.set()
+        await GrpcDispatch({0: serve().address}).close()
 
     run(body)
 
 
 def test_an_envelope_that_cannot_be_written(serve: Serve) -> None:
     async def body() -> None:
-        async with ZmqDispatch({0: serve().address}) as dispatch:
+        async with GrpcDispatch({0: serve().address}) as dispatch:
             with pytest.raises(InvalidInputError, match="version 3"):
                 await dispatch.call(VShardEnvelope(3, REQUEST, 0, 0, 0, b""), 1000)
 
@@ -262,12 +240,12 @@ def test_an_envelope_that_cannot_be_written(serve: Serve) -> None:
 
 def test_bad_addresses_are_said_at_once() -> None:
     with pytest.raises(InvalidInputError, match="HOST:PORT"):
-        ZmqDispatch({0: "127.0.0.1:7000", 1: "nowhere"})
+        GrpcDispatch({0: "127.0.0.1:7000", 1: "nowhere"})
 
 
 def test_another_event_loop_is_refused(serve: Serve) -> None:
     async def body() -> None:
-        async with ZmqDispatch({0: serve().address}) as dispatch:
+        async with GrpcDispatch({0: serve().address}) as dispatch:
             await dispatch.call(envelope(b""), 5000)
             with pytest.raises(InvalidInputError, match="event loop"):
                 await asyncio.to_thread(asyncio.run, dispatch.call(envelope(b""), 5000))
@@ -275,26 +253,17 @@ def test_another_event_loop_is_refused(serve: Serve) -> None:
     run(body)
 
 
-class TestKeys:
-    def test_a_known_key_is_answered_and_others_are_not(self, serve: Serve) -> None:
-        owner, friend, stranger = (zmq.curve_keypair() for _ in range(3))
-        server = serve(keys=ServerKeys(*owner, allowed=(friend[0],)))
+def test_certificates(serve: Serve, tmp_path: Path) -> None:
+    owner, friend = make_certificate(tmp_path / "a", "owner", ["127.0.0.1"]), make_certificate(tmp_path / "a", "friend")
+    stranger = make_certificate(tmp_path / "b", "friend")
+    server = serve(tls=owner)
 
-        async def body() -> None:
-            keys = ClientKeys(*friend, server=owner[0])
-            async with ZmqDispatch({0: server.address}, keys=keys) as dispatch:
-                assert bytes(join((await dispatch.call(envelope(b"hello"), 5000)).payload)) == b"hello"
-            for wrong in (None, ClientKeys(*stranger, server=owner[0]), ClientKeys(*friend, server=stranger[0])):
-                async with ZmqDispatch({0: server.address}, keys=wrong) as dispatch:
-                    with pytest.raises(TransportError):
-                        await dispatch.call(envelope(b"hello"), 300)
-
-        run(body)
-
-    def test_a_malformed_key_is_said(self, serve: Serve) -> None:
-        async def body() -> None:
-            async with ZmqDispatch({0: serve().address}, keys=ClientKeys(b"x", b"y", b"z")) as dispatch:
+    async def body() -> None:
+        async with GrpcDispatch({0: server.address}, tls=friend) as dispatch:
+            assert bytes(join((await dispatch.call(envelope(b"hello"), 5000)).payload)) == b"hello"
+        for wrong in (None, stranger):
+            async with GrpcDispatch({0: server.address}, tls=wrong) as dispatch:
                 with pytest.raises(TransportError, match="cannot be reached"):
-                    await dispatch.call(envelope(b""), 300)
+                    await dispatch.call(envelope(b"hello"), 5000)
 
-        run(body)
+    run(body)

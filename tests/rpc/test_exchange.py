@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import FormatError, InvalidInputError, Server, Shard, ZmqDispatch
+from cotra_rdma import FormatError, GrpcDispatch, InvalidInputError, Server, Shard
 from cotra_rdma.protocol.tables import (
     BuildExchangeRequest,
     BuildExchangeResponse,
@@ -63,7 +63,7 @@ def request(number: int) -> BuildExchangeRequest:
 
 def ask(server: Server, kind: ShardMessageKind, payload: bytes) -> bytes:
     async def body() -> bytes:
-        async with ZmqDispatch({0: server.address}) as dispatch:
+        async with GrpcDispatch({0: server.address}) as dispatch:
             reply = await VectorShardSeam().direct_message(ShardRef(0, 0), ShardMessage(kind, payload), dispatch, 0)
             return reply.payload
 
@@ -159,7 +159,7 @@ def exchange_all(servers: Sequence[Server]) -> None:
 
     async def body() -> None:
         places = {(0, number): server.address for number, server in enumerate(servers)}
-        async with ZmqDispatch(places) as dispatch:
+        async with GrpcDispatch(places) as dispatch:
             await asyncio.gather(
                 *(
                     exchange_with_peers(SendsItsTable(me.vshard_id), [peer for peer in refs if peer != me], dispatch)

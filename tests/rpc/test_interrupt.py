@@ -252,7 +252,7 @@ def test_owners_stop_for_readers_that_are_gone(
         algorithm = "home" if kind == "whole collection" else "scatter-gather"
         program += "c = cotra_rdma.connect(sys.argv[2:])\n"
         program += f"c.search(many, 10, 10, algorithm={algorithm!r}, timeout_s=600)"
-    caplog.set_level(logging.DEBUG, "cotra_rdma.protocol.rpc")
+    caplog.set_level(logging.DEBUG, "cotra_rdma.protocol.rpc_server")
     path = served.path.parent / "many.npy"
     with subprocess.Popen([sys.executable, "-c", program, str(path), *served.addresses]) as reader:
         waited(lambda: served.n_searches > 0 and served.is_asked())

@@ -45,9 +45,9 @@ from cotra_rdma.protocol import remote_expansion as expansion_messages
 from cotra_rdma.protocol import search
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType, fields_of, join
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse
-from cotra_rdma.protocol.rpc import RpcServer
+from cotra_rdma.protocol.rpc_server import RpcServer
 from cotra_rdma.protocol.search import SearchRequest, SearchResponse
-from helpers.begun import stop_process
+from helpers.begun import answer_of, stop_process
 
 Floats = npt.NDArray[np.float32]
 EXPAND = VShardMessageType.VECTOR_EXPAND_REQUEST
@@ -66,7 +66,7 @@ def server(shard: Shard) -> Iterator[Server]:
 
 
 def peer_of(address: str, stack: ExitStack) -> Connection:
-    peer = Connection(0, address, keys=None, timeout_ms=5000, options=QueuePairOptions(), fabric=None)
+    peer = Connection(0, address, tls=None, timeout_ms=5000, options=QueuePairOptions(), fabric=None)
     stack.callback(peer.close)
     return peer
 
@@ -257,8 +257,7 @@ def lying(server: Server) -> Iterator[Callable[[VShardMessageType, Change], Conn
 
         def made(kind: VShardMessageType, change: Change) -> Connection:
             def handle(request: VShardEnvelope) -> VShardEnvelope:
-                reply = server._handle(request)
-                assert isinstance(reply, VShardEnvelope)
+                reply = answer_of(server, request)
                 if reply.msg_type == kind:
                     payload = change(join(reply.payload))
                     reply = VShardEnvelope(2, kind, 0, 0, 0, payload)

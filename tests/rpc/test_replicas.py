@@ -21,9 +21,9 @@ from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._reader.halo import far_links
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType
-from cotra_rdma.protocol.rpc import RpcServer
+from cotra_rdma.protocol.rpc_server import RpcServer
 from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
-from helpers.begun import stop_process
+from helpers.begun import answer_of, stop_process
 from helpers.faults import FaultyFabric
 
 Floats = npt.NDArray[np.float32]
@@ -123,8 +123,7 @@ def test_owners_that_ask_are_replaced_too(paths: list[Path], owners: list[OwnerP
 
 def liar(server: Server, lies: set[str], name: str, request: VShardEnvelope) -> VShardEnvelope:
     """The server's answer; where `name` lies, a search is answered with what is none."""
-    reply = server._handle(request)
-    assert isinstance(reply, VShardEnvelope)
+    reply = answer_of(server, request)
     if name in lies and request.msg_type == VShardMessageType.VECTOR_SCATTER_REQUEST:
         reply = VShardEnvelope(2, reply.msg_type, 0, 0, 0, b"\xc1")
     return reply

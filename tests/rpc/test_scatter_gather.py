@@ -15,31 +15,29 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-import zmq
 
 import cotra_rdma
 from cotra_rdma import (
-    ClientKeys,
     ClosedError,
     CoTraRdma,
     DeadlineError,
     FormatError,
+    GrpcDispatch,
     InvalidInputError,
     PartialResultError,
     PeerError,
     ScatterGather,
     SeamResult,
-    ServerKeys,
     Shard,
     ShardStatus,
     TransportError,
     VectorShardSeam,
-    ZmqDispatch,
 )
 from cotra_rdma._core.stats import OWNER_STATS_DTYPE
 from cotra_rdma._native.merge import merge
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.protocol import search as search_messages
+from cotra_rdma.protocol.certificates import make_certificate
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType
 from cotra_rdma.protocol.search import SearchRequest, SearchResponse
 from cotra_rdma.seam.interface import ShardRef, ShardSubset
@@ -177,11 +175,11 @@ class TestOwners:
             assert isinstance(caught.value.__cause__, InvalidInputError)
             assert gatherer.search_sync(queries[:1]).coverage == 1.0
 
-    def test_keys(self, opened: list[Shard], queries: Floats) -> None:
-        owner, reader = zmq.curve_keypair(), zmq.curve_keypair()
+    def test_certificates(self, opened: list[Shard], queries: Floats, tmp_path: Path) -> None:
+        owner, reader = make_certificate(tmp_path, "owner", ["127.0.0.1"]), make_certificate(tmp_path, "reader")
         with (
-            cotra_rdma.serve(opened[0], transports=HERE, keys=ServerKeys(*owner, allowed=(reader[0],))) as server,
-            ScatterGather.connect([server.address], keys=ClientKeys(*reader, server=owner[0])) as gatherer,
+            cotra_rdma.serve(opened[0], transports=HERE, tls=owner) as server,
+            ScatterGather.connect([server.address], tls=reader) as gatherer,
         ):
             assert gatherer.search_sync(queries, k=3).coverage == 1.0
 
@@ -543,7 +541,7 @@ def test_a_dispatch_of_the_callers() -> None:
     """It stays the caller's to close, and may serve several gatherers."""
 
     async def body(work: Callable[[ScatterGather], Awaitable[SeamResult]]) -> None:
-        async with ZmqDispatch({0: "127.0.0.1:1"}) as dispatch:
+        async with GrpcDispatch({0: "127.0.0.1:1"}) as dispatch:
             for _ in range(2):
                 async with ScatterGather([ShardRef(0, 0)], dispatch) as gatherer:
                     assert (await work(gatherer)).coverage == 0.0

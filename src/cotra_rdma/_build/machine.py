@@ -30,7 +30,9 @@ from cotra_rdma._build.cross_links import channel_of_fd
 from cotra_rdma._build.steps import BuildSpec, ShardBuilder, result_of
 from cotra_rdma.protocol.tables import BuildExchangeRequest
 from cotra_rdma._reader.connection import Connection
-from cotra_rdma.protocol.rpc import ClientKeys, RpcServer, ServerKeys, parse_address
+from cotra_rdma.protocol.address import parse_address
+from cotra_rdma.protocol.rpc_server import RpcServer
+from cotra_rdma.protocol.tls import Tls
 from cotra_rdma._owner.leases import LEASE_S
 from cotra_rdma._owner.server import serve
 from cotra_rdma._native.verbs import Device, QueuePairOptions
@@ -69,8 +71,7 @@ def build_on_machine(
     device: str | None = None,
     gid_index: int | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
-    server_keys: ServerKeys | None = None,
-    client_keys: Sequence[ClientKeys] | ClientKeys | None = None,
+    tls: Tls | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Collection:
     """Builds one shard of a graph over all shards, together with a builder for each of the others, at the same time.
@@ -85,7 +86,7 @@ def build_on_machine(
         n_threads, force, progress: of this builder; progress is called with (phase, rows done).
         device, gid_index: of verbs, as `serve`.
         timeout_s: the longest silence of another builder, also before it starts.
-        server_keys, client_keys: CURVE keys: this builder's, and those to call each of the others with.
+        tls: this builder's certificate, and whom it believes; None: everybody.
 
     Returns:
         The collection, of which this directory may hold one shard alone.
@@ -105,10 +106,10 @@ def build_on_machine(
     if not timeout_s > 0:
         raise InvalidInputError(f"timeout_s must be above 0, not {timeout_s}")
     with Publication(directory, force=force) as publication, ExitStack() as stack:
-        mail = NetworkMail(shard, peers, timeout_s=timeout_s, keys=client_keys)
+        mail = NetworkMail(shard, peers, timeout_s=timeout_s, tls=tls)
         stack.callback(mail.close)
         address = listen or peers[shard]
-        rpc = stack.enter_context(RpcServer(address, mail.answer, keys=server_keys))
+        rpc = stack.enter_context(RpcServer(address, mail.answer, tls=tls))
         try:
             spec = BuildSpec(
                 vectors.count,
@@ -133,7 +134,7 @@ def build_on_machine(
             own = stack.enter_context(builder.build_image())
             stack.enter_context(serve(own, address, _TRANSPORTS, device, gid_index, exchange=mail.take, rpc=rpc))
             builder.tell_image(own)
-            with _Images(peers, client_keys, device, gid_index) as images:
+            with _Images(peers, tls, device, gid_index) as images:
                 builder.link(own.arena, images.open)
             if shard == 0:
                 builder.calibrate()
@@ -176,12 +177,12 @@ class _Images:
     def __init__(
         self,
         addresses: Sequence[str],
-        keys: Sequence[ClientKeys] | ClientKeys | None,
+        tls: Tls | None,
         device: str | None,
         gid_index: int | None,
     ) -> None:
         self._addresses = addresses
-        self._keys = list(keys) if isinstance(keys, Sequence) else [keys] * len(addresses)
+        self._tls = tls
         self._options = QueuePairOptions() if gid_index is None else QueuePairOptions(gid_index=gid_index)
         self._peers: dict[int, Connection] = {}
         self._lock = threading.Lock()
@@ -215,7 +216,7 @@ class _Images:
         connection = Connection(
             number,
             self._addresses[number],
-            keys=self._keys[number],
+            tls=self._tls,
             timeout_ms=_CALL_MS,
             options=self._options,
             fabric=None,

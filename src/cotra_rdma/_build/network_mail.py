@@ -19,12 +19,14 @@ import msgspec
 from cotra_rdma._build.mail import told
 from cotra_rdma.errors import CotraError, DeadlineError, FormatError, InvalidInputError, PeerError, TransportError
 from cotra_rdma.protocol.tables import BuildExchangeRequest, BuildExchangeResponse
-from cotra_rdma.protocol.rpc import ClientKeys, RpcClient, parse_address
+from cotra_rdma.protocol.address import parse_address
+from cotra_rdma.protocol.rpc_client import RpcClient
+from cotra_rdma.protocol.tls import Tls
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, decode_array, encode_array
 
-PART_BYTES = 32 << 20
+PART_BYTES = 4 << 20
 """Longer messages go in parts."""
-_MAX_PARTS = 4096
+_MAX_PARTS = 32768
 _CALL_S = 2.0
 _ASK_S = 1.0  # between two questions to a peer that is waited for
 _RETRY_S = 0.05  # between two attempts to reach one that refuses
@@ -64,7 +66,7 @@ class NetworkMail:
         number: of this builder's shard.
         addresses: HOST:PORT of each builder, in the order of the shards.
         timeout_s: the longest silence of another builder.
-        keys: CURVE keys for each of the others, None where they want none.
+        tls: this builder's certificate; None where the others want none.
     """
 
     def __init__(
@@ -73,10 +75,10 @@ class NetworkMail:
         addresses: Sequence[str],
         *,
         timeout_s: float,
-        keys: Sequence[ClientKeys] | ClientKeys | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._number, self._addresses, self._timeout_s = number, list(addresses), timeout_s
-        self._keys = list(keys) if isinstance(keys, Sequence) else [keys] * len(self._addresses)
+        self._tls = tls
         self._run = secrets.token_hex(8)
         self._changed = threading.Condition()
         self._incoming: dict[tuple[str, int], _Incoming] = {}
@@ -227,7 +229,7 @@ class NetworkMail:
 
     def _call(self, receiver: int, payload: bytes, timeout_s: float) -> None:
         """Raises `DeadlineError` where there is no answer in time, `PeerError` for a refusal."""
-        client = self._clients.pop(receiver, None) or RpcClient(self._addresses[receiver], keys=self._keys[receiver])
+        client = self._clients.pop(receiver, None) or RpcClient(self._addresses[receiver], tls=self._tls)
         envelope = VShardEnvelope(
             WIRE_VERSION, VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST, self._number, receiver, receiver, payload
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,8 @@ from cotra_rdma.protocol.regions import (
     decode_region_response,
     encode_region,
 )
-from cotra_rdma.protocol.rpc import ClientKeys, RpcClient, parse_address
+from cotra_rdma.protocol.rpc_client import RpcClient
+from cotra_rdma.protocol.tls import Tls
 
 AT_ONCE = 32
 
@@ -42,23 +42,23 @@ class OwnerStatus:
     problem: str
 
 
-def ask_owners(addresses: Sequence[str], timeout_s: float, keys: ClientKeys | None = None) -> list[OwnerStatus]:
+def ask_owners(addresses: Sequence[str], timeout_s: float, tls: Tls | None = None) -> list[OwnerStatus]:
     """Asks owners what they serve, up to 32 at once.
 
     Args:
         addresses: HOST:PORT of each.
         timeout_s: the longest wait for one of them, in seconds.
-        keys: CURVE keys, where the owners want them.
+        tls: this side's certificate, where the owners want one.
 
     Returns: one for each address, in order. It raises nothing: what goes wrong is the status's `problem`.
     """
     if not addresses:
         return []
     with ThreadPoolExecutor(min(AT_ONCE, len(addresses)), "cotra-ask") as pool:
-        return list(pool.map(lambda address: _ask(address, timeout_s, keys), addresses))
+        return list(pool.map(lambda address: _ask(address, timeout_s, tls), addresses))
 
 
-def _ask(address: str, timeout_s: float, keys: ClientKeys | None) -> OwnerStatus:
+def _ask(address: str, timeout_s: float, tls: Tls | None) -> OwnerStatus:
     deadline = time.monotonic() + timeout_s
     request = encode_region(RegionRequest(WANT_CAPABILITIES, secrets.token_hex(8)))
     envelope = VShardEnvelope(WIRE_VERSION, VShardMessageType.VECTOR_MEM_REGION_REQUEST, 0, 0, 0, request)
@@ -67,9 +67,7 @@ def _ask(address: str, timeout_s: float, keys: ClientKeys | None) -> OwnerStatus
         return max(1, round((deadline - time.monotonic()) * 1000))
 
     try:
-        # A refused connection is told at once; ZeroMQ would try again until the deadline.
-        socket.create_connection(parse_address(address), timeout_s).close()
-        with RpcClient(address, keys=keys) as client:
+        with RpcClient(address, tls=tls) as client:
             client.call(envelope, left_ms())  # makes the connection
             begin = time.perf_counter()
             reply = client.call(envelope, left_ms())

@@ -19,8 +19,8 @@ from typing import Any
 
 from cotra_rdma._collection.manifest import Collection, collection_directory
 from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.protocol.address import parse_address
 from cotra_rdma.protocol.regions import ShardFields
-from cotra_rdma.protocol.rpc import parse_address
 
 OWNERS = "owners.json"
 FORMAT = "cotra-owners"

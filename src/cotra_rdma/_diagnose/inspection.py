@@ -18,6 +18,7 @@ from cotra_rdma._reader.connect import connect
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import CotraError, FormatError
 from cotra_rdma.protocol.regions import ShardFields, as_fields
+from cotra_rdma.protocol.tls import Tls
 
 Progress = Callable[[str, int, int], None]
 """Called with (a shard's name, records looked at, records in all)."""
@@ -99,7 +100,12 @@ class Inspection:
 
 
 def inspect_collection(
-    path: str | os.PathLike[str], *, records: bool = False, timeout_s: float = 1.0, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    *,
+    records: bool = False,
+    timeout_s: float = 1.0,
+    tls: Tls | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """A collection: its manifest, those shard files that are there, and the owners that `owners.json` has.
 
@@ -107,6 +113,7 @@ def inspect_collection(
         path: its directory or `collection.json`.
         records: shards whose files are not there are read from the memory of an owner, where one can be read.
         timeout_s: the longest wait for an owner, in seconds.
+        tls: this side's certificate, where the owners want one.
         progress: see `Progress`.
 
     Raises `FormatError` where there is no collection, or its manifest is malformed.
@@ -130,14 +137,14 @@ def inspect_collection(
         )
         for number, entry in enumerate(collection.shards)
     ]
-    _ask(shards, addresses, timeout_s)
+    _ask(shards, addresses, timeout_s, tls)
     for shard in shards:
         for owner in shard.owners:
             if owner.serves is not None and (misfit := owners.misfit(collection, shard.number, owner.serves)):
                 shard.misfits[owner.address] = f"serves {misfit}"
                 problems.append(f"shard {shard.number}: {owner.address} serves {misfit}")
     unserved = [f"shard {shard.number}: {_no_owner(shard)}" for shard in shards if not shard.served]
-    problems += _read(shards, records, timeout_s, progress)
+    problems += _read(shards, records, timeout_s, tls, progress)
     for shard in shards:
         if shard.info is None:
             continue
@@ -155,7 +162,7 @@ def inspect_collection(
 def inspect_files(paths: Iterable[str | os.PathLike[str]], *, progress: Progress | None = None) -> Inspection:
     """Shard files by themselves. What is malformed is among the `problems`; arguments as `inspect_collection`."""
     shards = [ShardReport(os.fspath(path), number, here=True) for number, path in enumerate(paths)]
-    problems = _read(shards, records=False, timeout_s=0, progress=progress)
+    problems = _read(shards, records=False, timeout_s=0, tls=None, progress=progress)
     return Inspection(None, shards, problems + _alike(shards) + _one_graph(shards))
 
 
@@ -164,6 +171,7 @@ def inspect_owners(
     *,
     records: bool = False,
     timeout_s: float = 1.0,
+    tls: Tls | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
     """Shards by what their owners say of them.
@@ -171,10 +179,10 @@ def inspect_owners(
     Args:
         addresses: of each shard's owners; several are replicas.
         records: also read the graph, from an owner's memory.
-        timeout_s, progress: as `inspect_collection`.
+        timeout_s, tls, progress: as `inspect_collection`.
     """
     shards = [ShardReport(of_one[0], number) for number, of_one in enumerate(addresses)]
-    _ask(shards, addresses, timeout_s)
+    _ask(shards, addresses, timeout_s, tls)
     problems: list[str] = []
     unserved: list[str] = []
     for shard in shards:
@@ -186,13 +194,13 @@ def inspect_owners(
         unserved += [
             f"shard {shard.number} at {owner.address}: {owner.problem}" for owner in shard.owners if owner.problem
         ]
-    problems += _read(shards, records, timeout_s, progress)
+    problems += _read(shards, records, timeout_s, tls, progress)
     return Inspection(None, shards, problems + _alike(shards) + _one_graph(shards), unserved)
 
 
-def _ask(shards: Sequence[ShardReport], addresses: Sequence[Sequence[str]], timeout_s: float) -> None:
+def _ask(shards: Sequence[ShardReport], addresses: Sequence[Sequence[str]], timeout_s: float, tls: Tls | None) -> None:
     everyone = [(shard, address) for shard, of_one in zip(shards, addresses, strict=True) for address in of_one]
-    for (shard, _), status in zip(everyone, ask_owners([at for _, at in everyone], timeout_s), strict=True):
+    for (shard, _), status in zip(everyone, ask_owners([at for _, at in everyone], timeout_s, tls), strict=True):
         shard.owners.append(status)
         if status.serves is not None and shard.generation is None:
             shard.count, shard.image_bytes = status.serves.count, status.serves.image_bytes
@@ -206,7 +214,9 @@ def _no_owner(shard: ShardReport) -> str:
     return f"no owner that can be used{f': {silent}' if silent else ''}"
 
 
-def _read(shards: Sequence[ShardReport], records: bool, timeout_s: float, progress: Progress | None) -> list[str]:
+def _read(
+    shards: Sequence[ShardReport], records: bool, timeout_s: float, tls: Tls | None, progress: Progress | None
+) -> list[str]:
     """Fills in `info` and `graph` of what can be read; what cannot be is told."""
     problems: list[str] = []
     opened: list[tuple[ShardReport, ImageInfo, Read]] = []
@@ -219,7 +229,7 @@ def _read(shards: Sequence[ShardReport], records: bool, timeout_s: float, progre
                 if shard.here:
                     info, read = _open_file(shard.name, stack)
                 elif records and alive:
-                    info, read = _open_owner(alive[0], timeout_s, stack)
+                    info, read = _open_owner(alive[0], timeout_s, tls, stack)
                 else:
                     continue
             except (CotraError, OSError) as error:
@@ -261,8 +271,8 @@ def _open_file(path: str, stack: ExitStack) -> tuple[ImageInfo, Read]:
     return info, read
 
 
-def _open_owner(address: str, timeout_s: float, stack: ExitStack) -> tuple[ImageInfo, Read]:
-    cluster = stack.enter_context(connect([address], timeout_s=timeout_s))
+def _open_owner(address: str, timeout_s: float, tls: Tls | None, stack: ExitStack) -> tuple[ImageInfo, Read]:
+    cluster = stack.enter_context(connect([address], timeout_s=timeout_s, tls=tls))
     channel = stack.enter_context(cluster.channel(0))
     with View.open(channel, timeout_s=timeout_s) as view:
         return view.info, lambda offset, length: channel.read(offset, length)

@@ -24,6 +24,7 @@ from cotra_rdma._native.verbs import (
 )
 from cotra_rdma._reader.connect import connect
 from cotra_rdma.errors import CotraError, InvalidInputError, VerbsUnavailableError
+from cotra_rdma.protocol.tls import Tls
 
 READ_BYTES = 1024
 READS = 100
@@ -191,11 +192,13 @@ def _ip(peer_host: str | None) -> str | None:
         return None
 
 
-def peer_check(address: str, device: str | None, gid_index: int | None, timeout_s: float) -> Check:
+def peer_check(
+    address: str, device: str | None, gid_index: int | None, timeout_s: float, tls: Tls | None = None
+) -> Check:
     """Real READs of 1 KiB of a peer's region over verbs; where that cannot be had, the path that works."""
     name = f"peer {address}"
     try:
-        with connect(address, "verbs", device=device, gid_index=gid_index, timeout_s=timeout_s) as cluster:
+        with connect(address, "verbs", device=device, gid_index=gid_index, timeout_s=timeout_s, tls=tls) as cluster:
             (latencies,) = cluster.ping(READS, READ_BYTES)
         return Check(name, Status.OK, f"{READ_BYTES} bytes, {np.median(latencies) / 1e3:.1f} us typical")
     except InvalidInputError as error:
@@ -203,12 +206,12 @@ def peer_check(address: str, device: str | None, gid_index: int | None, timeout_
     except CotraError as error:
         why = str(error)
     try:
-        with connect(address, timeout_s=timeout_s) as cluster:
+        with connect(address, timeout_s=timeout_s, tls=tls) as cluster:
             here = "no verbs on this side" in why or isinstance(_own_fault(device), CotraError)
             remedy = "the lines above are about this side" if here else "cotra doctor, on the owner's machine"
             return Check(name, Status.FAILED, f"{why}; {cluster.transports[0]} works", remedy)
     except CotraError:
-        remedy = "cotra serve must run there, and its port be open; with CURVE keys, the doctor cannot ask"
+        remedy = "cotra serve must run there, and its port be open"
         return Check(name, Status.FAILED, why, remedy)
 
 

@@ -45,7 +45,7 @@ class OwnerProcess:
             *(os.fspath(path) for path in paths),
             "--json",
         ]
-        command += ["--until-stdin-closes", "--listen", listen, "--transport", ",".join(transports)]
+        command += ["--until-stdin-closes", "--insecure", "--listen", listen, "--transport", ",".join(transports)]
         command += ["--device", device] if device is not None else []
         command += ["--gid-index", str(gid_index)] if gid_index is not None else []
         command += [f"--shard={number}" for number in shards]

@@ -18,7 +18,7 @@ from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._reader.connect import connect
 from cotra_rdma.errors import ClosedError, CotraError, FormatError, InvalidInputError
 from cotra_rdma.protocol.regions import ShardFields, as_fields
-from cotra_rdma.protocol.rpc import ClientKeys
+from cotra_rdma.protocol.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Peering:
         halo: float = DEFAULT_HALO,
         device: str | None = None,
         gid_index: int | None = None,
-        keys: ClientKeys | None = None,
+        tls: Tls | None = None,
         changed: Callable[[Walks], None] | None = None,
     ) -> None:
         """Prepares it; `start` begins.
@@ -59,7 +59,7 @@ class Peering:
             path: the collection's directory, or its `collection.json`; of its files only that is read.
             peers: the addresses of each shard's owners, in the order of the shards; those of own shards are not used. None:
                 those in `owners.json`, read anew at each look.
-            halo, device, gid_index, keys: as `connect`.
+            halo, device, gid_index, tls: as `connect`.
             changed: told from the thread how each shard is walked, first and when that changed.
 
         Raises `FormatError` for a broken manifest; `InvalidInputError` for shards that are not one graph, a halo that is no
@@ -77,7 +77,7 @@ class Peering:
         if not 0 <= halo < float("inf"):
             raise InvalidInputError(f"halo must be a share, 0 or more, not {halo}")
         self._peers = peers
-        self._halo, self._device, self._gid_index, self._keys = halo, device, gid_index, keys
+        self._halo, self._device, self._gid_index, self._tls = halo, device, gid_index, tls
         self._changed = changed
         self._servers: dict[int, Server] = {}
         self._given: list[list[str]] = [[] for _ in range(n_shards)]
@@ -168,7 +168,7 @@ class Peering:
             [own.get(number, addresses) for number, addresses in enumerate(alive)],
             device=self._device,
             gid_index=self._gid_index,
-            keys=self._keys,
+            tls=self._tls,
             timeout_s=_TIMEOUT_S,
             halo=self._halo,
             allow_partial=True,
@@ -183,7 +183,7 @@ class Peering:
     def _alive(self, found: Sequence[Sequence[str]]) -> list[list[str]]:
         """Those that answer, and serve the shard that they are noted for."""
         everyone = [address for addresses in found for address in addresses]
-        told = dict(zip(everyone, ask_owners(everyone, _TIMEOUT_S, self._keys), strict=True))
+        told = dict(zip(everyone, ask_owners(everyone, _TIMEOUT_S, self._tls), strict=True))
         return [[at for at in addresses if self._fits(number, told[at])] for number, addresses in enumerate(found)]
 
     def _fits(self, number: int, status: OwnerStatus) -> bool:

@@ -61,8 +61,8 @@ from cotra_rdma.protocol.regions import (
     encode_region,
 )
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, check_fits
-from cotra_rdma.protocol.rpc import Later, RpcServer, ServerKeys, asker
-from cotra_rdma.protocol.search import WHOLE_COLLECTION, SearchRequest, SearchResponse
+from cotra_rdma.protocol.rpc_server import Later, Limits, RpcServer, Steps, asker
+from cotra_rdma.protocol.search import STATS_BYTES, WHOLE_COLLECTION, SearchRequest, SearchResponse
 from cotra_rdma.protocol.tables import (
     BuildExchangeRequest,
     BuildExchangeResponse,
@@ -70,6 +70,7 @@ from cotra_rdma.protocol.tables import (
     CoarseRouteRequest,
     CoarseRouteResponse,
 )
+from cotra_rdma.protocol.tls import Tls
 
 if TYPE_CHECKING:
     from cotra_rdma._reader.cluster import Cluster
@@ -77,6 +78,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRANSPORTS = ("verbs", "shm", "rpc")
+
+_MESSAGE_BYTES = 8 << 20
+"""A request, beside a filter, at most."""
+_STEP_EF = 1 << 15
+"""The sum of ef over the queries that are searched at a time: as many expansions, about, and as many microseconds."""
+_MAX_EF = 1 << 21
+"""The same of all queries of a request."""
+_ANSWER_BYTES = 12  # an id and a distance
+_MAX_ANSWER_BYTES = 32 << 20
+_Made = Payload | Callable[[], Payload] | Iterator[Payload | None]
+"""What answers a request: see `rpc_server.Handler`."""
 
 Exchange = Callable[[BuildExchangeRequest], object]
 """What takes the table that a peer sends at build time: from any of the server's threads, several at once maybe. What it
@@ -90,7 +102,7 @@ def serve(
     device: str | None = None,
     gid_index: int | None = None,
     *,
-    keys: ServerKeys | None = None,
+    tls: Tls | None = None,
     queue_pair: QueuePairOptions | None = None,
     n_workers: int = 4,
     coarse: Any = None,
@@ -106,7 +118,7 @@ def serve(
         transports: what peers may use: "verbs", "shm", "rpc"; None: all of these. One that cannot be had here is left out, and
             explained in `server.unavailable`; where it was named it is also a warning in the log.
         device, gid_index: of verbs; None for the first active device, and the GID that ranks best for each peer.
-        keys: CURVE keys; None for an open server.
+        tls: the certificate of this owner, and whom it lets in; None: everybody.
         queue_pair: options of the queue pairs towards peers, time-outs say.
         n_workers: threads that answer requests.
         coarse: the answer to peers that ask how this shard looks from afar (type 52): an object with `centroids`
@@ -126,7 +138,7 @@ def serve(
         None if transports is None else tuple(transports),
         device,
         gid_index,
-        keys,
+        tls,
         queue_pair,
         n_workers,
         _coarse_payload(coarse),
@@ -152,7 +164,7 @@ class Server:
         transports: tuple[str, ...] | None,
         device: str | None,
         gid_index: int | None,
-        keys: ServerKeys | None,
+        tls: Tls | None,
         queue_pair: QueuePairOptions | None,
         n_workers: int,
         coarse: bytes | None = None,
@@ -170,7 +182,7 @@ class Server:
         self._counts: Counter[VShardMessageType] = Counter()
         self._cluster: Cluster | None = None
         self._searching: Counter[Cluster] = Counter()  # searches in progress over each
-        self._answers: dict[VShardMessageType, Callable[[VShardEnvelope], Payload | Callable[[], Payload]]] = {
+        self._answers: dict[VShardMessageType, Callable[[VShardEnvelope], _Made]] = {
             VShardMessageType.VECTOR_SCATTER_REQUEST: self._search,
             VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST: self._describe_coarsely,
             VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST: self._take_table,
@@ -197,7 +209,8 @@ class Server:
                 self._expander = Expander(shard.arena if unread else self._pinned(), shard.info)
             if not self.transports:
                 raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
-            self._rpc = rpc or RpcServer(address, self._handle, keys=keys, n_workers=n_workers)
+            limits = Limits(request_bytes=_MESSAGE_BYTES + shard.info.count // 8)  # a filter fits beside the queries
+            self._rpc = rpc or RpcServer(address, self._handle, tls=tls, n_workers=n_workers, limits=limits)
             self._rpc.handler = self._handle
             self._leases.start()
         except BaseException:
@@ -307,11 +320,15 @@ class Server:
 
     # ---- requests ----
 
-    def _handle(self, request: VShardEnvelope) -> VShardEnvelope | Later:
+    def _handle(self, request: VShardEnvelope) -> VShardEnvelope | Later | Steps:
         with self._lock:
             self._counts[request.msg_type] += 1
         made = self._answers[request.msg_type](request)
-        return (lambda: _answer(request, made())) if callable(made) else _answer(request, made)
+        if callable(made):
+            return lambda: _answer(request, made())
+        if isinstance(made, Iterator):
+            return (None if step is None else _answer(request, step) for step in made)
+        return _answer(request, made)
 
     def _describe_coarsely(self, request: VShardEnvelope) -> bytes:
         try:
@@ -341,7 +358,7 @@ class Server:
         if wanted is not None and wanted != serves:
             raise StaleShardError(f"this owner serves {serves}, and the request is about {wanted}")
 
-    def _search(self, request: VShardEnvelope) -> Payload | Callable[[], Payload]:
+    def _search(self, request: VShardEnvelope) -> _Made:
         try:
             self._offered()
             wanted = SearchRequest.decode(request.payload)
@@ -350,22 +367,38 @@ class Server:
                 raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {self._shard.dim}")
             if wanted.scope == WHOLE_COLLECTION:
                 return lambda: self._search_collection(wanted)
+            _check_cost(len(wanted.queries) // self._shard.dim, wanted)
+            return self._search_in_steps(wanted)
+        except (CotraError, MemoryError) as error:
+            return SearchResponse.failed(_code_of(error), _message_of(error)).encode()
+
+    def _search_in_steps(self, wanted: SearchRequest) -> Iterator[Payload | None]:
+        """Searches some queries at a time, so that others' searches wait for none of many."""
+        try:
             queries = wanted.queries.reshape(-1, self._shard.dim)
-            labels, distances, stats = self._shard.search(
-                queries,
-                wanted.top_k,
-                wanted.ef_search,
-                wanted.beam,
-                rows=wanted.filter_bitmap,
-                max_expansions=wanted.most or None,
-                stop=asker.get(),
-            )
+            step = max(1, _STEP_EF // max(wanted.ef_search, 1))
+            parts = []
+            for begin in range(0, max(len(queries), 1), step):
+                if begin:
+                    yield None
+                parts.append(
+                    self._shard.search(
+                        queries[begin : begin + step],
+                        wanted.top_k,
+                        wanted.ef_search,
+                        wanted.beam,
+                        rows=wanted.filter_bitmap,
+                        max_expansions=wanted.most or None,
+                        stop=asker.get(),
+                    )
+                )
+            labels, distances, stats = (np.concatenate(column) for column in zip(*parts, strict=True))
             incomplete = stats["incomplete"] if wanted.most else None
-            return SearchResponse(0, "", labels, distances, pack_stats(stats), incomplete, wanted.image).encode()
+            yield SearchResponse(0, "", labels, distances, pack_stats(stats), incomplete, wanted.image).encode()
         except SearchCancelledError:
             raise
         except (CotraError, MemoryError) as error:
-            return SearchResponse.failed(_code_of(error), _message_of(error)).encode()
+            yield SearchResponse.failed(_code_of(error), _message_of(error)).encode()
 
     def _search_collection(self, wanted: SearchRequest) -> Payload:
         """The search is this process's own: what it asks of other owners is about their shards, so none routes it on."""
@@ -496,6 +529,11 @@ class Server:
                 part.close()
         self._registration = self._device = self._handover = None
 
+    def drain(self, grace_s: float) -> None:
+        """Refuses new requests, and waits until those in progress are answered, `grace_s` seconds at most; what is left then is
+        ended. READs go on. Another thread may call it with less meanwhile."""
+        self._rpc.drain(grace_s)
+
     def close(self) -> None:
         """Stops listening, takes back the queue pairs and deregisters the region: peers' READs fail from then on. Idempotent."""
         self._rpc.close()
@@ -506,6 +544,19 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _check_cost(n_queries: int, wanted: SearchRequest) -> None:
+    """Raises `InvalidInputError` for a request that would take too long, or whose answer would be too large."""
+    if n_queries * wanted.ef_search > _MAX_EF:
+        raise InvalidInputError(
+            f"{n_queries} queries with ef {wanted.ef_search} are too many at once: ask for {_MAX_EF} in all at most"
+        )
+    if n_queries * (wanted.top_k * _ANSWER_BYTES + STATS_BYTES) > _MAX_ANSWER_BYTES:
+        raise InvalidInputError(
+            f"{wanted.top_k} answers to each of {n_queries} queries pass the limit of {_MAX_ANSWER_BYTES} bytes: "
+            "ask for less at once"
+        )
 
 
 def _code_of(error: Exception) -> int:

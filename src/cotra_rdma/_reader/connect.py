@@ -19,7 +19,7 @@ from cotra_rdma._reader.session import Session, SessionHooks
 from cotra_rdma.errors import (
     InvalidInputError,
 )
-from cotra_rdma.protocol.rpc import ClientKeys
+from cotra_rdma.protocol.tls import Tls
 
 TRANSPORTS = ("auto", "verbs", "shm", "rpc")
 
@@ -30,7 +30,7 @@ def connect(
     *,
     device: str | None = None,
     gid_index: int | None = None,
-    keys: ClientKeys | None = None,
+    tls: Tls | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     fabric: FabricModel | None = None,
     queue_pair: QueuePairOptions | None = None,
@@ -50,7 +50,7 @@ def connect(
         transport: "auto" takes verbs, else shm on the same host, else rpc, for each shard by itself; which, and why not a
             better one, is in `Cluster.transports` and `Cluster.passed_over`, and logged once. A name is binding.
         device, gid_index: of verbs on this side; None for the first active device and the GID that ranks best.
-        keys: CURVE keys, where the owners want them.
+        tls: this reader's certificate, and whom it believes; None where the owners want none.
         timeout_s: for each call of the control plane.
         fabric: adds a modelled fabric to every one-sided READ.
         queue_pair: options of the queue pairs, time-outs say.
@@ -80,7 +80,7 @@ def connect(
         raise InvalidInputError("halo is a cache: it takes the place of cache_bytes")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
-    connector = Connector(transport, device, gid_index, keys, timeout_s, fabric, queue_pair or QueuePairOptions())
+    connector = Connector(transport, device, gid_index, tls, timeout_s, fabric, queue_pair or QueuePairOptions())
 
     def connect_now(hooks: SessionHooks) -> Session:
         owners, shards = _owners_of(addresses, collection)

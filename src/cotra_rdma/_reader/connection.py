@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import socket
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -61,9 +59,10 @@ from cotra_rdma.protocol.regions import (
     encode_region,
 )
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, split_pushes
-from cotra_rdma.protocol.rpc import ClientKeys, RpcClient, parse_address
+from cotra_rdma.protocol.rpc_client import RpcClient
 from cotra_rdma.protocol.search import WHOLE_COLLECTION, SearchRequest, SearchResponse, queries_per_message
 from cotra_rdma.protocol.tables import CoarseRouteRequest, CoarseRouteResponse
+from cotra_rdma.protocol.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -87,15 +86,14 @@ class Connection:
         index: int,
         address: str,
         *,
-        keys: ClientKeys | None,
+        tls: Tls | None,
         timeout_ms: int,
         options: QueuePairOptions,
         fabric: FabricModel | None,
     ) -> None:
         self._begin(index, address, timeout_ms, fabric)
-        self._keys = keys
+        self._client = RpcClient(address, tls=tls)
         self._options = options
-        self._reach()
         try:
             self._introduce()
         except BaseException:
@@ -117,6 +115,7 @@ class Connection:
         self._ask_coarse()
         self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
 
+    _client: RpcClient | None
     is_local = False
     """Whether this process owns the shard itself."""
     link: Link
@@ -138,13 +137,11 @@ class Connection:
         self._timeout_ms = timeout_ms
         self._fabric = fabric
         self._name = secrets.token_hex(8)
-        self._clients: list[RpcClient] = []
-        self._lock = threading.Lock()
+        self._client = None
         self._device: Device | None = None
         self._arena: Arena | None = None
         self._first: tuple[Channel, ExitStack] | None = None
         self._gone = False
-        self._retired = False
         self.is_dropped = False  # no engine over it is kept
         self._slot_bytes = _SLOT_BYTES
 
@@ -153,41 +150,18 @@ class Connection:
 
     # ---- calls ----
 
-    def _reach(self) -> None:
-        """A refused connection is told at once; ZeroMQ would try again until the deadline."""
-        try:
-            socket.create_connection(parse_address(self.address), self._timeout_ms / 1000).close()
-        except OSError as error:
-            raise TransportError(f"{self} cannot be reached: {error}", shard=self.index) from error
-
-    @contextmanager
-    def _client(self) -> Iterator[RpcClient]:
-        with self._lock:
-            client = self._clients.pop() if self._clients else None
-        client = client or RpcClient(self.address, keys=self._keys)
-        try:
-            yield client
-        except BaseException:
-            client.close()
-            raise
-        with self._lock:
-            if not self._retired:
-                self._clients.append(client)
-                return
-        client.close()
-
     def _call(
         self, kind: VShardMessageType, payload: Payload, timeout_ms: int, stop: Stop | None = None
     ) -> VShardEnvelope:
         envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self.index, payload)
         try:
-            with self._client() as client:
-                return client.call(envelope, timeout_ms, stop)
+            assert self._client is not None
+            return self._client.call(envelope, timeout_ms, stop)
         except TransportError as error:
-            late = isinstance(error, DeadlineError)
-            hint = " (is it an owner of cotra-rdma, and does it want CURVE keys?)"
-            hint = hint if late and not hasattr(self, "shard") else ""
-            raise type(error)(f"{self}: {error}{hint}", shard=self.index) from None
+            hint = "" if hasattr(self, "shard") else " (is it an owner of cotra-rdma, and does it want a certificate?)"
+            hint = "" if "nobody listens" in str(error) else hint
+            what = str(error).removeprefix(self.address).lstrip()
+            raise type(error)(f"{self}{'' if what.startswith(':') else ' '}{what}{hint}", shard=self.index) from None
 
     def _ask(
         self,
@@ -559,11 +533,8 @@ class Connection:
 
     def retire(self) -> None:
         """Lets the owner go. What other threads' searches still read through stays until they let go of it."""
-        with self._lock:
-            self._retired = True
-            clients, self._clients = self._clients, []
-        for client in clients:
-            client.close()
+        if self._client is not None:
+            self._client.close()
 
 
 def _measure(channel: Channel) -> dict[str, float]:

@@ -13,8 +13,9 @@ from cotra_rdma._reader.connection import Connection
 from cotra_rdma._reader.local_connection import LocalConnection
 from cotra_rdma._reader.replicas import Owner
 from cotra_rdma.errors import CotraError, TransportError
+from cotra_rdma.protocol.address import parse_address
 from cotra_rdma.protocol.regions import ShardFields
-from cotra_rdma.protocol.rpc import ClientKeys, parse_address
+from cotra_rdma.protocol.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Connector:
     transport: str
     device: str | None
     gid_index: int | None
-    keys: ClientKeys | None
+    tls: Tls | None
     timeout_s: float
     fabric: FabricModel | None
     queue_pair: QueuePairOptions
@@ -45,9 +46,7 @@ class Connector:
         options = replace(self.queue_pair, peer_address=self.queue_pair.peer_address or _ip_of(owner))
         if self.gid_index is not None:
             options = replace(options, gid_index=self.gid_index)
-        connection = Connection(
-            shard, owner, keys=self.keys, timeout_ms=timeout_ms, options=options, fabric=self.fabric
-        )
+        connection = Connection(shard, owner, tls=self.tls, timeout_ms=timeout_ms, options=options, fabric=self.fabric)
         if misfit is not None and (why := misfit(shard, connection.shard)):
             connection.close()
             raise TransportError(f"{connection} serves {why}", shard=shard)

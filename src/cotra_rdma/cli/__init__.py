@@ -17,7 +17,7 @@ from cotra_rdma.cli import output
 
 __all__ = ["app", "main"]
 
-VERBS = ("build", "serve", "search", "info", "doctor", "demo", "bench")
+VERBS = ("build", "serve", "search", "info", "doctor", "certs", "demo", "bench")
 
 
 class _Verbs(typer.core.TyperGroup):

@@ -13,7 +13,7 @@ from cotra_rdma._collection import owners_file as owners
 from cotra_rdma._collection.manifest import place_of
 from cotra_rdma.cli import output
 from cotra_rdma.errors import CotraError
-from cotra_rdma.protocol.rpc import parse_address
+from cotra_rdma.protocol.address import parse_address
 
 
 def announced_at(text: str) -> tuple[str, int | None]:

@@ -26,8 +26,12 @@ from cotra_rdma.cli.options import (
     Json,
     MetricName,
     PartitionName,
+    TlsCa,
+    TlsCert,
+    TlsKey,
     VectorTypeName,
     comma_list,
+    tls_of,
 )
 from cotra_rdma.datasets import open_vectors
 
@@ -164,6 +168,9 @@ def build(
     device: Device = None,
     gid_index: GidIndex = None,
     force: Force = False,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
     as_json: Json = False,
 ) -> None:
     """Build graph shards from a file of vectors.
@@ -222,6 +229,7 @@ def build(
                 device=device,
                 gid_index=gid_index,
                 timeout_s=timeout,
+                tls=tls_of(tls_cert, tls_key, tls_ca),
                 progress=functools.partial(progress, shard),
             )
     used = used or [Usage.of_this_process()]

@@ -11,7 +11,16 @@ from rich.markup import escape
 from cotra_rdma._diagnose.host import Check, Host, Status, host_checks, usable
 from cotra_rdma._diagnose.verbs import peer_check, verbs_checks
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import Device, GidIndex, Json, Timeout
+from cotra_rdma.cli.options import (
+    Device,
+    GidIndex,
+    Json,
+    Timeout,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    tls_of,
+)
 
 EPILOG = """**Examples**
 
@@ -41,6 +50,9 @@ def doctor(
     device: Device = None,
     gid_index: GidIndex = None,
     timeout: Timeout = 5.0,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
     as_json: Json = False,
 ) -> None:
     """Check all that RDMA needs: library, kernel, devices, GIDs, limits, container; and what to do about what fails."""
@@ -50,7 +62,7 @@ def doctor(
         checks.append(check)
     checks += host_checks(host)
     if peer is not None:
-        checks.append(peer_check(peer, device, gid_index, timeout))
+        checks.append(peer_check(peer, device, gid_index, timeout, tls_of(tls_cert, tls_key, tls_ca)))
     good = usable(checks)
     if as_json:
         output.print_json({"usable": good, "checks": [asdict(check) for check in checks]})

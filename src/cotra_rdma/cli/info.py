@@ -25,8 +25,15 @@ from cotra_rdma._diagnose.inspection import (
     inspect_owners,
 )
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import Json
+from cotra_rdma.cli.options import (
+    Json,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    tls_of,
+)
 from cotra_rdma.cli.targets import targets
+from cotra_rdma.protocol.tls import Tls
 
 EPILOG = """**Examples**
 
@@ -68,6 +75,9 @@ def info(
     what: What,
     records: Records = False,
     timeout: Timeout = 1.0,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
     as_json: Json = False,
 ) -> None:
     """Tell what is in a collection: sizes, generations, links across shards, degrees, and which owners answer.
@@ -75,7 +85,7 @@ def info(
     Reads all records of files that are here; owners are asked what they serve, all at once.
     """
     with _progress(quiet=as_json) as progress:
-        found = _inspect(what, records, timeout, progress)
+        found = _inspect(what, records, timeout, tls_of(tls_cert, tls_key, tls_ca), progress)
     if as_json:
         output.print_json(_report(found))
     else:
@@ -83,12 +93,12 @@ def info(
     raise typer.Exit(1 if found.problems or found.unserved else 0)
 
 
-def _inspect(what: list[str], records: bool, timeout_s: float, progress: Progress) -> Inspection:
+def _inspect(what: list[str], records: bool, timeout_s: float, tls: Tls | None, progress: Progress) -> Inspection:
     paths = [Path(item) for item in what]
     whole = [path.is_dir() or (path.suffix == Path(MANIFEST).suffix and path.is_file()) for path in paths]
     files = [path.is_file() for path in paths]
     if whole == [True]:
-        return inspect_collection(paths[0], records=records, timeout_s=timeout_s, progress=progress)
+        return inspect_collection(paths[0], records=records, timeout_s=timeout_s, tls=tls, progress=progress)
     if any(whole):
         raise typer.BadParameter("give one collection, and nothing else", param_hint="PATH|ADDRESS")
     if all(files):
@@ -96,7 +106,7 @@ def _inspect(what: list[str], records: bool, timeout_s: float, progress: Progres
     if any(files):
         raise typer.BadParameter("give shard files or addresses, not both", param_hint="PATH|ADDRESS")
     addresses = [target.owners for target in targets(what)]
-    return inspect_owners(addresses, records=records, timeout_s=timeout_s, progress=progress)
+    return inspect_owners(addresses, records=records, timeout_s=timeout_s, tls=tls, progress=progress)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cotra_rdma.protocol.tls import Tls
+
 TRANSPORTS = ("verbs", "shm", "rpc")
 
 
@@ -60,6 +62,46 @@ GidIndex = Annotated[
     ),
 ]
 Timeout = Annotated[float, typer.Option(min=0.001, help="The longest wait for an owner's answer, in seconds.")]
+
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="COTRA_TLS_CERT",
+        show_default=False,
+        help="PEM file of this side's certificate, for mutual TLS; with --tls-key and --tls-ca (`cotra certs` makes them).",
+    ),
+]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", envvar="COTRA_TLS_KEY", show_default=False, help="PEM file of the certificate's private key."
+    ),
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="COTRA_TLS_CA",
+        show_default=False,
+        help="PEM file of the authority that signed the certificates of both sides.",
+    ),
+]
+
+
+def tls_of(certificate: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
+    """The three options together, or None without any. Raises a usage error where one is missing."""
+    if certificate is None and key is None and ca is None:
+        return None
+    for option, file in (("--tls-cert", certificate), ("--tls-key", key), ("--tls-ca", ca)):
+        if file is None:
+            raise typer.BadParameter(
+                "is missing: TLS takes all of --tls-cert, --tls-key and --tls-ca", param_hint=option
+            )
+    assert certificate is not None
+    assert key is not None
+    assert ca is not None
+    return Tls(certificate, key, ca)
 
 
 def input_file(description: str) -> Any:

@@ -17,7 +17,18 @@ from cotra_rdma._reader.cost_model import Prediction
 from cotra_rdma._reader.result import SearchResult
 from cotra_rdma._routing.router import DEFAULT_TARGET
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, input_file, transports
+from cotra_rdma.cli.options import (
+    TRANSPORTS,
+    GroundTruth,
+    Json,
+    Threads,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    input_file,
+    tls_of,
+    transports,
+)
 from cotra_rdma.cli.targets import reachable, targets
 from cotra_rdma.datasets import read_ground_truth, read_queries, recall
 from cotra_rdma.errors import InvalidInputError
@@ -142,6 +153,9 @@ def search(
     allow_partial: AllowPartial = None,
     cache_bytes: CacheBytes = 0,
     max_expansions: MaxExpansions = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
     as_json: Json = False,
 ) -> None:
     """Search shards that are served, and say what it took.
@@ -161,10 +175,11 @@ def search(
             f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
         )
     patience = timeout or DEFAULT_TIMEOUT_S
-    owners, missing, lenient = reachable(wanted, patience, allow_partial=allow_partial)
+    tls = tls_of(tls_cert, tls_key, tls_ca)
+    owners, missing, lenient = reachable(wanted, patience, allow_partial=allow_partial, tls=tls)
     with (
         connect(
-            owners, transport=transport, timeout_s=patience, cache_bytes=cache_bytes, allow_partial=lenient
+            owners, transport=transport, tls=tls, timeout_s=patience, cache_bytes=cache_bytes, allow_partial=lenient
         ) as cluster,
         output.progress_bar("queries", disable=as_json) as bar,
     ):

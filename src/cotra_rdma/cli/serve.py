@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import logging
 import select
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,15 +26,29 @@ from cotra_rdma._owner.server import serve as serve_shard
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.cli import output
 from cotra_rdma.cli.announce import announce_owners, announced_at
-from cotra_rdma.cli.options import Device, GidIndex, Json, comma_list, transports
+from cotra_rdma.cli.options import (
+    Device,
+    GidIndex,
+    Json,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    comma_list,
+    tls_of,
+    transports,
+)
 from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 
+log = logging.getLogger(__name__)
+
 EPILOG = """**Examples**
 
-cotra serve index --listen 0.0.0.0:7700
+cotra serve index --listen 127.0.0.1:7700
 
-cotra serve index --shard 2 --shard 3 --listen 0.0.0.0:7702 --announce 10.0.0.1
+cotra serve index --shard 2 --listen 10.0.0.1:7702 --tls-cert owner.pem --tls-key owner.key --tls-ca ca.pem
+
+cotra serve index --shard 2 --shard 3 --listen 0.0.0.0:7702 --announce 10.0.0.1 --insecure
 
 cotra serve index/shard-000.cotra --listen 10.0.0.1:7700 --device mlx5_0 --gid-index 3 --transport verbs,rpc
 
@@ -39,9 +56,12 @@ cotra serve index --shard 0 --listen 10.0.0.1:7700 --walk
 
 cotra serve index --shard 1 --listen 10.0.0.2:7700 --walk --peer 10.0.0.1:7700 --peer 10.0.0.2:7700 --halo 0.5
 
+Owners that are reached from other hosts show a certificate, and want one (`cotra certs`, COTRA_TLS_CERT, COTRA_TLS_KEY,
+COTRA_TLS_CA), or say --insecure.
+
 The first shard listens on PORT, the next on PORT + 1, and so on. Shards of a collection are noted in owners.json beside
 its manifest while they are served, so that `cotra search index` finds them. SIGTERM and Ctrl-C end it cleanly, with
-status 0.
+status 0: requests in progress have --grace seconds.
 
 The last two are peers: each walks the whole graph for the queries that `cotra search --algorithm home` sends it, with its
 own records in place. The first finds the others in owners.json, and they may come later; the second is on a host that has
@@ -112,6 +132,22 @@ Halo = Annotated[
         f"bytes; 0: none. Default: {DEFAULT_HALO}.",
     ),
 ]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure", help="Listen beyond this host without TLS: whoever reaches the port may read the shards."
+    ),
+]
+Grace = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=3600.0,
+        metavar="S",
+        help="How long requests in progress may take after SIGTERM or Ctrl-C, in seconds; new ones are refused. A second "
+        "signal ends them at once.",
+    ),
+]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", hidden=True, help="End when stdin does: with the parent process.")
 ]
@@ -130,7 +166,12 @@ def serve(
     walk: Walk = False,
     peer: Peer = None,
     halo: Halo = None,
+    insecure: Insecure = False,
+    grace: Grace = 10.0,
     until_stdin_closes: UntilStdinCloses = False,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
     as_json: Json = False,
 ) -> None:
     """Serve shards: peers read their memory, or ask over RPC where they cannot.
@@ -146,6 +187,14 @@ def serve(
         raise typer.BadParameter("is for --walk", param_hint="--peer" if peer else "--halo")
     peers = None if not peer else [_addresses(text) for text in peer]
     reached = None if announce is None else announced_at(announce)
+    tls = tls_of(tls_cert, tls_key, tls_ca)
+    if tls is None and not _is_loopback(host):
+        if not insecure:
+            raise typer.BadParameter(
+                f"{host} is reached from other hosts: give --tls-cert, --tls-key and --tls-ca, or --insecure",
+                param_hint="--listen",
+            )
+        log.warning("served without TLS: whoever reaches %s may read the shards", listen)
     with _StopSignals() as stop, contextlib.ExitStack() as stack:
         served, servers = [], []
         paths = shard_paths(shards, None if shard is None else list(dict.fromkeys(shard)))
@@ -154,7 +203,9 @@ def serve(
         if walk:
             share = DEFAULT_HALO if halo is None else halo
             told = partial(_tell_walks, as_json=as_json)
-            peering = Peering(paths[0].parent, peers, halo=share, device=device, gid_index=gid_index, changed=told)
+            peering = Peering(
+                paths[0].parent, peers, halo=share, device=device, gid_index=gid_index, tls=tls, changed=told
+            )
         if port and port + len(paths) - 1 > 65535:
             raise typer.BadParameter(f"{len(paths)} shards from port {port} on pass port 65535", param_hint="--listen")
         for position, path in enumerate(paths):
@@ -162,7 +213,9 @@ def serve(
             coarse = _coarse(path)
             address = f"{host}:{port + position if port else 0}"
             server = stack.enter_context(
-                serve_shard(opened, address, transports=offered, device=device, gid_index=gid_index, coarse=coarse)
+                serve_shard(
+                    opened, address, transports=offered, device=device, gid_index=gid_index, tls=tls, coarse=coarse
+                )
             )
             servers.append(server)
             served.append(_describe(path, opened, server))
@@ -176,16 +229,20 @@ def serve(
         _print_ready(served, as_json=as_json)
         if peering is not None:
             peering.start(dict(zip(numbers, servers, strict=True)))
+        stack.callback(_drain, servers, grace)
         stop.wait(until_stdin_closes)
 
 
 class _StopSignals:
-    """SIGTERM and SIGINT leave the block, once, as `typer.Exit(0)`; what the block opened is closed on the way.
+    """SIGTERM and SIGINT leave the block as `typer.Exit(0)`; what the block opened is closed on the way.
+
+    A second signal ends the wait for requests in progress. Those that follow are ignored.
 
     The wake-up socket closes the gap in which a signal could arrive just before the wait begins.
     """
 
     def __enter__(self) -> _StopSignals:
+        self._n_signals = 0
         self._wakes, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         signal.set_wakeup_fd(self._wake.fileno())
@@ -193,8 +250,10 @@ class _StopSignals:
         return self
 
     def _stop(self, _number: int, _frame: object) -> None:
-        for number in self._old:
-            signal.signal(number, signal.SIG_IGN)
+        self._n_signals += 1
+        if self._n_signals == 2:
+            for number in self._old:
+                signal.signal(number, signal.SIG_IGN)
         raise typer.Exit(0)
 
     def wait(self, until_stdin_closes: bool) -> None:
@@ -209,6 +268,24 @@ class _StopSignals:
             signal.signal(number, old)
         self._wake.close()
         self._wakes.close()
+
+
+def _drain(servers: Sequence[Server], grace_s: float) -> None:
+    """Refuses new requests of all servers, and lets those in progress end."""
+    with ThreadPoolExecutor(max(1, len(servers)), "cotra-drain") as pool:
+        ends = [pool.submit(server.drain, grace_s) for server in servers]
+        try:
+            wait(ends)
+        except typer.Exit:  # a second signal
+            for server in servers:
+                server.drain(0.0)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _host_port(listen: str) -> tuple[str, int]:

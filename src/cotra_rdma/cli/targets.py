@@ -14,6 +14,7 @@ from cotra_rdma._collection.manifest import Collection, collection_directory
 from cotra_rdma._collection.owner_probe import OwnerStatus, ask_owners
 from cotra_rdma.cli.options import comma_list
 from cotra_rdma.errors import TransportError
+from cotra_rdma.protocol.tls import Tls
 
 
 class Reachable(NamedTuple):
@@ -63,18 +64,21 @@ def targets(arguments: Sequence[str]) -> list[Target]:
     return found
 
 
-def reachable(wanted: Sequence[Target], timeout_s: float, *, allow_partial: bool | None) -> Reachable:
+def reachable(
+    wanted: Sequence[Target], timeout_s: float, *, allow_partial: bool | None, tls: Tls | None = None
+) -> Reachable:
     """The owners of each shard that answer, and serve what the manifest names.
 
     Args:
         wanted: the shards.
         timeout_s: the longest wait for an owner, in seconds.
         allow_partial: leave out a shard without an owner that answers. None: where those that have one are of one graph.
+        tls: this side's certificate, where the owners want one.
 
     Raises `TransportError` that names these, where they may not be left out or there is no other.
     """
     everyone = [address for shard in wanted for address in shard.owners]
-    told = dict(zip(everyone, ask_owners(everyone, timeout_s), strict=True))
+    told = dict(zip(everyone, ask_owners(everyone, timeout_s, tls), strict=True))
     chosen: list[list[str]] = []
     missing: dict[int, str] = {}
     for position, shard in enumerate(wanted):

@@ -18,7 +18,7 @@ from cotra_rdma.errors import FormatError, InvalidInputError
 from cotra_rdma.protocol.envelope import MAX_PAYLOAD_BYTES, Buffer, Payload, encode_array
 from cotra_rdma.protocol.msgpack_io import Reader, array_prefix, bin_prefix, encode_image
 
-_MAX_BATCH_BYTES = 16 << 20
+_MAX_BATCH_BYTES = 4 << 20
 _NEIGHBOUR_BYTES = 12  # a number, an estimate and its weight
 _REQUEST_FIELDS, _RESPONSE_FIELDS = 5, 7
 _ALIGNMENT = 8  # the C shim reads what was received where it lies

@@ -27,7 +27,7 @@ OWN_SHARD, WHOLE_COLLECTION = range(2)
 _ANSWER_FIELDS = 7
 
 
-_MAX_BATCH_BYTES = 16 << 20
+_MAX_BATCH_BYTES = 4 << 20
 _MAX_BATCH_EF = 1 << 18
 """ef of all queries of a message: as many expansions, about, and as many microseconds. It must be answered in time."""
 STATS_BYTES = 32

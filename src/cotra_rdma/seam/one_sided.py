@@ -20,8 +20,8 @@ from cotra_rdma._owner.server import Server
 from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._reader.connection import ONE_SIDED
 from cotra_rdma.errors import DeadlineError, InvalidInputError
-from cotra_rdma.protocol.rpc import ClientKeys
 from cotra_rdma.protocol.search import DEFAULT_BEAM
+from cotra_rdma.protocol.tls import Tls
 from cotra_rdma.seam.interface import ShardRef, VectorShardSeam
 from cotra_rdma.seam.scatter_gather import Gathered, ScatterGather, SeamResult, ShardOutcome, ShardStatus, add_stats
 
@@ -41,7 +41,7 @@ class CoTraRdma(VectorShardSeam):
         *,
         server: Server | None = None,
         fallback: ScatterGather | None = None,
-        keys: ClientKeys | None = None,
+        tls: Tls | None = None,
     ) -> None:
         """A reader's side (`cluster`), an owner's (`server`), or both.
 
@@ -50,7 +50,7 @@ class CoTraRdma(VectorShardSeam):
             server: what exposes this side's own shard; stays the caller's.
             fallback: asks the shards that cannot be read, in their order; stays the caller's. None: one is made where it is
                 needed, and closed by `close`.
-            keys: CURVE keys for the one that is made.
+            tls: this side's certificate, for the one that is made.
         """
         self._cluster = cluster
         self._server = server
@@ -61,7 +61,7 @@ class CoTraRdma(VectorShardSeam):
         if cluster is not None and self._asked:
             if fallback is None:
                 places = {ShardRef(0, at): cluster.addresses[at] for at in self._asked}
-                self._fallback, self._own = ScatterGather.connect(places, keys=keys), True
+                self._fallback, self._own = ScatterGather.connect(places, tls=tls), True
             elif len(fallback.shards) != len(self._asked):
                 raise InvalidInputError(f"a fallback of {len(fallback.shards)} shards for {len(self._asked)}")
             for at in self._asked:

@@ -32,11 +32,11 @@ from cotra_rdma.protocol.regions import (
     decode_region_response,
     encode_region,
 )
-from cotra_rdma.protocol.rpc import ClientKeys
 from cotra_rdma.protocol.search import DEFAULT_BEAM, SearchRequest, SearchResponse, queries_per_message
+from cotra_rdma.protocol.tls import Tls
+from cotra_rdma.seam.grpc_dispatch import GrpcDispatch
 from cotra_rdma.seam.interface import ShardRef, ShardRpcDispatch, VectorShardSeam
 from cotra_rdma.seam.loop_thread import LoopThread
-from cotra_rdma.seam.zmq_dispatch import ZmqDispatch
 
 DEFAULT_TIMEOUT_S = 5.0
 _MAX_OVERFETCH = 16  # times k
@@ -206,7 +206,7 @@ class ScatterGather(VectorShardSeam):
         self._collection = collection
         self._verify = verify
         self._known: dict[int, ShardFields] = {}  # by position
-        self._own: ZmqDispatch | None = None
+        self._own: GrpcDispatch | None = None
         self._loop = LoopThread("cotra-scatter-gather")
 
     @classmethod
@@ -214,20 +214,20 @@ class ScatterGather(VectorShardSeam):
         cls,
         addresses: Mapping[ShardRef, str] | Sequence[str],
         *,
-        keys: ClientKeys | None = None,
+        tls: Tls | None = None,
         selector: VectorShardSeam | None = None,
     ) -> Self:
-        """Over a `ZmqDispatch` of its own, which it closes.
+        """Over a `GrpcDispatch` of its own, which it closes.
 
         Args:
             addresses: HOST:PORT of each shard; without `ShardRef`s, they are numbered by position, on node 0.
-            keys: CURVE keys, where the owners want them.
+            tls: this side's certificate, where the owners want one.
             selector: as in the constructor.
         """
         if not isinstance(addresses, Mapping):
             addresses = {ShardRef(0, at): address for at, address in enumerate(addresses)}
-        dispatch = ZmqDispatch(
-            {(shard.node_id, shard.vshard_id): address for shard, address in addresses.items()}, keys=keys
+        dispatch = GrpcDispatch(
+            {(shard.node_id, shard.vshard_id): address for shard, address in addresses.items()}, tls=tls
         )
         made = cls(tuple(addresses), dispatch, selector=selector)
         made._own = dispatch

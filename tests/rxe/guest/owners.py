@@ -25,7 +25,7 @@ from cotra_rdma.protocol.regions import (
     decode_region_response,
     encode_region,
 )
-from cotra_rdma.protocol.rpc import RpcClient
+from cotra_rdma.protocol.rpc_client import RpcClient
 
 OUT = Path(os.environ["COTRA_RXE_OUT"])
 GENEROUS_S = 300.0  # for a search in a machine that is emulated, beside other work

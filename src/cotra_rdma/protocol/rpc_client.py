@@ -1,0 +1,163 @@
+"""`RpcClient`: a reader's side of the RPC."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import grpc
+
+from cotra_rdma._core.stop import Stop
+from cotra_rdma.errors import (
+    BusyError,
+    ClosedError,
+    DeadlineError,
+    FormatError,
+    PeerError,
+    TransportError,
+)
+from cotra_rdma.protocol.address import join_address, parse_address
+from cotra_rdma.protocol.envelope import VShardEnvelope
+from cotra_rdma.protocol.service import MESSAGE_BYTES, method_of
+from cotra_rdma.protocol.tls import Tls
+
+DEFAULT_TIMEOUT_MS = 5000
+_LOOK_S = 0.02  # between a waiting call's looks, whether it was given up
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 3000),  # of calls in progress only: a host that vanished is noticed
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class RpcClient:
+    """Calls one owner, from many threads at once if they like, over one connection.
+
+    It connects at the first call, and anew at a call that finds the connection ended: once, so that an owner that is gone is an
+    error at once.
+    """
+
+    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+        """Opens nothing yet. Raises `InvalidInputError` for a bad address, or files that hold no certificate."""
+        self._target = join_address(*parse_address(address))
+        self.address = address
+        self._credentials = None if tls is None else tls.for_client()
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+        self._closed = False
+        self._pid = os.getpid()
+
+    def call(
+        self, envelope: VShardEnvelope, timeout_ms: int = DEFAULT_TIMEOUT_MS, stop: Stop | None = None
+    ) -> VShardEnvelope:
+        """Sends a request and waits for its answer. The owner is told of one that is given up.
+
+        Raises:
+            SearchCancelledError: `stop` was set.
+            TransportError: nobody listens there, or the connection ended during the call. DeadlineError: no answer in time.
+            BusyError: the owner has too much to do. PeerError: it refuses the request.
+            FormatError: the answer is malformed or of another type. ClosedError: the client was closed, or is another
+                process's.
+        """
+        channel = self._connected()
+        send = channel.unary_unary(method_of(envelope.msg_type), None, None)
+        call: Any = send.future(envelope.encode(), timeout=timeout_ms / 1000)
+        try:
+            while True:
+                try:
+                    answer = call.result(timeout=None if stop is None else _LOOK_S)
+                    break
+                except grpc.FutureTimeoutError:
+                    if stop is not None:
+                        stop.check()
+        except grpc.FutureCancelledError:
+            raise ClosedError(f"the client of {self.address} is closed") from None
+        except grpc.RpcError as error:
+            self._fail(call, error, channel, timeout_ms)
+        except BaseException:
+            call.cancel()
+            raise
+        return checked_reply(answer, envelope, self.address)
+
+    def _connected(self) -> grpc.Channel:
+        with self._lock:
+            if self._closed or self._pid != os.getpid():
+                raise ClosedError(f"the client of {self.address} is closed")
+            if self._channel is None:
+                self._channel = open_channel(self._target, self._credentials)
+            return self._channel
+
+    def _fail(self, call: Any, error: grpc.RpcError, channel: grpc.Channel, timeout_ms: int) -> NoReturn:
+        code = call.code()
+        if self._closed:
+            raise ClosedError(f"the client of {self.address} is closed") from None
+        if code is grpc.StatusCode.UNAVAILABLE:
+            with self._lock:
+                if self._channel is channel:  # its pause before it tries again is not ours
+                    self._channel = None
+        raise error_of(code, call.details() or "", self.address, timeout_ms) from None
+
+    def close(self) -> None:
+        """Closes the connection, and ends calls in progress. Idempotent."""
+        with self._lock:
+            self._closed = True
+            channel, self._channel = self._channel, None
+        if channel is not None and self._pid == os.getpid():
+            channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+    """A channel of gRPC's, as all of this package's are."""
+    if credentials is None:
+        return grpc.insecure_channel(target, _OPTIONS)
+    return grpc.secure_channel(target, credentials, _OPTIONS)
+
+
+def checked_reply(answer: bytes, request: VShardEnvelope, address: str) -> VShardEnvelope:
+    """The envelope of an answer. Raises `FormatError` where it is malformed, or answers something else."""
+    reply = VShardEnvelope.decode(memoryview(answer))
+    if reply.msg_type != request.msg_type.response:
+        raise FormatError(f"{address} answered type {request.msg_type} with type {reply.msg_type}")
+    return reply
+
+
+def error_of(code: grpc.StatusCode, details: str, address: str, timeout_ms: int) -> Exception:
+    """What a call raises that gRPC ended with this code."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineError(f"{address} did not answer within {timeout_ms} ms")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return TransportError(f"{address} cannot be reached: {_plain(details)}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
+        return BusyError(f"{address}: {details}")
+    if code is grpc.StatusCode.CANCELLED:
+        return TransportError(f"{address} gave the request up: {details}")
+    return PeerError(f"{address}: {details}")
+
+
+def _plain(details: str) -> str:
+    """gRPC's words for why there is no connection, in ours."""
+    for theirs, ours in (
+        ("Connection refused", "nobody listens there"),
+        ("Ssl handshake failed", "the TLS handshake failed"),
+        ("SSL_ERROR", "the TLS handshake failed"),
+        ("Verification Check failed", "the TLS handshake failed"),
+        ("Socket closed", "the connection broke"),
+        ("Connection reset", "the connection broke"),
+        ("GOAWAY", "it is shutting down"),
+    ):
+        if theirs.lower() in details.lower():
+            return ours if ours != "the TLS handshake failed" else f"{ours}: {details}"
+    return details
