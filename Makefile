@@ -13,7 +13,7 @@ BUILT_FROM = pyproject.toml CMakeLists.txt tools/generate_ffi.py $(shell find cs
 INSTALL = pip install --quiet --disable-pip-version-check
 # A file's tests run in one process, and as many files at once as there are CPUs. What takes longest begins first.
 SPREAD = --numprocesses $(shell nproc) --dist loadfile --no-loadscope-reorder
-TIERS = tests/rxe tests/rpc tests/quality tests/unit tests/fakeverbs tests/fuzz tests/transport
+TIERS = tests/rxe tests/rpc tests/attack tests/quality tests/unit tests/fakeverbs tests/fuzz tests/transport
 SANITIZED_TIERS = tests/unit tests/fuzz tests/transport tests/fakeverbs
 
 # What is changed most, and takes under a minute.

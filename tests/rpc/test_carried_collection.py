@@ -222,9 +222,9 @@ def test_replicas_that_are_not_alike_are_told(index: Path, stack: ExitStack) -> 
 @pytest.mark.parametrize(
     ("options", "noted", "warning"),
     [
-        (("--listen", "0.0.0.0:0"), None, "not noted in owners.json"),
-        (("--listen", "0.0.0.0:0", "--no-announce"), None, ""),
-        (("--listen", "0.0.0.0:0", "--announce", "127.0.0.1"), "127.0.0.1:{port}", ""),
+        (("--listen", "0.0.0.0:0", "--insecure"), None, "not noted in owners.json"),
+        (("--listen", "0.0.0.0:0", "--insecure", "--no-announce"), None, "served without TLS"),
+        (("--listen", "0.0.0.0:0", "--insecure", "--announce", "127.0.0.1"), "127.0.0.1:{port}", "served without TLS"),
         (("--announce", "[::1]:7000"), "[::1]:7000", ""),
         (("--announce", "index.example:70"), "index.example:70", ""),
     ],

@@ -315,7 +315,7 @@ class TestClosing:
         with RpcClient(server.address) as client, RpcClient(server.address) as late, ThreadPoolExecutor(2) as pool:
             call = pool.submit(client.call, envelope(b"begun"), 55_000)
             assert begun.wait(30)
-            closing = pool.submit(server.close, 30.0)
+            closing = pool.submit(server.drain, 30.0)
             time.sleep(0.1)
             with pytest.raises(TransportError) as refused:
                 late.call(envelope(b"late"), 5000)

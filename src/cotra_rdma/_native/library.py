@@ -5,6 +5,7 @@ It offers `ffi` and `lib`, and the one function that turns a status into an exce
 
 from __future__ import annotations
 
+import os
 import threading
 from types import TracebackType
 from typing import Any, Self
@@ -65,6 +66,7 @@ class Handle:
     A use after close raises `ClosedError`.
     A C object is destroyed when its handle and all handles that were made on it are closed.
     So a queue pair never loses its device, in whatever order a program or the garbage collector closes things.
+    A child of `fork` destroys nothing that its parent made.
     A subclass defines `_destroy`.
     """
 
@@ -75,6 +77,7 @@ class Handle:
 
     def __init__(self, ptr: Any, *keep_alive: object) -> None:
         self._ptr = ptr
+        self._pid = os.getpid()
         self._keep_alive = keep_alive
         with self._counting:
             for parent in keep_alive:
@@ -113,7 +116,8 @@ class Handle:
                 return
             ptr, self._doomed = self._doomed, None
         try:
-            self._destroy(ptr)
+            if self._pid == os.getpid():  # a queue pair that a forked child destroyed would be gone for the parent
+                self._destroy(ptr)
         finally:
             parents, self._keep_alive = [p for p in self._keep_alive if isinstance(p, Handle)], ()
             for parent in parents:

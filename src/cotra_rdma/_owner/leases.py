@@ -18,6 +18,10 @@ LEASE_S = 60.0
 """A reader that is silent for so long loses its queue pairs."""
 MAX_QUEUE_PAIRS = 1024
 """At once, of all readers together."""
+MAX_A_READER = 320
+"""The same of one reader: its threads have one each at most."""
+MAX_NAME = 64
+"""Characters of a reader's name."""
 
 
 class _Held(NamedTuple):
@@ -59,6 +63,8 @@ class Leases:
         with self._lock:
             if self._stop.is_set() or len(self._held) >= MAX_QUEUE_PAIRS:
                 raise InvalidInputError(f"no more than {MAX_QUEUE_PAIRS} queue pairs at once")
+            if sum(held.reader == reader for held in self._held.values()) >= MAX_A_READER:
+                raise InvalidInputError(f"no more than {MAX_A_READER} queue pairs of one reader at once")
             queue_pair = connect()
             number = next(self._numbers)
             self._held[number] = _Held(reader, queue_pair)

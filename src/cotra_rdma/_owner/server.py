@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.memfd_handover import HandOver, boot_id
 from cotra_rdma._native.verbs import Device, MemoryRegistration, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma._owner.expander import Expander
-from cotra_rdma._owner.leases import Leases
+from cotra_rdma._owner.leases import MAX_NAME, Leases
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import (
     CotraError,
@@ -79,7 +80,7 @@ log = logging.getLogger(__name__)
 
 TRANSPORTS = ("verbs", "shm", "rpc")
 
-_MESSAGE_BYTES = 8 << 20
+_MESSAGE_BYTES = 5 << 20
 """A request, beside a filter, at most."""
 _STEP_EF = 1 << 15
 """The sum of ef over the queries that are searched at a time: as many expansions, about, and as many microseconds."""
@@ -180,6 +181,7 @@ class Server:
         self._coarse = coarse
         self._exchange = exchange
         self._counts: Counter[VShardMessageType] = Counter()
+        self._pid = os.getpid()
         self._cluster: Cluster | None = None
         self._searching: Counter[Cluster] = Counter()  # searches in progress over each
         self._answers: dict[VShardMessageType, Callable[[VShardEnvelope], _Made]] = {
@@ -457,6 +459,8 @@ class Server:
     def _region(self, request: VShardEnvelope) -> RegionResponse:
         try:
             wanted = decode_region_request(request.payload)
+            if not 0 < len(wanted.peer) <= MAX_NAME:
+                raise InvalidInputError(f"a reader's name has 1 to {MAX_NAME} characters, not {len(wanted.peer)}")
             self._leases.renew(wanted.peer)
             if wanted.want == WANT_QUEUE_PAIR:
                 return self._open_queue_pair(wanted)
@@ -535,7 +539,12 @@ class Server:
         self._rpc.drain(grace_s)
 
     def close(self) -> None:
-        """Stops listening, takes back the queue pairs and deregisters the region: peers' READs fail from then on. Idempotent."""
+        """Stops listening, takes back the queue pairs and deregisters the region: peers' READs fail from then on. Idempotent.
+
+        In a child of `fork` it closes nothing: all is the parent's.
+        """
+        if os.getpid() != self._pid:
+            return
         self._rpc.close()
         self._close_parts()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,7 @@ class Cluster:
         self._idle = threading.Condition(self._lock)
         self._n_searches = 0
         self._closing = self._closed = False
+        self._pid = os.getpid()
         self._connect, self._connector, self._threads = connect, connector, Threads()
         self._follows = follow
         self._ef: int | None = None
@@ -108,6 +110,7 @@ class Cluster:
 
     def _follow(self, stale: Session) -> None:
         """Puts a new session in the place of one; nothing where another thread did."""
+        self._check_process()
         with self._following:
             with self._lock:
                 self._check_open()
@@ -137,6 +140,10 @@ class Cluster:
             raise
         except CotraError as error:
             log.warning("owners serve other images, and cannot be followed yet: %s", error)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ClosedError("the cluster is of the process that this one was forked from: connect in this one")
 
     def _check_open(self) -> None:
         if self._closing:
@@ -435,6 +442,7 @@ class Cluster:
         """A search, from begin to end: `close` waits for it. Raises `ClosedError` once closed."""
         if not 1 <= n_threads <= MAX_THREADS:
             raise InvalidInputError(f"n_threads must be in [1, {MAX_THREADS}], not {n_threads}")
+        self._check_process()  # another thread of the parent's may hold the lock for ever
         with self._lock:
             self._check_open()
             self._n_searches += 1
@@ -478,7 +486,10 @@ class Cluster:
 
     def close(self) -> None:
         """Closes engines, then connections. Searches in progress in other threads are waited for (a `Stop` ends one); those
-        that come later raise `ClosedError`. Idempotent; one that was interrupted is done by the next."""
+        that come later raise `ClosedError`. Idempotent; one that was interrupted is done by the next. In a child of `fork` it
+        closes nothing: all is the parent's."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self._closing = True
             self._session.begin_close()

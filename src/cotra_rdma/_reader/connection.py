@@ -6,14 +6,15 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cotra_rdma._core.constants import METRICS
 from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.remote_expansion import Expansions
@@ -54,6 +55,7 @@ from cotra_rdma.protocol.regions import (
     QueuePairFields,
     RegionRequest,
     RegionResponse,
+    ShardFields,
     as_fields,
     decode_region_response,
     encode_region,
@@ -76,6 +78,8 @@ _RELEASE_TIMEOUT_MS = 300
 _SLOT_BYTES = 4096
 _LIST_SLOT_BYTES = 16384  # as many of a list's blocks as fit are one READ
 _PROBES = 32
+_MAX_DIM = 4096
+_MAX_RECORD_BYTES = 1 << 20
 
 
 class Connection:
@@ -95,7 +99,8 @@ class Connection:
         self._client = RpcClient(address, tls=tls)
         self._options = options
         try:
-            self._introduce()
+            with self._in_time():
+                self._introduce()
         except BaseException:
             self.close()
             raise
@@ -110,6 +115,7 @@ class Connection:
                 f"{self}: its owner is of an earlier version, which does not tell its image from others: update it",
                 shard=self.index,
             )
+        _check_announced(self, shard)
         self.shard, self.image = shard, shard.identity
         begin = time.perf_counter()
         self._ask_coarse()
@@ -135,6 +141,7 @@ class Connection:
         self.number: int | None = None  # in its collection
         self.link = Link(math.inf, 0.0, 0.0, math.inf)
         self._timeout_ms = timeout_ms
+        self._until = math.inf  # on time.monotonic's clock
         self._fabric = fabric
         self._name = secrets.token_hex(8)
         self._client = None
@@ -149,6 +156,15 @@ class Connection:
         return f"shard {self.index} ({self.address})"
 
     # ---- calls ----
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """All calls in the block together take as long as one may."""
+        before, self._until = self._until, min(self._until, time.monotonic() + self._timeout_ms / 1000)
+        try:
+            yield
+        finally:
+            self._until = before
 
     def _call(
         self, kind: VShardMessageType, payload: Payload, timeout_ms: int, stop: Stop | None = None
@@ -173,13 +189,17 @@ class Connection:
     ) -> RegionResponse:
         request = RegionRequest(want, self._name, queue_pair, number, offset)
         reply = self._call(
-            VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._timeout_ms
+            VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._left_ms()
         )
         answer = decode_region_response(reply.payload)
         self._check_code(answer.code, answer.message)
         if hasattr(self, "image") and answer.shard != self.shard:
             raise self._stale(answer.shard.identity if answer.shard else None)
         return answer
+
+    def _left_ms(self) -> int:
+        left_s = self._until - time.monotonic()
+        return self._timeout_ms if left_s == math.inf else max(1, min(self._timeout_ms, round(left_s * 1000)))
 
     def _check_code(self, code: int, message: str) -> None:
         """Raises what an answer with this code says."""
@@ -200,7 +220,7 @@ class Connection:
     def _ask_coarse(self) -> None:
         """The shard from afar, where its owner tells: what Compass chooses by."""
         request = CoarseRouteRequest().encode()
-        reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._timeout_ms)
+        reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._left_ms())
         self._take_coarse(reply.payload)
 
     def _take_coarse(self, payload: Payload) -> None:
@@ -223,6 +243,10 @@ class Connection:
 
         Raises what is wrong when a path was asked for by name.
         """
+        with self._in_time():
+            self._choose(wanted, device, no_device)
+
+    def _choose(self, wanted: str, device: Device | None, no_device: str) -> None:
         for name in ("verbs", "shm", "rpc") if wanted == "auto" else (wanted,):
             reason = self.capabilities.transports.get(name, "this owner does not know it")
             try:
@@ -466,6 +490,16 @@ class Connection:
 
         Raises `PeerError` where the owner does not offer it, `FormatError` and `ChecksumError` for what is not the shard's.
         """
+        with self._in_time():
+            data = self._load_pieces()
+        view = View.load(data)
+        info = view.info
+        if any(getattr(info, name) != value for name, value in fields_of(self.shard).items()):
+            view.close()
+            raise self._stale(info.identity)
+        return view
+
+    def _load_pieces(self) -> bytearray:
         data, length = bytearray(), 0
         while not data or len(data) < length:
             piece = self._ask(WANT_VIEW, offset=len(data)).view
@@ -474,12 +508,7 @@ class Connection:
             if piece is None or piece.length != length or not 0 < len(piece.data) <= left <= self.shard.image_bytes:
                 raise FormatError(f"{self}: a piece that does not fit its upper layers", shard=self.index)
             data += piece.data
-        view = View.load(data)
-        info = view.info
-        if any(getattr(info, name) != value for name, value in fields_of(self.shard).items()):
-            view.close()
-            raise self._stale(info.identity)
-        return view
+        return data
 
     def expand(
         self,
@@ -551,6 +580,21 @@ def _measure(channel: Channel) -> dict[str, float]:
         "reads_per_s": _PROBES / max(many_s, 1e-9),
         "bytes_per_s": _PROBES * long / max(long_s, 1e-9),
     }
+
+
+def _check_announced(connection: Connection, shard: ShardFields) -> None:
+    """Raises `FormatError` for numbers that no image has, before anything is made of them."""
+    for name, least, most in (
+        ("dim", 1, _MAX_DIM),
+        ("count", 0, 2**32),
+        ("record_bytes", 1, _MAX_RECORD_BYTES),
+        ("image_bytes", 1, 2**56),
+        ("generation", 0, 2**64 - 1),
+    ):
+        if not least <= getattr(shard, name) <= most:
+            raise FormatError(f"{connection}: it announces {name} {getattr(shard, name)}", shard=connection.index)
+    if shard.metric not in METRICS:
+        raise FormatError(f"{connection}: it announces the metric {shard.metric[:20]!r}", shard=connection.index)
 
 
 def check_alike(connections: list[Connection]) -> None:

@@ -49,7 +49,14 @@ def make_certificate(
             "certificates need the package cryptography: pip install 'cotra-rdma[certs]'"
         ) from error
     folder = Path(directory)
-    if not name or name == AUTHORITY or Path(name).name != name or not name.isprintable() or len(name) > 64:
+    if (
+        not name
+        or name == AUTHORITY
+        or Path(name).name != name
+        or name.startswith(".")
+        or not name.isprintable()
+        or len(name) > 64
+    ):
         raise InvalidInputError(f"{name!r} cannot be the name of a certificate")
     if not 1 <= days <= 3650:
         raise InvalidInputError(f"days must be in [1, 3650], not {days}")

@@ -72,7 +72,7 @@ class Limits:
     """
 
     request_bytes: int = 8 << 20
-    n_requests: int = 24
+    n_requests: int = 8
     owed_bytes: int = 96 << 20
     take_s: float = 10.0
     read_s: float = 10.0

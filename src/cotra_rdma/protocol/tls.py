@@ -51,7 +51,6 @@ class Tls:
         """gRPC's credentials of an owner. Raises `InvalidInputError`."""
         import grpc
 
-
         last = self.read()
 
         def now() -> grpc.ServerCertificateConfiguration | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
@@ -26,9 +27,13 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._pid = os.getpid()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Starts a coroutine on the loop. Raises `ClosedError`."""
+        """Starts a coroutine on the loop. Raises `ClosedError`, also in a child of `fork`."""
+        if os.getpid() != self._pid:
+            coroutine.close()
+            raise ClosedError(f"{self._name} is of the process that this one was forked from")
         with self._lock:
             if self._closed:
                 coroutine.close()
@@ -55,7 +60,11 @@ class LoopThread:
             raise
 
     def close(self, last: Coroutine[Any, Any, None] | None = None) -> None:
-        """Runs `last`, then stops the loop; coroutines in progress are cancelled. Idempotent."""
+        """Runs `last`, then stops the loop; coroutines in progress are cancelled. Idempotent. Nothing in a child of `fork`."""
+        if os.getpid() != self._pid:
+            if last is not None:
+                last.close()
+            return
         with self._lock:
             closed, self._closed = self._closed, True
         if closed or self._loop is None:

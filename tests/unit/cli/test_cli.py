@@ -15,7 +15,7 @@ from cotra_rdma._diagnose import verbs as verbs_diagnosis
 from cotra_rdma._diagnose.host import Check, Host, Status
 from cotra_rdma.cli import app, options
 
-VERBS = ("build", "serve", "search", "info", "doctor", "demo", "bench")
+VERBS = ("build", "serve", "search", "info", "doctor", "certs", "demo", "bench")
 
 
 def cotra(*arguments: object) -> Result:
