@@ -182,7 +182,7 @@ class TestExpansions:
                 "row 4294967295 of 2000",
             ),
             (
-                lambda rows, pushes, image: ExpandRequest("", rows, np.repeat(pushes, 200_000), image),
+                lambda rows, pushes, image: ExpandRequest("", rows, np.repeat(pushes, 100_000), image),
                 "do not fit one answer",
             ),
         ],
