@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -21,6 +22,7 @@ import pytest
 from cotra_rdma import CotraError, DeadlineError, FormatError, InvalidInputError, PeerError, Shard, TransportError
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._build.machine import build_on_machine
+from cotra_rdma._build.mail import CountsMessage, HelloMessage, RowsMessage
 from cotra_rdma._build.network_mail import NetworkMail
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.rpc_server import RpcServer
@@ -169,7 +171,7 @@ def test_builders_that_build_something_else(
         (0, ["127.0.0.1:1"], "two or more"),
         (2, ["127.0.0.1:1", "127.0.0.1:2"], "shard 2 of 2"),
         (0, ["127.0.0.1:1", "127.0.0.1:1"], "different addresses"),
-        (0, ["127.0.0.1:0", "127.0.0.1:2"], "ports"),
+        (0, ["127.0.0.1:0", "127.0.0.1:2"], "its port"),
         (0, ["127.0.0.1", "127.0.0.1:2"], "HOST:PORT"),
     ],
 )
@@ -184,46 +186,42 @@ def test_places_that_make_no_sense(source: Path, tmp_path: Path, shard: int, pee
 
 @pytest.fixture
 def mails(addresses: list[str]) -> Iterator[list[NetworkMail]]:
+    """A mail for each builder. Messages go in parts of 1000 bytes."""
     with ExitStack() as stack:
         made = []
         for number, address in enumerate(addresses):
-            made.append(NetworkMail(number, addresses, timeout_s=20))
+            made.append(NetworkMail(number, addresses, timeout_s=20, part_bytes=1000))
             stack.callback(made[-1].close)
             stack.enter_context(RpcServer(address, made[-1].answer))
         yield made
 
 
-def message(sender: int, step: str, **fields: Any) -> BuildExchangeRequest:
-    return BuildExchangeRequest.empty(sender, {"step": step, **fields})
-
-
-def test_messages_arrive_whole_and_once(mails: list[NetworkMail], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cotra_rdma._build.network_mail.PART_BYTES", 1000)
-    data = np.random.default_rng(1).integers(0, 256, 12_345, np.uint8).tobytes()
-    mails[0].tell(message(0, "count", data=data))
-    mails[0].tell(message(0, "count", data=data))
-    mails[1].tell(message(1, "divide", data=b"for 2"), 2)
+def test_messages_arrive_whole_and_once(mails: list[NetworkMail]) -> None:
+    counts = CountsMessage(np.random.default_rng(1).integers(0, 256, 12_345, np.uint8).tobytes(), b"")
+    rows = RowsMessage(b"for 2")
+    mails[0].send(counts)
+    mails[0].send(counts)
+    mails[1].send(rows, 2)
     for mail in mails:
-        heard = mail.hear("count", 0)
-        assert (heard.shard, heard.told) == (0, {"step": "count", "data": data})
-        assert mail.hear("count", 0).told == heard.told
-    assert mails[2].hear("divide", 1).told == {"step": "divide", "data": b"for 2"}
+        assert mail.receive(CountsMessage, 0)[0] == counts
+        assert mail.receive(CountsMessage, 0)[0] == counts
+    assert mails[2].receive(RowsMessage, 1)[0] == rows
 
 
 def test_who_gives_up_tells_all_why(mails: list[NetworkMail]) -> None:
     mails[0].fail(DeadlineError("shard 1 has been silent", shard=1))
     with pytest.raises(PeerError, match=r"shard 0 .* gave up: DeadlineError: shard 1 has been silent") as caught:
-        mails[2].hear("count", 1)
+        mails[2].receive(CountsMessage, 1)
     assert caught.value.shard == 1
     with pytest.raises(PeerError, match="gave up"):
-        mails[2].tell(message(2, "count"))
+        mails[2].send(RowsMessage(b""))
 
 
 def test_a_builder_that_was_started_anew_is_refused(mails: list[NetworkMail], addresses: list[str]) -> None:
-    mails[0].tell(message(0, "hello"))
+    mails[0].send(HelloMessage({}, 1, ""))
     again = NetworkMail(0, addresses, timeout_s=20)
     with pytest.raises(PeerError, match="started anew") as caught:
-        again.tell(message(0, "hello"), 1)
+        again.send(HelloMessage({}, 1, ""), 1)
     assert caught.value.shard == 1
     again.close()
 
@@ -238,18 +236,21 @@ def test_a_builder_that_was_started_anew_is_refused(mails: list[NetworkMail], ad
         (1, {"parts": 1 << 20}),
         (1, {"data": "text"}),
         (1, {"data": b"\xc1"}),
+        (1, {"data": msgspec.msgpack.encode({"step": "divide"})}),
+        (1, {"step": "count"}),
         (1, {"step": "failed", "data": b"\xc1"}),
         (1, {"run": None}),
     ],
 )
 def test_hostile_messages_are_refused(mails: list[NetworkMail], sender: int, fields: dict[str, Any]) -> None:
-    good = {"run": "a", "step": "count", "part": 0, "parts": 1, "data": b"\x80"}
+    rows = RowsMessage(b"1234")
+    good = {"run": "a", "step": "divide", "part": 0, "parts": 1, "data": msgspec.msgpack.encode(rows)}
     with pytest.raises((FormatError, InvalidInputError)):
         mails[0].take(BuildExchangeRequest.empty(sender, good | fields))
     with pytest.raises(FormatError):
         mails[0].take(replace(BuildExchangeRequest.empty(1, good), told=None))
     mails[0].take(BuildExchangeRequest.empty(2, good))
-    assert mails[0].hear("count", 2).told == {}
+    assert mails[0].receive(RowsMessage, 2)[0] == rows
 
 
 def test_a_shard_of_the_graph_can_be_searched(

@@ -1,38 +1,36 @@
-"""Builds a collection: splits a data set over shards, builds each, and publishes them all at once."""
+"""Builds a collection: splits a data set into shards, builds each shard, and publishes all of them at once."""
 
 from __future__ import annotations
+
 import contextlib
-import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
+
 import numpy as np
 import numpy.typing as npt
+
 from cotra_rdma._build.processes import BuildProcesses, Usage
-from cotra_rdma._build.steps import PACK_SHARE, BuildSpec, GraphResult, build_here, lists_of, scatter
+from cotra_rdma._build.steps import BuildSpec, GraphResult, Progress, build_here, rows_done, scatter
 from cotra_rdma._clustering.balanced import balanced_partition
+from cotra_rdma._collection.manifest import GRAPHS, MANIFEST, PARTITIONS, Collection, ShardFile
+from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._routing.calibration import CALIBRATION_K, Calibration
 from cotra_rdma._routing.coarse_table import N_LISTS, CoarseTable
 from cotra_rdma._routing.exact_neighbours import exact_neighbours
 from cotra_rdma._routing.fit import HeldOut, calibrate, held_out_rows
-from cotra_rdma._routing.router import Router
+from cotra_rdma._shard.hnsw_packer import build_image
+from cotra_rdma._shard.params import BuildParams
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.datasets import VectorFile
 from cotra_rdma.errors import FormatError, InvalidInputError
-from cotra_rdma._collection.manifest import Collection, GRAPHS, MANIFEST, PARTITIONS, ShardFile
 
 _READ_ROWS = 65_536
-_SCATTER_ROWS = 2048  # of a shard, that tell in which directions lists are wide
-
-Progress = Callable[[int, str, int], None]
-"""Called with (shard, its phase: "build" or "pack", rows done of the whole data set), and where shards make one graph then again
-with "border" and "relink"; before and after the shards also with shard -1, the phase "partition" or "calibrate", and the rows
-done of that phase."""
+_SCATTER_SAMPLE = 2048  # rows of a shard that say in which directions lists are wide
 
 
 def build_collection(
@@ -55,51 +53,54 @@ def build_collection(
     processes: int = 0,
     usage: Callable[[Usage], None] | None = None,
 ) -> Collection:
-    """Splits a file's rows into `n_shards` parts, builds each and writes them to `directory`, with their coarse tables.
+    """Splits the rows of a file into shards, builds each shard, and writes the shards to a directory.
 
-    One shard is in memory at a time: its vectors while hnswlib builds, then its image; and for shards with graphs of their
-    own 8 bytes for each row. Inverted lists take a second copy of the image. Files are written aside and renamed when all
-    are whole: a failed run leaves the directory as it was.
+    The coarse tables of the shards and the manifest lie beside them.
+
+    One shard is in memory at a time: its vectors while hnswlib builds, and then its image.
+    Independent shards take 8 more bytes for each row of the data set.
+    Inverted lists take a second copy of the image.
+    The files are written to a temporary directory, and renamed when all are complete.
+    So a build that fails leaves the directory as it was.
 
     Args:
-        vectors: the data set; row numbers become ids.
-        directory: made when it is missing.
-        n_shards: at most one a row.
-        metric, M, ef_construction, seed, n_threads: as `Shard.build`; with `processes`, threads of each of them.
-        partition: "range": equal ranges of rows; "kmeans": neighbours together, and no shard larger than 1.1 times the
-            mean, so that Compass can leave shards out. None: "kmeans" for one graph, else "range".
-        graph: "independent": each shard has a graph of its own, and is searched by itself; "global": the shards' graphs are
-            linked to one (`cotra_rdma._build.cross_links`), and a query is one walk over all of them.
-        n_lists, ivf_bits: inverted lists beside the graphs, of all shards together, and bits a dimension of their codes; 0
-            lists for none (`Shard.build`).
-        vector_type: how own vectors are held, as `Shard.build`.
-        force: replace a collection that is there already.
-        progress: told how far each shard is.
-        processes: so many builder processes on this host, each with one shard at a time, for one graph; 0: this process
-            builds. With one thread each the result is the same. On a machine for each shard: `build_machine.build_on_machine`.
-        usage: told what each of these processes used, when it ended.
+        vectors: the data set. Row numbers become ids.
+        directory: the directory of the collection. It is made if it is missing.
+        n_shards: the number of shards, at most the number of rows.
+        metric: as for `Shard.build`.
+        M: as for `Shard.build`.
+        ef_construction: as for `Shard.build`.
+        seed: as for `Shard.build`.
+        n_threads: as for `Shard.build`. With `processes`, it is the number of threads of each process.
+        partition: "range" makes equal ranges of rows. "kmeans" keeps neighbours together, so that Compass can leave
+            shards out; no shard is then larger than 1.1 times the mean. None stands for "kmeans" for one graph, and for
+            "range" otherwise.
+        graph: "independent" makes shards that are searched by themselves. "global" makes one graph over all shards
+            (`cotra_rdma._build.cross_links`), so that a query is one walk.
+        n_lists: the number of inverted lists beside the graphs, of all shards together. 0 stands for none.
+        ivf_bits: the bits of each dimension in the lists' codes, 1 to 8.
+        vector_type: the type in which vectors are stored, as for `Shard.build`.
+        force: whether to replace a collection that is already in the directory.
+        progress: called with (shard, phase, rows done). Rows are counted over the whole data set, anew for each of
+            "build" and "pack" (counted as one), "border" and "relink". The last two are phases of one graph. For the
+            phases "partition" and "calibrate" the shard is -1.
+        processes: the number of builder processes on this host, for one graph. Each builds one shard at a time. 0
+            builds in this process. The result is the same if each builder has one thread. `build_on_machine` builds on
+            a machine for each shard.
+        usage: called with the usage of each of these processes when its work is done.
+
+    Returns:
+        The collection.
 
     Raises:
         InvalidInputError: there is a collection already, or a value is out of its range.
         PeerError: a builder process ended before its work was done.
     """
     partition = check_build(vectors, n_shards, partition, graph, n_lists, processes)
+    params = BuildParams(metric, M, ef_construction, seed, n_threads, n_lists, ivf_bits, vector_type)
     with Publication(directory, force=force) as publication:
         aside = publication.aside
-        spec = BuildSpec(
-            vectors.count,
-            vectors.dim,
-            n_shards,
-            metric,
-            M,
-            ef_construction,
-            seed,
-            n_threads,
-            n_lists,
-            ivf_bits,
-            vector_type,
-            publication.generation,
-        )
+        spec = BuildSpec(vectors.count, vectors.dim, n_shards, params, publication.generation)
         if graph == "independent" or n_shards == 1:
             collection = _build_independent(spec, vectors, aside, partition, graph, progress)
         else:
@@ -117,7 +118,14 @@ def build_collection(
 def check_build(
     vectors: VectorFile, n_shards: int, partition: str | None, graph: str, n_lists: int, processes: int = 0
 ) -> str:
-    """The partition that is meant. Raises `InvalidInputError` for values that do not fit each other."""
+    """Checks that the arguments of a build fit each other.
+
+    Returns:
+        The partition, with None replaced by the default.
+
+    Raises:
+        InvalidInputError: a value is out of its range, or does not fit the others.
+    """
     if n_lists and not n_shards <= n_lists <= vectors.count:
         raise InvalidInputError(f"n_lists must be 0 or in [{n_shards}, {vectors.count}], not {n_lists}")
     if graph not in GRAPHS:
@@ -128,23 +136,27 @@ def check_build(
     if not 1 <= n_shards <= vectors.count:
         raise InvalidInputError(f"{vectors.count} rows cannot be split into {n_shards} shards")
     if graph == "global" and n_shards > 1 and partition != "kmeans":
-        raise InvalidInputError("one graph over all shards needs neighbours together: partition kmeans")
+        raise InvalidInputError("one graph over all shards needs neighbours together: use partition kmeans")
     if processes < 0:
         raise InvalidInputError(f"processes must be >= 0, not {processes}")
     if processes and (graph != "global" or n_shards < 2):
-        raise InvalidInputError("builder processes are for one graph over several shards")
+        raise InvalidInputError("builder processes can only build one graph over several shards (graph global)")
     return partition
 
 
 class Publication:
-    """Where a collection is made: aside, until all is whole. A context manager.
+    """Makes a collection in a temporary directory, and moves it into place when it is complete. A context manager.
+
+    Args:
+        directory: the directory of the collection.
+        force: whether to replace a collection that is already there.
 
     Attributes:
-        aside: a directory inside that of the collection, for what is made; gone at the end.
-        generation: that the new collection gets.
+        aside: the temporary directory, inside that of the collection. It is removed at the end.
+        generation: the generation of the new collection.
 
     Raises:
-        InvalidInputError: there is a collection already and it is not to be replaced, or a file is in the way.
+        InvalidInputError: there is a collection and `force` is not set, or a file is in the way.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, force: bool) -> None:
@@ -169,10 +181,12 @@ class Publication:
         return self
 
     def publish(self, collection: Collection, numbers: Iterable[int] | None = None) -> None:
-        """Renames the shards' files into place, then the manifest; what was there before and is no part of it goes.
+        """Renames the files of the shards into place, and the manifest last. Files of an earlier build are removed.
 
         Args:
-            numbers: of the shards that were made here; None: all. Others may be made in the same directory meanwhile.
+            collection: the new collection.
+            numbers: the shards that were made here. None stands for all. Other builders may make the rest in the same
+                directory at the same time.
         """
         collection.save(self.aside)
         here = range(len(collection.shards)) if numbers is None else numbers
@@ -182,19 +196,19 @@ class Publication:
             (self.aside / name).replace(self._out / name)
         for path in set(self._old) - {self._out / name for name in [MANIFEST, *made]}:
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == self._old[path]:  # else another builder's, and new
+                if path.stat().st_ino == self._old[path]:  # a new file is another builder's
                     path.unlink()
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.aside, ignore_errors=True)
         if self._made:
-            with contextlib.suppress(OSError):  # it is not empty: the run went well
+            with contextlib.suppress(OSError):  # the directory is not empty if the build went well
                 self._out.rmdir()
 
 
 def of_graph(spec: BuildSpec, result: GraphResult) -> Collection:
-    """The manifest of one graph."""
-    shards = tuple(
+    """Makes the manifest of one graph."""
+    shards = [
         ShardFile(
             f"shard-{number:03d}.cotra",
             shard.first_id,
@@ -207,45 +221,77 @@ def of_graph(spec: BuildSpec, result: GraphResult) -> Collection:
             shard.centroid,
         )
         for number, shard in enumerate(result.shards)
-    )
+    ]
     return _collection(spec, shards, "kmeans", "global", result.calibration, result.graph_id)
+
+
+def _collection(
+    spec: BuildSpec,
+    shards: Sequence[ShardFile],
+    partition: str,
+    graph: str,
+    calibration: Calibration | None,
+    graph_id: int = 0,
+) -> Collection:
+    params = spec.params
+    return Collection(
+        spec.dim,
+        params.metric,
+        spec.count,
+        params.M,
+        params.ef_construction,
+        params.seed,
+        spec.generation,
+        tuple(shards),
+        partition,
+        graph,
+        calibration,
+        graph_id,
+    )
+
+
+class _Overall:
+    """Reports the progress of a whole build, from the progress of each shard.
+
+    Rows are summed over the shards. The phases "build", "link" and "pack" count as one.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._done: dict[str, dict[int, int]] = {}
+
+    def __call__(self, number: int, phase: str, done: int) -> None:
+        part = self._done.setdefault("build" if phase in ("link", "pack") else phase, {})
+        part[number] = done
+        self._progress(-1 if phase in ("partition", "calibrate") else number, phase, sum(part.values()))
+
+
+# ---- independent shards ----
 
 
 def _build_independent(
     spec: BuildSpec, vectors: VectorFile, aside: Path, partition: str, graph: str, progress: Progress | None
 ) -> Collection:
-    """Shards with graphs of their own, one after the other."""
+    """Builds shards with graphs of their own, one after the other."""
+    params = spec.params
     part, centroids = _partition(vectors, spec, partition, progress)
     shards: list[ShardFile] = []
     tables: list[CoarseTable] = []
-    done = 0
-    lists = np.empty(vectors.count, np.int32)  # of each row, counted over all shards
+    lists = np.empty(vectors.count, np.int32)  # the list of each row, counted over all shards
     total = np.zeros((vectors.dim, vectors.dim))
+    done = 0
     for number in range(spec.n_shards):
         ids = np.flatnonzero(part == number)
         rows = _gather(vectors, ids)
         name = f"shard-{number:03d}"
-        with Shard.build(
-            rows,
-            ids=ids,
-            metric=spec.metric,
-            M=spec.M,
-            ef_construction=spec.ef_construction,
-            seed=spec.seed,
-            n_threads=spec.n_threads,
-            progress=progress and _rows_done(progress, number, done, len(ids)),
-            generation=spec.generation,
-            n_lists=lists_of(spec.n_lists, len(ids), vectors.count),
-            ivf_bits=spec.ivf_bits,
-            vector_type=spec.vector_type,
-        ) as shard:
-            shard.save(aside / f"{name}.cotra")
-            info = shard.info
-        table, clusters = CoarseTable.build(rows, N_LISTS, metric=spec.metric, seed=spec.seed, n_threads=spec.n_threads)
+        info = _build_shard(spec, rows, ids, aside / f"{name}.cotra", number, done, progress)
+        table, clusters = CoarseTable.build(
+            rows, N_LISTS, metric=params.metric, seed=params.seed, n_threads=params.n_threads
+        )
         (aside / f"{name}.coarse").write_bytes(table.encode())
         lists[ids] = clusters.assignment + sum(map(len, tables))
-        chosen = np.linspace(0, len(rows) - 1, min(_SCATTER_ROWS, len(rows))).astype(np.int64)
-        total += scatter(rows[chosen], clusters.centroids, clusters.assignment[chosen], len(rows), spec.metric)
+        chosen = np.linspace(0, len(rows) - 1, min(_SCATTER_SAMPLE, len(rows))).astype(np.int64)
+        total += scatter(rows[chosen], clusters.centroids, clusters.assignment[chosen], len(rows), params.metric)
         tables.append(CoarseTable.decode(table.encode()))
         centroid = tuple(map(float, centroids[number])) if len(centroids) else None
         shards.append(
@@ -266,63 +312,53 @@ def _build_independent(
     return _collection(spec, shards, partition, graph, calibration)
 
 
-def _collection(
+def _build_shard(
     spec: BuildSpec,
-    shards: Sequence[ShardFile],
-    partition: str,
-    graph: str,
-    calibration: Calibration | None,
-    graph_id: int = 0,
-) -> Collection:
-    return Collection(
-        spec.dim,
-        spec.metric,
-        spec.count,
-        spec.M,
-        spec.ef_construction,
-        spec.seed,
-        spec.generation,
-        tuple(shards),
-        partition,
-        graph,
-        calibration,
-        graph_id,
+    rows: npt.NDArray[Any],
+    ids: npt.NDArray[np.int64],
+    path: Path,
+    number: int,
+    start: int,
+    progress: Progress | None,
+) -> ImageInfo:
+    """Builds a shard, saves it to a file, and returns its header. `start` rows are in the shards before it."""
+    arena = build_image(
+        rows,
+        replace(spec.params, n_lists=spec.lists_of(len(ids))),
+        ids,
+        generation=spec.generation,
+        progress=progress and rows_done(len(ids), lambda phase, done: progress(number, phase, start + done)),
     )
-
-
-class _Overall:
-    """How far a build is, from how far each shard is: rows of the phase, and "build", "link" and "pack" are one."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._done: dict[str, dict[int, int]] = {}
-
-    def __call__(self, number: int, phase: str, done: int) -> None:
-        part = self._done.setdefault("build" if phase in ("link", "pack") else phase, {})
-        part[number] = done
-        self._progress(-1 if phase in ("partition", "calibrate") else number, phase, sum(part.values()))
+    with Shard.of_arena(arena) as shard:
+        shard.save(path)
+        return shard.info
 
 
 def _partition(
     vectors: VectorFile, spec: BuildSpec, partition: str, progress: Progress | None
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The shard of each row, none of them empty; and for "kmeans" the shards' centroids, float32[n_shards, dim]."""
+    """Divides the rows among the shards. No shard is empty.
+
+    Returns:
+        The shard of each row, int32[n]. The shards' centroids, float32[n_shards, dim] for "kmeans" and [0, dim]
+        otherwise.
+    """
     if partition == "range" or spec.n_shards == 1:
         bounds = np.linspace(0, vectors.count, spec.n_shards + 1).astype(int)
-        return np.repeat(np.arange(spec.n_shards, dtype=np.int32), np.diff(bounds)), np.empty(
-            (0, vectors.dim), np.float32
-        )
+        part = np.repeat(np.arange(spec.n_shards, dtype=np.int32), np.diff(bounds))
+        return part, np.empty((0, vectors.dim), np.float32)
     report = None
     if progress is not None:
 
         def report(phase: str, done: int, total: int) -> None:
             progress(-1, "partition", done if phase == "assign" else 0)
 
+    params = spec.params
     part, centroids = balanced_partition(
-        vectors, spec.n_shards, seed=spec.seed, n_threads=spec.n_threads, metric=spec.metric, progress=report
+        vectors, spec.n_shards, seed=params.seed, n_threads=params.n_threads, metric=params.metric, progress=report
     )
     counts = np.bincount(part, minlength=spec.n_shards)
-    for empty in np.flatnonzero(counts == 0):  # of equal vectors, or very few
+    for empty in np.flatnonzero(counts == 0):  # vectors are equal, or very few
         giver = int(counts.argmax())
         taken = np.flatnonzero(part == giver)[: max(1, counts[giver] // 2)]
         part[taken] = empty
@@ -332,7 +368,7 @@ def _partition(
 
 
 def _gather(vectors: VectorFile, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Some rows, ascending, in the file's own type."""
+    """Reads some rows, int64[n] ascending, in the file's own type."""
     first, last = int(ids[0]), int(ids[-1])
     if last - first + 1 == len(ids):
         return vectors.read(first, last + 1)
@@ -351,29 +387,33 @@ def _calibration(
     spec: BuildSpec,
     progress: Progress | None,
 ) -> Calibration | None:
-    k = CALIBRATION_K
+    """Calibrates Compass for independent shards.
+
+    Args:
+        vectors: the data set.
+        tables: the coarse tables of all shards.
+        lists: the list of each row, int32[n], counted over all shards.
+        total: the sum of the shards' scatters, float64[dim, dim].
+        spec: what is built.
+        progress: see `build_collection`.
+
+    Returns:
+        The calibration, or None if there is one shard, or too few vectors.
+    """
+    k, metric = CALIBRATION_K, spec.params.metric
     if len(tables) < 2 or vectors.count <= k:
         return None
-    rows, order = held_out_rows(vectors.count, spec.seed)
+    rows, order = held_out_rows(vectors.count, spec.params.seed)
     report = None
     if progress is not None:
 
         def report(done: int, total: int) -> None:
             progress(-1, "calibrate", done)
 
-    near = exact_neighbours(vectors, rows, k, spec.metric, report)
+    near = exact_neighbours(vectors, rows, k, metric, report)
     held_out = HeldOut(
         _gather(vectors, rows)[order].astype(np.float32),
         lists[rows[order]].astype(np.int64),
         lists[near[order]].astype(np.int64),
     )
-    return calibrate(tables, held_out, total, spec.metric)
-
-
-def _rows_done(progress: Progress, number: int, start: int, count: int) -> Callable[[str, int, int], None]:
-    def report(phase: str, done: int, total: int) -> None:
-        share = done / max(total, 1)
-        share = share * (1 - PACK_SHARE) if phase == "build" else 1 - PACK_SHARE + share * PACK_SHARE
-        progress(number, phase, start + round(share * count))
-
-    return report
+    return calibrate(tables, held_out, total, metric)

@@ -23,17 +23,17 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._native.library import Handle, check, ffi, lib, new_error
-from cotra_rdma._core.record_layout import ELEMENTS, HEAD, records_of, vector_bytes, vectors_of
+from cotra_rdma._clustering.kmeans import normalised
+from cotra_rdma._core.exact import products
+from cotra_rdma._core.record_layout import HEAD, records_of, vector_bytes, vectors_of
 from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.image import ImageInfo
+from cotra_rdma._native.library import Handle, check, ffi, lib, new_error
 from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.view import View
 from cotra_rdma.errors import FormatError, InvalidInputError
-from cotra_rdma._core.exact import products
-from cotra_rdma._clustering.kmeans import normalised
 
 MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)

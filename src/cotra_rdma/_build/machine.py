@@ -1,7 +1,8 @@
-"""One graph built on a machine for each shard: this one's part of it. The steps are those of `steps`.
+"""Builds one shard of one graph on this machine, together with builders of the other shards on other machines.
 
-The machine's image is served while the others link theirs to it (`serve`), and it READs theirs, over verbs or, on one
-host, shared memory.
+The steps are those of `steps`.
+This builder serves its own image while the others link their shards to it.
+It READs theirs over verbs, or on one host over shared memory.
 """
 
 from __future__ import annotations
@@ -12,44 +13,33 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
-import msgspec
 import numpy as np
 
-from cotra_rdma._build.mail import told
-from cotra_rdma._build.network_mail import NetworkMail
-from cotra_rdma._native.channel import Channel
-from cotra_rdma._collection.manifest import Collection
 from cotra_rdma._build.collection import Publication, check_build, of_graph
-from cotra_rdma.datasets import VectorFile
-from cotra_rdma._native.image import ImageInfo
-from cotra_rdma.errors import CotraError, InvalidInputError, PeerError, VerbsUnavailableError
 from cotra_rdma._build.cross_links import channel_of_fd
+from cotra_rdma._build.mail import HelloMessage
+from cotra_rdma._build.network_mail import NetworkMail
 from cotra_rdma._build.steps import BuildSpec, ShardBuilder, result_of
-from cotra_rdma.protocol.tables import BuildExchangeRequest
+from cotra_rdma._collection.manifest import Collection
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.image import ImageInfo
+from cotra_rdma._native.verbs import Device, QueuePairOptions
+from cotra_rdma._owner.leases import LEASE_S
+from cotra_rdma._owner.server import serve
 from cotra_rdma._reader.connection import Connection
+from cotra_rdma._shard.params import BuildParams
+from cotra_rdma.datasets import VectorFile
+from cotra_rdma.errors import CotraError, InvalidInputError, PeerError, VerbsUnavailableError
 from cotra_rdma.protocol.address import parse_address
 from cotra_rdma.protocol.rpc_server import RpcServer
 from cotra_rdma.protocol.tls import Tls
-from cotra_rdma._owner.leases import LEASE_S
-from cotra_rdma._owner.server import serve
-from cotra_rdma._native.verbs import Device, QueuePairOptions
 
 DEFAULT_TIMEOUT_S = 120.0
 _TRANSPORTS = ("verbs", "shm")
 _CALL_MS = 5000
-_PRINTED_ROWS = 64  # of the input, by which builders see that theirs is the same
-
-
-class _Hello(msgspec.Struct, frozen=True):
-    """`hello`: what a builder was told to build, the generation that it would give it, and a digest of some rows."""
-
-    step: str
-    spec: dict[str, Any]
-    generation: int
-    rows: str
+_DIGEST_ROWS = 64  # of the input, by which builders see that all have the same
 
 
 def build_on_machine(
@@ -74,58 +64,51 @@ def build_on_machine(
     tls: Tls | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Collection:
-    """Builds one shard of a graph over all shards, together with a builder for each of the others, at the same time.
+    """Builds one shard of one graph, at the same time as builders of the other shards on other machines.
 
     Args:
-        vectors: the data set: the same on every machine.
-        directory: gets this shard's file, its coarse table, and the manifest of the whole; it may be shared by the machines.
-        shard: this builder's, 0 to len(peers) - 1.
-        peers: HOST:PORT of each shard's builder, in the order of the shards, with this one's.
-        listen: HOST:PORT to listen on; None: this one's of `peers`.
-        metric, M, ef_construction, seed, n_lists, ivf_bits, vector_type: as `build_collection`; the same everywhere.
-        n_threads, force, progress: of this builder; progress is called with (phase, rows done).
-        device, gid_index: of verbs, as `serve`.
-        timeout_s: the longest silence of another builder, also before it starts.
-        tls: this builder's certificate, and whom it believes; None: everybody.
+        vectors: the data set, the same on every machine.
+        directory: the directory for this shard's file, its coarse table, and the manifest of the whole collection. The
+            machines may share it.
+        shard: the number of this builder's shard, from 0 to len(peers) - 1.
+        peers: HOST:PORT of each shard's builder, in the order of the shards. This builder's own is among them.
+        listen: HOST:PORT to listen on. None stands for this builder's entry in `peers`.
+        metric: as for `build_collection`, the same everywhere. So are the other parameters of the graph and its lists.
+        M: as for `build_collection`.
+        ef_construction: as for `build_collection`.
+        seed: as for `build_collection`.
+        n_threads: the threads of this builder. 0 stands for all cores.
+        n_lists: as for `build_collection`.
+        ivf_bits: as for `build_collection`.
+        vector_type: as for `build_collection`.
+        force: whether to replace a collection that is already in the directory.
+        device: the verbs device, as for `serve`.
+        gid_index: the GID of the device, as for `serve`.
+        timeout_s: the longest silence of another builder, in seconds, also before it starts.
+        tls: this builder's certificate, and whom it believes. None lets everybody in.
+        progress: called with (phase, rows done) of this builder.
 
     Returns:
-        The collection, of which this directory may hold one shard alone.
+        The collection. This directory may hold only one of its shards.
 
     Raises:
         InvalidInputError: a value is out of its range, or there is a collection already.
-        DeadlineError: another builder was silent for too long; `shard` is its number. Nothing is left behind.
-        PeerError: another builder ended, gave up, or builds something else; `shard` is its number. Nothing is left behind.
+        DeadlineError: another builder was silent for too long. `shard` is its number. Nothing is left behind.
+        PeerError: another builder ended, gave up, or builds something else. `shard` is its number. Nothing is left
+            behind.
         TransportError: an image can be READ over neither verbs nor shared memory, or the address cannot be listened on.
     """
     check_build(vectors, len(peers), None, "global", n_lists)
-    if len(peers) < 2 or len(set(peers)) != len(peers) or not 0 <= shard < len(peers):
-        raise InvalidInputError(f"shard {shard} of {len(peers)} builders: it takes two or more, at different addresses")
-    for address in peers:
-        if not parse_address(address)[1]:
-            raise InvalidInputError(f"{address}: builders have to know each other's ports")
-    if not timeout_s > 0:
-        raise InvalidInputError(f"timeout_s must be above 0, not {timeout_s}")
+    params = BuildParams(metric, M, ef_construction, seed, n_threads, n_lists, ivf_bits, vector_type)
+    _check_builders(shard, peers, timeout_s)
     with Publication(directory, force=force) as publication, ExitStack() as stack:
         mail = NetworkMail(shard, peers, timeout_s=timeout_s, tls=tls)
         stack.callback(mail.close)
         address = listen or peers[shard]
         rpc = stack.enter_context(RpcServer(address, mail.answer, tls=tls))
         try:
-            spec = BuildSpec(
-                vectors.count,
-                vectors.dim,
-                len(peers),
-                metric,
-                M,
-                ef_construction,
-                seed,
-                n_threads,
-                n_lists,
-                ivf_bits,
-                vector_type,
-                publication.generation,
-            )
-            spec = _agreed(spec, vectors, mail, shard)
+            spec = BuildSpec(vectors.count, vectors.dim, len(peers), params, publication.generation)
+            spec = _agree(spec, vectors, mail, shard)
             builder = ShardBuilder(spec, shard, vectors, mail, publication.aside, progress)
             if shard == 0:
                 builder.train()
@@ -133,7 +116,7 @@ def build_on_machine(
             builder.divide()
             own = stack.enter_context(builder.build_image())
             stack.enter_context(serve(own, address, _TRANSPORTS, device, gid_index, exchange=mail.take, rpc=rpc))
-            builder.tell_image(own)
+            builder.announce_image(own)
             with _Images(peers, tls, device, gid_index) as images:
                 builder.link(own.arena, images.open)
             if shard == 0:
@@ -146,18 +129,35 @@ def build_on_machine(
     return collection
 
 
-def _agreed(spec: BuildSpec, vectors: VectorFile, mail: NetworkMail, number: int) -> BuildSpec:
-    """Waits for all builders; the specification that all have. Raises `PeerError` where one has another."""
-    some = np.linspace(0, vectors.count - 1, min(vectors.count, _PRINTED_ROWS)).astype(np.int64)
+def _check_builders(shard: int, peers: Sequence[str], timeout_s: float) -> None:
+    if len(peers) < 2 or len(set(peers)) != len(peers) or not 0 <= shard < len(peers):
+        raise InvalidInputError(
+            f"shard {shard} of {len(peers)} builders cannot be built: "
+            "there must be two or more builders, at different addresses, and one for each shard"
+        )
+    for address in peers:
+        if not parse_address(address)[1]:
+            raise InvalidInputError(f"{address}: the other builders must know its port, so 0 cannot be among the ports")
+    if not timeout_s > 0:
+        raise InvalidInputError(f"timeout_s must be above 0, not {timeout_s}")
+
+
+def _agree(spec: BuildSpec, vectors: VectorFile, mail: NetworkMail, number: int) -> BuildSpec:
+    """Waits for all builders, and compares what they build.
+
+    Returns:
+        The specification, with the generation that all agree on.
+
+    Raises:
+        PeerError: a builder builds something else.
+    """
+    some = np.linspace(0, vectors.count - 1, min(vectors.count, _DIGEST_ROWS)).astype(np.int64)
     digest = hashlib.sha256(vectors.take(some).tobytes()).hexdigest()
-    here = asdict(spec) | {"type of the rows": str(vectors.dtype)}
-    generation = here.pop("generation")
-    del here["n_threads"]
-    content = msgspec.to_builtins(_Hello("hello", here, generation, digest))
-    mail.tell(BuildExchangeRequest.empty(number, content))
+    shared, generation = spec.shared() | {"type of the rows": str(vectors.dtype)}, spec.generation
+    mail.send(HelloMessage(shared, generation, digest))
     for sender in range(spec.n_shards):
-        hello = told(mail.hear("hello", sender), _Hello)
-        for name, value in here.items():
+        hello, _ = mail.receive(HelloMessage, sender)
+        for name, value in shared.items():
             if hello.spec.get(name) != value:
                 other = str(hello.spec.get(name))[:80]
                 raise PeerError(
@@ -166,13 +166,13 @@ def _agreed(spec: BuildSpec, vectors: VectorFile, mail: NetworkMail, number: int
         if hello.rows != digest:
             raise PeerError(f"shard {sender} is built from other vectors than shard {number}", shard=sender)
         if not 0 < hello.generation < 2**63:
-            raise PeerError(f"shard {sender} is built as generation {hello.generation}", shard=sender)
+            raise PeerError(f"shard {sender} is built with generation {hello.generation}: out of range", shard=sender)
         generation = max(generation, hello.generation)
     return replace(spec, generation=generation)
 
 
 class _Images:
-    """The other shards' own images, each connected to when it is first needed. A context manager."""
+    """The other shards' own images. A shard is connected to when it is first needed. A context manager."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class _Images:
         self._addresses = addresses
         self._tls = tls
         self._options = QueuePairOptions() if gid_index is None else QueuePairOptions(gid_index=gid_index)
-        self._peers: dict[int, Connection] = {}
+        self._connections: dict[int, Connection] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._device: Device | None = None
@@ -200,13 +200,21 @@ class _Images:
 
     @contextlib.contextmanager
     def open(self, number: int, like: ImageInfo) -> Iterator[Channel]:
-        """A channel to a shard's own image. Raises `TransportError` where it can be READ in no way."""
+        """Opens a channel to a shard's own image.
+
+        Args:
+            number: the number of the shard.
+            like: the header of this builder's own image, which has records of the same size.
+
+        Raises:
+            TransportError: the image can be READ in no way.
+        """
         with self._lock:
-            connection = self._peers.get(number) or self._connect(number)
+            connection = self._connections.get(number) or self._connect(number)
             arena = connection.memory
             channel, stack = connection.open_channel() if arena is None else (None, ExitStack())
         with stack:
-            if arena is not None:  # of this host: read, not mapped, for it is not this builder's memory
+            if arena is not None:  # it is on this host; a mapping would count as this builder's memory, so it is read
                 assert arena.info.fd is not None
                 channel = stack.enter_context(channel_of_fd(arena.info.fd, like.record_bytes))
             assert channel is not None
@@ -221,19 +229,20 @@ class _Images:
             options=self._options,
             fabric=None,
         )
-        self._peers[number] = connection
+        self._connections[number] = connection
         connection.choose("auto", self._device, self._no_device)
-        if connection.view is not None:  # upper layers of all others would not be this shard's memory
+        if connection.view is not None:  # the upper layers of all shards would take too much memory
             connection.view.close()
             connection.view = None
         return connection
 
     def _renew(self) -> None:
+        """Renews the leases until the end."""
         while not self._stop.wait(LEASE_S / 4):
             with self._lock:
-                peers = list(self._peers.values())
-            for connection in peers:
-                with contextlib.suppress(CotraError):  # a READ will tell
+                connections = list(self._connections.values())
+            for connection in connections:
+                with contextlib.suppress(CotraError):  # a READ will fail too, and report it
                     connection.renew()
 
     def __enter__(self) -> _Images:
@@ -242,7 +251,7 @@ class _Images:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._renewing.join()
-        for connection in self._peers.values():
+        for connection in self._connections.values():
             connection.close()
         if self._device is not None:
             self._device.close()

@@ -1,6 +1,7 @@
-"""What the builders of one graph tell each other, and how: messages of type 54, whose map holds a step and its values.
+"""The messages between the builders of one graph, and how builders that share a directory exchange them.
 
-All that is heard is checked here or by who uses it: it comes from another process, maybe on another machine.
+A message comes from another process, perhaps on another machine.
+The decoder checks its types, and the receiver checks its values.
 """
 
 from __future__ import annotations
@@ -13,77 +14,64 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma.errors import FormatError
-from cotra_rdma.protocol.tables import BuildExchangeRequest
+from cotra_rdma.protocol.envelope import decode_array, encode_array
+from cotra_rdma.protocol.tables import BuildExchangeRequest, CentroidTable
 
-T = TypeVar("T", bound=msgspec.Struct)
-
-
-class Mail(Protocol):
-    """How a builder tells the others, and hears them."""
-
-    def tell(self, message: BuildExchangeRequest, to: int | None = None) -> None:
-        """Tells one, or all; itself too."""
-
-    def hear(self, step: str, sender: int) -> BuildExchangeRequest:
-        """What `sender` told in a step. It may wait."""
+# ---- the messages; arrays are the bytes of little-endian numbers ----
 
 
-class DirectoryMail:
-    """Messages as files, for builders that share a directory and take turns: each step ends before the next begins."""
-
-    def __init__(self, directory: Path, number: int) -> None:
-        self._directory, self._number = directory, number
-
-    def tell(self, message: BuildExchangeRequest, to: int | None = None) -> None:
-        """Writes a file, for one or for all."""
-        assert message.told is not None
-        reader = "all" if to is None else str(to)
-        (self._directory / f"{message.told['step']}-{self._number}-{reader}").write_bytes(message.encode())
-
-    def hear(self, step: str, sender: int) -> BuildExchangeRequest:
-        """Reads the file of an earlier step."""
-        path = self._directory / f"{step}-{sender}-{self._number}"
-        if not path.is_file():
-            path = self._directory / f"{step}-{sender}-all"
-        return BuildExchangeRequest.decode(path.read_bytes())
+class Message(msgspec.Struct, frozen=True, tag_field="step"):
+    """A message between builders. It is a MessagePack map, in which `step` names the kind."""
 
 
-# ---- what is told; arrays as the bytes of little-endian numbers ----
+class HelloMessage(Message, frozen=True, tag="hello"):
+    """What a builder is going to build.
+
+    Attributes:
+        spec: the parameters that all builders must share.
+        generation: the generation that this builder would give the collection.
+        rows: a digest of some rows of the input.
+    """
+
+    spec: dict[str, Any]
+    generation: int
+    rows: str
 
 
-class ToldModel(msgspec.Struct, frozen=True):
-    """`train`: a `PartModel`."""
+class PartitionMessage(Message, frozen=True, tag="train"):
+    """The partition: the arrays of a `PartModel`, as float32."""
 
-    step: str
     centre: bytes
     offsets: bytes
     prices: bytes
 
 
-class ToldCounts(msgspec.Struct, frozen=True):
-    """`count`: rows of the slice for each part, int64; the sum of the slice's vectors, float64[dim]."""
+class CountsMessage(Message, frozen=True, tag="count"):
+    """What a slice of the rows would take.
 
-    step: str
+    Attributes:
+        counts: int64[n_shards], the rows of the slice for each shard.
+        total: float64[dim], the sum of the slice's vectors.
+    """
+
     counts: bytes
     total: bytes
 
 
-class ToldRows(msgspec.Struct, frozen=True):
-    """`divide`, to one shard: which rows of the slice are its own, uint32, counted from the slice's first, ascending."""
+class RowsMessage(Message, frozen=True, tag="divide"):
+    """The rows of a slice that belong to the receiver: uint32, ascending, counted from the first row of the slice."""
 
-    step: str
     rows: bytes
 
 
-class ToldImage(msgspec.Struct, frozen=True):
-    """`build`: the image that a shard built by itself, beside its coarse table. Its fields are those of `ImageInfo`, and:
+class ImageMessage(Message, frozen=True, tag="build"):
+    """A shard's own image. The shard's coarse table comes with the message. Fields of `ImageInfo` keep their names.
 
     Attributes:
-        first_id: the smallest row number.
-        centroid: float32[dim] of the partition, by which others tell which of their nodes are near.
+        first_id: the smallest row number of the shard.
+        centroid: float32[dim], the shard's centroid in the partition. Others use it to find their nodes near the shard.
     """
 
-    step: str
     count: int
     dim: int
     metric: str
@@ -96,51 +84,127 @@ class ToldImage(msgspec.Struct, frozen=True):
     centroid: bytes
 
 
-class ToldEvidence(msgspec.Struct, frozen=True):
-    """`build`, to the first: what Compass is fitted to.
+class EvidenceMessage(Message, frozen=True, tag="evidence"):
+    """What Compass is fitted to, from one shard to the first builder.
 
     Attributes:
-        scatter: float64[dim, dim].
-        lists: int32[h], the list that each held-out vector is in; -1 where it is another shard's.
-        gaps, near: float32 and int32[h, k]: the nearest of this shard's vectors to each, and their lists; -1 for none.
+        scatter: float64[dim, dim], see `steps.scatter`.
+        lists: int32[h], the list that holds each held-out vector. It is -1 if another shard holds the vector.
+        gaps: float32[h, k], the distances to the nearest vectors of this shard.
+        near: int32[h, k], the lists of these nearest vectors, -1 for none.
     """
 
-    step: str
     scatter: bytes
     lists: bytes
     gaps: bytes
     near: bytes
 
 
-class ToldLinks(msgspec.Struct, frozen=True):
-    """`link`: the finished image."""
+class LinksMessage(Message, frozen=True, tag="link"):
+    """The size and checksum of a shard's finished image."""
 
-    step: str
     image_bytes: int
     image_checksum: int
 
 
-class ToldCalibration(msgspec.Struct, frozen=True):
-    """`calibrate`: of Compass, as JSON; None where there is none."""
+class CalibrationMessage(Message, frozen=True, tag="calibrate"):
+    """The calibration of Compass as JSON values, or None if there is none."""
 
-    step: str
     calibration: dict[str, Any] | None
 
 
-def told(message: BuildExchangeRequest, kind: type[T]) -> T:
-    """A message's map as `kind`. Raises `FormatError`."""
-    try:
-        return msgspec.convert(message.told, kind, builtin_types=(bytes,))
-    except msgspec.ValidationError as error:
-        raise FormatError(f"shard {message.shard}, {kind.__name__}: {error}") from error
+AnyMessage: Any = (
+    HelloMessage
+    | PartitionMessage
+    | CountsMessage
+    | RowsMessage
+    | ImageMessage
+    | EvidenceMessage
+    | LinksMessage
+    | CalibrationMessage
+)
+"""All kinds together, for a decoder. `step` says which one a message is."""
+
+M = TypeVar("M", bound=Message)
 
 
-def numbers(raw: bytes, dtype: str, shape: tuple[int, ...], what: str) -> npt.NDArray[Any]:
-    """An array of such a shape, each number finite. Raises `FormatError`."""
+def step_of(kind: type[Message]) -> str:
+    """Returns the name of a kind of messages, as it is in their maps."""
+    return str(kind.__struct_config__.tag)
+
+
+def array_of(raw: bytes, dtype: str, shape: tuple[int, ...], what: str) -> npt.NDArray[Any]:
+    """Returns the numbers of a message as an array.
+
+    Args:
+        raw: the bytes of the numbers.
+        dtype: the type of a number.
+        shape: the expected shape.
+        what: what the numbers are, for the error message.
+
+    Raises:
+        FormatError: the bytes do not fill the shape, or a number is not finite.
+    """
     wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if len(raw) != wanted:
-        raise FormatError(f"{what}: {len(raw)} bytes where {list(shape)} numbers take {wanted}")
+        raise FormatError(f"{what}: {len(raw)} bytes were received where {list(shape)} numbers take {wanted}")
     found = np.frombuffer(raw, dtype).reshape(shape)
     if found.dtype.kind == "f" and not np.isfinite(found).all():
         raise FormatError(f"{what}: holds NaN or infinity")
     return found
+
+
+# ---- the exchange ----
+
+
+class Mail(Protocol):
+    """How a builder exchanges messages with the others."""
+
+    def send(self, message: Message, to: int | None = None, table: BuildExchangeRequest | None = None) -> None:
+        """Sends a message to one builder, or to all builders and the sender itself.
+
+        Args:
+            message: the message.
+            to: the receiver's number. None stands for all.
+            table: the sender's coarse table, which goes with the message.
+        """
+
+    def receive(self, kind: type[M], sender: int) -> tuple[M, CentroidTable]:
+        """Returns a builder's message of one kind, and the table that came with it. It may wait for the message.
+
+        A message without a table comes with a table of no lists.
+
+        Raises:
+            FormatError: the message is malformed.
+        """
+
+
+class DirectoryMail:
+    """Messages as files, for builders that share a directory.
+
+    Such builders take turns: each step ends before the next one begins, so that nobody waits for a message.
+
+    Args:
+        directory: the directory.
+        number: the number of this builder's shard.
+    """
+
+    def __init__(self, directory: Path, number: int) -> None:
+        self._directory, self._number = directory, number
+
+    def send(self, message: Message, to: int | None = None, table: BuildExchangeRequest | None = None) -> None:
+        """Writes a message to a file. See `Mail`."""
+        path = self._directory / f"{step_of(type(message))}-{self._number}-{'all' if to is None else to}"
+        path.write_bytes(encode_array(message))
+        if table is not None:
+            path.with_suffix(".table").write_bytes(table.encode())
+
+    def receive(self, kind: type[M], sender: int) -> tuple[M, CentroidTable]:
+        """Reads a message from a file. See `Mail`."""
+        path = self._directory / f"{step_of(kind)}-{sender}-{self._number}"
+        if not path.is_file():
+            path = self._directory / f"{step_of(kind)}-{sender}-all"
+        message = decode_array(path.read_bytes(), kind, f"message {step_of(kind)} of shard {sender}")
+        beside = path.with_suffix(".table")
+        table = BuildExchangeRequest.decode(beside.read_bytes()).table if beside.is_file() else CentroidTable.empty()
+        return message, table

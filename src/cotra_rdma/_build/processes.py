@@ -19,10 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+import msgspec
+
 from cotra_rdma import errors
+from cotra_rdma._build.steps import FIRST_ALONE, STEPS, BuildSpec, GraphResult, Progress, builder_in, result_of
 from cotra_rdma.datasets import VectorFile, open_vectors
 from cotra_rdma.errors import CotraError, PeerError
-from cotra_rdma._build.steps import FIRST_ALONE, STEPS, AllProgress, BuildSpec, GraphResult, builder_in, result_of
 
 _END_S = 3.0
 
@@ -66,8 +68,8 @@ class BuildProcesses:
         usage: Callable[[Usage], None] | None = None,
     ) -> None:
         n_processes = min(n_processes, spec.n_shards)
-        threads = spec.n_threads or max(1, len(os.sched_getaffinity(0)) // n_processes)
-        self._spec = replace(spec, n_threads=threads)
+        threads = spec.params.n_threads or max(1, len(os.sched_getaffinity(0)) // n_processes)
+        self._spec = replace(spec, params=replace(spec.params, n_threads=threads))
         self._vectors, self._directory, self._usage = vectors, directory, usage
         self._lock = threading.Lock()
         self._processes: list[_Process] = []
@@ -78,7 +80,7 @@ class BuildProcesses:
             self.close()
             raise
 
-    def run(self, progress: AllProgress | None = None) -> GraphResult:
+    def run(self, progress: Progress | None = None) -> GraphResult:
         """Takes all steps. Raises what a builder raised, and `PeerError` where one ended before its work was done."""
         for step in STEPS:
             waiting = iter(range(1 if step in FIRST_ALONE else self._spec.n_shards))
@@ -91,7 +93,7 @@ class BuildProcesses:
                 self._usage(used)
         return result_of(builder_in(self._spec, self._vectors, self._directory, 0, None))
 
-    def _work(self, process: _Process, step: str, waiting: Iterator[int], progress: AllProgress | None) -> None:
+    def _work(self, process: _Process, step: str, waiting: Iterator[int], progress: Progress | None) -> None:
         def report(number: int, phase: str, done: int) -> None:
             if progress is not None:
                 with self._lock:
@@ -126,7 +128,7 @@ class _Process:
         source = {"path": os.path.abspath(vectors.path), "dataset": vectors.dataset, "count": vectors.count}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         # Threads of BLAS that wait spin: with one for each core in each process they cost as much again.
-        blas = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(spec.n_threads))
+        blas = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(spec.params.n_threads))
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "cotra_rdma._build.processes"],
             stdin=subprocess.PIPE,
@@ -154,7 +156,7 @@ class _Process:
             f"the builder process ended {what}, with status {status}: {said or 'it said nothing'}", shard=shard
         )
 
-    def take(self, step: str, number: int, progress: AllProgress) -> None:
+    def take(self, step: str, number: int, progress: Progress) -> None:
         """Takes a step of a shard."""
         self._send({"step": step, "shard": number})
         for answer in self._answers(f"in step {step!r} of shard {number}", number):
@@ -207,7 +209,7 @@ def _tell(out: TextIO, answer: dict[str, Any]) -> None:
 def main() -> None:
     """A builder process."""
     begin = json.loads(sys.stdin.readline())
-    spec, source, directory = BuildSpec(**begin["spec"]), begin["source"], Path(begin["directory"])
+    spec, source, directory = msgspec.convert(begin["spec"], BuildSpec), begin["source"], Path(begin["directory"])
     with open_vectors(source["path"], source["dataset"]) as whole:
         vectors = whole if whole.count == source["count"] else whole.first(source["count"])
 

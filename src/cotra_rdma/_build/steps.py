@@ -1,60 +1,48 @@
-"""The build of one graph, shard by shard: the same steps in one process, in several, and on a machine for each shard.
+"""The steps of a build of one graph.
 
-A `ShardBuilder` does the work of one shard, a step at a time, and knows of the others only what they told it (`Mail`):
+They are the same in one process, in several processes, and on a machine for each shard.
+A `ShardBuilder` does the work of one shard, one step at a time.
+It knows about the others only what their messages say (`mail`).
 
-    train      the first one learns what decides a row's shard from a sample, and tells all
-    count      each counts for its slice of the rows what shard they would take, and tells all
-    divide     each decides that for its slice, and tells every shard which of these rows are its own
-    build      each builds its own graph, and tells all what became of it
-    link       each links its own to near nodes of the others (`cross_links`), whose images it READs; tells all
-    calibrate  the first one fits Compass to what all found for some vectors, and tells all
+    train      The first builder learns the partition from a sample, and sends it to all.
+    count      Each builder counts what its slice of the rows would take, and sends the counts to all.
+    divide     Each builder decides the shard of each row of its slice, and sends every shard its rows.
+    build      Each builder builds a graph of its own rows, and sends all a description of its image.
+    link       Each builder links its nodes to near nodes of the others (`cross_links`), whose images it READs.
+    calibrate  The first builder fits Compass to the evidence of all, and sends the calibration to all.
 
-What is told is a file where the builders share a directory, an envelope where they do not. Rows are read from the input, which
-every builder can read; none holds more of them than some thousand, nor the numbers of other rows than its own and its
-slice's.
+Every builder reads rows from the input.
+No builder holds more than some thousand vectors of it at once.
+No builder holds the numbers of rows other than those of its shard and its slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._native.arena import Arena, trim_memory
-from cotra_rdma._build.mail import (
-    DirectoryMail,
-    Mail,
-    ToldCalibration,
-    ToldCounts,
-    ToldEvidence,
-    ToldImage,
-    ToldLinks,
-    ToldModel,
-    ToldRows,
-    numbers,
-    told,
-)
-from cotra_rdma._native.channel import Channel
-from cotra_rdma._routing.coarse_table import N_LISTS, CoarseTable
-from cotra_rdma._routing.calibration import CALIBRATION_K, Calibration
-from cotra_rdma._routing.fit import HeldOut, calibrate, held_out_rows
-from cotra_rdma._routing.exact_neighbours import nearest
-from cotra_rdma.datasets import VectorFile, open_vectors
-from cotra_rdma._native.image import ImageInfo
-from cotra_rdma.errors import FormatError
-from cotra_rdma._core.exact import long_products
 from cotra_rdma._build.cross_links import GraphPlan, channel_of_file, link_shard
-from cotra_rdma._clustering.kmeans import Clusters, normalised
-from cotra_rdma.protocol.tables import BuildExchangeRequest, CentroidTable
+from cotra_rdma._build.mail import (
+    CalibrationMessage,
+    CountsMessage,
+    DirectoryMail,
+    EvidenceMessage,
+    ImageMessage,
+    LinksMessage,
+    M,
+    Mail,
+    PartitionMessage,
+    RowsMessage,
+    array_of,
+)
 from cotra_rdma._clustering.balanced import (
     PartModel,
-    SlicePlan,
     capacity,
     cheapest,
     fill_slice,
@@ -62,58 +50,88 @@ from cotra_rdma._clustering.balanced import (
     slice_of,
     train_parts,
 )
+from cotra_rdma._clustering.kmeans import Clusters, normalised
+from cotra_rdma._core.exact import long_products
+from cotra_rdma._native.arena import Arena, trim_memory
+from cotra_rdma._native.channel import Channel
+from cotra_rdma._native.image import ImageInfo
+from cotra_rdma._routing.calibration import CALIBRATION_K, Calibration
+from cotra_rdma._routing.coarse_table import N_LISTS, CoarseTable
+from cotra_rdma._routing.exact_neighbours import nearest
+from cotra_rdma._routing.fit import HeldOut, calibrate, held_out_rows
+from cotra_rdma._shard.hnsw_packer import build_image
+from cotra_rdma._shard.params import BuildParams
 from cotra_rdma._shard.shard import Shard
+from cotra_rdma.datasets import VectorFile, open_vectors
+from cotra_rdma.errors import FormatError
+from cotra_rdma.protocol.tables import BuildExchangeRequest, CentroidTable
 
 STEPS = ("train", "count", "divide", "build", "link", "calibrate")
 FIRST_ALONE = ("train", "calibrate")
-"""Steps that only the builder of shard 0 takes."""
-PACK_SHARE = 0.1  # of the time that a shard takes, about
+"""The steps that only the builder of shard 0 takes."""
 
-_COPY_BYTES = 4 << 20  # of rows, at once
-_HELD_OUT = 1000  # fewer than where each shard is walked by itself: Compass has little to save before one walk over all
-_SCATTER_ROWS = 2048  # of a shard, that tell in which directions lists are wide
+_PACK_SHARE = 0.1  # of the time that the build of a shard takes, about
+_COPY_BYTES = 4 << 20  # of rows that are copied at once
+_HELD_OUT = 1000  # fewer than for independent shards: before one walk over all of them, Compass can save little
+_SCATTER_SAMPLE = 128  # rows of a shard that say in which directions lists are wide
+_SCATTER_ROWS = 128  # of a covariance that are computed at once
 
-Progress = Callable[[str, int], None]
-"""Called with a step's phase ("partition", "build", "link", "pack", "border", "relink", "calibrate") and the rows done of
-those that this builder has to do in it."""
+ShardProgress = Callable[[str, int], None]
+"""Called with the phase of a step, and the rows that are done of those that the builder has to do in it.
 
-AllProgress = Callable[[int, str, int], None]
-"""The same of all builders: called with (shard, phase, rows done)."""
+The phases are "partition", "build", "link", "pack", "border", "relink" and "calibrate".
+"""
 
-_SCATTER_ROWS = 128  # of a covariance, at once
-T = TypeVar("T", bound=msgspec.Struct)
+Progress = Callable[[int, str, int], None]
+"""Called with (shard, phase, rows done), for all builders."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildSpec:
-    """What all builders of one graph have to agree on; as the arguments of `build_collection`.
+    """What is built. All builders of one graph share it.
 
     Attributes:
-        count, dim: of the input.
-        n_threads: of each builder; 0 for all cores.
+        count: the number of rows of the input.
+        dim: the components of a vector.
+        n_shards: the number of shards.
+        params: the parameters of each shard's graph. `n_lists` counts the lists of all shards together, and `n_threads`
+            is the number of threads of each builder.
+        generation: the generation of the collection.
     """
 
     count: int
     dim: int
     n_shards: int
-    metric: str
-    M: int
-    ef_construction: int
-    seed: int
-    n_threads: int
-    n_lists: int
-    ivf_bits: int
-    vector_type: str
+    params: BuildParams
     generation: int
+
+    def lists_of(self, count: int) -> int:
+        """Returns the number of inverted lists of a shard of `count` vectors."""
+        n_lists = self.params.n_lists
+        return min(count, max(1, round(n_lists * count / self.count))) if n_lists else 0
+
+    def shared(self) -> dict[str, Any]:
+        """Returns the fields that must be equal everywhere, by name.
+
+        The number of threads may differ, and the builders agree on a generation.
+        """
+        fields = {"count": self.count, "dim": self.dim, "n_shards": self.n_shards} | asdict(self.params)
+        del fields["n_threads"]
+        return fields
 
 
 @dataclass(slots=True)
 class ShardBuilder:
-    """The builder of shard `number`.
+    """The builder of one shard.
 
     Attributes:
+        spec: what is built.
+        number: the number of the shard.
         vectors: the input.
-        scratch: a directory for what it keeps between steps, and for what it makes: `shard-000.cotra` and `.coarse`.
+        mail: the messages to and from the other builders.
+        scratch: a directory for the builder's files. Some are kept between steps; `shard-000.cotra` and
+            `shard-000.coarse` are the results.
+        progress: see `ShardProgress`.
     """
 
     spec: BuildSpec
@@ -121,40 +139,30 @@ class ShardBuilder:
     vectors: VectorFile
     mail: Mail
     scratch: Path
-    progress: Progress | None = None
-    _begin: int = field(init=False)
-    _end: int = field(init=False)
+    progress: ShardProgress | None = None
+    _slice: _Slice = field(init=False)
 
     def __post_init__(self) -> None:
-        self._begin, self._end = slice_of(self.spec.count, self.spec.n_shards, self.number)
+        self._slice = _Slice(self.vectors, *slice_of(self.spec.count, self.spec.n_shards, self.number))
 
     def path(self, suffix: str, number: int | None = None) -> Path:
-        """A shard's file in `scratch`: .own, .cotra or .coarse."""
+        """Returns the path of a shard's file in `scratch`.
+
+        Args:
+            suffix: ".own", ".cotra" or ".coarse".
+            number: the number of the shard. None stands for this builder's.
+        """
         return self.scratch / f"shard-{self.number if number is None else number:03d}{suffix}"
 
-    def _tell(self, content: msgspec.Struct, to: int | None = None, table: CentroidTable | None = None) -> None:
-        message = BuildExchangeRequest.empty(self.number, msgspec.to_builtins(content, builtin_types=(bytes,)))
-        if table is not None:
-            none = np.zeros(len(table.sizes), np.uint64)
-            message = replace(message, table=table, offsets=none, lengths=none.astype(np.uint32))
-        self.mail.tell(replace(message, generation=self.spec.generation), to)
-
-    def _hear(self, step: str, kind: type[T], sender: int) -> T:
-        return told(self.mail.hear(step, sender), kind)
-
-    def _done(self, phase: str) -> Callable[[int, int], None] | None:
-        progress = self.progress
-        return None if progress is None else lambda done, _total: progress(phase, done)
-
-    def _slice(self) -> _Slice:
-        return _Slice(self.vectors, self._begin, self._end)
+    def _receive(self, kind: type[M], sender: int) -> M:
+        return self.mail.receive(kind, sender)[0]
 
     def run(self, step: str) -> None:
-        """A step, where builders share the directory: own images are files in it."""
+        """Takes a step, in a build whose builders share the directory. Each own image is a file in it."""
         if step == "build":
             with self.build_image() as shard:
                 shard.save(self.path(".own"))
-                self.tell_image(shard)
+                self.announce_image(shard)
         elif step == "link":
             with Arena.map_file(self.path(".own")) as own:
                 self.link(own, lambda other, info: channel_of_file(self.path(".own", other), info.record_bytes))
@@ -162,154 +170,142 @@ class ShardBuilder:
             {"train": self.train, "count": self.count, "divide": self.divide, "calibrate": self.calibrate}[step]()
         trim_memory()
 
-    # ---- whose rows are whose ----
+    # ---- the partition ----
 
     def train(self) -> None:
-        """Learns the partition."""
-        spec, progress = self.spec, self.progress
+        """Learns the partition from a sample, and sends it to all."""
+        params, progress = self.spec.params, self.progress
         model = train_parts(
             self.vectors,
-            spec.n_shards,
-            seed=spec.seed,
-            n_threads=spec.n_threads,
-            metric=spec.metric,
+            self.spec.n_shards,
+            seed=params.seed,
+            n_threads=params.n_threads,
+            metric=params.metric,
             progress=progress and (lambda _phase, _done, _total: progress("partition", 0)),
         )
-        fields = (np.ascontiguousarray(part, "<f4").tobytes() for part in (model.centre, model.offsets, model.prices))
-        self._tell(ToldModel("train", *fields))
+        arrays = (model.centre, model.offsets, model.prices)
+        self.mail.send(PartitionMessage(*(np.ascontiguousarray(array, "<f4").tobytes() for array in arrays)))
 
-    def _model(self) -> PartModel:
-        raw, dim, parts = self._hear("train", ToldModel, 0), self.spec.dim, self.spec.n_shards
+    def _partition(self) -> PartModel:
+        """Returns the partition that the first builder learned."""
+        raw, dim, parts = self._receive(PartitionMessage, 0), self.spec.dim, self.spec.n_shards
         return PartModel(
-            self.spec.metric,
-            numbers(raw.centre, "<f4", (dim,), "partition"),
-            numbers(raw.offsets, "<f4", (parts, dim), "partition"),
-            numbers(raw.prices, "<f4", (parts,), "partition"),
+            self.spec.params.metric,
+            array_of(raw.centre, "<f4", (dim,), "partition"),
+            array_of(raw.offsets, "<f4", (parts, dim), "partition"),
+            array_of(raw.prices, "<f4", (parts,), "partition"),
         )
 
     def count(self) -> None:
-        """Counts what the slice's rows would take."""
-        report = self._done("partition")
+        """Counts what the rows of this builder's slice would take, and sends the counts to all."""
+        progress = self.progress
         part, total = cheapest(
-            self._model(),
-            self._slice(),
-            n_threads=self.spec.n_threads,
-            progress=report and (lambda _phase, done, all_rows: report(done, all_rows)),
+            self._partition(),
+            self._slice,
+            n_threads=self.spec.params.n_threads,
+            progress=progress and (lambda _phase, done, _total: progress("partition", done)),
         )
         np.save(self.scratch / f"part-{self.number}.npy", part)
         counts = np.bincount(part, minlength=self.spec.n_shards).astype("<i8")
-        self._tell(ToldCounts("count", counts.tobytes(), total.astype("<f8").tobytes()))
+        self.mail.send(CountsMessage(counts.tobytes(), total.astype("<f8").tobytes()))
 
     def _counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """What all slices counted, int64[n_shards, n_shards]; and the mean of all vectors, float32[dim]."""
+        """Returns the counts of all slices, int64[n_shards, n_shards], and the mean of all vectors, float32[dim]."""
         n, counts, total = self.spec.n_shards, [], np.zeros(self.spec.dim)
         for sender in range(n):
-            raw = self._hear("count", ToldCounts, sender)
-            counts.append(numbers(raw.counts, "<i8", (n,), f"counts of slice {sender}").astype(np.int64))
+            raw = self._receive(CountsMessage, sender)
+            counts.append(array_of(raw.counts, "<i8", (n,), f"counts of slice {sender}").astype(np.int64))
             begin, end = slice_of(self.spec.count, n, sender)
             if (counts[-1] < 0).any() or (counts[-1] > end - begin).any() or counts[-1].sum() != end - begin:
-                raise FormatError(f"counts of slice {sender}: are not those of {end - begin} rows")
-            total += numbers(raw.total, "<f8", (self.spec.dim,), f"sum of slice {sender}")
+                raise FormatError(f"counts of slice {sender}: they are not those of {end - begin} rows")
+            total += array_of(raw.total, "<f8", (self.spec.dim,), f"sum of slice {sender}")
         return np.stack(counts), (total / self.spec.count).astype(np.float32)
 
-    def _plan_of(self, counts: npt.NDArray[np.int64]) -> SlicePlan:
-        return plan_slices(counts, capacity(self.spec.count, self.spec.n_shards))
-
     def divide(self) -> None:
-        """Decides whose the slice's rows are."""
+        """Decides the shard of each row of this builder's slice, and sends every shard its rows."""
         path = self.scratch / f"part-{self.number}.npy"
-        part, (counts, _) = np.load(path), self._counts()
-        plan, model = self._plan_of(counts), self._model()
-        fill_slice(model, self._slice(), part, counts, plan, self.number, n_threads=self.spec.n_threads)
+        part, (counts, _), n_shards = np.load(path), self._counts(), self.spec.n_shards
+        plan = plan_slices(counts, capacity(self.spec.count, n_shards))
+        n_threads = self.spec.params.n_threads
+        fill_slice(self._partition(), self._slice, part, counts, plan, self.number, n_threads=n_threads)
         path.unlink()
-        for shard in range(self.spec.n_shards):
-            rows = np.flatnonzero(part == shard).astype("<u4")
-            self._tell(ToldRows("divide", rows.tobytes()), shard)
+        for shard in range(n_shards):
+            self.mail.send(RowsMessage(np.flatnonzero(part == shard).astype("<u4").tobytes()), shard)
 
     def _ids(self) -> npt.NDArray[np.int64]:
-        """This shard's rows, ascending."""
+        """Returns the rows of this builder's shard, int64[n], ascending."""
         found = []
         for sender in range(self.spec.n_shards):
-            raw = self._hear("divide", ToldRows, sender).rows
-            rows = numbers(raw, "<u4", (len(raw) // 4,), f"rows of slice {sender}").astype(np.int64)
+            raw = self._receive(RowsMessage, sender).rows
+            rows = array_of(raw, "<u4", (len(raw) // 4,), f"rows of slice {sender}").astype(np.int64)
             begin, end = slice_of(self.spec.count, self.spec.n_shards, sender)
             if len(rows) and (rows[-1] >= end - begin or (np.diff(rows) <= 0).any()):
-                raise FormatError(f"rows of slice {sender}: do not ascend, or are not among its {end - begin}")
+                raise FormatError(
+                    f"rows of slice {sender}: they do not ascend, or are not among its {end - begin} rows"
+                )
             found.append(rows + begin)
         ids = np.concatenate(found)
-        if not 1 <= len(ids) <= capacity(self.spec.count, self.spec.n_shards):
-            raise FormatError(f"shard {self.number}: {len(ids)} rows were given to it")
+        most = capacity(self.spec.count, self.spec.n_shards)
+        if not 1 <= len(ids) <= most:
+            raise FormatError(f"shard {self.number}: it was given {len(ids)} rows, and must have 1 to {most}")
         return ids
 
     # ---- its own graph ----
 
     def build_image(self) -> Shard:
-        """Builds the shard by itself; it is the caller's."""
-        spec, ids = self.spec, self._ids()
+        """Builds the shard by itself. The shard belongs to the caller."""
+        spec, params, ids = self.spec, self.spec.params, self._ids()
         mean = self._counts()[1]
         own_rows = self.scratch / f"rows-{self.number}.npy"
         _copy_rows(self.vectors, ids, own_rows)
         with open_vectors(own_rows) as rows:
             table, clusters = CoarseTable.build(
-                rows, N_LISTS, metric=spec.metric, seed=spec.seed, n_threads=spec.n_threads
+                rows, N_LISTS, metric=params.metric, seed=params.seed, n_threads=params.n_threads
             )
             self.path(".coarse").write_bytes(table.encode())
             evidence = self._evidence(rows, ids, clusters)
-            shard = Shard.build(
+            image = build_image(
                 rows,
-                ids=ids,
-                metric=spec.metric,
-                M=spec.M,
-                ef_construction=spec.ef_construction,
-                seed=spec.seed,
-                n_threads=spec.n_threads,
-                progress=self._rows_done(len(ids)),
+                replace(params, n_lists=0),  # they follow the links
+                ids,
                 generation=spec.generation,
-                vector_type=spec.vector_type,
                 mean=mean,
+                progress=self.progress and rows_done(len(ids), self.progress),
             )
         own_rows.unlink()
-        self._tell(evidence, 0)
-        return shard
+        self.mail.send(evidence, 0)
+        return Shard.of_arena(image)
 
-    def tell_image(self, shard: Shard) -> None:
-        """Tells all what `build_image` made: it can be READ from now on."""
-        info, centroid = shard.info, self._model().centroids[self.number]
-        table = CoarseTable.decode(self.path(".coarse").read_bytes())
-        names = [name for name in ToldImage.__struct_fields__ if hasattr(info, name)]
-        image = ToldImage(
-            "build",
-            first_id=int(shard.labels().min()),
-            centroid=centroid.astype("<f4").tobytes(),
-            **{name: getattr(info, name) for name in names},
-        )
-        self._tell(image, table=CentroidTable.of(table))
+    def announce_image(self, shard: Shard) -> None:
+        """Sends all a description of the image that `build_image` made. From then on, others READ the image."""
+        info, centroid = shard.info, self._partition().centroids[self.number]
+        fields = {name: getattr(info, name) for name in ImageMessage.__struct_fields__ if hasattr(info, name)}
+        message = ImageMessage(**fields, first_id=int(shard.labels().min()), centroid=centroid.astype("<f4").tobytes())
+        table = CentroidTable.of(CoarseTable.decode(self.path(".coarse").read_bytes()))
+        none = np.zeros(len(table.sizes), np.uint64)
+        with_table = BuildExchangeRequest(self.number, table, none, none.astype(np.uint32), 0, self.spec.generation)
+        self.mail.send(message, table=with_table)
 
-    def _rows_done(self, count: int) -> Callable[[str, int, int], None] | None:
-        progress = self.progress
-        if progress is None:
-            return None
+    def _evidence(self, rows: VectorFile, ids: npt.NDArray[np.int64], clusters: Clusters) -> EvidenceMessage:
+        """Finds out what this shard holds of the neighbours of the held-out vectors.
 
-        def report(phase: str, done: int, total: int) -> None:
-            share = done / max(total, 1)
-            share = share * (1 - PACK_SHARE) if phase == "build" else 1 - PACK_SHARE + share * PACK_SHARE
-            progress(phase, round(share * count))
-
-        return report
-
-    def _evidence(self, rows: VectorFile, ids: npt.NDArray[np.int64], clusters: Clusters) -> ToldEvidence:
-        held, _ = held_out_rows(self.spec.count, self.spec.seed, _HELD_OUT)
+        Args:
+            rows: the vectors of the shard.
+            ids: their row numbers in the input, int64[n].
+            clusters: the shard's lists.
+        """
+        params = self.spec.params
+        held, _ = held_out_rows(self.spec.count, params.seed, _HELD_OUT)
         queries = self.vectors.take(held).astype(np.float32)
         place = np.searchsorted(ids, held)
         place[place == len(ids)] = 0
         own = np.where(ids[place] == held, place, -1)
-        found, gaps = nearest(rows, queries, own, CALIBRATION_K, self.spec.metric)
+        found, gaps = nearest(rows, queries, own, CALIBRATION_K, params.metric)
         lists = clusters.assignment
-        some = rows.take(np.linspace(0, len(rows) - 1, min(_SCATTER_ROWS, len(rows))).astype(np.int64))
-        chosen = lists[np.linspace(0, len(rows) - 1, len(some)).astype(np.int64)]
-        return ToldEvidence(
-            "evidence",
-            scatter(some, clusters.centroids, chosen, len(rows), self.spec.metric).astype("<f8").tobytes(),
+        chosen = np.linspace(0, len(rows) - 1, min(_SCATTER_SAMPLE, len(rows))).astype(np.int64)
+        spread = scatter(rows.take(chosen), clusters.centroids, lists[chosen], len(rows), params.metric)
+        return EvidenceMessage(
+            spread.astype("<f8").tobytes(),
             np.where(own >= 0, lists[own], -1).astype("<i4").tobytes(),
             np.where(found >= 0, gaps, np.finfo(np.float32).max).astype("<f4").tobytes(),
             np.where(found >= 0, lists[found], -1).astype("<i4").tobytes(),
@@ -317,37 +313,49 @@ class ShardBuilder:
 
     # ---- one graph ----
 
-    def images(self) -> tuple[list[ToldImage], list[CoarseTable], GraphPlan]:
-        """What all shards told of themselves. Raises `FormatError`, `InvalidInputError` where they are no graph."""
+    def images(self) -> tuple[list[ImageMessage], list[CoarseTable], GraphPlan]:
+        """Returns the descriptions of all shards' images, their coarse tables, and the plan of the graph.
+
+        Raises:
+            FormatError: a description is malformed, or does not fit the build.
+            InvalidInputError: the shards cannot be one graph.
+        """
         images, tables, centroids = [], [], []
         for sender in range(self.spec.n_shards):
-            message = self.mail.hear("build", sender)
-            image, table = told(message, ToldImage), message.table
+            image, table = self.mail.receive(ImageMessage, sender)
             tables.append(
                 CoarseTable(
                     table.centroids.astype(np.float32), table.sizes.astype(np.int64), table.radii.astype(np.float32)
                 )
             )
-            centroids.append(numbers(image.centroid, "<f4", (self.spec.dim,), f"centroid of shard {sender}"))
-            if (image.dim, image.metric) != (self.spec.dim, self.spec.metric):
-                raise FormatError(f"shard {sender}: is of dim {image.dim} and metric {image.metric}")
+            centroids.append(array_of(image.centroid, "<f4", (self.spec.dim,), f"centroid of shard {sender}"))
+            if (image.dim, image.metric) != (self.spec.dim, self.spec.params.metric):
+                raise FormatError(
+                    f"shard {sender}: its image is of dim {image.dim} and metric {image.metric}, "
+                    f"not {self.spec.dim} and {self.spec.params.metric}"
+                )
             if not 1 <= image.count < 2**31 or (tables[-1].count, tables[-1].dim) != (image.count, image.dim):
-                raise FormatError(f"shard {sender}: {image.count} vectors, and a coarse table of {tables[-1].count}")
+                raise FormatError(
+                    f"shard {sender}: its image holds {image.count} vectors, and a coarse table of {tables[-1].count} "
+                    "came with it"
+                )
             if not 0 <= image.image_checksum < 2**64 or not 0 <= image.first_id < self.spec.count:
                 raise FormatError(f"shard {sender}: its checksum or first id is out of range")
             images.append(image)
-        if sum(image.count for image in images) != self.spec.count:
-            raise FormatError(f"the shards hold {sum(image.count for image in images)} of {self.spec.count} vectors")
+        total = sum(image.count for image in images)
+        if total != self.spec.count:
+            raise FormatError(f"the shards hold {total} vectors together, not {self.spec.count}")
         return images, tables, GraphPlan.of(images, np.stack(centroids))
 
     def link(self, own: Arena, open_image: Callable[[int, ImageInfo], AbstractContextManager[Channel]]) -> None:
         """Writes the shard as a part of the graph.
 
         Args:
-            own: what `build_image` made.
-            open_image: a channel to another shard's own image, which is like this one's.
+            own: the image that `build_image` made.
+            open_image: opens a channel to another shard's own image. It gets the shard's number, and this image's
+                header, which is like the other's.
         """
-        spec, (images, _, plan) = self.spec, self.images()
+        images, _, plan = self.images()
         progress = self.progress
         info = ImageInfo.of_arena(own)
         made = link_shard(
@@ -356,23 +364,22 @@ class ShardBuilder:
             plan,
             lambda other: open_image(other, info),
             self.path(".cotra"),
-            n_threads=spec.n_threads,
+            n_threads=self.spec.params.n_threads,
             progress=progress and (lambda phase, done, _total: progress(phase, done)),
         )
-        lists = lists_of(spec.n_lists, images[self.number].count, spec.count)
-        if lists:
-            made = self._add_lists(lists)
-        self._tell(ToldLinks("link", made.image_bytes, made.image_checksum))
+        n_lists = self.spec.lists_of(images[self.number].count)
+        if n_lists:
+            made = self._add_lists(n_lists)
+        self.mail.send(LinksMessage(made.image_bytes, made.image_checksum))
 
     def _add_lists(self, n_lists: int) -> ImageInfo:
-        """Inverted lists are put beside the graph in memory."""
-        path = self.path(".cotra")
+        """Adds inverted lists to the finished file, and returns its header. The image is in memory meanwhile."""
+        path, params = self.path(".cotra"), self.spec.params
         arena = Arena.create(path.stat().st_size, huge=True)
         with path.open("rb") as file, arena.view() as view:
             file.readinto(view)
-        spec = self.spec
         with Shard.of_arena(
-            arena, n_lists=n_lists, ivf_bits=spec.ivf_bits, seed=spec.seed, n_threads=spec.n_threads
+            arena, n_lists=n_lists, ivf_bits=params.ivf_bits, seed=params.seed, n_threads=params.n_threads
         ) as shard:
             shard.save(path)
             return shard.info
@@ -380,45 +387,67 @@ class ShardBuilder:
     # ---- Compass ----
 
     def calibrate(self) -> None:
-        """Fits Compass to what all found."""
+        """Fits Compass to the evidence of all shards, and sends the calibration to all."""
         spec, tables = self.spec, self.images()[1]
-        held, order = held_out_rows(spec.count, spec.seed, _HELD_OUT)
-        k, shape = CALIBRATION_K, (len(held), CALIBRATION_K)
-        total, start = np.zeros((spec.dim, spec.dim)), 0
-        lists = np.full(len(held), -1, np.int64)
-        gaps = np.full(shape, np.finfo(np.float32).max, np.float32)
-        near = np.full(shape, -1, np.int64)
-        for sender, table in enumerate(tables):
-            raw, what = self._hear("evidence", ToldEvidence, sender), f"evidence of shard {sender}"
-            total += numbers(raw.scatter, "<f8", total.shape, what)
-            own = numbers(raw.lists, "<i4", lists.shape, what)
-            found = numbers(raw.near, "<i4", shape, what)
-            if max(own.max(initial=-1), found.max(initial=-1)) >= len(table):
-                raise FormatError(f"{what}: names a list that the shard has not")
-            lists = np.where(own >= 0, own + start, lists)
-            gaps = np.concatenate([gaps, numbers(raw.gaps, "<f4", shape, what)], axis=1)
-            near = np.concatenate([near, np.where(found >= 0, found + start, -1)], axis=1)
-            best = np.argsort(gaps, axis=1, kind="stable")[:, :k]
-            gaps, near = np.take_along_axis(gaps, best, 1), np.take_along_axis(near, best, 1)
-            start += len(table)
-        found_all = len(held) and spec.count > k
-        if found_all and ((lists < 0).any() or (near < 0).any()):
-            raise FormatError("the shards' evidence leaves vectors out")
+        held, order = held_out_rows(spec.count, spec.params.seed, _HELD_OUT)
+        total, lists, near = self._all_evidence(tables, len(held))
         calibration = None
-        if found_all:
+        if len(held) and spec.count > CALIBRATION_K:
+            if (lists < 0).any() or (near < 0).any():
+                raise FormatError("the shards' evidence does not cover all held-out vectors")
             queries = self.vectors.take(held).astype(np.float32)
-            calibration = calibrate(tables, HeldOut(queries[order], lists[order], near[order]), total, spec.metric)
-        self._tell(ToldCalibration("calibrate", None if calibration is None else calibration.to_json()))
+            held_out = HeldOut(queries[order], lists[order], near[order])
+            calibration = calibrate(tables, held_out, total, spec.params.metric)
+        self.mail.send(CalibrationMessage(None if calibration is None else calibration.to_json()))
         if self.progress:
             self.progress("calibrate", spec.count)
 
+    def _all_evidence(
+        self, tables: list[CoarseTable], n_held: int
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Merges the evidence of all shards.
 
-# ---- what became of it ----
+        Returns:
+            The sum of the scatters, float64[dim, dim]. The list that holds each held-out vector, int64[n_held]. The
+            lists that hold its nearest neighbours, int64[n_held, k]. Lists are counted over all shards, and -1 stands
+            for none.
+        """
+        shape = (n_held, CALIBRATION_K)
+        total, start = np.zeros((self.spec.dim, self.spec.dim)), 0
+        lists = np.full(n_held, -1, np.int64)
+        gaps = np.full(shape, np.finfo(np.float32).max, np.float32)
+        near = np.full(shape, -1, np.int64)
+        for sender, table in enumerate(tables):
+            raw, what = self._receive(EvidenceMessage, sender), f"evidence of shard {sender}"
+            total += array_of(raw.scatter, "<f8", total.shape, what)
+            own = array_of(raw.lists, "<i4", lists.shape, what)
+            found = array_of(raw.near, "<i4", shape, what)
+            if max(own.max(initial=-1), found.max(initial=-1)) >= len(table):
+                raise FormatError(f"{what}: it names a list beyond the {len(table)} of the shard")
+            lists = np.where(own >= 0, own + start, lists)
+            gaps = np.concatenate([gaps, array_of(raw.gaps, "<f4", shape, what)], axis=1)
+            near = np.concatenate([near, np.where(found >= 0, found + start, -1)], axis=1)
+            best = np.argsort(gaps, axis=1, kind="stable")[:, :CALIBRATION_K]
+            gaps, near = np.take_along_axis(gaps, best, 1), np.take_along_axis(near, best, 1)
+            start += len(table)
+        return total, lists, near
+
+
+# ---- the result ----
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltShard:
-    """A finished shard of a graph."""
+    """A finished shard of a graph.
+
+    Attributes:
+        count: the number of vectors.
+        first_id: the smallest row number.
+        base: the number of the shard's first node in the graph.
+        image_bytes: the length of the image.
+        image_checksum: the checksum of the image.
+        centroid: the shard's centroid in the partition, dim numbers.
+    """
 
     count: int
     first_id: int
@@ -430,7 +459,7 @@ class BuiltShard:
 
 @dataclass(frozen=True, slots=True)
 class GraphResult:
-    """What a build made: the graph's name, its shards, and Compass's calibration."""
+    """The result of a build: the graph's number, its shards, and the calibration of Compass."""
 
     graph_id: int
     shards: tuple[BuiltShard, ...]
@@ -438,23 +467,31 @@ class GraphResult:
 
 
 def result_of(builder: ShardBuilder) -> GraphResult:
-    """What all builders told at the end; the same in each of them. Raises as `ShardBuilder.images`."""
+    """Returns the result of a build, from the last messages of all builders. It is the same in each of them.
+
+    Raises:
+        FormatError: a message is malformed.
+        InvalidInputError: the shards cannot be one graph.
+    """
     images, _, plan = builder.images()
     shards = []
     for sender, (image, base, centroid) in enumerate(zip(images, plan.bases, plan.centroids, strict=True)):
-        done = told(builder.mail.hear("link", sender), ToldLinks)
+        done, _ = builder.mail.receive(LinksMessage, sender)
         if done.image_bytes <= 0 or not 0 <= done.image_checksum < 2**64:
-            raise FormatError(f"shard {sender}: its length or checksum is out of range")
+            raise FormatError(f"shard {sender}: the length or checksum of its image is out of range")
         place = tuple(float(value) for value in centroid)
         shards.append(BuiltShard(image.count, image.first_id, int(base), done.image_bytes, done.image_checksum, place))
-    raw = told(builder.mail.hear("calibrate", 0), ToldCalibration).calibration
+    raw = builder.mail.receive(CalibrationMessage, 0)[0].calibration
     return GraphResult(plan.graph_id, tuple(shards), None if raw is None else Calibration.from_json(raw))
 
 
+# ---- builders in one directory ----
+
+
 def builder_in(
-    spec: BuildSpec, vectors: VectorFile, directory: Path, number: int, progress: AllProgress | None
+    spec: BuildSpec, vectors: VectorFile, directory: Path, number: int, progress: Progress | None
 ) -> ShardBuilder:
-    """The builder of a shard, among others that share the directory."""
+    """Makes the builder of a shard, among others that share the directory."""
 
     def report(phase: str, done: int) -> None:
         if progress:
@@ -465,28 +502,47 @@ def builder_in(
     )
 
 
-def build_here(
-    spec: BuildSpec, vectors: VectorFile, directory: Path, progress: AllProgress | None = None
-) -> GraphResult:
-    """All shards in this process, one after the other."""
+def build_here(spec: BuildSpec, vectors: VectorFile, directory: Path, progress: Progress | None = None) -> GraphResult:
+    """Builds all shards in this process, one after the other in each step."""
     for step in STEPS:
         for number in range(1 if step in FIRST_ALONE else spec.n_shards):
             builder_in(spec, vectors, directory, number, progress).run(step)
     return result_of(builder_in(spec, vectors, directory, 0, None))
 
 
-def lists_of(n_lists: int, count: int, total: int) -> int:
-    """A shard's part of the inverted lists."""
-    return min(count, max(1, round(n_lists * count / total))) if n_lists else 0
+# ---- what all builds share ----
+
+
+def rows_done(count: int, report: ShardProgress) -> Callable[[str, int, int], None]:
+    """Makes the `progress` of the build of a shard. It counts rows from the first node added to the last node packed.
+
+    Args:
+        count: the number of rows of the shard.
+        report: called with (phase, rows done).
+    """
+
+    def progress(phase: str, done: int, total: int) -> None:
+        share = done / max(total, 1)
+        share = share * (1 - _PACK_SHARE) if phase == "build" else 1 - _PACK_SHARE + share * _PACK_SHARE
+        report(phase, round(share * count))
+
+    return progress
 
 
 def scatter(
     some: npt.NDArray[Any], centroids: npt.NDArray[np.float32], lists: npt.NDArray[np.int32], count: int, metric: str
 ) -> npt.NDArray[np.float64]:
-    """The covariance of a shard's members about their centroids, times their number: float64[dim, dim].
+    """Estimates the covariance of a shard's vectors about their centroids, times the number of vectors.
 
     Args:
-        some: [n, dim], of its `count` members, and `lists` int32[n] that they are in.
+        some: a sample of the vectors, [n, dim].
+        centroids: the centroids of the shard's lists, float32[n_lists, dim].
+        lists: the list of each vector of the sample, int32[n].
+        count: the number of vectors of the shard.
+        metric: for "cosine", vectors are normalised first.
+
+    Returns:
+        float64[dim, dim].
     """
     rows = normalised(some) if metric == "cosine" else some.astype(np.float32)
     gaps = rows - centroids[lists]
@@ -499,7 +555,7 @@ def scatter(
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """Some rows of a file, one after the other, as a `VectorSource`."""
+    """The rows [begin, end) of a file, as a `VectorSource`."""
 
     vectors: VectorFile
     begin: int
@@ -517,7 +573,7 @@ class _Slice:
 
 
 def _copy_rows(vectors: VectorFile, ids: npt.NDArray[np.int64], path: Path) -> None:
-    """Some rows as a .npy file, in the input's type: read once here, then as often as need be without holding them."""
+    """Copies some rows to a .npy file, in the input's type. The file can be read often, and is never held in memory."""
     header = {"descr": np.lib.format.dtype_to_descr(vectors.dtype), "fortran_order": False}
     with path.open("wb") as file:
         np.lib.format.write_array_header_2_0(file, header | {"shape": (len(ids), vectors.dim)})

@@ -8,46 +8,33 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._clustering.kmeans import ArraySource, VectorSource
-from cotra_rdma._core.constants import METRICS, VECTOR_TYPES
-from cotra_rdma._core.query_checks import as_array, check_finite, check_most, check_queries, check_search, pack_filter
+from cotra_rdma._clustering.kmeans import VectorSource, thread_count
+from cotra_rdma._core.query_checks import check_most, check_queries, check_search, pack_filter
 from cotra_rdma._core.record_layout import heads_of, records_of
 from cotra_rdma._core.stop import Stop
-from cotra_rdma._native.arena import Arena, trim_memory
+from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.image import ImageInfo
-from cotra_rdma._native.library import Handle, check, ffi, lib, new_error
-from cotra_rdma._native.list_engine import MAX_BITS, IvfInfo
+from cotra_rdma._native.list_engine import IvfInfo
 from cotra_rdma._native.view import View
+from cotra_rdma._shard.hnsw_packer import Progress, build_image, pack_index
 from cotra_rdma._shard.list_packer import make_lists
-from cotra_rdma.errors import DeadlineError, FormatError, InvalidInputError, LossyVectorError
+from cotra_rdma._shard.params import BuildParams, check_lists
+from cotra_rdma.errors import DeadlineError, FormatError, InvalidInputError
 
 if TYPE_CHECKING:
     import hnswlib
 
 __all__ = ["Progress", "Shard"]
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress("build" | "link" | "pack", nodes done, nodes in all), and with inverted lists as
-progress("cluster" | "encode", steps or lists done, in all)."""
-
-MIN_DIM, MAX_DIM, MAX_M = 1, 4096, 512
-_STATE_TIMEOUT_S = 60.0
-_ADD_ROWS = 4096
-_ADD_BYTES = 4 << 20  # of rows as float32, at once
-_PACK_ROWS = 2048
 
 
 class Shard:
@@ -108,45 +95,9 @@ class Shard:
             LossyVectorError: `vector_type` cannot hold a vector: not a whole number in [0, 255], or beyond 65504.
             InvalidInputError: no vectors, NaN or infinity among them, a wrong shape, duplicate or negative ids.
         """
-        import hnswlib  # only who builds needs it: it is compiled for one CPU, and a reader's may be older
-
-        rows = vectors if isinstance(vectors, VectorSource) else ArraySource(as_array(vectors, "vectors"))
-        if len(rows.shape) != 2 or rows.shape[0] == 0 or not MIN_DIM <= rows.shape[1] <= MAX_DIM:
-            raise InvalidInputError(f"vectors must be [n >= 1, {MIN_DIM} <= dim <= {MAX_DIM}], not {list(rows.shape)}")
-        if metric not in METRICS:
-            raise InvalidInputError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
-        if not 2 <= M <= MAX_M:
-            raise InvalidInputError(f"M must be in [2, {MAX_M}], not {M}")
-        if ef_construction < 1:
-            raise InvalidInputError(f"ef_construction must be at least 1, not {ef_construction}")
-        if vector_type not in ("auto", *VECTOR_TYPES):
-            raise InvalidInputError(f"vector_type must be auto, {', '.join(VECTOR_TYPES)}, not {vector_type!r}")
-        count, dim = rows.shape
-        _check_lists(n_lists, ivf_bits, count)
-        labels = _check_ids(ids, count)
-        if mean is not None and (mean.shape != (dim,) or not np.isfinite(mean).all()):
-            raise InvalidInputError(f"mean must be {dim} finite numbers, not {list(mean.shape)}")
-        index = hnswlib.Index(space=metric, dim=dim)
-        index.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=seed % 2**64)
-        threads = _threads(n_threads)
-        step = max(256, min(_ADD_ROWS, _ADD_BYTES // (4 * dim)))
-        for begin in range(0, count, step):
-            with np.errstate(over="ignore"):  # what overflows float32 is then infinite, and refused
-                part = np.asarray(rows.read(begin, min(begin + step, count)), np.float32)
-            check_finite(part, "vector", begin)
-            # hnswlib knows vectors by their rows: its own numbers follow the order in which its threads came by.
-            index.add_items(part, np.arange(begin, begin + len(part)), num_threads=threads)
-            if progress:
-                progress("build", min(begin + step, count), count)
-        kind = rows.read(0, 1).dtype
-        stored = {np.dtype(np.uint8): "uint8", np.dtype(np.float16): "float16"}.get(kind, "float32")
-        if vector_type != "auto":
-            stored = vector_type
-        with _saved(index) as state:
-            del index  # as large as the image, or nearly: the packer needs the file alone
-            trim_memory()
-            packing = _Packing(dim, metric, seed, threads, progress, generation, mean)
-            return cls._packed(state, labels, stored, packing, n_lists, ivf_bits)
+        params = BuildParams(metric, M, ef_construction, seed, n_threads, n_lists, ivf_bits, vector_type)
+        arena = build_image(vectors, params, ids, generation=generation, mean=mean, progress=progress)
+        return cls(arena, ImageInfo.of_arena(arena))
 
     @classmethod
     def from_hnswlib(
@@ -179,46 +130,15 @@ class Shard:
             raise InvalidInputError(f"from_hnswlib packs an hnswlib.Index, not a {type(index).__name__}")
         if index.element_count == 0:  # get_current_count() of an index without init_index ends the process
             raise InvalidInputError("an empty index makes no shard: add vectors first")
-        _check_lists(n_lists, ivf_bits, index.get_current_count())
-        if vector_type not in ("auto", *VECTOR_TYPES):
-            raise InvalidInputError(f"vector_type must be auto, {', '.join(VECTOR_TYPES)}, not {vector_type!r}")
-        candidates = [vector_type]
-        if vector_type == "auto":
-            small = ["uint8", "float16"]
-            if index.space != "cosine":  # of normalised vectors only the packer can tell what they were
-                some = _some_vectors(index)
-                small = [name for name in small if _is_exact(some, name)]
-            candidates = [*small, "float32"]
-        packing = _Packing(index.dim, index.space, seed, _threads(n_threads), progress, generation, None)
-        with _saved(index) as state:
-            for name in candidates[:-1]:
-                with suppress(LossyVectorError):
-                    return cls._packed(state, None, name, packing, n_lists, ivf_bits)
-            return cls._packed(state, None, candidates[-1], packing, n_lists, ivf_bits)
-
-    @classmethod
-    def _packed(
-        cls,
-        state: Path,
-        ids: npt.NDArray[np.int64] | None,
-        vector_type: str,
-        packing: _Packing,
-        n_lists: int,
-        ivf_bits: int,
-    ) -> Self:
-        """`ids`: the index's labels are rows, and these their ids; nodes are then numbered by rows."""
-        arena = _pack(state, ids, vector_type, packing)
-        if n_lists:
-            info = ImageInfo.of_arena(arena)
-            make_lists(
-                arena,
-                info,
-                n_lists,
-                ivf_bits,
-                seed=packing.seed,
-                n_threads=packing.threads,
-                progress=packing.progress,
-            )
+        params = BuildParams(
+            metric=index.space,
+            seed=seed,
+            n_threads=n_threads,
+            n_lists=n_lists,
+            ivf_bits=ivf_bits,
+            vector_type=vector_type,
+        )
+        arena = pack_index(index, params, generation=generation, progress=progress)
         return cls(arena, ImageInfo.of_arena(arena))
 
     @classmethod
@@ -235,9 +155,9 @@ class Shard:
             FormatError: it holds no image.
         """
         info = ImageInfo.of_arena(arena)
-        _check_lists(n_lists, ivf_bits, info.count)
+        check_lists(n_lists, ivf_bits, info.count)
         if n_lists:
-            make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=_threads(n_threads))
+            make_lists(arena, info, n_lists, ivf_bits, seed=seed, n_threads=thread_count(n_threads))
         return cls(arena, ImageInfo.of_arena(arena))
 
     @classmethod
@@ -461,128 +381,3 @@ class _LocalEngine:
     def close(self) -> None:
         for part in (self.engine, self.view, self.channel):
             part.close()
-
-
-class _Packer(Handle):
-    def _destroy(self, ptr: Any) -> None:
-        lib.cotra_packer_destroy(ptr)
-
-
-def _threads(n_threads: int) -> int:
-    if n_threads < 0:
-        raise InvalidInputError(f"n_threads must be >= 0, not {n_threads}")
-    return n_threads or len(os.sched_getaffinity(0))
-
-
-def _check_lists(n_lists: int, bits: int, count: int) -> None:
-    if not 0 <= n_lists <= count:
-        raise InvalidInputError(f"{count} vectors cannot make {n_lists} lists")
-    if not 1 <= bits <= MAX_BITS:
-        raise InvalidInputError(f"ivf_bits must be in [1, {MAX_BITS}], not {bits}")
-
-
-def _check_ids(ids: npt.ArrayLike | None, count: int) -> npt.NDArray[np.int64]:
-    if ids is None:
-        return np.arange(count, dtype=np.int64)
-    given = np.asarray(ids)
-    if given.shape != (count,) or not np.issubdtype(given.dtype, np.integer):
-        raise InvalidInputError(f"ids must be int64[{count}], not {given.dtype}{list(given.shape)}")
-    labels = given.astype(np.int64)
-    if (labels < 0).any() or (labels.astype(given.dtype) != given).any():
-        raise InvalidInputError("ids must be in [0, 2^63)")
-    unique, counts = np.unique(labels, return_counts=True)
-    if len(unique) != count:
-        raise InvalidInputError(f"duplicate ids: {unique[counts > 1][:5].tolist()} and {count - len(unique)} in all")
-    return labels
-
-
-def _some_vectors(index: hnswlib.Index) -> npt.NDArray[np.float32]:
-    """A few of an index's vectors; hnswlib gives no deleted ones out."""
-    vectors = []
-    for label in index.get_ids_list()[:64]:
-        with suppress(RuntimeError):
-            vectors.append(index.get_items([label])[0])
-    return np.asarray(vectors, np.float32)
-
-
-def _is_exact(vectors: npt.NDArray[np.float32], name: str) -> bool:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool((vectors.astype(name).astype(np.float32) == vectors).all())
-
-
-@dataclass(frozen=True, slots=True)
-class _Packing:
-    """How an index is packed, but for the type of its vectors."""
-
-    dim: int
-    metric: str
-    seed: int
-    threads: int
-    progress: Progress | None
-    generation: int
-    mean: npt.NDArray[np.float32] | None
-
-
-def _pack(state: Path, ids: npt.NDArray[np.int64] | None, vector_type: str, packing: _Packing) -> Arena:
-    centre = None if packing.mean is None else np.ascontiguousarray(packing.mean, np.float32)
-    params = ffi.new(
-        "cotra_packer_params *",
-        {
-            "dim": packing.dim,
-            "metric": METRICS.index(packing.metric),
-            "vector_type": VECTOR_TYPES.index(vector_type),
-            "arena_flags": lib.COTRA_ARENA_HUGE,
-            "seed": packing.seed % 2**64,
-            "generation": packing.generation,
-            "ids": ffi.NULL if ids is None else ffi.from_buffer("int64_t[]", ids),
-            "n_ids": 0 if ids is None else len(ids),
-            "mean": ffi.NULL if centre is None else ffi.from_buffer("float[]", centre),
-            "round_vectors": ids is not None,
-        },
-    )
-    out, err = ffi.new("cotra_packer **"), new_error()
-    check(lib.cotra_packer_create(params, out, err), err)
-    with _Packer(out[0]) as packer:
-        with state.open("rb", buffering=0) as file:
-            err = new_error()
-            check(lib.cotra_packer_read(packer.ptr, file.fileno(), round(_STATE_TIMEOUT_S * 1e9), err), err)
-        for phase, step in (("link", lib.cotra_packer_link), ("pack", lib.cotra_packer_encode)):
-            _for_all_nodes(packer, phase, step, packing.threads, packing.progress)
-        arena_out, err = ffi.new("cotra_arena **"), new_error()
-        check(lib.cotra_packer_finish(packer.ptr, arena_out, err), err)
-        return Arena(arena_out[0])
-
-
-@contextmanager
-def _saved(index: hnswlib.Index) -> Iterator[Path]:
-    """hnswlib's state in a temporary file, which the packer reads front to back: no second copy in memory.
-
-    A pipe would spare the file, but `save_index` holds the GIL while it writes, so nobody could be sure to be reading.
-    """
-    directory = os.environ.get("TMPDIR") or (
-        "/var/tmp" if Path("/var/tmp").is_dir() else None
-    )  # a disk; /tmp may be memory
-    with tempfile.TemporaryDirectory(prefix="cotra-", dir=directory) as scratch:
-        state = Path(scratch) / "state"
-        index.save_index(os.fspath(state))
-        del index  # a context manager's arguments live until it ends
-        yield state
-
-
-def _for_all_nodes(
-    packer: _Packer, phase: str, step: Callable[..., int], threads: int, progress: Progress | None
-) -> None:
-    """Takes a step of the packer's over all nodes, a range at a time."""
-    count: int = lib.cotra_packer_count(packer.ptr)
-    done = 0
-
-    def run(begin: int) -> int:
-        end, err = min(begin + _PACK_ROWS, count), new_error()
-        check(step(packer.ptr, begin, end, err), err)
-        return end - begin
-
-    with ThreadPoolExecutor(threads) as pool:
-        for future in as_completed([pool.submit(run, begin) for begin in range(0, count, _PACK_ROWS)]):
-            done += future.result()
-            if progress:
-                progress(phase, done, count)

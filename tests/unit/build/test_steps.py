@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,17 @@ import pytest
 
 from cotra_rdma import FormatError, InvalidInputError, PeerError, Shard
 from cotra_rdma._build.collection import build_collection
-from cotra_rdma._build.mail import DirectoryMail, ToldImage, ToldRows, numbers, told
+from cotra_rdma._build.mail import CountsMessage, DirectoryMail, ImageMessage, Message, RowsMessage, array_of
 from cotra_rdma._build.processes import BuildProcesses, Usage
 from cotra_rdma._build.steps import STEPS, BuildSpec, builder_in
 from cotra_rdma._collection.manifest import Collection
+from cotra_rdma._shard.params import BuildParams
 from cotra_rdma.datasets import open_vectors
-from cotra_rdma.protocol.tables import BuildExchangeRequest
 
 Floats = npt.NDArray[np.float32]
 N, N_SHARDS = 1500, 3
 KNOBS: dict[str, Any] = {"metric": "cosine", "M": 8, "ef_construction": 40, "graph": "global", "n_threads": 1}
+PARAMS = BuildParams("cosine", M=8, ef_construction=40, n_threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_manifests_that_do_not_add_up(here: Path, tmp_path: Path, change: dict[s
 
 
 def test_builders_that_are_killed(source: Path, tmp_path: Path) -> None:
-    spec = BuildSpec(N, 100, N_SHARDS, "cosine", 8, 40, 100, 1, 0, 2, "auto", 1)
+    spec = BuildSpec(N, 100, N_SHARDS, PARAMS, 1)
     with open_vectors(source) as vectors, BuildProcesses(2, spec, vectors, tmp_path) as pool:
 
         def kill(_number: int, phase: str, _done: int) -> None:
@@ -152,6 +152,7 @@ from cotra_rdma._routing import exact_neighbours, model
 from cotra_rdma._build.processes import Usage
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma._build.steps import FIRST_ALONE, STEPS, BuildSpec, builder_in
+from cotra_rdma._shard.params import BuildParams
 
 # Samples and chunks of a fixed size, made small: what is left grows with the shard, or not at all.
 steps._HELD_OUT = kmeans.ROWS_PER_CENTROID = balanced.ROWS_PER_CENTROID = balanced.ROWS_PER_PART = 16
@@ -166,7 +167,7 @@ for begin in range(0, count, 1000):
 del rows
 peaks = {}
 with open_vectors(out / "in.npy") as vectors:
-    spec = BuildSpec(count, dim, 2, "l2", 16, 5, 100, 1, 0, 2, "auto", 1)
+    spec = BuildSpec(count, dim, 2, BuildParams(ef_construction=5, n_threads=1), 1)
     for step in STEPS[:-1]:
         for number in (0,) if step in FIRST_ALONE else (1, 0):
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (proc(5))
@@ -201,24 +202,24 @@ def test_no_step_takes_more_than_its_share_of_memory(tmp_path: Path) -> None:
     assert slopes["build"] > 0.5 < slopes["link"], slopes  # the images were there, and seen
 
 
-# ---- what is told ----
+# ---- messages ----
 
 
-def test_told_values_are_checked() -> None:
-    with pytest.raises(FormatError, match="7 bytes where"):
-        numbers(bytes(7), "<f4", (2,), "centroid")
+def test_values_of_messages_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="7 bytes were received where"):
+        array_of(bytes(7), "<f4", (2,), "centroid")
     with pytest.raises(FormatError, match="NaN"):
-        numbers(np.array([1, np.nan], "<f4").tobytes(), "<f4", (2,), "centroid")
-    with pytest.raises(FormatError, match="shard 3, ToldRows"):
-        told(BuildExchangeRequest.empty(3, {"step": "divide", "rows": "text"}), ToldRows)
-    with pytest.raises(FormatError, match="ToldRows"):
-        told(replace(BuildExchangeRequest.empty(3, {}), told=None), ToldRows)
+        array_of(np.array([1, np.nan], "<f4").tobytes(), "<f4", (2,), "centroid")
+    for content in ({"step": "divide", "rows": "text"}, {"step": "divide"}, {"step": "link", "rows": b""}, []):
+        (tmp_path / "divide-3-all").write_bytes(msgspec.msgpack.encode(content))
+        with pytest.raises(FormatError, match="message divide of shard 3"):
+            DirectoryMail(tmp_path, 0).receive(RowsMessage, 3)
 
 
 @pytest.fixture
 def divided(source: Path, tmp_path: Path) -> Path:
     """A build after the step `divide`, of two shards."""
-    spec = BuildSpec(N, 100, 2, "cosine", 8, 40, 100, 1, 0, 2, "auto", 1)
+    spec = BuildSpec(N, 100, 2, PARAMS, 1)
     with open_vectors(source) as vectors:
         for step in STEPS[:3]:
             for number in range(1 if step == "train" else 2):
@@ -227,32 +228,29 @@ def divided(source: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change(directory: Path, number: int, to: int | None, **fields: Any) -> None:
-    """Builder `number` tells something else than it did."""
-    step = str(fields.pop("step"))
-    mail = DirectoryMail(directory, number if to is None else to)
-    message = mail.hear(step, number)
-    assert message.told is not None
-    DirectoryMail(directory, number).tell(replace(message, told=message.told | fields), to)
+def change(directory: Path, number: int, to: int | None, kind: type[Message], **fields: Any) -> None:
+    """Builder `number` sends something else than it did."""
+    message, _ = DirectoryMail(directory, number if to is None else to).receive(kind, number)
+    DirectoryMail(directory, number).send(msgspec.structs.replace(message, **fields), to)
 
 
 @pytest.mark.parametrize(
-    ("step", "to", "fields", "reason"),
+    ("kind", "to", "fields", "reason"),
     [
-        ("divide", 0, {"rows": np.array([5, 5], "<u4").tobytes()}, "do not ascend"),
-        ("divide", 0, {"rows": np.array([5, 750], "<u4").tobytes()}, "not among its 750"),
-        ("divide", 0, {"rows": b"123"}, "3 bytes where"),
-        ("divide", 0, {"rows": np.arange(750, dtype="<u4").tobytes()}, "rows were given to it"),
-        ("count", None, {"counts": np.array([700, 51], "<i8").tobytes()}, "are not those of 750 rows"),
-        ("count", None, {"counts": np.array([-1, 751], "<i8").tobytes()}, "are not those of 750 rows"),
-        ("count", None, {"total": np.full(100, np.inf).tobytes()}, "NaN or infinity"),
+        (RowsMessage, 0, {"rows": np.array([5, 5], "<u4").tobytes()}, "do not ascend"),
+        (RowsMessage, 0, {"rows": np.array([5, 750], "<u4").tobytes()}, "not among its 750"),
+        (RowsMessage, 0, {"rows": b"123"}, "3 bytes were received where"),
+        (RowsMessage, 0, {"rows": np.arange(750, dtype="<u4").tobytes()}, "was given 1138 rows"),
+        (CountsMessage, None, {"counts": np.array([700, 51], "<i8").tobytes()}, "not those of 750 rows"),
+        (CountsMessage, None, {"counts": np.array([-1, 751], "<i8").tobytes()}, "not those of 750 rows"),
+        (CountsMessage, None, {"total": np.full(100, np.inf).tobytes()}, "NaN or infinity"),
     ],
 )
 def test_hostile_builders_are_not_believed(
-    source: Path, divided: Path, step: str, to: int | None, fields: dict[str, Any], reason: str
+    source: Path, divided: Path, kind: type[Message], to: int | None, fields: dict[str, Any], reason: str
 ) -> None:
     spec = msgspec.json.decode((divided / "spec").read_bytes(), type=BuildSpec)
-    change(divided, 1, to, step=step, **fields)
+    change(divided, 1, to, kind, **fields)
     with open_vectors(source) as vectors, pytest.raises(FormatError, match=reason):
         builder_in(spec, vectors, divided, 0, None).run("build")
 
@@ -260,7 +258,7 @@ def test_hostile_builders_are_not_believed(
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"count": 1}, "1 vectors, and a coarse table of"),
+        ({"count": 1}, "holds 1 vectors, and a coarse table of"),
         ({"dim": 99}, "is of dim 99"),
         ({"seed": 1}, "cannot be one graph: seed"),
         ({"first_id": N}, "first id"),
@@ -273,8 +271,8 @@ def test_hostile_images_are_not_linked(source: Path, divided: Path, fields: dict
     with open_vectors(source) as vectors:
         for number in range(2):
             builder_in(spec, vectors, divided, number, None).run("build")
-        message = DirectoryMail(divided, 0).hear("build", 1)
-        assert told(message, ToldImage).count == message.table.sizes.sum()
-        change(divided, 1, None, step="build", **fields)
+        message, table = DirectoryMail(divided, 0).receive(ImageMessage, 1)
+        assert message.count == table.sizes.sum()
+        change(divided, 1, None, ImageMessage, **fields)
         with pytest.raises((FormatError, InvalidInputError), match=reason):
             builder_in(spec, vectors, divided, 0, None).run("link")
