@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import Cluster, InvalidInputError, PartialResultError, Shard, StaleShardError
+from cotra_rdma import Cluster, FormatError, InvalidInputError, OwnerProcess, PartialResultError, Shard, StaleShardError
 from cotra_rdma._core.remote_expansion import PUSH_DTYPE
 from cotra_rdma._owner.server import Server
 from cotra_rdma._reader.connection import Connection
@@ -279,3 +281,34 @@ class TestScatterGather:
         with ScatterGather.connect([asked.address]) as gatherer:
             result = gatherer.search_sync(vectors[:2, :8], allow_partial=True)
             assert isinstance(result.outcomes[0].error, InvalidInputError)
+
+
+def test_an_owner_answers_from_its_own_memory(vectors: Floats, tmp_path: Path) -> None:
+    """The file of a shard that is served is overwritten, and truncated: nobody notices, and nobody dies."""
+    path = tmp_path / "shard.cotra"
+    with Shard.build(vectors) as shard:
+        shard.save(path)
+    with OwnerProcess([path], transports=("rpc",)) as owner, cotra_rdma.connect(owner.addresses[0]) as cluster:
+        wanted = cluster.search(vectors[:20])
+        with path.open("r+b") as file:
+            file.write(b"junk" * 1000)
+            file.truncate(4096)
+        for _ in range(2):
+            np.testing.assert_array_equal(cluster.search(vectors[:20]).ids, wanted.ids)
+        with cotra_rdma.connect(owner.addresses[0]) as late:
+            np.testing.assert_array_equal(late.search(vectors[:20]).ids, wanted.ids)
+
+
+def test_a_shard_that_was_read_and_not_mapped(vectors: Floats, tmp_path: Path) -> None:
+    path = tmp_path / "shard.cotra"
+    with Shard.build(vectors) as shard:
+        shard.save(path)
+        wanted = shard.search(vectors[:20])[0]
+    with Shard.open(path, copy=True) as copied:
+        os.truncate(path, 100)
+        np.testing.assert_array_equal(copied.search(vectors[:20])[0], wanted)
+    with pytest.raises(FormatError):
+        Shard.open(path, copy=True)
+    os.truncate(path, 0)
+    with pytest.raises(FormatError, match="is empty"):
+        Shard.open(path, copy=True)

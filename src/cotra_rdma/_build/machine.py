@@ -125,8 +125,7 @@ def build_on_machine(
         except BaseException as error:
             mail.fail(error)
             raise
-        publication.publish(collection, [shard])
-    return collection
+        return publication.publish(collection, [shard])
 
 
 def _check_builders(shard: int, peers: Sequence[str], timeout_s: float) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from cotra_rdma._core.files import write_whole
 from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
 from cotra_rdma._routing.router import Router
@@ -122,13 +123,13 @@ class Collection:
         return loaded
 
     def save(self, directory: Path) -> None:
-        """Writes the manifest."""
+        """Writes the manifest: the new one is there as a whole, or the old one is."""
         raw = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.summary()}
         shards = ",".join(f"\n    {json.dumps(shard)}" for shard in raw.pop("shards"))
         calibration = None if self.calibration is None else self.calibration.to_json()
         lines = [f'  "{name}": {json.dumps(value)}' for name, value in raw.items()]
         lines += [f'  "shards": [{shards}\n  ]', f'  "calibration": {json.dumps(calibration)}']
-        (directory / MANIFEST).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        write_whole(directory / MANIFEST, [("{\n" + ",\n".join(lines) + "\n}\n").encode()])
 
     def summary(self) -> dict[str, Any]:
         """All but the calibration, as values that JSON knows."""
@@ -216,6 +217,10 @@ def shard_paths(paths: Iterable[str | os.PathLike[str]], shards: Sequence[int] |
         if not path.is_dir() and path.name != MANIFEST:
             if shards is not None:
                 raise InvalidInputError(f"{path}: is no collection, and shards cannot be chosen of it")
+            if (path.parent / MANIFEST).is_file() and place_of(path) is None:
+                raise InvalidInputError(
+                    f"{path}: the collection in its directory does not name it: it is of another build"
+                )
             found.append(path)
             continue
         directory = collection_directory(path)

@@ -206,9 +206,8 @@ class Server:
                 self._open_verbs(device, logging.WARNING if named else logging.INFO)
             if "shm" in transports:
                 self._handover = HandOver(self._pinned())
-            if "rpc" in transports:  # of the pinned copy, where there is one: that is in memory already
-                unread = self._registration is None and self._handover is None
-                self._expander = Expander(shard.arena if unread else self._pinned(), shard.info)
+            if "rpc" in transports:  # of a copy in memory: a file that is replaced or truncated meanwhile harms nobody
+                self._expander = Expander(self._pinned(), shard.info)
             if not self.transports:
                 raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
             limits = Limits(request_bytes=_MESSAGE_BYTES + shard.info.count // 8)  # a filter fits beside the queries

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotra_rdma._clustering.kmeans import VectorSource, thread_count
+from cotra_rdma._core.files import write_whole
 from cotra_rdma._core.query_checks import check_most, check_queries, check_search, pack_filter
 from cotra_rdma._core.record_layout import heads_of, records_of
 from cotra_rdma._core.stop import Stop
@@ -161,10 +160,15 @@ class Shard:
         return cls(arena, ImageInfo.of_arena(arena))
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True, copy: bool = False) -> Self:
         """Maps a shard's file read-only.
 
+        The file must stay as it is while it is mapped: a process that reads a mapping of a file that somebody truncates dies
+        by SIGBUS (mmap(2)). Replace a file by a rename, as `save` does, or take a copy.
+        An owner (`serve`) answers from a copy in memory, whatever is mapped here.
+
         Args:
+            copy: read the file into memory, and let it go.
             verify: check every record now (reads the whole file); without it only header and upper layers are checked now,
                 and each record when it is used.
 
@@ -174,7 +178,7 @@ class Shard:
         """
         with Path(path).open("rb"):  # the ordinary OSError for a file that is not there or not readable
             pass
-        arena = Arena.map_file(path)
+        arena = _read(path) if copy else Arena.map_file(path)
         try:
             return cls(arena, ImageInfo.of_arena(arena, full=verify))
         except BaseException as error:
@@ -184,24 +188,14 @@ class Shard:
             raise
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the image to a file, whole or not at all (a temporary file beside it, then a rename)."""
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(target.parent))
-        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                with self.arena.view() as view:
-                    file.write(view)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        """Writes the image to a file: the new content is there as a whole, after a crash too, or the old one is.
+
+        Raises:
+            InvalidInputError: the path names a device, a FIFO, a socket or a directory.
+            OSError: it cannot be written.
+        """
+        with self.arena.view() as view:
+            write_whole(path, [view])
 
     # ---- what it is ----
 
@@ -261,6 +255,9 @@ class Shard:
                     with copy.view() as to, self._arena.view() as source:
                         to[:] = source
                     self._pinned = copy
+                    for own in self._engines:  # those that search the file
+                        own.close()
+                    self._engines = []
                 self._pinned.seal()
             if lock:
                 self._pinned.lock()
@@ -342,7 +339,7 @@ class Shard:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
         with self._lock:
             own = self._engines.pop() if self._engines else None
-        own = own or _LocalEngine(self._arena, self._info.record_bytes)
+        own = own or _LocalEngine(self._pinned or self._arena, self._info.record_bytes)
         filters = None if bitmap is None else [bitmap]
         labels, distances, stats = own.engine.search(
             rows, k, ef, beam, filters=filters, max_expansions=most, deadline=deadline, stop=stop
@@ -368,6 +365,23 @@ class Shard:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _read(path: str | os.PathLike[str]) -> Arena:
+    """A file's content in memory of this process."""
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            raise FormatError(f"{os.fspath(path)}: is empty")
+        arena = Arena.create(size, huge=True)
+        try:
+            with arena.view() as view:
+                if file.readinto(view) != size:
+                    raise FormatError(f"{os.fspath(path)}: it shrank while it was read")
+        except BaseException:
+            arena.close()
+            raise
+    return arena
 
 
 class _LocalEngine:

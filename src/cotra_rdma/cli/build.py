@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -181,7 +184,11 @@ def build(
     _check_machine(shard, shards, addresses, processes, listen, graph, partition)
     begin = time.perf_counter()
     used: list[Usage] = []
-    with open_vectors(source, dataset) as vectors, output.progress_bar("vectors", disable=as_json) as bar:
+    with (
+        _sigterm_is_an_interrupt(),
+        open_vectors(source, dataset) as vectors,
+        output.progress_bar("vectors", disable=as_json) as bar,
+    ):
         task = bar.add_task("", total=vectors.count if shard is None else vectors.count // shards)
 
         def progress(number: int, phase: str, done: int) -> None:
@@ -238,6 +245,16 @@ def build(
         _print_json(collection, out_dir, used, seconds)
     else:
         _print(collection, out_dir, used, seconds, shard)
+
+
+@contextlib.contextmanager
+def _sigterm_is_an_interrupt() -> Iterator[None]:
+    """SIGTERM cleans up as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_json(collection: Collection, out_dir: Path, used: list[Usage], seconds: float) -> None:

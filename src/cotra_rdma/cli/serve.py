@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from cotra_rdma._collection.manifest import coarse_of, place_of, shard_paths
-from cotra_rdma._collection.owners_file import is_address
+from cotra_rdma._collection.owners_file import is_address, misfit
 from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
 from cotra_rdma._owner.server import Server
 from cotra_rdma._owner.server import serve as serve_shard
@@ -37,7 +37,8 @@ from cotra_rdma.cli.options import (
     tls_of,
     transports,
 )
-from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.protocol.regions import ShardFields, as_fields
 from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 
 log = logging.getLogger(__name__)
@@ -210,6 +211,7 @@ def serve(
             raise typer.BadParameter(f"{len(paths)} shards from port {port} on pass port 65535", param_hint="--listen")
         for position, path in enumerate(paths):
             opened = stack.enter_context(Shard.open(path))
+            _check_fits(path, opened)
             coarse = _coarse(path)
             address = f"{host}:{port + position if port else 0}"
             server = stack.enter_context(
@@ -268,6 +270,13 @@ class _StopSignals:
             signal.signal(number, old)
         self._wake.close()
         self._wakes.close()
+
+
+def _check_fits(path: Path, shard: Shard) -> None:
+    """Raises `FormatError` for a file that holds another shard than the manifest beside it says."""
+    place = place_of(path)
+    if place is not None and (why := misfit(*place, as_fields(ShardFields, shard.info))):
+        raise FormatError(f"{path}: holds {why}")
 
 
 def _drain(servers: Sequence[Server], grace_s: float) -> None:

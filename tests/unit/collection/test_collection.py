@@ -29,9 +29,9 @@ def build(source: Path, out: Path, n_shards: int, **options: object) -> Collecti
         return build_collection(vectors, out, n_shards, n_threads=1, **options)
 
 
-def files(n_shards: int) -> set[str]:
+def files(n_shards: int, generation: str = "") -> set[str]:
     """The names in a collection's directory."""
-    return {MANIFEST, *(f"shard-{i:03d}.{kind}" for i in range(n_shards) for kind in ("cotra", "coarse"))}
+    return {MANIFEST, *(f"shard-{i:03d}{generation}.{kind}" for i in range(n_shards) for kind in ("cotra", "coarse"))}
 
 
 def names(directory: Path) -> set[str]:
@@ -74,8 +74,8 @@ def test_nothing_is_replaced_without_force(source: Path, tmp_path: Path) -> None
         build(source, out, 2)
     assert len(Collection.load(out).shards) == 3
     assert build(source, out, 2, force=True).generation == 2
-    assert names(out) == files(2)
-    with Shard.open(out / "shard-000.cotra") as shard:
+    assert names(out) == files(2, "-g2")
+    with Shard.open(out / "shard-000-g2.cotra") as shard:
         assert shard.info.generation == 2
 
 
@@ -174,7 +174,7 @@ def test_collections_of_the_first_version_are_read(source: Path, tmp_path: Path)
     assert (old.graph_id, old.shards[1].base, old.shards[1].image_checksum) == (0, 0, None)
     assert (old.partition, old.calibration, old.coarse_table(out, 0), old.router(out)) == ("range", None, None, None)
     assert build(source, out, 3, force=True).generation == 2
-    assert names(out) == files(3)
+    assert names(out) == files(3, "-g2")
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
