@@ -36,8 +36,14 @@ class Leases:
     Any thread may call the methods.
     """
 
-    def __init__(self, lease_s: float = LEASE_S, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` gives seconds."""
+    def __init__(
+        self,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = time.monotonic,
+        then: Callable[[], object] | None = None,
+    ) -> None:
+        """`clock` gives seconds. `then` is called by the thread each time that it has looked for silent readers."""
+        self._then = then
         self._lease_s, self._clock = lease_s, clock
         self._held: dict[int, _Held] = {}
         self._numbers = itertools.count(1)
@@ -100,6 +106,8 @@ class Leases:
     def _take_back_regularly(self) -> None:
         while not self._stop.wait(self._lease_s / 4):
             self.take_back()
+            if self._then is not None:
+                self._then()
 
     def _close_those(self, chosen: Callable[[int, _Held], bool]) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,16 +19,16 @@ import numpy as np
 from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.stats import MORE_STATS_DTYPE, pack_stats
-from cotra_rdma._native.arena import Arena
-from cotra_rdma._native.memfd_handover import HandOver, boot_id
-from cotra_rdma._native.verbs import Device, MemoryRegistration, QueuePair, QueuePairAttributes, QueuePairOptions
+from cotra_rdma._native.memfd_handover import boot_id
+from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma._owner.expander import Expander
-from cotra_rdma._owner.leases import MAX_NAME, Leases
+from cotra_rdma._owner.leases import LEASE_S, MAX_NAME, Leases
+from cotra_rdma._owner.offer import Offer
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import (
+    ClosedError,
     CotraError,
     InvalidInputError,
-    MemlockError,
     SearchCancelledError,
     StaleShardError,
     VerbsUnavailableError,
@@ -177,8 +178,6 @@ class Server:
         unknown = [name for name in transports if name not in TRANSPORTS]
         if unknown or not transports:
             raise InvalidInputError(f"transports must be some of {', '.join(TRANSPORTS)}, not {unknown or 'none'}")
-        self._shard = shard
-        self._coarse = coarse
         self._exchange = exchange
         self._counts: Counter[VShardMessageType] = Counter()
         self._pid = os.getpid()
@@ -194,20 +193,22 @@ class Server:
         options = queue_pair or QueuePairOptions()
         self._options = options if gid_index is None else replace(options, gid_index=gid_index)
         self._device: Device | None = None
-        self._registration: MemoryRegistration | None = None
-        self._handover: HandOver | None = None
-        self._expander: Expander | None = None
-        self._leases = Leases()
+        self._offer: Offer | None = None
+        self._retired: list[tuple[float, Offer]] = []  # until when leases of theirs may last
+        self._leases = Leases(then=self._close_retired)
         self._lock = threading.Lock()
         self._let_go = threading.Condition()
         self.unavailable: dict[str, str] = {name: "not offered" for name in TRANSPORTS if name not in transports}
         try:
             if "verbs" in transports:
                 self._open_verbs(device, logging.WARNING if named else logging.INFO)
-            if "shm" in transports:
-                self._handover = HandOver(self._pinned())
-            if "rpc" in transports:  # of a copy in memory: a file that is replaced or truncated meanwhile harms nobody
-                self._expander = Expander(self._pinned(), shard.info)
+            try:
+                self._offer = self._make_offer(shard, coarse)
+            except CotraError as error:
+                if self._device is None or device is not None or isinstance(error, InvalidInputError):
+                    raise
+                self._without_verbs(error, logging.WARNING if named else logging.INFO)
+                self._offer = self._make_offer(shard, coarse)
             if not self.transports:
                 raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
             limits = Limits(request_bytes=_MESSAGE_BYTES + shard.info.count // 8)  # a filter fits beside the queries
@@ -218,28 +219,26 @@ class Server:
             self._close_parts()
             raise
 
-    def _pinned(self) -> Arena:
-        try:
-            return self._shard.pinned(lock=True)
-        except MemlockError as error:
-            log.info("the region is not locked: %s", error)
-            return self._shard.pinned(lock=False)
+    def _make_offer(self, shard: Shard, coarse: bytes | None) -> Offer:
+        offered = self.transports
+        return Offer(shard, coarse, self._device, shared_memory="shm" in offered, rpc="rpc" in offered)
 
     def _open_verbs(self, name: str | None, level: int) -> None:
         """`level`: of the log's line where it cannot be had."""
         try:
             self._device = Device(name)
-            self._registration = MemoryRegistration(self._device, self._pinned())
             QueuePair(self._device, self._options).close()  # a port and a GID there are
         except CotraError as error:
             if name is not None or isinstance(error, InvalidInputError):
                 raise
-            self.unavailable["verbs"] = str(error)
-            log.log(level, "verbs is not offered: %s", error)
-            for part in (self._registration, self._device):
-                if part is not None:
-                    part.close()
-            self._registration = self._device = None
+            self._without_verbs(error, level)
+
+    def _without_verbs(self, why: CotraError, level: int) -> None:
+        self.unavailable["verbs"] = str(why)
+        log.log(level, "verbs is not offered: %s", why)
+        if self._device is not None:
+            self._device.close()
+        self._device = None
 
     def _options_towards(self, gid: bytes) -> QueuePairOptions:
         """The options of a queue pair towards a reader with this GID: it tells the address, which ranks our own GIDs."""
@@ -251,14 +250,53 @@ class Server:
     # ---- what it offers ----
 
     @property
+    def _offered_now(self) -> Offer:
+        if self._offer is None:
+            raise ClosedError("the server is closed")
+        return self._offer
+
+    @property
     def shard(self) -> Shard:
         """The shard that it serves; the caller's."""
-        return self._shard
+        return self._offered_now.shard
+
+    def replace(self, shard: Shard, coarse: Any = None, *, released: Callable[[], object] | None = None) -> None:
+        """Serves another image of the shard from now on, at the same address.
+
+        Readers notice at their next request, or when they renew their lease, and follow: `Cluster.follow`.
+        What they have of the image before it lasts as long as a lease, 60 s: searches in progress end on it.
+
+        Args:
+            shard: with the dim and metric of the one before. It stays the caller's.
+            coarse: as for `serve`.
+            released: called, by any thread, when this server does not use the shard before any more; it may be closed then.
+
+        Raises `InvalidInputError` for another dim or metric, and `ClosedError`.
+        """
+        now = self._offered_now
+        if (shard.dim, shard.metric) != (now.shard.dim, now.shard.metric):
+            raise InvalidInputError(
+                f"a shard of {shard.metric}[{shard.dim}] in the place of one of {now.shard.metric}[{now.shard.dim}]"
+            )
+        offer = self._make_offer(shard, _coarse_payload(coarse))
+        with self._lock:
+            before, self._offer = self._offered_now, offer
+            before.released = released
+            self._retired.append((time.monotonic() + LEASE_S, before))
+        log.info("%s serves %s from now on, and served %s", self.address, offer.identity, before.identity)
+
+    def _close_retired(self) -> None:
+        """Lets images go whose readers' leases are over."""
+        with self._lock:
+            over = [offer for until, offer in self._retired if until < time.monotonic()]
+            self._retired = [(until, offer) for until, offer in self._retired if offer not in over]
+        for offer in over:
+            offer.close()
 
     @property
     def coarse(self) -> bytes | None:
         """What it tells of the shard from afar: a payload of type 53."""
-        return self._coarse
+        return self._offered_now.coarse
 
     @property
     def address(self) -> str:
@@ -272,7 +310,8 @@ class Server:
 
     def exposed_region(self) -> MemoryRegion | None:
         """The region that peers READ, or None where no verbs device exists (NodeDB's seam: callers fall back to RPC)."""
-        return None if self._registration is None else self._registration.region
+        registration = self._offered_now.registration
+        return None if registration is None else registration.region
 
     @property
     def n_queue_pairs(self) -> int:
@@ -294,9 +333,9 @@ class Server:
         """From now on, answers searches of the whole collection as well, by `cluster`: this process's connection to all of its
         shards; None ends that. It stays the caller's. Returns when no search is in progress over the one before: that one may
         then be closed, as may the last one after the server."""
-        if cluster is not None and (cluster.dim, cluster.metric) != (self._shard.dim, self._shard.metric):
+        if cluster is not None and (cluster.dim, cluster.metric) != (self.shard.dim, self.shard.metric):
             raise InvalidInputError(
-                f"a shard of {self._shard.metric}[{self._shard.dim}] in a collection of {cluster.metric}[{cluster.dim}]"
+                f"a shard of {self.shard.metric}[{self.shard.dim}] in a collection of {cluster.metric}[{cluster.dim}]"
             )
         with self._let_go:
             before, self._cluster = self._cluster, cluster
@@ -334,9 +373,10 @@ class Server:
     def _describe_coarsely(self, request: VShardEnvelope) -> bytes:
         try:
             CoarseRouteRequest.decode(request.payload)
-            if self._coarse is None:
+            coarse = self._offered_now.coarse
+            if coarse is None:
                 raise InvalidInputError("this owner has no coarse table: it serves without `coarse`")
-            return self._coarse
+            return coarse
         except CotraError as error:
             return CoarseRouteResponse.failed(FAILED, str(error)).encode()
 
@@ -353,46 +393,53 @@ class Server:
             log.exception("%s: the exchange callback failed", self.address)
             return BuildExchangeResponse(FAILED, f"{type(error).__name__}: {error}").encode()
 
-    def _check_image(self, wanted: ImageIdentity | None) -> None:
-        """Raises `StaleShardError` where a request is about another image than this owner's."""
-        serves = self._shard.info.identity
-        if wanted is not None and wanted != serves:
-            raise StaleShardError(f"this owner serves {serves}, and the request is about {wanted}")
+    def _offer_of(self, wanted: ImageIdentity | None) -> Offer:
+        """What a request is about: the image that is served now, or one before it that readers may have still. Raises
+        `StaleShardError` for any other."""
+        with self._lock:
+            offer = self._offered_now
+            there = [offer, *(before for _, before in self._retired)]
+        for each in there:
+            if wanted in (None, each.identity):
+                return each
+        raise StaleShardError(f"this owner serves {offer.identity}, and the request is about {wanted}")
 
     def _search(self, request: VShardEnvelope) -> _Made:
         try:
-            self._offered()
             wanted = SearchRequest.decode(request.payload)
-            self._check_image(wanted.image)
-            if len(wanted.queries) % self._shard.dim:
-                raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {self._shard.dim}")
+            offer = self._offer_of(wanted.image)
+            _expander_of(offer)
+            dim = offer.shard.dim
+            if len(wanted.queries) % dim:
+                raise InvalidInputError(f"{len(wanted.queries)} numbers are no queries of dim {dim}")
             if wanted.scope == WHOLE_COLLECTION:
-                return lambda: self._search_collection(wanted)
-            _check_cost(len(wanted.queries) // self._shard.dim, wanted)
-            return self._search_in_steps(wanted)
+                return lambda: self._search_collection(wanted, dim)
+            _check_cost(len(wanted.queries) // dim, wanted)
+            return self._search_in_steps(offer, wanted)
         except (CotraError, MemoryError) as error:
             return SearchResponse.failed(_code_of(error), _message_of(error)).encode()
 
-    def _search_in_steps(self, wanted: SearchRequest) -> Iterator[Payload | None]:
+    def _search_in_steps(self, offer: Offer, wanted: SearchRequest) -> Iterator[Payload | None]:
         """Searches some queries at a time, so that others' searches wait for none of many."""
         try:
-            queries = wanted.queries.reshape(-1, self._shard.dim)
+            queries = wanted.queries.reshape(-1, offer.shard.dim)
             step = max(1, _STEP_EF // max(wanted.ef_search, 1))
             parts = []
             for begin in range(0, max(len(queries), 1), step):
                 if begin:
                     yield None
-                parts.append(
-                    self._shard.search(
-                        queries[begin : begin + step],
-                        wanted.top_k,
-                        wanted.ef_search,
-                        wanted.beam,
-                        rows=wanted.filter_bitmap,
-                        max_expansions=wanted.most or None,
-                        stop=asker.get(),
+                with offer.in_use():
+                    parts.append(
+                        offer.shard.search(
+                            queries[begin : begin + step],
+                            wanted.top_k,
+                            wanted.ef_search,
+                            wanted.beam,
+                            rows=wanted.filter_bitmap,
+                            max_expansions=wanted.most or None,
+                            stop=asker.get(),
+                        )
                     )
-                )
             labels, distances, stats = (np.concatenate(column) for column in zip(*parts, strict=True))
             incomplete = stats["incomplete"] if wanted.most else None
             yield SearchResponse(0, "", labels, distances, pack_stats(stats), incomplete, wanted.image).encode()
@@ -401,14 +448,14 @@ class Server:
         except (CotraError, MemoryError) as error:
             yield SearchResponse.failed(_code_of(error), _message_of(error)).encode()
 
-    def _search_collection(self, wanted: SearchRequest) -> Payload:
+    def _search_collection(self, wanted: SearchRequest, dim: int) -> Payload:
         """The search is this process's own: what it asks of other owners is about their shards, so none routes it on."""
         try:
             if wanted.filter_bitmap is not None:
                 raise InvalidInputError(
                     "a filter is for the rows of one shard, and this search is of the whole collection"
                 )
-            queries = wanted.queries.reshape(-1, self._shard.dim)
+            queries = wanted.queries.reshape(-1, dim)
             with self._held_cluster() as cluster:
                 images = cluster.images
                 filters = None if wanted.filters is None else _filters_of(images, dict(wanted.filters))
@@ -437,55 +484,52 @@ class Server:
 
     def _expand(self, request: VShardEnvelope) -> Payload:
         try:
-            expander = self._offered()
             if (stop := asker.get()) is not None:
                 stop.check()
             wanted = ExpandRequest.decode(request.payload)
-            self._check_image(wanted.image)
-            check_fits(len(wanted.pushes), self._shard.info.degree)
-            return ExpandResponse(0, "", expander.expand(wanted.queries, wanted.pushes), wanted.image).encode()
+            offer = self._offer_of(wanted.image)
+            expander = _expander_of(offer)
+            check_fits(len(wanted.pushes), offer.shard.info.degree)
+            with offer.in_use():
+                return ExpandResponse(0, "", expander.expand(wanted.queries, wanted.pushes), wanted.image).encode()
         except SearchCancelledError:
             raise
         except (CotraError, MemoryError) as error:
             return ExpandResponse.failed(_code_of(error), _message_of(error)).encode()
 
-    def _offered(self) -> Expander:
-        """What works for peers that ask over RPC."""
-        if self._expander is None:
-            raise InvalidInputError("this owner does not offer rpc")
-        return self._expander
-
     def _region(self, request: VShardEnvelope) -> RegionResponse:
         try:
             wanted = decode_region_request(request.payload)
+            offer = self._offer_of(wanted.image)
             if not 0 < len(wanted.peer) <= MAX_NAME:
                 raise InvalidInputError(f"a reader's name has 1 to {MAX_NAME} characters, not {len(wanted.peer)}")
             self._leases.renew(wanted.peer)
             if wanted.want == WANT_QUEUE_PAIR:
-                return self._open_queue_pair(wanted)
+                return self._open_queue_pair(offer, wanted)
             if wanted.want == WANT_SHARED_MEMORY:
-                return self._offer_memory()
+                return self._offer_memory(offer)
             if wanted.want == WANT_VIEW:
-                return self._offer_view(wanted.offset)
+                return self._offer_view(offer, wanted.offset)
             if wanted.want == WANT_RELEASE:
                 self._leases.release(wanted.peer, wanted.number)
             elif wanted.want not in (WANT_CAPABILITIES, WANT_LEASE):
                 raise InvalidInputError(f"want {wanted.want} is unknown")
-            return self._describe()
+            return self._describe(offer)
         except (CotraError, MemoryError) as error:
-            return RegionResponse(code=FAILED, message=str(error))
+            return RegionResponse(code=_code_of(error), message=str(error))
 
     def _describe(
         self,
+        offer: Offer,
         *,
         queue_pair: QueuePairFields | None = None,
         number: int = 0,
         shared_memory: SharedMemoryFields | None = None,
         view: ViewFields | None = None,
     ) -> RegionResponse:
-        region = self.exposed_region()
+        region = None if offer.registration is None else offer.registration.region
         return RegionResponse(
-            shard=as_fields(ShardFields, self._shard.info),
+            shard=as_fields(ShardFields, offer.shard.info),
             transports={name: self.unavailable.get(name, "") for name in TRANSPORTS},
             region=None if region is None else as_fields(RegionFields, region),
             queue_pair=queue_pair,
@@ -494,24 +538,26 @@ class Server:
             view=view,
         )
 
-    def _offer_memory(self) -> RegionResponse:
-        if self._handover is None:
+    def _offer_memory(self, offer: Offer) -> RegionResponse:
+        memory = offer.handover
+        if memory is None:
             raise InvalidInputError(f"shared memory: {self.unavailable['shm']}")
-        return self._describe(shared_memory=SharedMemoryFields(self._handover.name, self._handover.length, boot_id()))
+        return self._describe(offer, shared_memory=SharedMemoryFields(memory.name, memory.length, boot_id()))
 
-    def _offer_view(self, offset: int) -> RegionResponse:
-        expander = self._offered()
-        piece = expander.read_view(offset, VIEW_PIECE_BYTES)
-        return self._describe(view=ViewFields(expander.view_bytes, piece))
+    def _offer_view(self, offer: Offer, offset: int) -> RegionResponse:
+        expander = _expander_of(offer)
+        with offer.in_use():
+            piece = expander.read_view(offset, VIEW_PIECE_BYTES)
+        return self._describe(offer, view=ViewFields(expander.view_bytes, piece))
 
-    def _open_queue_pair(self, wanted: RegionRequest) -> RegionResponse:
+    def _open_queue_pair(self, offer: Offer, wanted: RegionRequest) -> RegionResponse:
         if self._device is None:
             raise VerbsUnavailableError(self.unavailable["verbs"])
         if wanted.queue_pair is None:
             raise InvalidInputError("a queue pair's attributes are missing")
         remote = QueuePairAttributes(**fields_of(wanted.queue_pair))
         number, queue_pair = self._leases.lease(wanted.peer, lambda: self._connect(remote))
-        return self._describe(queue_pair=as_fields(QueuePairFields, queue_pair.local), number=number)
+        return self._describe(offer, queue_pair=as_fields(QueuePairFields, queue_pair.local), number=number)
 
     def _connect(self, remote: QueuePairAttributes) -> QueuePair:
         assert self._device is not None
@@ -527,10 +573,14 @@ class Server:
 
     def _close_parts(self) -> None:
         self._leases.close()
-        for part in (self._registration, self._device, self._handover, self._expander):
-            if part is not None:
-                part.close()
-        self._registration = self._device = self._handover = None
+        with self._lock:
+            offers = [offer for _, offer in self._retired] + ([self._offer] if self._offer is not None else [])
+            self._retired, self._offer = [], None
+        for offer in offers:
+            offer.close()
+        if self._device is not None:
+            self._device.close()
+        self._device = None
 
     def drain(self, grace_s: float) -> None:
         """Refuses new requests, and waits until those in progress are answered, `grace_s` seconds at most; what is left then is
@@ -552,6 +602,13 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _expander_of(offer: Offer) -> Expander:
+    """What works for readers that ask over RPC."""
+    if offer.expander is None:
+        raise InvalidInputError("this owner does not offer rpc")
+    return offer.expander
 
 
 def _check_cost(n_queries: int, wanted: SearchRequest) -> None:

@@ -187,7 +187,8 @@ class Connection:
         timeout_ms: int | None = None,
         offset: int = 0,
     ) -> RegionResponse:
-        request = RegionRequest(want, self._name, queue_pair, number, offset)
+        image = self.image if want in (WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_VIEW) else None
+        request = RegionRequest(want, self._name, queue_pair, number, offset, image)
         reply = self._call(
             VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._left_ms()
         )

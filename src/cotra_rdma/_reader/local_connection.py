@@ -75,4 +75,6 @@ class LocalConnection(Connection):
         return self._held.arena, ExitStack()
 
     def renew(self) -> None:
-        """Nothing is leased."""
+        """Nothing is leased. Raises `StaleShardError` where the server has another image by now."""
+        if not isinstance(self._owner, Shard) and self._owner.shard.info.identity != self.image:
+            raise self._stale(self._owner.shard.info.identity)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cotra_rdma._collection.manifest import coarse_of, place_of, shard_paths
+from cotra_rdma._collection.manifest import MANIFEST, Collection, coarse_of, place_of, shard_paths
 from cotra_rdma._collection.owners_file import is_address, misfit
 from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
 from cotra_rdma._owner.server import Server
@@ -37,11 +37,14 @@ from cotra_rdma.cli.options import (
     tls_of,
     transports,
 )
-from cotra_rdma.errors import FormatError, InvalidInputError
+from cotra_rdma.errors import CotraError, FormatError, InvalidInputError
 from cotra_rdma.protocol.regions import ShardFields, as_fields
 from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
 
 log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+"""Between two looks, whether the collection was built again."""
 
 EPILOG = """**Examples**
 
@@ -62,7 +65,8 @@ COTRA_TLS_CA), or say --insecure.
 
 The first shard listens on PORT, the next on PORT + 1, and so on. Shards of a collection are noted in owners.json beside
 its manifest while they are served, so that `cotra search index` finds them. SIGTERM and Ctrl-C end it cleanly, with
-status 0: requests in progress have --grace seconds.
+status 0: requests in progress have --grace seconds. A collection that is built again (`cotra build --force`) is taken up
+within a second, or at SIGHUP: readers follow, and no search fails.
 
 The last two are peers: each walks the whole graph for the queries that `cotra search --algorithm home` sends it, with its
 own records in place. The first finds the others in owners.json, and they may come later; the second is on a host that has
@@ -232,7 +236,10 @@ def serve(
         if peering is not None:
             peering.start(dict(zip(numbers, servers, strict=True)))
         stack.callback(_drain, servers, grace)
-        stop.wait(until_stdin_closes)
+        reload = _Reload(stack, paths, servers)
+        while not stop.wait(until_stdin_closes, _LOOK_S):
+            if stop.take_hangup() or reload.is_due():
+                reload.now()
 
 
 class _StopSignals:
@@ -245,11 +252,21 @@ class _StopSignals:
 
     def __enter__(self) -> _StopSignals:
         self._n_signals = 0
+        self._hung_up = False
         self._wakes, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         signal.set_wakeup_fd(self._wake.fileno())
         self._old = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = signal.signal(signal.SIGHUP, self._hang_up)
         return self
+
+    def _hang_up(self, _number: int, _frame: object) -> None:
+        self._hung_up = True
+
+    def take_hangup(self) -> bool:
+        """Whether SIGHUP came since the last call."""
+        hung_up, self._hung_up = self._hung_up, False
+        return hung_up
 
     def _stop(self, _number: int, _frame: object) -> None:
         self._n_signals += 1
@@ -258,18 +275,82 @@ class _StopSignals:
                 signal.signal(number, signal.SIG_IGN)
         raise typer.Exit(0)
 
-    def wait(self, until_stdin_closes: bool) -> None:
-        """Waits for a signal, or for the end of stdin."""
+    def wait(self, until_stdin_closes: bool, seconds: float) -> bool:
+        """Waits for a signal, the end of stdin, or so long. Whether it was the end of stdin."""
         stdin = [sys.stdin] if until_stdin_closes else []
-        while not set(stdin) & set(select.select([self._wakes, *stdin], [], [])[0]):
-            pass
+        ready = select.select([self._wakes, *stdin], [], [], seconds)[0]
+        if self._wakes in ready:
+            self._wakes.recv(4096)
+        return bool(set(stdin) & set(ready))
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(-1)
         for number, old in self._old.items():
             signal.signal(number, old)
+        signal.signal(signal.SIGHUP, self._before)
         self._wake.close()
         self._wakes.close()
+
+
+class _Reload:
+    """Takes a collection up that was built again: each shard goes on at its address with its new image."""
+
+    def __init__(self, stack: contextlib.ExitStack, paths: Sequence[Path], servers: Sequence[Server]) -> None:
+        """`stack` closes what this opens; of `paths` those that are of a collection."""
+        self._stack = stack
+        places = [place_of(path) for path in paths]
+        self._served = [
+            (path.parent, place[1], server)
+            for path, place, server in zip(paths, places, servers, strict=True)
+            if place is not None
+        ]
+        self._seen = self._manifests()
+
+    def _manifests(self) -> list[tuple[int, int] | None]:
+        found: list[tuple[int, int] | None] = []
+        for directory in dict.fromkeys(directory for directory, _, _ in self._served):
+            try:
+                status = (directory / MANIFEST).stat()
+            except OSError:
+                found.append(None)
+                continue
+            found.append((status.st_ino, status.st_mtime_ns))
+        return found
+
+    def is_due(self) -> bool:
+        """Whether a manifest was replaced."""
+        return None not in (now := self._manifests()) and now != self._seen
+
+    def now(self) -> None:
+        """Reads the manifests, and has servers of other images replace theirs.
+
+        What goes wrong is logged, and served as before.
+        """
+        self._seen = self._manifests()
+        for directory, number, server in self._served:
+            try:
+                self._take_up(directory, number, server)
+            except (CotraError, OSError) as error:
+                log.warning("%s goes on with the image that it has: %s", server.address, error)
+
+    def _take_up(self, directory: Path, number: int, server: Server) -> None:
+        collection = Collection.load(directory, shard_files=False)
+        if number >= len(collection.shards):
+            raise InvalidInputError(
+                f"the collection has {len(collection.shards)} shards now, and this is shard {number}"
+            )
+        path = directory / collection.shards[number].name
+        if server.shard.info.image_checksum == collection.shards[number].image_checksum:
+            return
+        opened = Shard.open(path)
+        try:
+            _check_fits(path, opened)
+            server.replace(opened, _coarse(path), released=server.shard.close)
+        except BaseException:
+            opened.close()
+            raise
+        self._stack.callback(opened.close)
+        log.warning("%s serves generation %d of %s from now on", server.address, collection.generation, path)
 
 
 def _check_fits(path: Path, shard: Shard) -> None:

@@ -79,7 +79,7 @@ class ViewFields(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RegionRequest(msgspec.Struct, array_like=True, frozen=True):
-    """Type 56: [want u32, peer str, queue_pair array | nil, number u64, offset u64].
+    """Type 56: [want u32, peer str, queue_pair array | nil, number u64, offset u64, image array | nil].
 
     Attributes:
         want: 0 capabilities, 1 a queue pair, 2 the shared memory's socket, 3 to release a queue pair (0: all of
@@ -88,6 +88,7 @@ class RegionRequest(msgspec.Struct, array_like=True, frozen=True):
         queue_pair: with want 1, the reader's attributes.
         number: with want 3, of which queue pair.
         offset: with want 5, where the piece begins.
+        image: with want 1, 2 and 5, which image it is about; None: the one that the owner serves now.
     """
 
     want: int
@@ -95,6 +96,7 @@ class RegionRequest(msgspec.Struct, array_like=True, frozen=True):
     queue_pair: QueuePairFields | None = None
     number: int = 0
     offset: int = 0
+    image: ImageIdentity | None = None
 
 
 class RegionResponse(msgspec.Struct, array_like=True, frozen=True):

@@ -402,7 +402,7 @@ def test_region_messages_round_trip(request: RegionRequest, response: RegionResp
 
 
 def test_region_messages_byte_for_byte() -> None:
-    assert encode_region(RegionRequest(1, "p", None, 2)) == bytes.fromhex("95 01 a170 c0 02 00")
+    assert encode_region(RegionRequest(1, "p", None, 2)) == bytes.fromhex("96 01 a170 c0 02 00 c0")
     response = RegionResponse(shard=None, transports={"shm": ""}, region=RegionFields(2**63, 7, 4096), number=1)
     golden = bytes.fromhex("99 00 a0 c0 81a373686da0 93 cf8000000000000000 07 cd1000 c0 01 c0 c0")
     assert encode_region(response) == golden
@@ -420,7 +420,9 @@ def test_region_messages_of_other_versions() -> None:
     assert found.shard == ShardFields(100, "l2", 5, 1, 4096, 64, 7, 8, 9, 10)
     assert found.view == ViewFields(12, b"\xaa\xbb")
     assert decode_region_request(bytes.fromhex("94 01 a170 c0 02")) == RegionRequest(1, "p", None, 2)
-    assert decode_region_request(bytes.fromhex("96 05 a170 c0 00 09 c0")) == RegionRequest(5, "p", None, 0, 9)
+    assert decode_region_request(bytes.fromhex("97 05 a170 c0 00 09 93 07 01 cc80 c0")) == RegionRequest(
+        5, "p", None, 0, 9, ImageIdentity(7, 1, 128)
+    )
 
 
 @pytest.mark.parametrize(

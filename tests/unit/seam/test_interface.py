@@ -375,7 +375,7 @@ GOLDEN: list[tuple[str, int, str, Any, Callable[[bytes], Any]]] = [
     (
         "region request",
         56,
-        "95 00 a1 70 c0 00 00",
+        "96 00 a1 70 c0 00 00 c0",
         encode_region(RegionRequest(WANT_CAPABILITIES, "p")),
         lambda data: encode_region(decode_region_request(data)),
     ),
