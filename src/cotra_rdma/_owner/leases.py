@@ -44,6 +44,7 @@ class Leases:
     ) -> None:
         """`clock` gives seconds. `then` is called by the thread each time that it has looked for silent readers."""
         self._then = then
+        self.n_reaped = 0
         self._lease_s, self._clock = lease_s, clock
         self._held: dict[int, _Held] = {}
         self._numbers = itertools.count(1)
@@ -60,6 +61,12 @@ class Leases:
         """Queue pairs that are held."""
         with self._lock:
             return len(self._held)
+
+    @property
+    def n_readers(self) -> int:
+        """Readers that hold any."""
+        with self._lock:
+            return len(self._heard)
 
     def lease(self, reader: str, connect: Callable[[], QueuePair]) -> tuple[int, QueuePair]:
         """Has a queue pair made and connected for a reader; its number, and the queue pair, which stays this object's.
@@ -101,7 +108,7 @@ class Leases:
             silent = {reader for reader, heard in self._heard.items() if self._clock() - heard > self._lease_s}
         if silent:
             log.info("queue pairs of %d silent readers are taken back", len(silent))
-            self._close_those(lambda _at, held: held.reader in silent)
+            self.n_reaped += self._close_those(lambda _at, held: held.reader in silent)
 
     def _take_back_regularly(self) -> None:
         while not self._stop.wait(self._lease_s / 4):
@@ -109,9 +116,11 @@ class Leases:
             if self._then is not None:
                 self._then()
 
-    def _close_those(self, chosen: Callable[[int, _Held], bool]) -> None:
+    def _close_those(self, chosen: Callable[[int, _Held], bool]) -> int:
         with self._lock:
-            for number in [at for at, held in self._held.items() if chosen(at, held)]:
+            numbers = [at for at, held in self._held.items() if chosen(at, held)]
+            for number in numbers:
                 self._held.pop(number).queue_pair.close()
             holding = {held.reader for held in self._held.values()}
             self._heard = {reader: heard for reader, heard in self._heard.items() if reader in holding}
+            return len(numbers)

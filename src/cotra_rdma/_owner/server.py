@@ -63,7 +63,7 @@ from cotra_rdma.protocol.regions import (
     encode_region,
 )
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, check_fits
-from cotra_rdma.protocol.rpc_server import Later, Limits, RpcServer, Steps, asker
+from cotra_rdma.protocol.rpc_server import Later, Limits, RpcServer, Seen, Steps, asker
 from cotra_rdma.protocol.search import STATS_BYTES, WHOLE_COLLECTION, SearchRequest, SearchResponse
 from cotra_rdma.protocol.tables import (
     BuildExchangeRequest,
@@ -323,6 +323,33 @@ class Server:
         """How many requests of each type came in so far."""
         with self._lock:
             return dict(self._counts)
+
+    @property
+    def seen(self) -> Seen:
+        """What came in over RPC so far, in numbers."""
+        return self._rpc.seen
+
+    @property
+    def n_reaped(self) -> int:
+        """Queue pairs that were taken back from silent readers."""
+        return self._leases.n_reaped
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes new requests."""
+        return self._offer is not None and not self._rpc.is_draining
+
+    def gauges(self) -> dict[str, int]:
+        """Numbers of this moment, by the names of their metrics."""
+        return {
+            "requests_in_progress": self.n_at_work,
+            "requests_waiting": self._rpc.n_waiting,
+            "owed_bytes": self._rpc.owed_bytes,
+            "queue_pairs": self.n_queue_pairs,
+            "readers_with_leases": self._leases.n_readers,
+            "images": 1 + len(self._retired),
+            "ready": int(self.is_ready),
+        }
 
     @property
     def n_at_work(self) -> int:

@@ -20,6 +20,7 @@ import typer
 
 from cotra_rdma._collection.manifest import MANIFEST, Collection, coarse_of, place_of, shard_paths
 from cotra_rdma._collection.owners_file import is_address, misfit
+from cotra_rdma._owner.metrics import MetricsServer
 from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
 from cotra_rdma._owner.server import Server
 from cotra_rdma._owner.server import serve as serve_shard
@@ -153,6 +154,14 @@ Grace = Annotated[
         "signal ends them at once.",
     ),
 ]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        show_default=False,
+        help="Answer /metrics (for Prometheus), /healthz and /readyz there, over HTTP.",
+    ),
+]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", hidden=True, help="End when stdin does: with the parent process.")
 ]
@@ -173,6 +182,7 @@ def serve(
     halo: Halo = None,
     insecure: Insecure = False,
     grace: Grace = 10.0,
+    metrics: Metrics = None,
     until_stdin_closes: UntilStdinCloses = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -181,7 +191,8 @@ def serve(
 ) -> None:
     """Serve shards: peers read their memory, or ask over RPC where they cannot.
 
-    With --json, one line when ready: {"address", "shards", "region", "transports"}; all but "shards" of the first. With --walk
+    With --json, one line when ready: {"address", "shards", "region", "transports"}, with --metrics also {"metrics"}; all but
+    "shards" of the first. With --walk
     also a line {"walks"} whenever it changes how the shards of the collection are reached.
     """
     offered = None if transport is None else transports(transport)
@@ -232,7 +243,8 @@ def serve(
             noted = announce_owners(stack, paths, [entry["address"] for entry in served], reached)
         for entry, at in zip(served, noted, strict=True):
             entry["announced"] = at
-        _print_ready(served, as_json=as_json)
+        seen = None if metrics is None else stack.enter_context(MetricsServer(metrics, servers)).address
+        _print_ready(served, seen, as_json=as_json)
         if peering is not None:
             peering.start(dict(zip(numbers, servers, strict=True)))
         stack.callback(_drain, servers, grace)
@@ -431,13 +443,14 @@ def _describe(path: Path, shard: Shard, server: Server) -> dict[str, Any]:
     }
 
 
-def _print_ready(served: list[dict[str, Any]], *, as_json: bool) -> None:
+def _print_ready(served: list[dict[str, Any]], metrics: str | None, *, as_json: bool) -> None:
     if not served:
         raise InvalidInputError("there is no shard to serve")
     if as_json:
         first = served[0]
         keys = ("address", "region", "transports")
-        output.print_json({**{key: first[key] for key in keys}, "shards": served})
+        seen = {} if metrics is None else {"metrics": metrics}
+        output.print_json({**{key: first[key] for key in keys}, "shards": served, **seen})
         return
     output.print_table(
         ("shard", ">vectors", ">dim", "metric", "address", "paths", "memory region (addr, rkey, len)"),
@@ -456,4 +469,6 @@ def _print_ready(served: list[dict[str, Any]], *, as_json: bool) -> None:
             for shard in served
         ),
     )
+    if metrics is not None:
+        output.out.print(f"Metrics: http://{metrics}/metrics", soft_wrap=True)
     output.out.print("Ready. Ctrl-C ends it.")

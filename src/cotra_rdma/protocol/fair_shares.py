@@ -138,6 +138,11 @@ class FairShares:
             request.give_up()
 
     @property
+    def n_outside(self) -> int:
+        """Requests that wait to be read."""
+        return len(self._outside)
+
+    @property
     def is_crowded(self) -> bool:
         """Whether any request waits to be read."""
         return bool(self._outside)

@@ -9,6 +9,7 @@ An answer is kept until its receiver has taken it. Where the kept ones are too m
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import logging
@@ -21,9 +22,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import grpc
 
@@ -81,6 +82,39 @@ class Limits:
     idle_s: float = 600.0
 
 
+LATENCY_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Bounds of the buckets in which latencies are counted, in seconds."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a server has counted.
+
+    Attributes:
+        requests: by the name of the message type ("" where it was not read) and gRPC's status.
+        latencies: by type, how many requests took so long, for each of `LATENCY_S` and for longer.
+        seconds: by type, the sum.
+        received_bytes, sent_bytes: of envelopes.
+    """
+
+    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
+    latencies: dict[str, list[int]] = field(default_factory=dict)
+    seconds: Counter[str] = field(default_factory=Counter)
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, kind: str, status: str, seconds: float, received: int, sent: int) -> None:
+        """Counts a request."""
+        with self._lock:
+            self.requests[kind, status] += 1
+            counts = self.latencies.setdefault(kind, [0] * (len(LATENCY_S) + 1))
+            counts[bisect.bisect_left(LATENCY_S, seconds)] += 1
+            self.seconds[kind] += seconds  # type: ignore[assignment]
+            self.received_bytes += received
+            self.sent_bytes += sent
+
+
 class _Kept:
     """Answers that their receivers did not take yet."""
 
@@ -131,8 +165,22 @@ class _Kept:
         for end in ends:
             end()
 
+    @property
+    def n_bytes(self) -> int:
+        return self._bytes
+
     def __bool__(self) -> bool:
         return bool(self._calls)
+
+
+@dataclass(slots=True)
+class _Call:
+    """What is counted of one request."""
+
+    kind: str = ""
+    status: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+    received: int = 0
+    sent: int = 0
 
 
 class RpcServer:
@@ -168,6 +216,8 @@ class RpcServer:
         }
         self._later = FairShares(n_workers, _THREADS)
         self._kept = _Kept(limits)
+        self.seen = Seen()
+        self.is_draining = False
         self._deadlines: dict[int, tuple[float, Callable[[], object]]] = {}
         self._numbers = itertools.count()
         self._seldom = _Seldom(_LOG_S)
@@ -201,47 +251,52 @@ class RpcServer:
     # ---- a request ----
 
     def _answer(self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        connection, stop = context.peer(), Stop()
+        connection, stop, begin = context.peer(), Stop(), time.perf_counter()
+        call = _Call()
         try:
             with self._shares[method].admit(connection, context.cancel) as request:
                 if not context.add_callback(functools.partial(self._gone, request, stop)):
                     raise SearchCancelledError("who asked is gone")
-                envelope = self._read(method, messages, context)
+                envelope = self._read(method, messages, context, call)
                 request.begin_work()
                 reply = b"".join(self._work(envelope, method, request, stop, context, connection))
             if len(reply) > MESSAGE_BYTES:
                 raise BusyError(
                     f"the answer of {len(reply)} bytes passes the limit of {MESSAGE_BYTES}: ask for less at once"
                 )
+            call.status, call.sent = grpc.StatusCode.OK, len(reply)
         except SearchCancelledError:
             log.debug("%s: who asked is gone", self.address)
-            self._refuse(context, grpc.StatusCode.CANCELLED, "nobody waits for it any more")
+            call.status, why = grpc.StatusCode.CANCELLED, "nobody waits for it any more"
         except BusyError as error:
-            self._refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            call.status, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
         except CotraError as error:
             self._seldom.warning("%s: a request of %s was refused: %s", self.address, connection, error)
-            self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"{type(error).__name__}: {error}")
+            call.status, why = grpc.StatusCode.INVALID_ARGUMENT, f"{type(error).__name__}: {error}"
         except grpc.RpcError:
-            self._refuse(context, grpc.StatusCode.CANCELLED, "the request was not read whole")
+            call.status, why = grpc.StatusCode.CANCELLED, "the request was not read whole"
         except Exception as error:
             log.exception("%s: a request failed", self.address)
-            self._refuse(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            call.status, why = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
+        self.seen.note(call.kind, call.status.name, time.perf_counter() - begin, call.received, call.sent)
+        if call.status is not grpc.StatusCode.OK:
+            context.abort(call.status, why[:_SHOWN])
         self._kept.keep(connection, len(reply), context)
         return reply
 
-    def _refuse(self, context: grpc.ServicerContext, code: grpc.StatusCode, why: str) -> NoReturn:
-        context.abort(code, why[:_SHOWN])
-        raise AssertionError  # abort raises
-
-    def _read(self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext) -> VShardEnvelope:
+    def _read(
+        self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext, call: _Call
+    ) -> VShardEnvelope:
         with self._deadline(self._limits.read_s, context.cancel):
             try:
                 data = next(messages)
             except StopIteration:
                 raise FormatError("a request without an envelope") from None
+        call.received = len(data)
         if method == CONTROL and len(data) > CONTROL_BYTES:
             raise FormatError(f"{len(data)} bytes, and a request to {CONTROL} has {CONTROL_BYTES} at most")
         envelope = VShardEnvelope.decode(memoryview(data))
+        call.kind = envelope.msg_type.name
         if not envelope.msg_type.is_request:
             raise FormatError(f"message type {envelope.msg_type} is no request")
         if is_quick(envelope.msg_type) != (method == CONTROL):
@@ -314,6 +369,16 @@ class RpcServer:
                 self._watched.set()
 
     @property
+    def n_waiting(self) -> int:
+        """Requests that wait to be read."""
+        return sum(shares.n_outside for shares in self._shares.values())
+
+    @property
+    def owed_bytes(self) -> int:
+        """Of answers that were not taken yet."""
+        return self._kept.n_bytes
+
+    @property
     def n_at_work(self) -> int:
         """Requests that were not answered yet, those that wait to be read included."""
         return sum(map(len, self._shares.values()))
@@ -323,6 +388,7 @@ class RpcServer:
 
         Another thread may call it with less grace meanwhile.
         """
+        self.is_draining = True
         self._server.stop(grace_s or None).wait()
 
     def close(self) -> None:

@@ -1,0 +1,172 @@
+"""What can be seen of an owner from outside: metrics for Prometheus, health and readiness, over HTTP."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from cotra_rdma._owner.server import Server
+from cotra_rdma.errors import InvalidInputError, TransportError
+from cotra_rdma.protocol.address import join_address, parse_address
+from cotra_rdma.protocol.rpc_server import LATENCY_S, Seen
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+
+class MetricsServer:
+    """Answers `/metrics`, `/healthz` and `/readyz` for the servers of one process. A context manager.
+
+    `/healthz` is 200 as long as the process answers, and `/readyz` as long as all servers take new requests, 503 then.
+    """
+
+    def __init__(self, address: str, servers: Sequence[Server]) -> None:
+        """Listens at once.
+
+        Args:
+            address: HOST:PORT; port 0 takes a free one.
+            servers: stay the caller's.
+
+        Raises:
+            TransportError: the address cannot be listened on.
+            InvalidInputError: a bad address, or the package `prometheus-client` is missing.
+        """
+        try:
+            from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+        except ImportError as error:
+            raise InvalidInputError(
+                "metrics need the package prometheus-client: pip install 'cotra-rdma[metrics]'"
+            ) from error
+        registry = CollectorRegistry()
+        registry.register(_Collector(servers))
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/metrics":
+                    self._answer(200, generate_latest(registry), CONTENT_TYPE_LATEST)
+                elif self.path == "/healthz":
+                    self._answer(200, b"ok\n")
+                elif self.path == "/readyz":
+                    ready = all(server.is_ready for server in servers)
+                    self._answer(200 if ready else 503, b"ready\n" if ready else b"draining\n")
+                else:
+                    self._answer(404, b"there are /metrics, /healthz and /readyz\n")
+
+            def _answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Says nothing: who scrapes asks all the time."""
+
+        host, port = parse_address(address)
+        Handler.timeout = 5.0
+        try:
+            self._http = ThreadingHTTPServer((host, port), Handler)
+        except OSError as error:
+            raise TransportError(f"cannot listen on {address} for metrics: {error}") from error
+        self._http.daemon_threads = True
+        self.address = join_address(host, self._http.server_address[1])
+        self._thread = threading.Thread(target=self._http.serve_forever, name="cotra-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops listening. Idempotent."""
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class _Collector:
+    """Reads what servers have counted when somebody asks: a request costs nothing more than the counting."""
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self._servers = servers
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client's collectors."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        requests = CounterMetricFamily(
+            "cotra_requests",
+            "Requests over RPC, by message type and gRPC status.",
+            labels=["address", "type", "status"],
+        )
+        latency = HistogramMetricFamily(
+            "cotra_request_seconds", "From a request's arrival to its answer.", labels=["address", "type"]
+        )
+        received = CounterMetricFamily("cotra_received_bytes", "Bytes of requests.", labels=["address"])
+        sent = CounterMetricFamily("cotra_sent_bytes", "Bytes of answers.", labels=["address"])
+        gauges: dict[str, Any] = {
+            name: GaugeMetricFamily(f"cotra_{name}", text, labels=["address"])
+            for name, text in (
+                ("requests_in_progress", "Requests that were not answered yet."),
+                ("requests_waiting", "Those of them that wait to be read."),
+                ("owed_bytes", "Bytes of answers that nobody has taken yet."),
+                ("queue_pairs", "Queue pairs that readers hold."),
+                ("readers_with_leases", "Readers that hold queue pairs."),
+                (
+                    "images",
+                    "Images that are published: the one that is served, and those before it that leases may last of.",
+                ),
+                ("ready", "1 as long as new requests are taken."),
+            )
+        }
+        reaped = CounterMetricFamily(
+            "cotra_reaped_queue_pairs", "Queue pairs that were taken back from silent readers.", labels=["address"]
+        )
+        image = GaugeMetricFamily(
+            "cotra_image_info",
+            "1, with what is served.",
+            labels=["address", "checksum", "generation", "lineage", "dim", "metric", "count", "transports"],
+        )
+        for server in self._servers:
+            at, seen = server.address, server.seen
+            self._add_requests(at, seen, requests, latency)
+            received.add_metric([at], seen.received_bytes)
+            sent.add_metric([at], seen.sent_bytes)
+            for name, value in server.gauges().items():
+                gauges[name].add_metric([at], value)
+            reaped.add_metric([at], server.n_reaped)
+            info = server.shard.info
+            image.add_metric(
+                [
+                    at,
+                    f"{info.image_checksum:016x}",
+                    str(info.generation),
+                    f"{info.graph_id:016x}",
+                    str(info.dim),
+                    info.metric,
+                    str(info.count),
+                    ",".join(server.transports),
+                ],
+                1,
+            )
+        yield from (requests, latency, received, sent, *gauges.values(), reaped, image)
+
+    @staticmethod
+    def _add_requests(at: str, seen: Seen, requests: Any, latency: Any) -> None:
+        by_type: dict[str, list[int]] = {}
+        seconds: dict[str, float] = {}
+        for (kind, status), count in sorted(seen.requests.items()):
+            requests.add_metric([at, kind, status], count)
+        for kind, counts in sorted(seen.latencies.items()):
+            by_type[kind], seconds[kind] = list(counts), seen.seconds[kind]
+        for kind, counts in by_type.items():
+            total, buckets = 0, []
+            for bound, count in zip((*map(str, LATENCY_S), "+Inf"), counts, strict=True):
+                total += count
+                buckets.append((bound, total))
+            latency.add_metric([at, kind], buckets, seconds[kind])
