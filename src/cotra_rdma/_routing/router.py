@@ -40,8 +40,8 @@ class Router:
             theirs = (calibration.metric, calibration.n_shards, calibration.n_lists, calibration.dim)
             if ours != theirs:
                 raise FormatError(
-                    f"compass: the calibration is for other coarse tables: (metric, shards, lists, dim) of the tables are "
-                    f"{ours}, and those of the calibration are {theirs}"
+                    f"compass: the calibration is for other coarse tables: (metric, shards, lists, dim) are {ours} "
+                    f"for the tables and {theirs} for the calibration"
                 )
 
     @property
