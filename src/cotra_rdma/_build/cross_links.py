@@ -1,9 +1,10 @@
-"""One graph over all shards: each shard links its own nodes to near ones of other shards, which it finds with one-sided READs.
+"""One graph over all shards: each shard links its own nodes to near nodes of other shards.
 
-Every shard first builds a graph of its own (`Shard.build`), with the mean vector and the seed that all share. Then each one by
-itself searches the shards around it for the neighbours of its vectors, READs theirs, and chooses its links anew (`link_shard`).
-No process ever holds more than one shard's vectors, and what it reads for some hundred nodes at a time. After CoTra
-(arXiv 2507.06653), whose graph is built whole and then cut.
+Every shard first builds a graph of its own (`Shard.build`), with a mean vector and a seed that all shards share.
+Then each shard searches the shards around it for the neighbours of its own vectors, by one-sided READs.
+It READs the vectors of these neighbours, and chooses its links anew (`link_shard`).
+No process ever holds more than the vectors of one shard, and what it READs for some hundred nodes at a time.
+This follows CoTra (arXiv 2507.06653), whose graph is built as a whole and then cut.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from cotra_rdma.errors import FormatError, InvalidInputError
 
 MAX_NODES = 2**31 - 1
 _NONE = np.uint32(0xFFFFFFFF)
-_ROWS = 1024  # that are searched for in one call
-_LINK_ROWS = 1024  # that are linked in one call, fewer where their candidates' vectors are more than ...
+_ROWS = 1024  # nodes whose neighbours are searched for in one call
+_LINK_ROWS = 1024  # nodes that are linked in one call, or fewer if their candidates' vectors exceed ...
 _LINK_BYTES = 4 << 20
-_FAR_SIGHTED = 8
-_CACHE_BYTES = 16 << 20  # for records of the shard that is searched
+_FAR_SIGHTED = 8  # every so many nodes, one looks in shards at any distance
+_CACHE_BYTES = 16 << 20  # for the shard that is searched
 _BULK_BYTES = 1 << 20
 
 OpenChannel = Callable[[int], AbstractContextManager[Channel]]
-"""Opens a channel to the image that a shard built by itself; the number is its place in the collection."""
+"""Opens a channel to a shard's own image. The argument is the number of the shard in the collection."""
 
 Progress = Callable[[str, int, int], None]
 """Called as progress("border" | "relink", nodes done, nodes in all)."""
@@ -53,13 +54,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Border:
-    """How a shard looks for neighbours in others.
+    """How a shard looks for neighbours in other shards.
 
     Attributes:
-        shards: that a node looks into, at most: those with the nearest centroids.
-        reach: it looks where that centroid is at most so many times as far from it as its own shard's. Every eighth node looks
-            however far that is, for the graph must not fall apart where shards do.
-        k, ef: of each search.
+        shards: the most shards in which a node looks: those with the nearest centroids.
+        reach: a node looks in a shard whose centroid is at most this many times as far from the node as its own shard's
+            centroid. Every eighth node looks in shards at any distance, so that the graph does not fall apart between
+            shards.
+        k: the number of neighbours that each search returns.
+        ef: the `ef` of each search.
     """
 
     shards: int = 4
@@ -70,13 +73,13 @@ class Border:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphPlan:
-    """What all shards of one graph know of each other before they link.
+    """What all shards of one graph know about each other before they link.
 
     Attributes:
-        bases: int64[n_shards]: the number of each shard's first node in the graph.
-        counts: int64[n_shards]: nodes of each.
-        graph_id: names the graph; made of the checksums of all shards' images.
-        centroids: float32[n_shards, dim], for cosine of normalised vectors.
+        bases: the number of each shard's first node in the graph, int64[n_shards].
+        counts: the number of nodes of each shard, int64[n_shards].
+        graph_id: the number that names the graph. It is made from the checksums of all shards' own images.
+        centroids: float32[n_shards, dim]. For cosine, they are means of normalised vectors.
     """
 
     bases: npt.NDArray[np.int64]
@@ -86,18 +89,22 @@ class GraphPlan:
 
     @classmethod
     def of(cls, infos: Sequence[Any], centroids: npt.NDArray[np.float32]) -> GraphPlan:
-        """The plan for shards with these images (`ImageInfo`s, or what has as much of their fields as is asked for here), in the
-        order in which they are numbered.
+        """Makes the plan for shards with these images.
 
-        Raises `InvalidInputError` where they are too many nodes, or cannot be one graph.
+        Args:
+            infos: the headers of the own images, in the order of the shards. They are `ImageInfo`s, or have the same
+                fields.
+            centroids: float32[n_shards, dim].
+
+        Raises:
+            InvalidInputError: the shards have too many nodes, or cannot be one graph.
         """
         first = infos[0]
         for at, info in enumerate(infos):
             for what in ("dim", "metric", "vector_type", "M", "degree", "seed"):
-                if getattr(info, what) != getattr(first, what):
-                    raise InvalidInputError(
-                        f"shards 0 and {at} cannot be one graph: {what} {getattr(first, what)} and {getattr(info, what)}"
-                    )
+                ours, theirs = getattr(first, what), getattr(info, what)
+                if ours != theirs:
+                    raise InvalidInputError(f"shards 0 and {at} cannot be one graph: {what} {ours} and {theirs}")
         if centroids.shape != (len(infos), first.dim):
             raise InvalidInputError(
                 f"centroids must be float32[{len(infos)}, {first.dim}], not {list(centroids.shape)}"
@@ -122,30 +129,36 @@ def link_shard(
     n_threads: int = 0,
     progress: Progress | None = None,
 ) -> ImageInfo:
-    """Writes the image of shard number `shard` as a part of the graph over all shards, and returns its header.
+    """Writes a shard as a part of the graph, and returns the header of the new image.
 
-    Beside the image it takes some bytes a node, and what some hundred nodes found: the new image goes straight to its file,
-    and what is found to a temporary one beside it.
+    Besides the image, it holds some bytes for each node, and what some hundred nodes found.
+    The new image goes straight to its file, and what nodes find goes to a temporary file beside it.
 
     Args:
-        image: what the shard built by itself, without inverted lists: it is only read, so others may READ it meanwhile.
-        shard: its number in the plan.
-        open_channel: to the other shards' own images.
-        path: of the file to write. After an error it may be there, and is no image.
-        border: how to look for neighbours; None: the defaults.
-        n_threads: 0 for all cores. The result does not depend on it.
+        image: the image that the shard built by itself, without inverted lists. It is only read, so others may READ it
+            meanwhile.
+        shard: the number of the shard in the plan.
+        plan: the plan of the graph.
+        open_channel: opens channels to the other shards' own images.
+        path: the file to write. After an error there may be a file, which is no valid image.
+        border: how to look for neighbours. None stands for the defaults.
+        n_threads: the number of threads. 0 stands for all cores. The result does not depend on it.
         progress: see `Progress`.
 
     Raises:
-        InvalidInputError: an image with inverted lists, or one that is not the plan's. FormatError, TransportError: of others'
-        images. OSError: the file cannot be written.
+        InvalidInputError: the image has inverted lists, or is not the one in the plan.
+        FormatError: another shard's image is malformed, or does not fit.
+        TransportError: another shard's image cannot be READ.
+        OSError: the file cannot be written.
     """
     border = border or Border()
     threads = n_threads or len(os.sched_getaffinity(0))
     with _Own(image) as own:
         info = own.info
         if info.count != plan.counts[shard]:
-            raise InvalidInputError(f"shard {shard} has {info.count} nodes, and {plan.counts[shard]} in the plan")
+            raise InvalidInputError(
+                f"shard {shard} has {info.count} nodes, and {plan.counts[shard]} in the plan of the graph"
+            )
         params = ffi.new("cotra_relink_params *", (plan.graph_id, int(plan.counts.sum()), int(plan.bases[shard])))
         out, err = ffi.new("cotra_relinker **"), new_error()
         data = ffi.cast("void *", image.info.addr)
@@ -171,18 +184,18 @@ def link_shard(
         return ImageInfo.of_arena(made)
 
 
-_SLOTS = 128  # of a channel to another shard, and so much landing memory
+_SLOTS = 128  # of a channel to another shard; each slot takes memory
 
 
 @contextmanager
 def channel_of_file(path: str | os.PathLike[str], record_bytes: int) -> Iterator[Channel]:
-    """A channel to an image in a file, which is not mapped."""
+    """Opens a channel to an image in a file, which is not mapped."""
     with Path(path).open("rb") as file, channel_of_fd(file.fileno(), record_bytes) as channel:
         yield channel
 
 
 def channel_of_fd(fd: int, record_bytes: int) -> Channel:
-    """The same of an open file or memfd."""
+    """Opens a channel to an image in an open file or memfd."""
     return Channel.file(fd, os.fstat(fd).st_size, slots=_SLOTS, slot_bytes=max(record_bytes, 1 << 14))
 
 
@@ -192,7 +205,7 @@ class _Relinker(Handle):
 
 
 class _Own:
-    """A shard's own image."""
+    """The shard's own image."""
 
     def __init__(self, image: Arena) -> None:
         self.info = ImageInfo.of_arena(image)
@@ -200,7 +213,7 @@ class _Own:
         self._records = records_of(self._view, self.info)
 
     def vectors(self, rows: slice | npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
-        """Own vectors of some nodes: float32[n, dim]; for cosine normalised."""
+        """Copies the vectors of some nodes as float32[n, dim]. For cosine, they are normalised."""
         found: npt.NDArray[np.float32] = vectors_of(self._records, self.info, rows).astype(np.float32)
         return normalised(found) if self.info.metric == "cosine" else found
 
@@ -213,11 +226,16 @@ class _Own:
 
 
 def _ranges(count: int, rows: int = _ROWS) -> list[tuple[int, int]]:
+    """Splits `count` rows into ranges [begin, end)."""
     return [(begin, min(begin + rows, count)) for begin in range(0, count, rows)]
 
 
 def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.NDArray[np.signedinteger[Any]]:
-    """The other shards that each node looks into: int[count, border.shards], -1 for none."""
+    """Chooses the other shards in which each node looks.
+
+    Returns:
+        int[count, border.shards], nearest first, with -1 in places that are left.
+    """
     width = min(border.shards, len(plan.counts) - 1)
     near = np.empty((own.info.count, width), np.min_scalar_type(-len(plan.counts)))
     centre = plan.centroids.mean(axis=0)
@@ -239,23 +257,45 @@ def _near_shards(own: _Own, shard: int, plan: GraphPlan, border: Border) -> npt.
 
 
 class _Found:
-    """What each node found in other shards, in a temporary file: one stretch for each other shard, of `k` numbers for each
-    node that looked into it, in the order of the nodes. Written by any threads, then read front to back."""
+    """The neighbours that nodes found in other shards, in a temporary file.
+
+    The file has a section for each other shard.
+    A section holds k numbers for each node that looked in the shard, in the order of the nodes.
+    Any thread may write to the file. Afterwards it is read from front to back.
+
+    Args:
+        file: the temporary file.
+        near: the other shards in which each node looks, int[count, width], as from `_near_shards`.
+        k: the numbers for each node and shard.
+
+    Attributes:
+        total: the number of searches: all pairs of a node and a shard in which it looks.
+    """
 
     def __init__(self, file: BinaryIO, near: npt.NDArray[np.signedinteger[Any]], k: int) -> None:
         self.near, self.k = near, k
         self._file = file
         n_shards = int(near.max(initial=-1)) + 1
         searches = np.bincount(near[near >= 0], minlength=n_shards)
-        self._next = np.cumsum(searches) - searches  # the first of each shard's numbers that was not read
+        self._next = np.cumsum(searches) - searches  # in each shard's section, the first node that was not read yet
         self.total = int(searches.sum())
 
     def write(self, shard: int, first: int, numbers: npt.NDArray[np.uint32]) -> None:
-        """What `shard` gave to nodes `first`... of those that looked into it: uint32[n, k]."""
+        """Writes what some nodes found in a shard.
+
+        Args:
+            shard: the shard.
+            first: the place of the first of these nodes among those that look in the shard.
+            numbers: the numbers of the neighbours in the graph, uint32[n, k].
+        """
         os.pwrite(self._file.fileno(), numbers.tobytes(), (int(self._next[shard]) + first) * 4 * self.k)
 
     def read(self, begin: int, end: int) -> npt.NDArray[np.uint32]:
-        """Of nodes [begin, end), where the last call ended: uint32[end - begin, width k]; 0xFFFFFFFF where there are fewer."""
+        """Reads what nodes [begin, end) found. `begin` is where the last call ended.
+
+        Returns:
+            uint32[end - begin, width * k], with 0xFFFFFFFF in places that are left.
+        """
         near = self.near[begin:end]
         found = np.full((*near.shape, self.k), _NONE, np.uint32)
         for shard in np.unique(near[near >= 0]):
@@ -268,8 +308,11 @@ class _Found:
 
 
 class _Near:
-    """Another shard's image while it is searched, within `_CACHE_BYTES`: all of it where that is enough, READ once; else the
-    records that are asked for most."""
+    """Another shard's image while it is searched, in at most `_CACHE_BYTES` of memory.
+
+    A small image is READ once, as a whole.
+    Of a large image, the records that are used most are cached.
+    """
 
     def __init__(self, open_channel: Callable[[], AbstractContextManager[Channel]]) -> None:
         self._open = open_channel
@@ -287,7 +330,7 @@ class _Near:
                     to[begin:end] = channel.read(begin, end - begin)
 
     def open_channel(self) -> AbstractContextManager[Channel]:
-        """A channel to search it through, for one thread."""
+        """Opens a channel to search the image through, for one thread."""
         return self._open() if self._copy is None else Channel.shm(self._copy, slot_bytes=1 << 16)
 
     def __enter__(self) -> _Near:
@@ -308,7 +351,7 @@ def _search_border(
     threads: int,
     progress: Progress | None,
 ) -> None:
-    """Near nodes of other shards, for each node, by their numbers in the graph."""
+    """Searches other shards for the neighbours of each node, and writes their numbers in the graph to `found`."""
     done = 0
     with ThreadPoolExecutor(threads) as pool:
         for other in range(len(plan.counts)):
@@ -338,11 +381,16 @@ def _search_border(
 
 
 def _check_other(info: ImageInfo, own: ImageInfo, other: int, plan: GraphPlan) -> None:
+    """Checks that another shard's image is the one in the plan, and fits this shard's."""
     if info.graph_id or info.count != plan.counts[other]:
-        raise FormatError(f"shard {other}: not the image that it built by itself, with {plan.counts[other]} nodes")
+        raise FormatError(
+            f"shard {other}: its image is not the image that it built by itself, with {plan.counts[other]} nodes"
+        )
     for what in ("dim", "metric", "vector_type", "record_bytes", "seed"):
         if getattr(info, what) != getattr(own, what):
-            raise FormatError(f"shard {other}: its {what} is {getattr(info, what)}, here {getattr(own, what)}")
+            raise FormatError(
+                f"shard {other}: its {what} is {getattr(info, what)}, and this shard's is {getattr(own, what)}"
+            )
 
 
 def _relink(
@@ -355,7 +403,7 @@ def _relink(
     threads: int,
     progress: Progress | None,
 ) -> None:
-    """Appends all records to the file."""
+    """Appends all records to the file, with their new links."""
     stride = -(-vector_bytes(own.info) // 32) * 32
     with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
         channels: dict[int, Channel] = {}
@@ -385,7 +433,7 @@ def _relink(
                 offsets = own.info.records_offset + HEAD.itemsize
                 offsets = offsets + (numbers[mine].astype(np.int64) - plan.bases[other]) * own.info.record_bytes
                 vectors[mine] = channels[other].gather(offsets.astype(np.uint64), stride)
-            if len(running) > threads:  # one range waits
+            if len(running) > threads:  # so that at most one range waits for a thread
                 append()
             job = pool.submit(_relink_range, relinker, own, begin, end, numbers, vectors, far)
             running.append((begin, end, job))
@@ -402,7 +450,20 @@ def _relink_range(
     vectors: npt.NDArray[np.uint8],
     candidates: npt.NDArray[np.uint32],
 ) -> npt.NDArray[np.uint8]:
-    """The new records of nodes [begin, end): uint8[end - begin, record_bytes]."""
+    """Makes the new records of nodes [begin, end).
+
+    Args:
+        relinker: the object that links.
+        own: the shard's own image.
+        begin: the first node.
+        end: the node after the last one.
+        numbers: the numbers of all far candidates of these nodes in the graph, uint32[m].
+        vectors: their vectors as stored and padded, uint8[m, stride].
+        candidates: the far candidates of each node, as places in `numbers`, uint32[end - begin, width].
+
+    Returns:
+        uint8[end - begin, record_bytes].
+    """
     records = np.empty((end - begin, own.info.record_bytes), np.uint8)
     far, err = ffi.new("cotra_relink_far *"), new_error()
     candidates = np.ascontiguousarray(candidates)

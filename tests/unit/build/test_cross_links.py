@@ -190,7 +190,7 @@ def test_images_that_cannot_be_linked(own: tuple[list[Path], GraphPlan], words: 
     with pytest.raises(InvalidInputError, match="own graph"):
         linked(own, tmp_path / "linked")
     files, plan = own
-    with pytest.raises(FormatError, match="shard 1: not the image"):
+    with pytest.raises(FormatError, match="shard 1: its image is not the image"):
         linked(([files[0], files[0]], plan))
 
 
