@@ -1,7 +1,8 @@
-"""Readers of vector files: .npy, .fvecs/.bvecs/.ivecs (corpus-texmex.irisa.fr) and ann-benchmarks HDF5.
+"""Readers of vector files: .npy, .fvecs/.bvecs/.ivecs (corpus-texmex.irisa.fr) and the HDF5 files of ann-benchmarks.
 
-Files are mapped, never loaded whole, so that they may be larger than memory, and what was read of a mapping is let go of at
-once: its pages would count as this process's memory. HDF5 is read slice by slice.
+Files are mapped and never loaded as a whole, so they may be larger than memory.
+Pages of a mapping are given back as soon as they are read, because they would count as this process's memory.
+HDF5 files are read slice by slice.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class VectorFile:
 
     Attributes:
         path: the file.
-        count, dim: its shape.
-        dtype: of the rows as stored (in this machine's byte order).
-        metric: "l2", "ip" or "cosine" where the file says so (HDF5), else None.
-        dataset: the name of an HDF5 file's data set, else None.
+        count: the number of rows.
+        dim: the components of a row.
+        dtype: the type of a component as stored, in this machine's byte order.
+        metric: "l2", "ip" or "cosine" if the file says so (HDF5), else None.
+        dataset: the name of the data set in an HDF5 file, else None.
     """
 
     path: Path
@@ -59,19 +61,26 @@ class VectorFile:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, dim)."""
+        """The number of rows and the components of a row."""
         return self.count, self.dim
 
     def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Rows [start, stop) as `dtype`[n, dim], a copy.
+        """Copies rows [start, stop) as `dtype`[n, dim].
 
         Raises:
-            FormatError: a .fvecs/.bvecs/.ivecs row in it has another dimension than the first one.
+            FormatError: a row of an .fvecs, .bvecs or .ivecs file has another dimension than the first row.
         """
         return self._copied(self._rows[start : self.count if stop is None else stop], lambda row: start + row)
 
     def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Some rows, ascending, each once: `dtype`[n, dim]. Raises as `read`."""
+        """Copies some rows as `dtype`[n, dim].
+
+        Args:
+            rows: the rows, int64[n], ascending, each once.
+
+        Raises:
+            FormatError: as for `read`.
+        """
         if isinstance(self._rows, np.ndarray):
             return self._copied(self._rows[rows], lambda row: int(rows[row]))
         found = np.empty((len(rows), self.dim), self.dtype)
@@ -94,7 +103,7 @@ class VectorFile:
         return copy
 
     def _forget(self) -> None:
-        """Lets go of the mapping's pages; they come back when they are read again."""
+        """Gives the pages of the mapping back. They are read again when they are needed."""
         mapping: Any = self._rows
         while isinstance(mapping, np.ndarray):
             mapping = mapping.base
@@ -102,22 +111,25 @@ class VectorFile:
             mapping.madvise(mmap.MADV_DONTNEED)
 
     def first(self, n: int) -> VectorFile:
-        """The first n rows, n <= count. Of an HDF5 file they are read into memory."""
+        """Returns the first n rows as a file of their own, n <= count. Rows of an HDF5 file are read into memory."""
         return replace(self, count=n, _rows=self._rows[:n])
 
     def every(self, step: int) -> VectorFile:
-        """Rows 0, step, 2 step and so on: a sample without regard to how the file is sorted. Of an HDF5 file they are read into
-        memory."""
+        """Returns rows 0, step, 2 step and so on as a file of their own.
+
+        Such a sample does not depend on how the file is sorted.
+        Rows of an HDF5 file are read into memory.
+        """
         rows = self._rows[::step]
         return replace(self, count=len(rows), _rows=rows)
 
     def chunks(self, rows: int) -> Iterator[npt.NDArray[Any]]:
-        """All rows, `rows` at a time."""
+        """Yields all rows, `rows` at a time."""
         for begin in range(0, self.count, rows):
             yield self.read(begin, begin + rows)
 
     def close(self) -> None:
-        """Closes the HDF5 file, where it is one. Mappings go with the object."""
+        """Closes an HDF5 file. The mapping of any other file ends with the object."""
         if self._file is not None:
             self._file.close()
 
@@ -129,15 +141,18 @@ class VectorFile:
 
 
 def open_vectors(path: str | os.PathLike[str], dataset: str | None = None) -> VectorFile:
-    """Opens a file of vectors: of any float dtype, or uint8.
+    """Opens a file of vectors, of any float dtype or uint8.
 
     Args:
-        path: .npy, .fvecs, .bvecs, or .hdf5/.h5.
-        dataset: which HDF5 data set; None: "train". Ignored for other files.
+        path: an .npy, .fvecs, .bvecs, .hdf5 or .h5 file.
+        dataset: the data set of an HDF5 file. None stands for "train". It is ignored for other files.
+
+    Returns:
+        The open file. Close it, or use it as a context manager.
 
     Raises:
         FormatError: the file is malformed, truncated, empty, or of another kind.
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     file = _open(Path(path), dataset or "train")
     if file.dtype.kind != "f" and file.dtype != np.uint8:
@@ -147,19 +162,28 @@ def open_vectors(path: str | os.PathLike[str], dataset: str | None = None) -> Ve
 
 
 def read_queries(path: str | os.PathLike[str]) -> npt.NDArray[np.float32]:
-    """All vectors of a file (HDF5: its "test" data set) as float32[n, dim], C-contiguous. Raises as `open_vectors`."""
+    """Reads all vectors of a file as float32[n, dim], C-contiguous. From an HDF5 file, it reads the data set "test".
+
+    Raises:
+        FormatError: as for `open_vectors`.
+        OSError: as for `open_vectors`.
+    """
     with open_vectors(path, "test") as file:
         return np.ascontiguousarray(file.read(), np.float32)
 
 
 def read_ground_truth(path: str | os.PathLike[str]) -> npt.NDArray[np.int64]:
-    """The ids of each query's nearest rows, nearest first: int64[n_queries, k].
+    """Reads the ids of each query's nearest rows.
 
     Args:
-        path: .npy (any integer dtype), .ivecs, or .hdf5/.h5 (its "neighbors" data set).
+        path: an .npy file of any integer dtype, an .ivecs file, or an .hdf5 or .h5 file with a data set "neighbors".
+
+    Returns:
+        int64[n_queries, k], nearest first.
 
     Raises:
-        FormatError: as `open_vectors`, or the file holds no integers.
+        FormatError: as for `open_vectors`, or the file holds no integers.
+        OSError: as for `open_vectors`.
     """
     with _open(Path(path), "neighbors") as file:
         if file.dtype.kind not in "iu":
@@ -177,7 +201,7 @@ def _open(path: Path, dataset: str) -> VectorFile:
         file = _open_hdf5(path, dataset)
     else:
         known = ", ".join([".npy", *TEXMEX_TYPES, *HDF5_SUFFIXES])
-        raise FormatError(f"{path}: unknown kind of vector file {suffix!r}; known are {known}")
+        raise FormatError(f"{path}: unknown kind of vector file {suffix!r}; known kinds are {known}")
     if not file.count or not file.dim:
         file.close()
         raise FormatError(f"{path}: holds no vectors (shape {list(file.shape)})")
@@ -197,7 +221,7 @@ def _open_npy(path: Path) -> VectorFile:
 
 
 def _open_texmex(path: Path, dtype: np.dtype[Any]) -> VectorFile:
-    """Each row: its dimension as int32, then so many numbers, all little-endian."""
+    """Maps a file whose rows are a dimension as int32, then so many numbers, all little-endian."""
     size = path.stat().st_size
     if size < 4:
         raise FormatError(f"{path}: {size} bytes are too few for one row")
@@ -237,7 +261,12 @@ def _open_hdf5(path: Path, dataset: str) -> VectorFile:
 
 
 def recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
-    """Recall@k of ids int64[n, k]: the share of each query's k true nearest that were found, on average."""
+    """Computes recall@k: the share of each query's k true nearest that were found, as a mean over the queries.
+
+    Args:
+        found: the ids that were found, int64[n, k].
+        truth: the true nearest ids, int64[n, >= k], nearest first.
+    """
     k = found.shape[1]
     hits = sum(len(np.intersect1d(row, nearest[:k])) for row, nearest in zip(found, truth, strict=True))
     return hits / found.size

@@ -1,4 +1,7 @@
-"""Every exception that the package raises on purpose. One base; below it, what a caller would handle differently."""
+"""Every exception that the package raises on purpose.
+
+There is one base class, and below it a class for each case that a caller would handle differently.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ class CotraError(Exception):
     """The base of all errors of this package.
 
     Attributes:
-        shard: the position (in the order given to `connect`) of the shard it concerns, or None.
-        sys_errno: the errno behind it, or 0.
+        shard: the shard that the error concerns, by its position in the list given to `connect`. None if it concerns
+            none.
+        sys_errno: the errno behind the error, or 0.
     """
 
     def __init__(self, message: str, *, shard: int | None = None, sys_errno: int = 0) -> None:
@@ -20,11 +24,11 @@ class CotraError(Exception):
 
 
 class InvalidInputError(CotraError, ValueError):
-    """A value of the caller's is out of its range: a wrong dimension, NaN in a vector, duplicate ids, k > ef."""
+    """A value from the caller is out of its range: a wrong dimension, NaN in a vector, duplicate ids, or k > ef."""
 
 
 class FormatError(CotraError, ValueError):
-    """Bytes that are not a graph image, envelope or data set of ours, or malformed ones."""
+    """Bytes are malformed, or are not a graph image, envelope or data set at all."""
 
 
 class ChecksumError(FormatError):
@@ -32,31 +36,31 @@ class ChecksumError(FormatError):
 
 
 class LossyVectorError(InvalidInputError):
-    """A vector cannot be held exactly by the vector type that was asked for."""
+    """The vector type that was asked for cannot store a vector exactly."""
 
 
 class VerbsUnavailableError(CotraError):
-    """RDMA was asked for by name and cannot be had; the message says why and what to do."""
+    """RDMA was asked for by name and is not available. The message says why, and what to do."""
 
 
 class DeviceNotFoundError(VerbsUnavailableError):
-    """libibverbs is there, but the device, port or GID is not."""
+    """libibverbs is installed, but the device, port or GID does not exist."""
 
 
 class MemlockError(CotraError, PermissionError):
-    """RLIMIT_MEMLOCK is too small to pin the memory; the message has the number and the line to change."""
+    """RLIMIT_MEMLOCK is too small to pin the memory. The message has the number and the line to change."""
 
 
 class TransportError(CotraError, ConnectionError):
-    """A peer cannot be reached, or a path to it broke."""
+    """An owner or builder cannot be reached, or the path to it broke."""
 
 
 class CompletionError(TransportError):
-    """A work request completed in error.
+    """A work request completed with an error.
 
     Attributes:
-        wc_status: `enum ibv_wc_status` of the completion.
-        vendor_error: the provider's own code beside it.
+        wc_status: the `enum ibv_wc_status` of the completion.
+        vendor_error: the provider's own error code.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class CompletionError(TransportError):
 
 
 class DeadlineError(TransportError, TimeoutError):
-    """Time ran out: before a peer answered, or before a search was over."""
+    """Time ran out before an answer came, or before a search ended."""
 
 
 class BusyError(TransportError):
@@ -82,23 +86,23 @@ class BusyError(TransportError):
 
 
 class BoundsError(CotraError, IndexError):
-    """An offset and length outside the memory region."""
+    """An offset and length are outside the memory region."""
 
 
 class ClosedError(CotraError):
-    """The object was closed."""
+    """The object is closed."""
 
 
 class SearchCancelledError(CotraError):
-    """A search was given up before its end: by `Stop.set`, or because who asked for it is gone."""
+    """A search was stopped early, by `Stop.set` or because its caller is gone."""
 
 
 class StaleShardError(FormatError):
-    """A record is of another generation than the header that was read: the shard was rebuilt; connect again."""
+    """A record is of another generation than the header: the shard was built again. Connect again."""
 
 
 class PeerError(CotraError):
-    """A peer answered a request with an error; the message is the peer's."""
+    """An owner or builder answered a request with an error. The message is its own."""
 
 
 class PartialAnswer(Protocol):
@@ -106,11 +110,11 @@ class PartialAnswer(Protocol):
 
     @property
     def ids(self) -> Any:
-        """int64[n_queries, k], -1 in empty places; of a `SeamResult` int64[k]."""
+        """int64[n_queries, k], with -1 in empty places. For a `SeamResult`, int64[k]."""
 
     @property
     def distances(self) -> Any:
-        """float32 likewise."""
+        """float32 of the same shape as `ids`."""
 
     @property
     def coverage(self) -> float:
@@ -118,10 +122,11 @@ class PartialAnswer(Protocol):
 
 
 class PartialResultError(TransportError):
-    """Some shards did not answer, and a partial answer was not asked for; the message names them.
+    """Some shards did not answer, and a partial answer was not allowed. The message names the shards.
 
     Attributes:
-        result: what the others answered: a `SearchResult`, whose `failures` say why, or a `SeamResult`, whose `outcomes` do.
+        result: the answer of the other shards. It is a `SearchResult`, whose `failures` give the reasons, or a
+            `SeamResult`, whose `outcomes` do.
     """
 
     def __init__(self, message: str, result: PartialAnswer, *, shard: int | None = None) -> None:

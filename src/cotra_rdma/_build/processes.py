@@ -1,6 +1,8 @@
-"""Builder processes on this host: each takes one step of one shard at a time (`steps`), and messages are files.
+"""Builder processes on this host, which build one graph.
 
-A process gets its orders on stdin and answers on stdout, a JSON line each. It ends when stdin does: with its parent.
+Each process takes one step of one shard at a time (`steps`), and the builders' messages are files.
+A process reads its orders from stdin and writes its answers to stdout, one line of JSON each.
+It ends when its stdin is closed, and so it ends with its parent.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class Usage:
     """What a builder used.
 
     Attributes:
-        cpu_s: seconds of all its threads.
-        peak_bytes: the most memory that it had resident at once (VmHWM, proc(5)).
+        cpu_s: the CPU time of all its threads, in seconds.
+        peak_bytes: the most memory that was resident at once (VmHWM, proc(5)).
     """
 
     cpu_s: float
@@ -43,19 +45,21 @@ class Usage:
 
     @classmethod
     def of_this_process(cls) -> Self:
-        """So far."""
+        """Returns what this process has used so far."""
         with Path("/proc/self/status").open(encoding="ascii") as status:
             peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
         return cls(time.process_time(), peak)
 
 
 class BuildProcesses:
-    """Processes that build one graph. A context manager: it ends them, in the middle of their work if need be.
+    """Processes that build one graph. A context manager: its end kills processes that are still at work.
 
     Args:
-        n_processes: at most one a shard is started.
-        directory: what they share; it gets the shards' files.
-        usage: told what each process used, when its work is done.
+        n_processes: the number of processes. At most one for each shard is started.
+        spec: what is built.
+        vectors: the input.
+        directory: the directory that the processes share, which gets the shards' files.
+        usage: called with the usage of each process when its work is done.
     """
 
     def __init__(
@@ -81,7 +85,12 @@ class BuildProcesses:
             raise
 
     def run(self, progress: Progress | None = None) -> GraphResult:
-        """Takes all steps. Raises what a builder raised, and `PeerError` where one ended before its work was done."""
+        """Takes all steps, and returns the result.
+
+        Raises:
+            CotraError: a builder raised this error.
+            PeerError: a process ended before its work was done.
+        """
         for step in STEPS:
             waiting = iter(range(1 if step in FIRST_ALONE else self._spec.n_shards))
             with ThreadPoolExecutor(len(self._processes)) as pool:
@@ -94,6 +103,8 @@ class BuildProcesses:
         return result_of(builder_in(self._spec, self._vectors, self._directory, 0, None))
 
     def _work(self, process: _Process, step: str, waiting: Iterator[int], progress: Progress | None) -> None:
+        """Takes a step of one shard after the other in a process, until no shard is left."""
+
         def report(number: int, phase: str, done: int) -> None:
             if progress is not None:
                 with self._lock:
@@ -107,12 +118,12 @@ class BuildProcesses:
             try:
                 process.take(step, number, report)
             except BaseException:
-                for other in self._processes:  # their work is in vain
+                for other in self._processes:  # their work is of no use any more
                     other.kill()
                 raise
 
     def close(self) -> None:
-        """Ends the processes. Idempotent."""
+        """Ends the processes. It may be called twice."""
         for process in self._processes:
             process.close()
 
@@ -124,10 +135,12 @@ class BuildProcesses:
 
 
 class _Process:
+    """One builder process."""
+
     def __init__(self, spec: BuildSpec, vectors: VectorFile, directory: Path) -> None:
         source = {"path": os.path.abspath(vectors.path), "dataset": vectors.dataset, "count": vectors.count}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        # Threads of BLAS that wait spin: with one for each core in each process they cost as much again.
+        # Waiting threads of BLAS spin. With one for each core in each process, they would double the CPU time.
         blas = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(spec.params.n_threads))
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "cotra_rdma._build.processes"],
@@ -141,11 +154,16 @@ class _Process:
 
     def _send(self, order: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is told when its answer is waited for
+        with contextlib.suppress(BrokenPipeError):  # the wait for its answer reports it
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
 
     def _answers(self, what: str, shard: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yields the answers of the process.
+
+        Raises:
+            PeerError: the process ended. `what` says when, for the error message.
+        """
         assert self._process.stdout is not None
         for line in self._process.stdout:
             yield json.loads(line)
@@ -167,16 +185,16 @@ class _Process:
             progress(number, *answer["progress"])
 
     def used(self) -> Usage:
-        """What it used so far."""
+        """Returns what the process has used so far."""
         self._send({"step": None, "shard": 0})
         return Usage(**next(self._answers("when its work was done"))["used"])
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Kills the process."""
         self._process.kill()
 
     def close(self) -> None:
-        """Ends it, by force where it is at work."""
+        """Ends the process, and kills it if it does not end soon."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -190,44 +208,45 @@ class _Process:
         self._stderr.close()
 
 
-def _error_of(told: dict[str, Any]) -> Exception:
-    kind = getattr(errors, told["type"], None)
+def _error_of(failure: dict[str, Any]) -> Exception:
+    """Makes the error that a process reported."""
+    kind = getattr(errors, failure["type"], None)
     if isinstance(kind, type) and issubclass(kind, CotraError):
-        return kind(told["message"], shard=told["shard"])
-    if told["type"] == "MemoryError":
-        return MemoryError(told["message"])
-    if told["errno"]:
-        return OSError(told["errno"], told["message"])
-    return PeerError(f"a builder process failed: {told['type']}: {told['message']}")
+        return kind(failure["message"], shard=failure["shard"])
+    if failure["type"] == "MemoryError":
+        return MemoryError(failure["message"])
+    if failure["errno"]:
+        return OSError(failure["errno"], failure["message"])
+    return PeerError(f"a builder process failed: {failure['type']}: {failure['message']}")
 
 
-def _tell(out: TextIO, answer: dict[str, Any]) -> None:
+def _answer(out: TextIO, answer: dict[str, Any]) -> None:
     out.write(json.dumps(answer) + "\n")
     out.flush()
 
 
 def main() -> None:
-    """A builder process."""
+    """Runs a builder process."""
     begin = json.loads(sys.stdin.readline())
     spec, source, directory = msgspec.convert(begin["spec"], BuildSpec), begin["source"], Path(begin["directory"])
     with open_vectors(source["path"], source["dataset"]) as whole:
         vectors = whole if whole.count == source["count"] else whole.first(source["count"])
 
         def progress(_number: int, phase: str, done: int) -> None:
-            _tell(sys.stdout, {"progress": [phase, done]})
+            _answer(sys.stdout, {"progress": [phase, done]})
 
         for line in sys.stdin:
             order = json.loads(line)
             if order["step"] is None:
-                _tell(sys.stdout, {"used": asdict(Usage.of_this_process())})
+                _answer(sys.stdout, {"used": asdict(Usage.of_this_process())})
                 continue
             try:
                 builder_in(spec, vectors, directory, order["shard"], progress).run(order["step"])
             except (CotraError, OSError, MemoryError) as error:
-                told = {"type": type(error).__name__, "message": str(error), "shard": getattr(error, "shard", None)}
-                _tell(sys.stdout, {"error": told | {"errno": getattr(error, "errno", 0) or 0}})
+                failure = {"type": type(error).__name__, "message": str(error), "shard": getattr(error, "shard", None)}
+                _answer(sys.stdout, {"error": failure | {"errno": getattr(error, "errno", 0) or 0}})
             else:
-                _tell(sys.stdout, {"done": True})
+                _answer(sys.stdout, {"done": True})
 
 
 if __name__ == "__main__":

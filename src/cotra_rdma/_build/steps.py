@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._build.cross_links import GraphPlan, channel_of_file, link_shard
+from cotra_rdma._build.cross_links import channel_of_file, link_shard
+from cotra_rdma._build.graph_plan import GraphPlan
 from cotra_rdma._build.mail import (
     CalibrationMessage,
     CountsMessage,

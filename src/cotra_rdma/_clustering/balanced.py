@@ -1,11 +1,17 @@
-"""Partitions into parts of neighbours, none of them much larger than the mean: in one process, or each of many a slice.
+"""Divides vectors into parts of neighbours, none of which is much larger than the mean.
 
-k-means in which a full part asks a price for each further row, on top of the squared distance: the dual of the transport
-problem with capacities (Bradley, Bennett and Demiriz 2000, "Constrained k-means clustering").
+This is k-means in which a full part asks a price for each further row, on top of the squared distance.
+The prices are the dual of the transport problem with capacities (Bradley, Bennett and Demiriz 2000, "Constrained
+k-means
+clustering").
 
-One process trains the `PartModel` on a sample. Each slice of the rows then counts what it would put where (`cheapest`); from
-the counts of all, each slice knows how many of its rows a full part takes and how many others have room for (`plan_slices`),
-and finds a place for the rest (`fill_slice`). A row's part is decided once, by the process that has the row.
+It works in one process, or in several of which each has a slice of the rows:
+
+1. One process trains the `PartModel` on a sample.
+2. Each process counts what the rows of its slice would take (`cheapest`).
+3. From the counts of all slices, each process computes how many of its rows a full part keeps, and how much room other
+   parts have for the rest (`plan_slices`).
+4. Each process finds a part for the rest (`fill_slice`).
 """
 
 from __future__ import annotations
@@ -35,20 +41,23 @@ from cotra_rdma.errors import InvalidInputError
 
 MAX_SHARE = 1.1
 ROWS_PER_PART = 4096
-"""Of the sample that the parts are trained on: their shares have to be known to a percent or two."""
+"""The rows of the sample for each part.
+
+There are so many because the parts' shares must be known to a percent or two.
+"""
 
 _PRICE_STEPS = 60
-_SPARE = 0.4  # of the room above the mean, kept for what the sample does not tell
+_SPARE = 0.4  # of the room above the mean, kept because the sample is not exact
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PartModel:
-    """What decides a row's part: the least of squared distance and price.
+    """What decides the part of a row: the smallest sum of squared distance and price.
 
     Attributes:
-        metric: for "cosine" vectors are normalised first.
-        centre: float32[dim], taken from vectors before anything else.
-        offsets: float32[n_parts, dim], the centroids less `centre`.
+        metric: for "cosine", vectors are normalised first.
+        centre: what is subtracted from vectors before anything else, float32[dim].
+        offsets: the centroids less `centre`, float32[n_parts, dim].
         prices: float32[n_parts].
     """
 
@@ -59,12 +68,12 @@ class PartModel:
 
     @property
     def n_parts(self) -> int:
-        """Parts."""
+        """The number of parts."""
         return len(self.prices)
 
     @property
     def centroids(self) -> Floats:
-        """float32[n_parts, dim]."""
+        """The centroids, float32[n_parts, dim]."""
         return self.offsets + self.centre
 
 
@@ -79,7 +88,10 @@ def train_parts(
     metric: str = "l2",
     progress: Progress | None = None,
 ) -> PartModel:
-    """Learns centroids and prices from a sample of at most 4096 rows a part. Arguments and errors as `balanced_partition`."""
+    """Learns centroids and prices from a sample of at most 4096 rows for each part.
+
+    The arguments and errors are those of `balanced_partition`.
+    """
     source = Source(vectors, metric)
     if not 1 <= n_parts <= source.count:
         raise InvalidInputError(f"{source.count} vectors cannot be split into {n_parts} parts")
@@ -104,7 +116,7 @@ def train_parts(
 
 
 def capacity(count: int, n_parts: int, max_share: float = MAX_SHARE) -> int:
-    """Rows that a part may have: the mean, rounded up, even where max_share allows less."""
+    """Returns the most rows of a part. It is at least the mean, rounded up, even if `max_share` allows less."""
     return max(int(max_share * count / n_parts), -(-count // n_parts))
 
 
@@ -119,18 +131,23 @@ def balanced_partition(
     metric: str = "l2",
     progress: Progress | None = None,
 ) -> tuple[Parts, Floats]:
-    """Splits vectors into parts of neighbours, none larger than `max_share` times the mean.
+    """Divides vectors into parts of neighbours, none of which is larger than `max_share` times the mean.
 
     Args:
-        vectors, seed, n_iterations, n_threads, metric, progress: as for `kmeans.kmeans`.
-        n_parts: at most n.
+        vectors: as for `kmeans.kmeans`.
+        n_parts: the number of parts, at most n.
         max_share: at least 1.
+        seed: as for `kmeans.kmeans`.
+        n_iterations: as for `kmeans.kmeans`.
+        n_threads: as for `kmeans.kmeans`.
+        metric: as for `kmeans.kmeans`.
+        progress: as for `kmeans.kmeans`.
 
     Returns:
-        part int32[n], and the centroids float32[n_parts, dim] that the rows were assigned by.
+        The part of each row, int32[n]. The centroids by which the rows were assigned, float32[n_parts, dim].
 
     Raises:
-        InvalidInputError: as `kmeans.kmeans`, and for max_share < 1.
+        InvalidInputError: `max_share` is below 1, or `kmeans.kmeans` would refuse the arguments.
     """
     model = train_parts(
         vectors,
@@ -160,16 +177,26 @@ def balanced_partition(
 
 
 def slice_of(count: int, n_slices: int, number: int) -> tuple[int, int]:
-    """The rows [begin, end) of a slice."""
+    """Returns the rows [begin, end) of a slice."""
     return count * number // n_slices, count * (number + 1) // n_slices
 
 
 def cheapest(
     model: PartModel, vectors: npt.ArrayLike | VectorSource, *, n_threads: int = 0, progress: Progress | None = None
 ) -> tuple[Parts, npt.NDArray[np.float64]]:
-    """What each row of a slice would take if there was room: int32[n]; and the sum of all rows, float64[dim].
+    """Finds the part that each row of a slice would take if every part had room.
 
-    Raises `InvalidInputError` as `kmeans.kmeans`.
+    Args:
+        model: the partition.
+        vectors: the rows of the slice.
+        n_threads: as for `kmeans.kmeans`.
+        progress: as for `kmeans.kmeans`.
+
+    Returns:
+        The part of each row, int32[n]. The sum of all rows, float64[dim].
+
+    Raises:
+        InvalidInputError: `kmeans.kmeans` would refuse the vectors.
     """
     source = Source(vectors, model.metric)
     part, total = np.empty(source.count, np.int32), np.zeros(source.dim)
@@ -186,14 +213,15 @@ def cheapest(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlicePlan:
-    """How the rows of all slices fit into the parts; the same in every process, for it is made of whole numbers.
+    """How the rows of all slices fit into the parts. It is the same in every process, because it holds only whole
+    numbers.
 
     Attributes:
-        moves: (giver, taker, rows): in this order, a part's first rows go to one that would be empty (vectors are equal, or
-            very few).
-        demand: int64[n_slices, n_parts]: the rows that take each part as the cheapest, after the moves.
-        kept: int64[n_slices, n_parts]: how many of these stay, and for parts with room that is all.
-        spare: int64[n_slices, n_parts]: the room for those that do not.
+        moves: (giver, taker, rows) in the order in which they happen. The first rows of a part go to one that would be
+            empty, because vectors are equal or very few.
+        demand: the rows whose cheapest part is each part, after the moves, int64[n_slices, n_parts].
+        kept: how many of these rows stay, int64[n_slices, n_parts]. All of them stay in a part with room.
+        spare: the room for rows that do not stay, int64[n_slices, n_parts].
     """
 
     moves: tuple[tuple[int, int, int], ...]
@@ -203,13 +231,14 @@ class SlicePlan:
 
 
 def plan_slices(counts: Counts, room: int) -> SlicePlan:
-    """The plan for slices that want so much of each part.
+    """Plans how the rows of all slices fit into the parts.
 
     Args:
-        counts: int64[n_slices, n_parts], of `cheapest`.
-        room: rows that a part may have.
+        counts: the counts from `cheapest`, int64[n_slices, n_parts].
+        room: the most rows of a part.
 
-    Raises `InvalidInputError` where they do not fit, or are fewer than the parts.
+    Raises:
+        InvalidInputError: the rows do not fit, or are fewer than the parts.
     """
     demand = counts.copy()
     n_parts = demand.shape[1]
@@ -225,7 +254,7 @@ def plan_slices(counts: Counts, room: int) -> SlicePlan:
         moves.append((giver, int(empty), rows))
     totals = demand.sum(axis=0)
     kept, spare = demand.copy(), np.zeros_like(demand)
-    for part in np.flatnonzero(totals > room):  # each slice its share, and all of them exactly `room`
+    for part in np.flatnonzero(totals > room):  # each slice keeps its share, and all together keep exactly `room`
         kept[:, part] = np.diff(np.cumsum(demand[:, part]) * room // totals[part], prepend=0)
     leaving = (demand - kept).sum(axis=1)
     left = np.maximum(room - totals, 0)
@@ -233,7 +262,7 @@ def plan_slices(counts: Counts, room: int) -> SlicePlan:
         spare = left[np.newaxis, :] * leaving[:, np.newaxis] // leaving.sum()
         left = left - spare.sum(axis=0)
         missing = np.maximum(leaving - spare.sum(axis=1), 0)
-        for number in np.flatnonzero(missing):  # what rounding down left over
+        for number in np.flatnonzero(missing):  # rounding down left some rows without room
             for part in np.flatnonzero(left):
                 more = min(int(missing[number]), int(left[part]))
                 spare[number, part] += more
@@ -252,12 +281,18 @@ def fill_slice(
     *,
     n_threads: int = 0,
 ) -> None:
-    """Changes `part`, what `cheapest` found for the rows of slice `number`, to what there is room for.
+    """Changes the parts that `cheapest` found for the rows of a slice to parts that have room.
 
-    Of a full part's rows those leave that lose least by it.
+    The rows that leave a full part are those that lose least by it.
 
     Args:
-        counts: int64[n_slices, n_parts], that the plan was made of.
+        model: the partition.
+        vectors: the rows of the slice.
+        part: the part of each row, int32[n], which is changed.
+        counts: the counts that the plan was made from, int64[n_slices, n_parts].
+        plan: the plan.
+        number: the number of the slice.
+        n_threads: as for `kmeans.kmeans`.
     """
     demand = counts.copy()
     for giver, taker, rows in plan.moves:
@@ -278,7 +313,7 @@ def fill_slice(
             if not len(here):
                 continue
             here_counts = np.bincount(mine[here], minlength=model.n_parts)
-            # A chunk has its share of what is kept, so that the first ones leave nothing worse to the last.
+            # Each chunk gets its share of the room, so that the last chunks are not worse off than the first.
             share = np.where(free < waiting, -(-free * here_counts // np.maximum(waiting, 1)), free)
             costs = squared_distances(chunk[here] - model.centre, model.offsets, pool) + model.prices
             found = _fill(costs, share)
@@ -288,7 +323,16 @@ def fill_slice(
 
 
 def _price(costs: Floats, prices: Floats, room: float) -> Parts:
-    """Changes the prices until no part has more than `room` rows, about; what each row then takes, int32[n]."""
+    """Raises the prices until no part has much more than `room` rows.
+
+    Args:
+        costs: squared distances, float32[n, n_parts].
+        prices: float32[n_parts], which is changed.
+        room: the most rows of a part.
+
+    Returns:
+        The part of each row at the final prices, int32[n].
+    """
     step = float(costs.min(axis=1).mean()) or 1.0
     mean = len(costs) / len(prices)
     best = (costs + prices).argmin(axis=1)
@@ -298,7 +342,7 @@ def _price(costs: Floats, prices: Floats, room: float) -> Parts:
         excess = (np.bincount(best, minlength=len(prices)) - room) / mean
         if (excess <= 0.005).all() and ((excess >= -0.005) | (prices == 0)).all():
             break
-        # Each part's own rate: halved where its excess changed sign, a little more where it did not (Rprop).
+        # Each part has a rate of its own (Rprop): halved if its excess changed sign, and otherwise a little larger.
         rates *= np.where(excess * last < 0, 0.5, 1.1)
         prices += (rates * np.clip(excess, -1, 1)).astype(np.float32)
         np.maximum(prices, 0, out=prices)
@@ -309,7 +353,15 @@ def _price(costs: Floats, prices: Floats, room: float) -> Parts:
 
 
 def _fill(costs: Floats, free: Counts) -> Parts:
-    """The cheapest part of each row that has room left; who would lose least by going elsewhere goes. Changes `costs`."""
+    """Assigns each row to the cheapest part that has room left. The rows that lose least by it give way.
+
+    Args:
+        costs: the costs of each part, float32[n, n_parts], which are changed.
+        free: the room of each part, int64[n_parts].
+
+    Returns:
+        The part of each row, int32[n].
+    """
     part: Parts = costs.argmin(axis=1).astype(np.int32)
     while True:
         full = np.flatnonzero(np.bincount(part, minlength=len(free)) > free)

@@ -1,15 +1,18 @@
-"""k-means over vectors in memory or in a mapped file.
+"""k-means over vectors in memory or in a file.
 
-Lloyd's algorithm (Lloyd 1982, "Least squares quantization in PCM"), trained on a sample and seeded by k-means++ (Arthur and
-Vassilvitskii 2007) where k is small; rows are then assigned a chunk at a time, so memory holds one chunk and the sample.
+This is Lloyd's algorithm (Lloyd 1982, "Least squares quantization in PCM"), trained on a sample.
+For small k, k-means++ chooses the first centroids (Arthur and Vassilvitskii 2007).
+All rows are then assigned to the centroids, a chunk at a time, so that memory holds one chunk and the sample.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,11 +27,11 @@ Parts = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int64]
 
 ROWS_PER_CENTROID = 256
-"""Of the sample that centroids are trained on, at most."""
+"""The most rows of the sample for each centroid."""
 MAX_COMPONENT = 1e15
-"""Squares of larger ones, summed, do not fit float32."""
+"""The largest component of a vector. The squares of larger ones can overflow float32 when they are summed."""
 
-_MAX_SEEDED = 256  # more centroids start as random rows: k-means++ looks at every row once a centroid
+_MAX_SEEDED = 256  # centroids of k-means++, which looks at every row once for each; more start as random rows
 _CHUNK_FLOATS = 1 << 22  # of a chunk's distances, and of its rows
 _SAMPLE_CHUNK = 16_384
 
@@ -38,28 +41,28 @@ Progress = Callable[[str, int, int], None]
 
 @runtime_checkable
 class VectorSource(Protocol):
-    """What vectors are read from: `datasets.VectorFile`, or anything like it."""
+    """What vectors are read from. `datasets.VectorFile` is one."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, dim)."""
+        """The number of rows and the components of a vector."""
 
     def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Rows [start, stop)."""
+        """Reads rows [start, stop)."""
 
     def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Some rows, ascending, each once."""
+        """Reads some rows. They ascend, and none is there twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """What `kmeans` found.
+    """The result of `kmeans`.
 
     Attributes:
-        centroids: float32[k, dim]; for cosine, of the normalised vectors (and not normalised themselves).
-        assignment: int32[n], the nearest centroid of each row.
-        sizes: int64[k]. None is empty, unless there are fewer than k distinct vectors.
-        radii: float32[k], the root of the mean squared distance of the members to their centroid; 0 for an empty one.
+        centroids: float32[k, dim]. For cosine, they are means of normalised vectors, and not normalised themselves.
+        assignment: the nearest centroid of each row, int32[n].
+        sizes: the number of rows of each centroid, int64[k]. It is 0 only if there are fewer than k distinct vectors.
+        radii: the root of the mean squared distance of each centroid's rows to it, float32[k]. It is 0 without rows.
     """
 
     centroids: Floats
@@ -81,16 +84,22 @@ def kmeans(
     """Clusters vectors around k centroids by squared l2 distance.
 
     Args:
-        vectors: [n, dim] of any real dtype, or a `VectorSource`, which is read chunk by chunk.
-        k: centroids, at most n.
-        seed: the same one gives the same clusters.
-        n_iterations: of Lloyd's algorithm, on a sample of at most 256 k rows; fewer when nothing changes any more.
-        n_threads: that share the chunks, beside those of BLAS; 0: one for each core.
-        metric: "cosine" normalises the vectors first (a zero vector stays zero); "l2" and "ip" take them as they are.
+        vectors: [n, dim] of any real dtype, or a `VectorSource`, which is read in chunks.
+        k: the number of centroids, at most n.
+        seed: the same seed gives the same clusters.
+        n_iterations: the most iterations of Lloyd's algorithm, on a sample of at most 256 k rows. It ends earlier if
+            nothing changes any more.
+        n_threads: the threads that share the chunks, besides those of BLAS. 0 stands for all cores.
+        metric: "cosine" normalises the vectors first, and a zero vector stays zero. "l2" and "ip" leave them as they
+            are.
         progress: see `Progress`.
 
+    Returns:
+        The clusters.
+
     Raises:
-        InvalidInputError: no vectors, k out of range, NaN or infinity in a vector, or a component beyond 1e15.
+        InvalidInputError: there are no vectors, k is out of range, a vector holds NaN or infinity, or a component is
+            beyond 1e15.
     """
     source = Source(vectors, metric)
     if not 1 <= k <= source.count:
@@ -125,7 +134,7 @@ def kmeans(
 
 
 def normalised(rows: npt.ArrayLike) -> Floats:
-    """Rows as float32[n, dim] of length 1; a zero row stays zero, as in hnswlib."""
+    """Scales rows to length 1, as float32[n, dim]. A zero row stays zero, as in hnswlib."""
     wide = np.asarray(rows, np.float64)
     unit: Floats = (wide / np.maximum(np.sqrt(np.square(wide).sum(axis=-1, keepdims=True)), 1e-30)).astype(np.float32)
     return unit
@@ -133,26 +142,34 @@ def normalised(rows: npt.ArrayLike) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class ArraySource:
-    """An array as a `VectorSource`; what is read of it are views where they can be."""
+    """An array as a `VectorSource`. What is read is a view of the array where numpy can make one."""
 
     rows: npt.NDArray[Any]
 
     @property
     def shape(self) -> Any:
-        """The array's."""
+        """The shape of the array."""
         return self.rows.shape
 
     def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Rows [start, stop)."""
+        """Returns rows [start, stop)."""
         return self.rows[start:stop]
 
     def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Some rows."""
+        """Returns some rows."""
         return self.rows[rows]
 
 
 class Source:
-    """Vectors as checked float32 chunks, normalised for cosine."""
+    """Reads vectors as checked float32 chunks, and normalises them for cosine.
+
+    Args:
+        vectors: [n, dim] of any real dtype, or a `VectorSource`.
+        metric: "l2", "ip" or "cosine".
+
+    Raises:
+        InvalidInputError: the metric is unknown, or the vectors are not real numbers of shape [n, dim].
+    """
 
     def __init__(self, vectors: npt.ArrayLike | VectorSource, metric: str) -> None:
         if metric not in METRICS:
@@ -170,6 +187,12 @@ class Source:
         self._cosine = metric == "cosine"
 
     def _checked(self, rows: npt.NDArray[Any], numbers: Callable[[int], int]) -> Floats:
+        """Converts rows to float32, and refuses those that cannot be clustered.
+
+        Args:
+            rows: [n, dim].
+            numbers: returns the number of a row, for the error message.
+        """
         with np.errstate(over="ignore"):
             part = np.array(rows, np.float32, order="C")
         fine = np.abs(part).max(axis=1) <= MAX_COMPONENT
@@ -180,13 +203,13 @@ class Source:
         return normalised(part) if self._cosine else part
 
     def chunks(self, rows: int) -> Iterator[tuple[int, Floats]]:
-        """(first row, float32[<= rows, dim], which the caller may change)."""
+        """Yields (first row, float32[<= rows, dim]). The caller may change the array."""
         for start in range(0, self.count, rows):
             stop = min(start + rows, self.count)
-            yield start, self._checked(self._rows.read(start, stop), lambda row, start=start: start + row)  # type: ignore[misc]
+            yield start, self._checked(self._rows.read(start, stop), partial(operator.add, start))
 
     def sample(self, rows: int, generator: np.random.Generator) -> Floats:
-        """At most so many rows, drawn without replacement, in random order."""
+        """Draws at most so many rows, without replacement, in random order."""
         if rows >= self.count:
             wanted = np.arange(self.count)
         else:
@@ -200,24 +223,29 @@ class Source:
 
 
 def thread_count(n_threads: int) -> int:
-    """As asked for; 0: one for each core. Raises `InvalidInputError`."""
+    """Returns the number of threads that `n_threads` stands for. 0 stands for all cores.
+
+    Raises:
+        InvalidInputError: the number is negative.
+    """
     if n_threads < 0:
         raise InvalidInputError(f"n_threads must be >= 0, not {n_threads}")
     return n_threads or len(os.sched_getaffinity(0))
 
 
 def chunk_rows(k: int, dim: int) -> int:
-    """Rows to compare with k centroids at once."""
+    """Returns the number of rows to compare with k centroids at once."""
     return max(256, _CHUNK_FLOATS // max(k, dim))
 
 
 def _pieces(rows: Floats, k: int) -> list[Floats]:
+    """Splits rows into pieces, one for each task of a thread."""
     step = chunk_rows(k, rows.shape[1]) // 4
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 def _nearest(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> tuple[Parts, Floats]:
-    """The nearest centroid of each row, int32[n], and its squared distance, float32[n]."""
+    """Returns the nearest centroid of each row, int32[n], and its squared distance, float32[n]."""
     half = np.square(centroids).sum(axis=1) / 2
 
     def of(piece: Floats) -> tuple[Parts, Floats]:
@@ -232,7 +260,7 @@ def _nearest(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> tuple
 
 
 def squared_distances(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> Floats:
-    """float32[n, k]."""
+    """Returns the squared distance of each row to each centroid, float32[n, k]."""
     squares = np.square(centroids).sum(axis=1)
 
     def of(piece: Floats) -> Floats:
@@ -247,7 +275,10 @@ def squared_distances(rows: Floats, centroids: Floats, pool: ThreadPoolExecutor)
 
 
 def initial_centroids(sample: Floats, k: int, generator: np.random.Generator) -> Floats:
-    """k rows of the sample: each drawn by its squared distance to those before it (k-means++), or at random."""
+    """Chooses k rows of the sample.
+
+    For small k, each row is drawn with a chance in proportion to its squared distance from those before it (k-means++).
+    """
     if k > _MAX_SEEDED:
         return sample[:k].copy()
     centroids = np.empty((k, sample.shape[1]), np.float32)
@@ -265,13 +296,23 @@ def initial_centroids(sample: Floats, k: int, generator: np.random.Generator) ->
 
 
 def _lloyd_step(sample: Floats, centroids: Floats, pool: ThreadPoolExecutor) -> bool:
-    """Moves the centroids; whether any did."""
+    """Moves the centroids, and returns whether any of them moved."""
     nearest, gaps = _nearest(sample, centroids, pool)
     return move_centroids(sample, nearest, gaps, centroids)
 
 
 def move_centroids(sample: Floats, part: Parts, gaps: Floats, centroids: Floats) -> bool:
-    """Centroids become the means of their rows; an empty one becomes the row that is farthest from its own."""
+    """Moves each centroid to the mean of its rows. An empty one takes the row that is farthest from its own centroid.
+
+    Args:
+        sample: float32[n, dim].
+        part: the centroid of each row, int32[n].
+        gaps: the squared distance of each row to its centroid, float32[n].
+        centroids: float32[k, dim], which is changed.
+
+    Returns:
+        Whether any centroid moved.
+    """
     k = len(centroids)
     sizes = np.bincount(part, minlength=k)
     filled = np.flatnonzero(sizes)

@@ -1,4 +1,4 @@
-"""A collection's manifest: which files hold its shards, and what they were built with."""
+"""The manifest of a collection: the files that hold its shards, and what they were built with."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from cotra_rdma.errors import FormatError, InvalidInputError
 MANIFEST = "collection.json"
 FORMAT = "cotra-collection"
 FORMAT_VERSION = 3
-"""1 had no partition, coarse tables or calibration, 2 no graph's name, and of shards no bases, generations, checksums and
-centroids; both are read still."""
+"""The version that is written. Versions 1 and 2 can still be read.
+
+Version 1 has no partition, coarse tables and calibration.
+Versions 1 and 2 have no `graph_id`, and their shards have no bases, generations, checksums and centroids.
+"""
 
 PARTITIONS = ("range", "kmeans")
 GRAPHS = ("independent", "global")
@@ -28,17 +31,19 @@ GRAPHS = ("independent", "global")
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """One shard of a collection: `count` rows of the data set, under their row numbers as ids.
+    """One shard of a collection: `count` rows of the data set, with their row numbers as ids.
 
     Attributes:
-        name: of the file.
-        first_id: the smallest id; in a range partition the others follow one by one.
-        count: vectors.
-        image_bytes: the file's length.
-        coarse_name: of the file of its coarse table; None in a collection of version 1.
-        base: the number of its first node in the graph over all shards; 0 where each has a graph of its own.
-        generation, image_checksum: of the image; None in collections of versions 1 and 2.
-        centroid: dim numbers, of the partition (for cosine of normalised vectors); None where that has none.
+        name: the name of the shard's file.
+        first_id: the smallest id. In a range partition, the other ids follow one by one.
+        count: the number of vectors.
+        image_bytes: the length of the file.
+        coarse_name: the name of the file of the coarse table. None in a collection of version 1.
+        base: the number of the shard's first node in one graph. 0 for an independent shard.
+        generation: the generation of the image. None in collections of versions 1 and 2.
+        image_checksum: the checksum of the image. None in collections of versions 1 and 2.
+        centroid: the shard's centroid in the partition, dim numbers. For cosine, vectors are normalised first. None if
+            the partition has no centroids.
     """
 
     name: str
@@ -54,16 +59,23 @@ class ShardFile:
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """What the manifest says.
+    """The content of a manifest.
 
     Attributes:
-        dim, metric, count, M, ef_construction, seed: what it was built from and with.
-        generation: counts up when a collection is built again in the same place.
-        shards: in the order in which they are served.
-        partition: how the rows were split: "range" or "kmeans".
-        graph: "independent": each shard has a graph of its own; "global": they make one graph (`cotra_rdma._build.cross_links`).
-        calibration: of Compass; None where there is one shard, or too few vectors to learn from.
-        graph_id: names the graph over all shards, as their images do; 0 where there is none, or the version does not tell.
+        dim: the components of a vector.
+        metric: "l2", "ip" or "cosine".
+        count: the number of rows of the data set.
+        M: a parameter of the build, as for `Shard.build`.
+        ef_construction: a parameter of the build, as for `Shard.build`.
+        seed: a parameter of the build, as for `Shard.build`.
+        generation: a number that grows when the collection is built again in the same place.
+        shards: the shards, in the order in which they are served.
+        partition: how the rows were divided, "range" or "kmeans".
+        graph: "independent" if each shard is searched by itself, or "global" if the shards make one graph
+            (`cotra_rdma._build.cross_links`).
+        calibration: the calibration of Compass. None if there is one shard, or there were too few vectors.
+        graph_id: the number that names one graph, which is also in the images. 0 if there is none, or the version has
+            no such field.
     """
 
     dim: int
@@ -81,13 +93,15 @@ class Collection:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, shard_files: bool = True) -> Self:
-        """Reads the manifest in `directory`.
+        """Reads the manifest in a directory.
 
         Args:
-            shard_files: whether the files that it names must be there too. A reader needs none of them, and the owner of
-                some shards only those.
+            directory: the directory of the collection.
+            shard_files: whether the files that the manifest names must exist. A reader needs none of them, and an owner
+                needs only those of its shards.
 
-        Raises `FormatError` when it is not a manifest, or a file is missing.
+        Raises:
+            FormatError: there is no manifest, it is malformed, or a file is missing.
         """
         path = Path(directory) / MANIFEST
         try:
@@ -97,12 +111,14 @@ class Collection:
             calibration = raw.pop("calibration", None)
             loaded = cls(**raw, shards=shards)
         except FileNotFoundError:
-            raise FormatError(f"{directory}: holds no {MANIFEST}: not a directory that `cotra build` made") from None
+            raise FormatError(
+                f"{directory}: holds no {MANIFEST}, so it is not a directory that `cotra build` made"
+            ) from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FormatError(f"{path}: malformed manifest: {error}") from error
         if form not in [(FORMAT, version) for version in range(1, FORMAT_VERSION + 1)]:
             raise FormatError(
-                f"{path}: is {form[0]} version {form[1]}, and this release reads {FORMAT} {FORMAT_VERSION}"
+                f"{path}: is {form[0]} version {form[1]}, and this release reads {FORMAT} up to {FORMAT_VERSION}"
             )
         for name in (name for shard in shards for name in (shard.name, shard.coarse_name) if name is not None):
             if not isinstance(name, str) or Path(name).name != name:
@@ -132,11 +148,23 @@ class Collection:
         write_whole(directory / MANIFEST, [("{\n" + ",\n".join(lines) + "\n}\n").encode()])
 
     def summary(self) -> dict[str, Any]:
-        """All but the calibration, as values that JSON knows."""
+        """Returns everything except the calibration, as values that JSON knows."""
         return {name: value for name, value in asdict(self).items() if name != "calibration"}
 
     def coarse_table(self, directory: str | os.PathLike[str], shard: int) -> CoarseTable | None:
-        """The coarse table of a shard; None in a collection of version 1. Raises `FormatError`, also for another shard's."""
+        """Reads the coarse table of a shard.
+
+        Args:
+            directory: the directory of the collection.
+            shard: the number of the shard.
+
+        Returns:
+            The coarse table, or None in a collection of version 1.
+
+        Raises:
+            FormatError: the table is malformed, or is of another shard.
+            OSError: the file cannot be read.
+        """
         entry = self.shards[shard]
         if entry.coarse_name is None:
             return None
@@ -146,18 +174,30 @@ class Collection:
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
         if (table.count, table.dim) != (entry.count, self.dim):
-            raise FormatError(f"{path}: is of {table.count} vectors of dimension {table.dim}, and the shard is not")
+            raise FormatError(
+                f"{path}: is of {table.count} vectors of dimension {table.dim}, "
+                f"not of the shard's {entry.count} of {self.dim}"
+            )
         return table
 
     def router(self, directory: str | os.PathLike[str]) -> Router | None:
-        """Compass over the shards of `directory`; None in a collection of version 1. Raises `FormatError`."""
+        """Makes Compass for the collection. Returns None for a collection of version 1.
+
+        Raises:
+            FormatError: a coarse table is malformed, or does not fit.
+            OSError: a file cannot be read.
+        """
         tables = [self.coarse_table(directory, number) for number in range(len(self.shards))]
         known = [table for table in tables if table is not None]
         return Router(known, self.calibration, self.metric) if len(known) == len(tables) else None
 
 
 def collection_directory(path: str | os.PathLike[str]) -> Path:
-    """The directory of the collection that `path` names: itself, or its manifest. Raises `FormatError` for any other."""
+    """Returns the directory of the collection that `path` names: the directory itself, or its manifest.
+
+    Raises:
+        FormatError: the path names no collection.
+    """
     given = Path(path)
     if given.is_dir():
         return given
@@ -168,13 +208,20 @@ def collection_directory(path: str | os.PathLike[str]) -> Path:
             json.loads(given.read_bytes())
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{given}: malformed manifest: {error}") from None
-    raise FormatError(f"{given}: is neither a directory that `cotra build` made nor its {MANIFEST}")
+    raise FormatError(f"{given}: is neither a directory that `cotra build` made nor the {MANIFEST} in it")
 
 
 def place_of(path: str | os.PathLike[str]) -> tuple[Collection, int] | None:
-    """The collection in whose directory a shard's file lies, and the shard's number in it; None where it is in none.
+    """Finds the collection in whose directory a shard's file is.
 
-    Raises `FormatError` for a manifest that is malformed.
+    Args:
+        path: the shard's file.
+
+    Returns:
+        The collection, and the number of the shard in it. None if the file belongs to no collection.
+
+    Raises:
+        FormatError: the manifest is malformed.
     """
     file = Path(path)
     if not (file.parent / MANIFEST).is_file():
@@ -185,10 +232,18 @@ def place_of(path: str | os.PathLike[str]) -> tuple[Collection, int] | None:
 
 
 def coarse_of(path: str | os.PathLike[str]) -> tuple[CoarseTable, dict[str, Any]] | None:
-    """The coarse table of a shard's file, and what goes with it on the wire (type 53): its number in the collection that it
-    lies in, and that one's calibration. None where it is in none.
+    """Reads the coarse table of a shard, and the fields that go with it in a message of type 53.
 
-    Raises `FormatError` for a collection that is broken, OSError where the table is missing.
+    Args:
+        path: the shard's file.
+
+    Returns:
+        The table, and a map of the number of the shard in its collection and the collection's calibration. None if the
+        file belongs to no collection.
+
+    Raises:
+        FormatError: the collection is malformed.
+        OSError: the table's file cannot be read.
     """
     place = place_of(path)
     if place is None:
@@ -202,21 +257,22 @@ def coarse_of(path: str | os.PathLike[str]) -> tuple[CoarseTable, dict[str, Any]
 
 
 def shard_paths(paths: Iterable[str | os.PathLike[str]], shards: Sequence[int] | None = None) -> list[Path]:
-    """The shard files that `paths` name: files as they are, collections by their directory or manifest.
+    """Returns the shard files that some paths name.
 
     Args:
-        paths: files and collections.
-        shards: of collections only those with these numbers; None: all. The files of others need not be there.
+        paths: shard files, and collections by their directory or manifest.
+        shards: the numbers of the shards to return, for collections. None stands for all. The files of other shards
+            need not exist.
 
     Raises:
-        FormatError: no collection, a malformed one, or one with files missing. InvalidInputError: a number that it does not
-        have, or numbers for what is no collection.
+        FormatError: a path names no collection, or the collection is malformed or lacks files.
+        InvalidInputError: a collection has no such shard, or there are numbers for a path that is not a collection.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir() and path.name != MANIFEST:
             if shards is not None:
-                raise InvalidInputError(f"{path}: is no collection, and shards cannot be chosen of it")
+                raise InvalidInputError(f"{path}: is no collection, so shards cannot be chosen from it")
             if (path.parent / MANIFEST).is_file() and place_of(path) is None:
                 raise InvalidInputError(
                     f"{path}: the collection in its directory does not name it: it is of another build"
@@ -238,7 +294,7 @@ def _shard_file(raw: dict[str, Any]) -> ShardFile:
 
 
 def _fault(collection: Collection, version: int) -> str:
-    """What is wrong with a manifest's numbers; "" when nothing is."""
+    """Returns what is wrong with the numbers of a manifest, or "" if nothing is."""
     shards = collection.shards
 
     def whole(value: object, low: int, bits: int) -> bool:

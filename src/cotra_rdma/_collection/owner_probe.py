@@ -1,4 +1,7 @@
-"""Which owners answer: one short control call to each, several at once, each with a time-out of its own."""
+"""Asks owners whether they answer, and what they serve.
+
+Each owner gets one short control call with a time-out of its own, and several owners are asked at once.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,14 @@ AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class OwnerStatus:
-    """What an owner told, or why it told nothing.
+    """What an owner answered, or why it did not.
 
     Attributes:
-        address: where it was asked.
-        serves: what it serves; None where it did not answer.
-        transports: the ways to its shard that it offers.
-        latency_s: of a control call on a connection that stands, in seconds; 0 where it did not answer.
-        problem: why there is no answer, or why it cannot be used; "" where all is well.
+        address: the address that was asked.
+        serves: what the owner serves. None if it did not answer.
+        transports: the transports that the owner offers for its shard.
+        latency_s: the time of a control call on an open connection, in seconds. 0 if the owner did not answer.
+        problem: why there is no answer, or why the answer cannot be used. "" if all is well.
     """
 
     address: str
@@ -43,14 +46,15 @@ class OwnerStatus:
 
 
 def ask_owners(addresses: Sequence[str], timeout_s: float, tls: Tls | None = None) -> list[OwnerStatus]:
-    """Asks owners what they serve, up to 32 at once.
+    """Asks owners what they serve, up to 32 at once. It raises no error; a failure is in the status.
 
     Args:
-        addresses: HOST:PORT of each.
+        addresses: HOST:PORT of each owner.
         timeout_s: the longest wait for one of them, in seconds.
-        tls: this side's certificate, where the owners want one.
+        tls: this side's certificate, if the owners want one.
 
-    Returns: one for each address, in order. It raises nothing: what goes wrong is the status's `problem`.
+    Returns:
+        A status for each address, in order.
     """
     if not addresses:
         return []
@@ -59,6 +63,7 @@ def ask_owners(addresses: Sequence[str], timeout_s: float, tls: Tls | None = Non
 
 
 def _ask(address: str, timeout_s: float, tls: Tls | None) -> OwnerStatus:
+    """Asks one owner."""
     deadline = time.monotonic() + timeout_s
     request = encode_region(RegionRequest(WANT_CAPABILITIES, secrets.token_hex(8)))
     envelope = VShardEnvelope(WIRE_VERSION, VShardMessageType.VECTOR_MEM_REGION_REQUEST, 0, 0, 0, request)
@@ -76,6 +81,6 @@ def _ask(address: str, timeout_s: float, tls: Tls | None) -> OwnerStatus:
     except (CotraError, OSError, ValueError) as error:
         return OwnerStatus(address, None, (), 0.0, str(error) or type(error).__name__)
     if answer.code or answer.shard is None:
-        return OwnerStatus(address, None, (), latency_s, answer.message or "it does not say what it serves")
+        return OwnerStatus(address, None, (), latency_s, answer.message or "the owner does not say what it serves")
     offered = tuple(name for name, why_not in answer.transports.items() if not why_not)
     return OwnerStatus(address, answer.shard, offered, latency_s, "")

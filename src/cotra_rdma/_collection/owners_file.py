@@ -1,7 +1,9 @@
-"""`owners.json`: who serves the shards of a collection, noted beside its manifest (docs/reference/collection.md).
+"""`owners.json`: the owners of the shards of a collection, in a file beside its manifest
+(docs/reference/collection.md).
 
-Owners on one directory write it one after the other: each holds an exclusive lock on a file beside it (flock(2)) while it
-reads, changes and renames a new one into place. Readers need no lock: what they read is always a whole file.
+Owners that share a directory write the file one after the other.
+Each holds an exclusive lock on a second file (flock(2)) while it reads, changes and renames the new file into place.
+Readers need no lock, because they always read a complete file.
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ _ASIDE = ".owners.new"
 _LOCK_TIMEOUT_S = 5.0
 _LOCK_RETRY_S = 0.02
 _MAX_BYTES = 16 << 20
-_LOOK_S = 1.0  # a port of this host answers, or refuses, at once
+_LOOK_S = 1.0  # more than a port of this host needs to answer or refuse
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[\w.-]+):[0-9]{1,5}", re.ASCII)
 _MAX_ADDRESS = 300  # characters; a host name has 253 at most (RFC 1035, section 2.3.4)
 
 Owners = dict[int, list[str]]
-"""A shard's number -> the addresses of its owners; several owners of one shard are replicas."""
+"""The number of a shard -> the addresses of its owners. Several owners of one shard are replicas."""
 
 
 def is_address(text: object) -> bool:
-    """Whether it is HOST:PORT or [V6]:PORT, as others can reach it: with a port from 1 to 65535."""
+    """Returns whether a text is HOST:PORT or [V6]:PORT, with a port from 1 to 65535 that others can connect to."""
     if not isinstance(text, str) or len(text) > _MAX_ADDRESS:
         return False
     if _ADDRESS.fullmatch(text) is None:
@@ -53,7 +55,11 @@ def is_address(text: object) -> bool:
 
 
 def load(directory: str | os.PathLike[str]) -> Owners:
-    """What `owners.json` in `directory` says; {} where there is none. Raises `FormatError` when it is malformed."""
+    """Reads `owners.json` in a directory. Returns {} if the file does not exist.
+
+    Raises:
+        FormatError: the file is malformed.
+    """
     path = Path(directory) / OWNERS
     try:
         with path.open("rb") as file:
@@ -61,7 +67,7 @@ def load(directory: str | os.PathLike[str]) -> Owners:
     except FileNotFoundError:
         return {}
     if len(content) > _MAX_BYTES:
-        raise FormatError(f"{path}: more than {_MAX_BYTES} bytes")
+        raise FormatError(f"{path}: holds more than {_MAX_BYTES} bytes")
     try:
         raw = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -89,18 +95,24 @@ def _checked(raw: Any, path: Path) -> Owners:
     return owners
 
 
-def add(directory: str | os.PathLike[str], served: Iterable[tuple[int, str]]) -> None:
-    """Notes owners.
+def add(
+    directory: str | os.PathLike[str], served: Iterable[tuple[int, str]], *, lock_timeout_s: float = _LOCK_TIMEOUT_S
+) -> None:
+    """Adds owners to the file.
 
-    An address serves one shard: where it is noted for another, or was left there by an owner that was killed, it is moved.
+    An address serves one shard.
+    If it is in the file for another shard, it is moved; an owner that was killed may have left it there.
 
     Args:
-        directory: of the collection.
-        served: (a shard's number, its owner's address), one or more.
+        directory: the directory of the collection.
+        served: (the number of a shard, the address of its owner), one or more.
+        lock_timeout_s: the longest wait for the lock, in seconds.
 
     Raises:
-        InvalidInputError: a number or an address that is none. FormatError: the file that is there is malformed, and stays
-        as it is. OSError: it cannot be written; `TimeoutError` where another process keeps it locked.
+        InvalidInputError: a number is negative, or an address is not HOST:PORT.
+        FormatError: the file is malformed. It stays as it is.
+        TimeoutError: another process keeps the file locked.
+        OSError: the file cannot be written.
     """
     new = list(served)
     for number, address in new:
@@ -112,11 +124,14 @@ def add(directory: str | os.PathLike[str], served: Iterable[tuple[int, str]]) ->
         for number, address in new:
             owners.setdefault(number, []).append(address)
 
-    _change(Path(directory), change)
+    _change(Path(directory), change, lock_timeout_s)
 
 
 def remove(directory: str | os.PathLike[str], served: Iterable[tuple[int, str]]) -> None:
-    """Takes owners out; those that are not noted are no error. Arguments and errors as `add`."""
+    """Removes owners from the file. Owners that are not in the file are ignored.
+
+    The arguments and errors are those of `add`.
+    """
     gone = list(served)
 
     def change(owners: Owners) -> None:
@@ -127,15 +142,22 @@ def remove(directory: str | os.PathLike[str], served: Iterable[tuple[int, str]])
 
 
 def prune(directory: str | os.PathLike[str]) -> list[str]:
-    """Takes out the owners of this host that were killed: those at an IP address of its own where nobody listens.
+    """Removes the owners of this host that were killed.
 
-    Of other hosts' nothing is known, and an owner that is stopped, or busy, still listens.
+    These are owners at an IP address of this host where nothing listens.
+    Nothing is known about owners on other hosts.
+    An owner that is stopped or busy still listens, and stays.
 
-    Returns: their addresses. Raises: `FormatError` and `OSError` as `add`.
+    Returns:
+        The addresses of the removed owners.
+
+    Raises:
+        FormatError: as for `add`.
+        OSError: as for `add`.
     """
     gone: list[str] = []
 
-    def change(owners: Owners) -> None:  # under the lock: who is noted listens already
+    def change(owners: Owners) -> None:  # an owner listens before it is added, and the lock is held
         gone.extend(address for address in {at for of in owners.values() for at in of} if _is_gone(address))
         _drop(owners, gone)
 
@@ -144,12 +166,13 @@ def prune(directory: str | os.PathLike[str]) -> list[str]:
 
 
 def _is_gone(address: str) -> bool:
+    """Returns whether an address is one of this host, and nothing listens there."""
     host, _, port = address.rpartition(":")
     try:
         to = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
         with socket.socket(*to[:3]) as probe:
             probe.settimeout(_LOOK_S)
-            probe.bind((to[4][0], 0, *to[4][2:]))  # another host's address cannot be had
+            probe.bind((to[4][0], 0, *to[4][2:]))  # fails for an address of another host
             probe.connect(to[4])
     except ConnectionRefusedError:
         return True
@@ -159,15 +182,15 @@ def _is_gone(address: str) -> bool:
 
 
 def addresses_of(path: str | os.PathLike[str]) -> list[list[str]]:
-    """The owners of each shard of a collection, in the order of its shards; [] for a shard that has none.
+    """Returns the owners of each shard of a collection, in the order of its shards. A shard without owners has [].
 
-    Numbers beyond the collection's shards are left over from an earlier build, and looked over.
+    Shard numbers beyond those of the collection come from an earlier build, and are ignored.
 
     Args:
-        path: the collection's directory, or its `collection.json`; its shard files need not be there.
+        path: the directory of the collection, or its `collection.json`. The shard files need not be there.
 
     Raises:
-        FormatError: no collection there, or a malformed manifest or `owners.json`.
+        FormatError: there is no collection, or its manifest or `owners.json` is malformed.
     """
     directory = collection_directory(path)
     collection, owners = Collection.load(directory, shard_files=False), load(directory)
@@ -175,23 +198,34 @@ def addresses_of(path: str | os.PathLike[str]) -> list[list[str]]:
 
 
 def misfit(collection: Collection, number: int, found: ShardFields) -> str:
-    """By what a shard is another one than the manifest's shard `number`; "" where nothing tells them apart."""
+    """Compares a shard that an owner serves with the manifest.
+
+    Args:
+        collection: the collection.
+        number: the number of the shard in the manifest.
+        found: what the owner says about its shard.
+
+    Returns:
+        How the two differ, or "" if they do not.
+    """
     entry = collection.shards[number]
     generation = collection.generation if entry.generation is None else entry.generation
     if found.generation != generation:
         return f"generation {found.generation}, and the manifest has {generation}"
-    told = (found.dim, found.metric, found.count, found.image_bytes)
-    if told != (collection.dim, collection.metric, entry.count, entry.image_bytes):
+    theirs = (found.dim, found.metric, found.count, found.image_bytes)
+    if theirs != (collection.dim, collection.metric, entry.count, entry.image_bytes):
         return (
             f"{found.count} x {found.dim} vectors, {found.metric}, in {found.image_bytes} bytes, and the manifest has "
             f"{entry.count} x {collection.dim}, {collection.metric}, in {entry.image_bytes}"
         )
-    if entry.image_checksum is None or found.image_checksum is None:  # a collection, or an owner, of an earlier version
+    if (
+        entry.image_checksum is None or found.image_checksum is None
+    ):  # the collection or the owner is of an earlier version
         return ""
     if (found.graph_id, found.graph_base) != (collection.graph_id, entry.base):
         return (
-            f"nodes from {found.graph_base} of graph {found.graph_id:016x}, and the manifest has those from {entry.base} of "
-            f"{collection.graph_id:016x}"
+            f"nodes from {found.graph_base} of graph {found.graph_id:016x}, and the manifest has those from "
+            f"{entry.base} of {collection.graph_id:016x}"
         )
     if found.image_checksum != entry.image_checksum:
         return f"an image with checksum {found.image_checksum:016x}, and the manifest has {entry.image_checksum:016x}"
@@ -199,6 +233,7 @@ def misfit(collection: Collection, number: int, found: ShardFields) -> str:
 
 
 def _drop(owners: Owners, addresses: Sequence[str], only: int | None = None) -> None:
+    """Removes addresses from all shards, or only from one."""
     for number in list(owners) if only is None else [only]:
         left = [address for address in owners.get(number, ()) if address not in addresses]
         if left:
@@ -207,8 +242,9 @@ def _drop(owners: Owners, addresses: Sequence[str], only: int | None = None) -> 
             owners.pop(number, None)
 
 
-def _change(directory: Path, change: Callable[[Owners], None]) -> None:
-    with _locked(directory):
+def _change(directory: Path, change: Callable[[Owners], None], lock_timeout_s: float = _LOCK_TIMEOUT_S) -> None:
+    """Changes the file under the lock. A file that stays the same is not written."""
+    with _locked(directory, lock_timeout_s):
         owners = load(directory)
         before = {number: list(addresses) for number, addresses in owners.items()}
         change(owners)
@@ -216,7 +252,7 @@ def _change(directory: Path, change: Callable[[Owners], None]) -> None:
             return
         shards = {str(number): owners[number] for number in sorted(owners)}
         text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "shards": shards}, indent=2)
-        aside = directory / _ASIDE  # its name is free: who writes it holds the lock
+        aside = directory / _ASIDE  # only the holder of the lock writes to this name
         with aside.open("w", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
@@ -225,10 +261,10 @@ def _change(directory: Path, change: Callable[[Owners], None]) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """The lock file stays: to remove it would let two processes lock two files of one name."""
+def _locked(directory: Path, timeout_s: float) -> Iterator[None]:
+    """Holds the lock. The lock file is never removed: else two processes could lock two files of the same name."""
     with (directory / _LOCK).open("a") as file:
-        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,7 +272,7 @@ def _locked(directory: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise TimeoutError(
-                        f"{directory / _LOCK}: another process has kept it locked for {_LOCK_TIMEOUT_S:.0f} s"
+                        f"{directory / _LOCK}: another process has kept it locked for {timeout_s:g} s"
                     ) from None
                 time.sleep(_LOCK_RETRY_S)
         yield

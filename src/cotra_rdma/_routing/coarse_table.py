@@ -1,8 +1,10 @@
-"""`CoarseTable`: a shard described by its inverted lists, in a few KiB: what Compass chooses shards by.
+"""`CoarseTable`: a shard described by its inverted lists, in a few KiB. Compass chooses shards by the coarse tables.
 
-As bytes: float16 centroids (the rounding, at most 2^-11 of a component, is far below a list's radius), uint32 sizes and
-float32 radii. The tables' use is that of the coarse quantiser of an inverted file (Jégou, Douze and Schmid 2011, "Product
-quantization for nearest neighbor search", section IV).
+A coarse table is encoded as float16 centroids, uint32 sizes and float32 radii.
+Rounding to float16 changes a component by at most 2^-11 of itself, far less than a list's radius.
+The tables play the part of the coarse quantiser of an inverted file (Jégou, Douze and Schmid 2011, "Product
+quantization
+for nearest neighbor search", section IV).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ N_LISTS = 64
 MAX_LISTS = 1 << 16
 MAX_DIM = 4096
 MIN_LIST_ROWS = 8
-"""Of a small shard's lists, on average."""
+"""The least mean number of vectors in a list. A small shard gets fewer lists."""
 
 _MAGIC = b"CTCR"
 _VERSION = 1
@@ -39,12 +41,12 @@ class CoarseTable:
     """The lists of one shard.
 
     Attributes:
-        centroids: float32[n_lists, dim]; for cosine, of the normalised vectors.
-        sizes: int64[n_lists], the vectors in each.
-        radii: float32[n_lists], the root of their mean squared distance to the centroid.
+        centroids: float32[n_lists, dim]. For cosine, they are means of normalised vectors.
+        sizes: the number of vectors in each list, int64[n_lists].
+        radii: the root of the mean squared distance of each list's vectors to their centroid, float32[n_lists].
 
     Raises:
-        FormatError: shapes that do not fit each other, NaN, infinity, or a number out of its range.
+        FormatError: shapes do not fit each other, or a number is NaN, infinite or out of its range.
     """
 
     centroids: npt.NDArray[np.float32]
@@ -79,14 +81,21 @@ class CoarseTable:
         n_threads: int = 0,
         progress: Progress | None = None,
     ) -> tuple[Self, Clusters]:
-        """The table of a shard's vectors [n, dim], and the clusters behind it.
+        """Makes the coarse table of a shard.
 
         Args:
-            vectors, metric, seed, n_threads, progress: as for `kmeans`.
-            n_lists: fewer are made where they would hold less than 8 vectors on average.
+            vectors: the vectors of the shard, [n, dim], as for `kmeans`.
+            n_lists: the number of lists. Fewer are made if they would hold less than 8 vectors on average.
+            metric: as for `kmeans`.
+            seed: as for `kmeans`.
+            n_threads: as for `kmeans`.
+            progress: as for `kmeans`.
+
+        Returns:
+            The table, and the clusters that it was made from.
 
         Raises:
-            InvalidInputError: as `kmeans`, or n_lists out of range.
+            InvalidInputError: `n_lists` is out of range, or `kmeans` refuses the vectors.
         """
         if not 1 <= n_lists <= MAX_LISTS:
             raise InvalidInputError(f"n_lists must be in [1, {MAX_LISTS}], not {n_lists}")
@@ -104,19 +113,22 @@ class CoarseTable:
 
     @property
     def dim(self) -> int:
-        """Components of a centroid."""
+        """The components of a centroid."""
         return int(self.centroids.shape[1])
 
     @property
     def count(self) -> int:
-        """Vectors in the shard."""
+        """The number of vectors in the shard."""
         return int(self.sizes.sum())
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def encode(self) -> bytes:
-        """As bytes, little-endian; float32 centroids where float16 does not hold the numbers' range."""
+        """Encodes the table as little-endian bytes.
+
+        Centroids are stored as float32 if float16 does not hold the range of the numbers.
+        """
         top = np.abs(self.centroids).max()
         narrow = top <= _FLOAT16_MAX and (top == 0 or top >= 64 * _FLOAT16_MIN)
         dtype = "<f2" if narrow else "<f4"
@@ -132,15 +144,19 @@ class CoarseTable:
 
     @classmethod
     def decode(cls, data: bytes | bytearray | memoryview) -> Self:
-        """Reads what `encode` made. Raises `FormatError` for anything else."""
+        """Decodes what `encode` made.
+
+        Raises:
+            FormatError: the bytes are anything else.
+        """
         view = memoryview(data).cast("B")
         if len(view) < _HEADER.size:
-            raise FormatError(f"coarse table: {len(view)} bytes are too few")
+            raise FormatError(f"coarse table: {len(view)} bytes are too few for a header of {_HEADER.size}")
         magic, version, width, n_lists, dim = _HEADER.unpack(view[: _HEADER.size])
         if magic != _MAGIC:
-            raise FormatError("coarse table: these bytes are none")
+            raise FormatError(f"coarse table: the bytes do not begin with {_MAGIC!r}")
         if version != _VERSION or width not in (2, 4):
-            raise FormatError(f"coarse table: version {version} with {width}-byte centroids is not known")
+            raise FormatError(f"coarse table: version {version} with {width}-byte components is unknown")
         if not 1 <= n_lists <= MAX_LISTS or not 1 <= dim <= MAX_DIM:
             raise FormatError(f"coarse table: {n_lists} lists of dimension {dim} are out of range")
         if len(view) != _HEADER.size + n_lists * (dim * width + 8):
@@ -152,10 +168,15 @@ class CoarseTable:
 
 
 def check_tables(tables: list[CoarseTable], metric: str) -> int:
-    """The dimension that the tables of a collection's shards share. Raises `FormatError`; `InvalidInputError` for a metric."""
+    """Checks that coarse tables fit each other, and returns their dimension.
+
+    Raises:
+        FormatError: the tables are of several dimensions, or there are none.
+        InvalidInputError: the metric is unknown.
+    """
     if metric not in METRICS:
         raise InvalidInputError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
     dims = sorted({table.dim for table in tables})
     if len(dims) != 1:
-        raise FormatError(f"coarse tables: of one dimension each shard must be, not {dims or 'none'}")
+        raise FormatError(f"coarse tables: all must have the same dimension, and they have {dims or 'none'}")
     return dims[0]

@@ -1,4 +1,4 @@
-"""The exact neighbours of some rows among all others, read once in chunks."""
+"""Finds the exact neighbours of some vectors, in one pass over the data set."""
 
 from __future__ import annotations
 
@@ -18,11 +18,28 @@ Progress = Callable[[int, int], None]
 
 
 def exact_neighbours(
-    vectors: VectorSource, rows: Ids, k: int, metric: str = "l2", progress: Progress | None = None
+    vectors: VectorSource,
+    rows: Ids,
+    k: int,
+    metric: str = "l2",
+    progress: Progress | None = None,
+    *,
+    chunk_rows: int | None = None,
 ) -> Ids:
-    """The k nearest of each of some rows among all others, by exact distances: int64[len(rows), k].
+    """Finds the k nearest vectors to each of some rows, by exact distances. The source is read once, in chunks.
 
-    The source is read once, in chunks. A row itself does not count, and copies of it do.
+    A row is not its own neighbour, but a copy of it is.
+
+    Args:
+        vectors: the data set.
+        rows: the rows, int64[n].
+        k: the number of neighbours.
+        metric: "l2", "ip" or "cosine".
+        progress: see `Progress`.
+        chunk_rows: the vectors to read at once. None stands for as many as fit into some MiB.
+
+    Returns:
+        The rows of the neighbours, int64[n, k].
 
     Raises:
         InvalidInputError: k is not less than the number of vectors.
@@ -31,28 +48,40 @@ def exact_neighbours(
     if not 1 <= k < count:
         raise InvalidInputError(f"{count} vectors have no {k} neighbours each")
     queries = np.concatenate([np.asarray(vectors.read(int(row), int(row) + 1), np.float32) for row in rows])
-    return nearest(vectors, queries, rows, k, metric, progress)[0]
+    return nearest(vectors, queries, rows, k, metric, progress, chunk_rows=chunk_rows)[0]
 
 
 def nearest(
-    vectors: VectorSource, queries: Floats, own: Ids, k: int, metric: str = "l2", progress: Progress | None = None
+    vectors: VectorSource,
+    queries: Floats,
+    own: Ids,
+    k: int,
+    metric: str = "l2",
+    progress: Progress | None = None,
+    *,
+    chunk_rows: int | None = None,
 ) -> tuple[Ids, Floats]:
-    """The k nearest vectors to each query, by exact distances.
+    """Finds the k nearest vectors to each query, by exact distances.
 
     Args:
+        vectors: the data set.
         queries: float32[n, dim].
-        own: int64[n], the row of each query, which does not count; -1 where it is not among the vectors.
+        own: the row of each query, which is not its own neighbour, int64[n]. -1 if the query is not among the vectors.
+        k: the number of neighbours.
+        metric: "l2", "ip" or "cosine".
+        progress: see `Progress`.
+        chunk_rows: the vectors to read at once. None stands for as many as fit into some MiB.
 
     Returns:
-        Rows int64[n, k], -1 where there are fewer, and float32[n, k], which ranks them (infinite where there are fewer), also
-        beside those of other vectors for the same queries.
+        The rows of the neighbours, int64[n, k], with -1 in places that are left. Values that rank them, float32[n, k],
+        which are infinite in those places. Values of one query rank neighbours from several data sets together.
     """
     count, dim = vectors.shape
     centre = np.zeros(dim, np.float32) if metric == "ip" else queries.mean(axis=0)
     queries = (normalised(queries) if metric == "cosine" else queries - centre).astype(np.float32)
     best = np.full((len(queries), k), np.inf, np.float32)
     found = np.full((len(queries), k), -1, np.int64)
-    step = max(256, 4 * CHUNK_FLOATS // max(len(queries), dim))
+    step = chunk_rows or max(256, 4 * CHUNK_FLOATS // max(len(queries), dim))
     for start in range(0, count, step):
         chunk = np.asarray(vectors.read(start, min(start + step, count)), np.float32)
         chunk = normalised(chunk) if metric == "cosine" else chunk - centre
@@ -65,7 +94,7 @@ def nearest(
         if not start:
             near = np.argpartition(gaps, min(k, len(chunk)) - 1, axis=1)[:, :k]
             query, column = np.repeat(np.arange(len(queries)), near.shape[1]), near.ravel()
-        else:  # few are closer than the k-th so far, and ever fewer
+        else:  # few are nearer than the k-th nearest so far
             query, column = np.nonzero(gaps < best[:, -1:])
         _merge_nearest(best, found, query, gaps[query, column], column + start)
         if progress:
@@ -75,11 +104,19 @@ def nearest(
 
 
 def _merge_nearest(best: Floats, found: Ids, query: Ids, gaps: Floats, ids: Ids) -> None:
-    """Takes candidates into the k nearest of each query, in place."""
+    """Merges candidates into the k nearest of each query, in place.
+
+    Args:
+        best: the values of the k nearest so far, float32[n, k].
+        found: their rows, int64[n, k].
+        query: the query of each candidate, int64[c].
+        gaps: the value of each candidate, float32[c].
+        ids: the row of each candidate, int64[c].
+    """
     n, k = best.shape
     query = np.concatenate([np.repeat(np.arange(n), k), query])
     gaps, ids = np.concatenate([best.ravel(), gaps]), np.concatenate([found.ravel(), ids])
     order = np.lexsort((ids, gaps, query))
     first = np.searchsorted(query[order], np.arange(n))
-    order = order[(first[:, np.newaxis] + np.arange(k)).ravel()]  # each query has k at least: those it had
+    order = order[(first[:, np.newaxis] + np.arange(k)).ravel()]  # each query has at least k: those from before
     best[:], found[:] = gaps[order].reshape(n, k), ids[order].reshape(n, k)

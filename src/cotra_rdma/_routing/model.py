@@ -1,17 +1,22 @@
-"""The model of Compass: features of queries, and each shard's expected share of the neighbours.
+"""The models of Compass: features of queries, and the share of the neighbours that each shard is expected to hold.
 
-Two conditional logit models (McFadden 1974, "Conditional logit analysis of qualitative choice behavior"), one over the other:
+There are two conditional logit models (`choice`), one on top of the other.
 
-1. Over all inverted lists of all shards: the chance that one of the query's k nearest is in the list. Of list l, of n members
-   with centroid c and radius r, the mean squared distance to query q is d^2 + r^2 (d = |q - c|), and it spreads by about d r.
-   The model's features are log n; z, how many such spreads the query's k-th neighbour is likely below that mean; d^2 less that
-   of the nearest list; and the part of d^2 in the few directions in which the lists are widest.
-2. Over the shards: the logarithm of the sum of 1., how far the query is from the shard's mean and from its closest list, and
-   how uncertain 1. is. Each shard also has an offset and a slope of its own on that logarithm, held near 0 by a ridge: data
-   has shards that are neighbours of everything, and shards that nothing is near to.
+1. The first model is over all inverted lists of all shards. It gives the chance that one of the query's k nearest
+vectors
+   is in a list. Take a list of n vectors, with centroid c and radius r, and a query q at distance d = |q - c|. The mean
+   squared distance of the list's vectors to q is d^2 + r^2, and its spread is about d r. The features are log n; z, the
+   number of spreads by which the query's k-th neighbour probably lies below that mean; d^2 less that of the nearest
+   list;
+   and the part of d^2 in the few directions in which the lists are widest.
+2. The second model is over the shards. Its features are the logarithm of the sum of the first model's chances, the
+   distances to the shard's mean and to its nearest list, and how uncertain the first model is. Each shard also has an
+   offset and a slope on that logarithm. A ridge holds them near 0. They are there because some data has shards that are
+   neighbours of everything, and shards that are near nothing.
 
-Shards whose expected share of the neighbours is below a threshold are left out. Which threshold loses how much recall was
-measured, at build, on held-out vectors with their exact neighbours; queries that are distributed otherwise lose otherwise.
+A shard is left out if its expected share is below a threshold.
+The build measures how much recall each threshold loses, on held-out vectors and their exact neighbours.
+Queries from another distribution lose another amount.
 """
 
 from __future__ import annotations
@@ -31,25 +36,46 @@ from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable, check_tables
 from cotra_rdma._routing.exact_neighbours import CHUNK_FLOATS
 
-_EDGE = 0.45  # spreads below the mean of the closest list: about where its nearest members are
+_EDGE = 0.45  # spreads below the mean of the nearest list: its nearest vectors are about there
 
 
 @dataclass(slots=True)
 class RawFeatures:
-    """What the tables tell of some queries; all float32."""
+    """What the coarse tables say of some queries. All arrays are float32.
 
-    gaps: Floats  # [n, lists]: d^2, or for ip what stands for it
-    mean: Floats  # [n, lists]: of the members' squared distances
-    spread: Floats  # [n, lists]: half of what they spread by
-    along: Floats  # [n, lists]: the part of d^2 along the axes
-    shard_gaps: Floats  # [n, shards]: d^2 to the shard's mean
+    Attributes:
+        gaps: [n, lists], d^2, or for ip a value in its place.
+        mean: [n, lists], the means of the vectors' squared distances.
+        spread: [n, lists], half of the spreads of these squared distances.
+        along: [n, lists], the part of d^2 along the axes.
+        shard_gaps: [n, shards], d^2 to the shard's mean.
+    """
+
+    gaps: Floats
+    mean: Floats
+    spread: Floats
+    along: Floats
+    shard_gaps: Floats
 
 
 class ShardModel:
-    """The tables made ready for matrix products, and the features of queries.
+    """The coarse tables, prepared for matrix products, and the features of queries.
 
-    For cosine, queries are normalised: then squared l2 ranks as cosine does. For ip only a query's direction matters; it is
-    scaled to the length of the vectors, and a constant less 2 <q, c> stands for d^2.
+    For cosine, queries are normalised: squared l2 distances then rank as cosine does.
+    For ip, only the direction of a query matters. The query is scaled to the length of the vectors, and a constant less
+    2 <q, c> takes the place of d^2.
+
+    Args:
+        tables: the coarse tables of all shards.
+        metric: the metric of the collection.
+        axes: the directions in which lists are widest, float32[n, dim].
+
+    Attributes:
+        chunk_rows: the number of queries to compare with all lists at once.
+
+    Raises:
+        FormatError: the tables do not fit each other.
+        InvalidInputError: the metric is unknown.
     """
 
     def __init__(self, tables: Sequence[CoarseTable], metric: str, axes: Floats) -> None:
@@ -71,7 +97,7 @@ class ShardModel:
         self.means = (np.add.reduceat(weighted, self.starts, axis=0) / counts[:, np.newaxis]).astype(np.float32)
         unit = math.sqrt(float(np.average(np.square(radii.astype(np.float64)), weights=self.sizes)))
         squares = np.square(self.centroids.astype(np.float64)).sum(axis=1)
-        # Every list a single point, or copies of one: distances count by those between the lists.
+        # If each list is one point, the distances between the lists give the unit.
         self.unit = unit or math.sqrt(float(squares.mean())) or 1.0
         self.length = math.sqrt(float(np.average(squares, weights=self.sizes)) + unit**2)
         self.offset = float(squares.max()) + self.length**2
@@ -87,7 +113,13 @@ class ShardModel:
         self.chunk_rows = max(16, CHUNK_FLOATS // self.n_lists)
 
     def raw(self, queries: Floats, own: Ids | None = None) -> RawFeatures:
-        """Of queries float32[n, dim]; of `own`, the list that each is a member of, it is taken out first."""
+        """Computes the raw features of queries.
+
+        Args:
+            queries: float32[n, dim].
+            own: the list that holds each query, int64[n]. The query is first taken out of the list. None if no list
+                holds them.
+        """
         rows = self._prepared(queries)
         gaps = self._gaps(rows, self.centroids, self.squares)
         along = np.zeros((1, 1), np.float32)
@@ -113,7 +145,7 @@ class ShardModel:
         return RawFeatures(gaps, mean, spread, along, self._gaps(rows, self.means, self.mean_squares))
 
     def nearest_shards(self, queries: Floats) -> Ids:
-        """int64[n]: the shard of the nearest list."""
+        """Returns the shard of the nearest list to each query, int64[n]."""
         found = np.empty(len(queries), np.int64)
         for start in range(0, len(queries), self.chunk_rows):
             rows = self._prepared(queries[start : start + self.chunk_rows])
@@ -122,13 +154,16 @@ class ShardModel:
         return found
 
     def scaled(self, raw: RawFeatures) -> tuple[Floats, Floats]:
-        """z, and d^2 less that of the nearest list: float32[n, lists], both without a unit and at least 0."""
+        """Returns z, and d^2 less that of the nearest list, float32[n, lists] each.
+
+        Both have no unit and are at least 0.
+        """
         edge = (raw.mean - np.float32(2 * _EDGE) * raw.spread).min(axis=1, keepdims=True)
         z = (raw.mean - edge) / (2 * raw.spread)
         return z, (raw.gaps - raw.gaps.min(axis=1, keepdims=True)) / np.float32(self.unit**2)
 
     def list_features(self, raw: RawFeatures, z: Floats, gap: Floats) -> list[Floats]:
-        """float32[n, lists] each."""
+        """Returns the features of the first model, float32[n, lists] each."""
         nearest = np.sqrt(raw.gaps.min(axis=1, keepdims=True)) / np.float32(self.unit)
         far = log(nearest + np.float32(0.1)).astype(np.float32)
         along = raw.along / np.float32(self.unit**2)
@@ -139,7 +174,16 @@ class ShardModel:
         return [np.broadcast_to(feature, shape) for feature in features]
 
     def shard_features(self, raw: RawFeatures, list_weights: Wide, caps: Floats) -> Floats:
-        """float32[n, shards, features], from the first model's answer."""
+        """Computes the features of the second model from the answer of the first.
+
+        Args:
+            raw: the raw features of n queries.
+            list_weights: the weights of the first model, float64[f].
+            caps: the largest z and d^2 to use, float32[2].
+
+        Returns:
+            float32[n, shards, features].
+        """
         z, gap = self.scaled(raw)
         np.minimum(z, caps[0], out=z)
         np.minimum(gap, caps[1], out=gap)
@@ -158,7 +202,7 @@ class ShardModel:
         return np.stack(features, axis=2)
 
     def shares(self, queries: Floats, calibration: Calibration) -> Wide:
-        """float64[n, shards]."""
+        """Returns the share of each query's neighbours that each shard is expected to hold, float64[n, shards]."""
         list_weights = np.array(calibration.list_weights)
         weights = [
             np.array(values)
@@ -186,6 +230,16 @@ class ShardModel:
 
 
 def squared_gaps(rows: Floats, others: Floats, squares: Floats) -> Floats:
+    """Computes squared distances.
+
+    Args:
+        rows: float32[n, dim].
+        others: float32[m, dim].
+        squares: the squared lengths of `others`, float32[m].
+
+    Returns:
+        float32[n, m], at least 0.
+    """
     found = products(rows, others).astype(np.float32)
     found *= -2
     found += squares
@@ -194,21 +248,24 @@ def squared_gaps(rows: Floats, others: Floats, squares: Floats) -> Floats:
 
 
 def softmax(utility: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Along the second axis."""
+    """Computes the softmax along the second axis."""
     chances = exp(utility - utility.max(axis=1, keepdims=True)).astype(utility.dtype)
     chances /= chances.sum(axis=1, keepdims=True)
     return np.asarray(chances)
 
 
 def at_least(shares: npt.NDArray[Any], threshold: float) -> Mask:
-    """Shards with such a share, and always the best one."""
+    """Selects the shards with at least some share, and always the best one."""
     mask = shares >= threshold
     mask[np.arange(len(mask)), shares.argmax(axis=1)] = True
     return np.asarray(mask)
 
 
 def weighted_sum(features: npt.NDArray[Any], weights: Wide) -> Wide:
-    """The sum of features [..., f], each times its weight: one after the other, in this order on every machine."""
+    """Sums features [..., f], each times its weight.
+
+    The features are added one after the other, in the same order on every machine.
+    """
     total = np.zeros(features.shape[:-1])
     for number, weight in enumerate(weights):
         total += features[..., number] * weight
@@ -216,5 +273,15 @@ def weighted_sum(features: npt.NDArray[Any], weights: Wide) -> Wide:
 
 
 def shard_shares(features: Floats, weights: Wide, offsets: Wide, slopes: Wide) -> npt.NDArray[Any]:
-    """The second model's answer: float64[n, shards]."""
+    """Computes the answer of the second model.
+
+    Args:
+        features: the features of the second model, float32[n, shards, f].
+        weights: the weights of the features, float64[f].
+        offsets: the offset of each shard, float64[shards].
+        slopes: the slope of each shard, float64[shards].
+
+    Returns:
+        float64[n, shards].
+    """
     return softmax(weighted_sum(features, weights) + offsets + features[:, :, 0] * slopes)

@@ -1,4 +1,4 @@
-"""Compass: which shards a query has to ask, told from their coarse tables before anything is sent."""
+"""Compass: selects the shards that a query has to ask, by their coarse tables, before anything is sent."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ DEFAULT_TARGET = 0.99
 
 
 class Router:
-    """Selects shards for queries. Safe to use from several threads.
+    """Selects shards for queries. It may be used from several threads.
 
     Args:
-        tables: of all shards, in their order.
-        calibration: of their build; None: all shards are always asked.
-        metric: of the collection.
+        tables: the coarse tables of all shards, in the order of the shards.
+        calibration: the calibration of their build. With None, all shards are always asked.
+        metric: the metric of the collection.
 
     Raises:
         FormatError: the tables do not fit each other or the calibration.
@@ -40,28 +40,36 @@ class Router:
             theirs = (calibration.metric, calibration.n_shards, calibration.n_lists, calibration.dim)
             if ours != theirs:
                 raise FormatError(
-                    f"compass: the tables are of {ours} (metric, shards, lists, dim), and the calibration of {theirs}"
+                    f"compass: the calibration is for other coarse tables: (metric, shards, lists, dim) are {ours} "
+                    f"for the tables and {theirs} for the calibration"
                 )
 
     @property
     def n_shards(self) -> int:
-        """Shards to choose from."""
+        """The number of shards to choose from."""
         return self._n_shards
 
     @property
     def dim(self) -> int:
-        """Components of a query."""
+        """The components of a query."""
         return self._model.dim
 
     @property
     def calibration(self) -> Calibration | None:
-        """What it was made with."""
+        """The calibration that the router was made with."""
         return self._calibration
 
     def shares(self, queries: npt.ArrayLike) -> Wide:
-        """The share of each query's nearest that each shard is expected to hold: float64[n_queries, n_shards].
+        """Predicts the share of each query's nearest vectors that each shard holds.
 
-        Rows sum to 1. Without a calibration all shards count as equal. Raises `InvalidInputError` as `Cluster.search`.
+        Args:
+            queries: float32[n_queries, dim] or float32[dim].
+
+        Returns:
+            float64[n_queries, n_shards]. Each row sums to 1. Without a calibration, all shards have the same share.
+
+        Raises:
+            InvalidInputError: a query has a wrong dimension, or holds NaN or infinity.
         """
         rows = check_queries(queries, self.dim)
         if self._calibration is None:
@@ -69,26 +77,29 @@ class Router:
         return self._model.shares(rows, self._calibration)
 
     def nearest(self, queries: npt.ArrayLike) -> Ids:
-        """The shard that has the list nearest to each query: int64[n_queries]. It takes no calibration.
+        """Returns the shard with the nearest list to each query, int64[n_queries]. It needs no calibration.
 
-        Raises `InvalidInputError` as `Cluster.search`.
+        Raises:
+            InvalidInputError: a query has a wrong dimension, or holds NaN or infinity.
         """
         return self._model.nearest_shards(check_queries(queries, self.dim))
 
     def select(self, queries: npt.ArrayLike, target_recall: float = DEFAULT_TARGET, among: Mask | None = None) -> Mask:
-        """The shards to ask for each query.
+        """Selects the shards to ask for each query.
 
         Args:
             queries: float32[n_queries, dim] or float32[dim].
-            target_recall: the mean recall to keep, of that which asking all shards has; in (0, 1].
-            among: bool[n_queries, n_shards]: which shards each query may ask; None: all. Shares are then of what these hold.
+            target_recall: the mean recall to keep, as a share of the recall of asking all shards, in (0, 1].
+            among: the shards that each query may ask, bool[n_queries, n_shards]. Shares are then relative to what these
+                shards hold. None stands for all shards.
 
         Returns:
-            bool[n_queries, n_shards], with at least one shard each that may ask any; all of `among` are True where nothing
-            is calibrated, or where the calibration found that leaving shards out loses too much.
+            bool[n_queries, n_shards]. A query that may ask any shard asks at least one. All of `among` is True if there
+            is no
+            calibration, or if it found that leaving shards out loses too much.
 
         Raises:
-            InvalidInputError: a wrong dim, NaN or infinity, a target out of range.
+            InvalidInputError: a query has a wrong dimension, or holds NaN or infinity, or the target is out of range.
         """
         if not 0 < target_recall <= 1:
             raise InvalidInputError(f"target_recall must be in (0, 1], not {target_recall}")

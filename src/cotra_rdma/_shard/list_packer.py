@@ -1,4 +1,4 @@
-"""Appends inverted lists to an image: clusters its vectors, and packs the clusters."""
+"""Adds inverted lists to an image: clusters its vectors, and packs the clusters."""
 
 from __future__ import annotations
 
@@ -28,9 +28,17 @@ class _IvfPacker(Handle):
 
 
 def own_vectors(arena: Arena, info: ImageInfo) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-    """The vectors of an image in an arena, by row: `vector_type`[count, dim], and which rows are not deleted: bool[count].
+    """Returns the vectors of an image in an arena, without a copy.
 
-    The first is a view of the arena's memory: let go of it before the arena is closed or grown.
+    The vectors are a view of the arena's memory.
+    Drop them before the arena is closed or grows.
+
+    Args:
+        arena: the arena.
+        info: the header of the image.
+
+    Returns:
+        The vectors by row, `vector_type`[count, dim]. Which rows are not deleted, bool[count].
     """
     memory, kind = arena.view(), ELEMENTS[info.vector_type]
     shape, strides = (info.count, info.dim), (info.record_bytes, kind.itemsize)
@@ -47,18 +55,18 @@ def append_lists(
     n_threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Appends inverted lists to the image in an arena, which grows (its address may change).
+    """Appends inverted lists to the image in an arena. The arena grows, and its address may change.
 
     Args:
-        arena: an own memfd that is not locked, sealed or read by anybody yet, with a valid image without lists.
+        arena: a memfd that is not locked, sealed or read by anybody yet, with a valid image without lists.
         centroids: float32[n_lists, dim].
-        assignment: int[count], the list of each row; those of deleted rows are not looked at.
-        bits: of a dimension's code, 1 to 8.
-        n_threads: that encode.
+        assignment: the list of each row, int[count]. Those of deleted rows are ignored.
+        bits: the bits of each dimension in the codes, 1 to 8.
+        n_threads: the number of threads that encode.
         progress: called as progress(lists done, lists in all).
 
     Raises:
-        InvalidInputError: a wrong shape, a list out of range, centroids that are not finite, an arena in use.
+        InvalidInputError: a shape is wrong, a list is out of range, a centroid is not finite, or the arena is in use.
     """
     info = arena.info
     raw, err = ffi.new("cotra_image_info *"), new_error()
@@ -68,7 +76,7 @@ def append_lists(
     if lists.ndim != 2 or lists.shape[1] != raw.dim or not 1 <= len(lists) <= MAX_LISTS:
         raise InvalidInputError(f"centroids must be float32[1 ... {MAX_LISTS}, {raw.dim}], not {list(lists.shape)}")
     if given.shape != (raw.count,) or not np.issubdtype(given.dtype, np.integer):
-        raise InvalidInputError(f"an assignment must be int[{raw.count}], not {given.dtype}{list(given.shape)}")
+        raise InvalidInputError(f"assignment must be int[{raw.count}], not {given.dtype}{list(given.shape)}")
     if not 1 <= bits <= MAX_BITS:
         raise InvalidInputError(f"bits must be in [1, {MAX_BITS}], not {bits}")
     rows = np.where((given < 0) | (given >= len(lists)), 2**32 - 1, given).astype(np.uint32)
@@ -102,17 +110,19 @@ def make_lists(
     n_threads: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
-    """Clusters the vectors of the image in an arena by k-means and appends the clusters as inverted lists.
+    """Clusters the vectors of the image in an arena by k-means, and appends the clusters as inverted lists.
 
     Args:
-        arena, bits, n_threads: as for `append_lists`.
-        info: the image's.
-        n_lists: at most as many as there are vectors that are not deleted.
-        seed: of k-means.
+        arena: as for `append_lists`.
+        info: the header of the image.
+        n_lists: the number of lists, at most the number of vectors that are not deleted.
+        bits: as for `append_lists`.
+        seed: the seed of k-means.
+        n_threads: as for `append_lists`.
         progress: called as progress("cluster" | "encode", done, in all).
 
     Raises:
-        InvalidInputError: n_lists or bits out of range, or a component beyond 1e15.
+        InvalidInputError: `n_lists` or `bits` is out of range, or a component is beyond 1e15.
     """
     if not 1 <= n_lists <= min(info.count - info.deleted_count, MAX_LISTS):
         raise InvalidInputError(f"{info.count - info.deleted_count} vectors cannot make {n_lists} lists")
@@ -128,7 +138,7 @@ def make_lists(
         metric="cosine" if info.metric == "cosine" else "l2",
         progress=(lambda _, done, total: progress("cluster", done, total)) if progress else None,
     )
-    del vectors  # the arena grows, and its memory moves
+    del vectors  # it is a view of the arena, which grows now and moves
     assignment = np.zeros(info.count, np.uint32)
     assignment[live] = clusters.assignment
     append_lists(arena, clusters.centroids, assignment, bits=bits, n_threads=n_threads, progress=report)

@@ -16,7 +16,8 @@ _MAX_M = 512
 class BuildParams:
     """What a graph and its inverted lists are built with.
 
-    The HNSW parameters are those of Malkov and Yashunin ("Efficient and robust approximate nearest neighbor search using
+    The HNSW parameters are those of Malkov and Yashunin ("Efficient and robust approximate nearest neighbor search
+    using
     Hierarchical Navigable Small World graphs", section 4.1).
 
     Attributes:

@@ -1,4 +1,4 @@
-"""`Shard`: one HNSW graph packed into one contiguous image, in memory or mapped from a file."""
+"""`Shard`: one graph, packed into one contiguous image, in memory or mapped from a file."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ __all__ = ["Progress", "Shard"]
 
 
 class Shard:
-    """One packed HNSW graph: position-independent bytes that a file, a memfd and a memory region hold alike.
+    """One HNSW graph, packed into an image. A file, a memfd and a memory region hold the same bytes.
 
-    Make one with `build`, `from_hnswlib` or `open`; close it, or use it as a context manager.
+    Make a shard with `build`, `from_hnswlib`, `of_arena` or `open`.
+    Close it, or use it as a context manager.
     """
 
     def __init__(self, arena: Arena, info: ImageInfo) -> None:
@@ -69,30 +70,41 @@ class Shard:
         mean: npt.NDArray[np.float32] | None = None,
         vector_type: str = "auto",
     ) -> Self:
-        """Builds a graph with hnswlib and packs it.
+        """Builds a graph with hnswlib, and packs it.
 
         Args:
-            vectors: [n, dim], 1 <= dim <= 4096, of any real dtype; or a `VectorSource`, a `VectorFile` say, which is read
-                some rows at a time. uint8 vectors are held as uint8, and float16 ones as
-                float16; all others as float32.
-            ids: int64[n], unique and >= 0; None for 0 ... n - 1.
+            vectors: [n, dim], 1 <= dim <= 4096, of any real dtype. It may also be a `VectorSource`, such as a
+                `VectorFile`, which is read some rows at a time.
+            ids: int64[n], unique and >= 0. None stands for 0 to n - 1.
             metric: "l2" (squared), "ip" (1 - inner product) or "cosine" (1 - cosine), as in hnswlib.
-            M: links of a node on an upper layer; level 0 has 2 M (HNSW, Malkov and Yashunin, section 4.1).
-            ef_construction: the candidate list while building (the same paper, section 4.1).
-            seed: of hnswlib's levels and of the codes' rotation.
-            n_threads: 0 for all cores. With more than one, hnswlib's graph differs a little from run to run.
-            progress: see `Progress`.
-            generation: stored in the image; count it up when the same shard is rebuilt.
-            n_lists: inverted lists to put beside the graph (`cotra_rdma._native.list_engine`), at most n; 0 for none.
-            ivf_bits: bits of each dimension in the lists' codes, 1 to 8.
-            mean: float32[dim]: what codes are relative to, the same for all shards of one graph
-                (`cotra_rdma._build.cross_links`); None: the mean of these vectors (for cosine normalised).
-            vector_type: how own vectors are held: "auto", as above; "float32"; "uint8", which must be exact; or "float16",
-                to which they are rounded (half the bytes; a distance's relative error is about 1e-3).
+            M: the most links of a node on an upper layer. Level 0 has up to 2 M (HNSW, Malkov and Yashunin, section
+                4.1).
+            ef_construction: the length of the list of candidates while the graph is built (the same section).
+            seed: the seed of hnswlib's levels, of the codes' rotation and of the lists' clustering.
+            n_threads: the number of threads. 0 stands for all cores. With more than one, hnswlib's graph differs a
+                little from run to run.
+            progress: called as progress("build" | "link" | "pack", nodes done, nodes in all), and with inverted lists
+                also as progress("cluster" | "encode", steps or lists done, steps or lists in all).
+            generation: the generation that is stored in the image. Increase it when the same shard is built again.
+            n_lists: the number of inverted lists beside the graph (`cotra_rdma._native.list_engine`), at most n. 0
+                stands for none.
+            ivf_bits: the bits of each dimension in the lists' codes, 1 to 8.
+            mean: the vector that codes are relative to, float32[dim]. All shards of one graph must have the same
+                (`cotra_rdma._build.cross_links`). None stands for the mean of these vectors, which are normalised for
+                cosine.
+            vector_type: the type in which vectors are stored. "auto" stores uint8 vectors as uint8, float16 vectors as
+                float16, and all others as float32. "float32" stores them as float32. "uint8" stores whole numbers in
+                [0, 255]. "float16" rounds them: it takes half the bytes, and a distance has a relative error of about
+                1e-3.
+
+        Returns:
+            The shard.
 
         Raises:
-            LossyVectorError: `vector_type` cannot hold a vector: not a whole number in [0, 255], or beyond 65504.
-            InvalidInputError: no vectors, NaN or infinity among them, a wrong shape, duplicate or negative ids.
+            LossyVectorError: `vector_type` cannot store a vector: a component is no whole number in [0, 255], or is
+                beyond 65504.
+            InvalidInputError: there are no vectors, their shape is wrong, they hold NaN or infinity, ids are duplicate
+                or negative, or a parameter is out of its range.
         """
         params = BuildParams(metric, M, ef_construction, seed, n_threads, n_lists, ivf_bits, vector_type)
         arena = build_image(vectors, params, ids, generation=generation, mean=mean, progress=progress)
@@ -111,17 +123,29 @@ class Shard:
         n_lists: int = 0,
         ivf_bits: int = 2,
     ) -> Self:
-        """Packs an hnswlib index. It is read through hnswlib's own `save_index` (a temporary file in TMPDIR or
-        /var/tmp, as large as the index) and not changed.
+        """Packs an hnswlib index, which is not changed.
+
+        The index is read through hnswlib's own `save_index`, into a temporary file as large as the index in TMPDIR or
+        /var/tmp.
 
         Args:
-            vector_type: how own vectors are held: "float32", "float16", "uint8", or "auto": the smallest type that holds
-                all of them exactly. For cosine it is enough that it holds the vectors that the index normalised.
-            n_lists, ivf_bits: as for `build`; deleted vectors are in no list.
+            index: the index.
+            seed: the seed of the codes' rotation and of the lists' clustering.
+            n_threads: the number of threads. 0 stands for all cores.
+            vector_type: the type in which vectors are stored: "float32", "float16", "uint8", or "auto" for the smallest
+                type that stores all of them exactly. For cosine, it need only store the vectors as they were before the
+                index normalised them.
+            progress: as for `build`.
+            generation: as for `build`.
+            n_lists: as for `build`. Deleted vectors are in no list.
+            ivf_bits: as for `build`.
+
+        Returns:
+            The shard.
 
         Raises:
-            InvalidInputError: an empty index, a vector that is not finite, more lists than vectors.
-            LossyVectorError: `vector_type` cannot hold a vector exactly.
+            InvalidInputError: the index is empty, a vector is not finite, or there are more lists than vectors.
+            LossyVectorError: `vector_type` cannot store a vector exactly.
         """
         import hnswlib
 
@@ -144,14 +168,18 @@ class Shard:
     def of_arena(
         cls, arena: Arena, *, n_lists: int = 0, ivf_bits: int = 2, seed: int = 100, n_threads: int = 0
     ) -> Self:
-        """The shard whose image `arena` holds, which is then the shard's.
+        """Makes a shard of an image in an arena. The arena then belongs to the shard.
 
         Args:
-            n_lists, ivf_bits: as for `build`, of an image that has none.
-            seed, n_threads: of the lists' clustering.
+            arena: the arena.
+            n_lists: the number of inverted lists to add, as for `build`. The image must not have any yet.
+            ivf_bits: as for `build`.
+            seed: the seed of the lists' clustering.
+            n_threads: the number of threads that make the lists. 0 stands for all cores.
 
         Raises:
-            FormatError: it holds no image.
+            FormatError: the arena holds no image.
+            InvalidInputError: the lists are out of range.
         """
         info = ImageInfo.of_arena(arena)
         check_lists(n_lists, ivf_bits, info.count)
@@ -161,22 +189,24 @@ class Shard:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True, copy: bool = False) -> Self:
-        """Maps a shard's file read-only.
+        """Maps a shard's file, read-only.
 
         The file must stay as it is while it is mapped: a process that reads a mapping of a file that somebody truncates dies
         by SIGBUS (mmap(2)). Replace a file by a rename, as `save` does, or take a copy.
         An owner (`serve`) answers from a copy in memory, whatever is mapped here.
 
         Args:
-            copy: read the file into memory, and let it go.
-            verify: check every record now (reads the whole file); without it only header and upper layers are checked now,
-                and each record when it is used.
+            path: the file.
+            verify: whether to check every record now, which reads the whole file. Otherwise the header and the upper
+                layers are checked now, and each record when it is used.
+            copy: whether to read the file into memory, and let it go.
 
         Raises:
-            FormatError: not a shard's file, a truncated or malformed one. ChecksumError: a corrupt one.
-            OSError: it cannot be opened.
+            FormatError: the file is not a shard's file, or is truncated or malformed.
+            ChecksumError: the file is corrupt.
+            OSError: the file cannot be opened.
         """
-        with Path(path).open("rb"):  # the ordinary OSError for a file that is not there or not readable
+        with Path(path).open("rb"):  # raises the usual OSError if the file is missing or not readable
             pass
         arena = _read(path) if copy else Arena.map_file(path)
         try:
@@ -201,34 +231,37 @@ class Shard:
 
     @property
     def info(self) -> ImageInfo:
-        """The image's header."""
+        """The header of the image."""
         return self._info
 
     @property
     def ivf_info(self) -> IvfInfo | None:
-        """The inverted lists beside the graph; None where the shard was built without."""
+        """The inverted lists beside the graph. None if the shard was built without them."""
         return IvfInfo.of_arena(self._arena) if self._info.ivf_bytes else None
 
     @property
     def dim(self) -> int:
-        """Components of a vector."""
+        """The components of a vector."""
         return self._info.dim
 
     @property
     def metric(self) -> str:
-        """`l2`, `ip` or `cosine`."""
+        """ "l2", "ip" or "cosine"."""
         return self._info.metric
 
     def labels(self) -> npt.NDArray[np.int64]:
-        """The id of each local row, int64[count]: what a filter's bits stand for. Rows are in the order in which `build` was
-        given them; in an hnswlib index, in that of its own numbers."""
+        """Returns the id of each row, int64[count]. A filter has one bit for each of these rows.
+
+        Rows are in the order in which `build` got them.
+        The rows of an hnswlib index are in the order of hnswlib's own numbers.
+        """
         info = self._info
         with self._arena.view() as view:
             return np.ascontiguousarray(heads_of(records_of(view, info))["label"])
 
     @property
     def arena(self) -> Arena:
-        """The memory that holds the image: an own memfd, or a read-only mapping of the file after `open`."""
+        """The memory that holds the image: a memfd, or after `open` a read-only mapping of the file."""
         return self._arena
 
     def __len__(self) -> int:
@@ -241,10 +274,15 @@ class Shard:
         )
 
     def pinned(self, *, lock: bool = True) -> Arena:
-        """A sealed memfd arena that holds the image: the shard's own where it is one already, else a copy, made once.
+        """Returns a sealed memfd arena that holds the image.
+
+        It is the shard's own arena if that is a memfd, else a copy that is made once.
 
         Args:
-            lock: also mlock it, as a registered region must be. Raises `MemlockError` with the remedy.
+            lock: whether to lock it in memory (mlock), which a registered region needs.
+
+        Raises:
+            MemlockError: the memory cannot be locked. The message says what to do.
         """
         with self._lock:
             if self._pinned is None:
@@ -278,25 +316,32 @@ class Shard:
         timeout_s: float | None = None,
         stop: Stop | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
-        """Searches the shard in this process, with the same engine that a peer uses. In Python's main thread Ctrl-C ends it.
+        """Searches the shard in this process, with the engine that a reader uses. In Python's main thread, Ctrl-C ends
+        the search.
 
         Args:
             queries: float32[n_queries, dim] or float32[dim].
-            k, ef, beam: answers, how far to look (k <= ef), expansions a round at most.
-            n_threads: threads that share the queries.
-            rows: which local rows may be returned: bool[count] or a bitmap (`cotra_rdma.pack_filter`); None: all.
-            max_expansions: records that a walk expands at most, though it would find more; `incomplete` in the stats says which
-                queries that ended. None: as many as it takes.
-            timeout_s: how long the whole search may take; None: as long as it takes.
-            stop: what another thread may end the search by.
+            k: the number of answers for each query.
+            ef: how far to look, k <= ef.
+            beam: the most nodes to expand in one round.
+            n_threads: the number of threads that share the queries.
+            rows: the rows that may be returned, as bool[count] or as a bitmap (`cotra_rdma.pack_filter`). None stands
+                for all.
+            max_expansions: the most nodes that a walk expands. `incomplete` in the stats marks the queries that this
+                ended. None stands for no limit.
+            timeout_s: the longest time of the whole search, in seconds. None stands for no limit.
+            stop: ends the search when another thread sets it.
 
         Returns:
-            labels int64[n_queries, k] (-1 where there are fewer), distances float32[n_queries, k] (inf there), and one
-            `cotra_rdma._core.stats.STATS_DTYPE` record for each query.
+            Labels, int64[n_queries, k], with -1 in places that are left. Distances, float32[n_queries, k], infinite in
+            those
+            places. Stats, `cotra_rdma._core.stats.STATS_DTYPE`[n_queries].
 
         Raises:
-            InvalidInputError: a wrong dim, NaN or infinity, k > ef, a filter of another length.
-            DeadlineError: it was not over within `timeout_s`. SearchCancelledError: `stop` was set.
+            InvalidInputError: a query has a wrong dimension, or holds NaN or infinity, k > ef, or the filter has
+                another length.
+            DeadlineError: the search did not end within `timeout_s`.
+            SearchCancelledError: `stop` was set.
         """
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         vectors = check_queries(queries, self.dim)
@@ -337,6 +382,7 @@ class Shard:
         deadline: float,
         stop: Stop,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]:
+        """Searches for some of the queries, in one thread."""
         with self._lock:
             own = self._engines.pop() if self._engines else None
         own = own or _LocalEngine(self._pinned or self._arena, self._info.record_bytes)
@@ -344,14 +390,14 @@ class Shard:
         labels, distances, stats = own.engine.search(
             rows, k, ef, beam, filters=filters, max_expansions=most, deadline=deadline, stop=stop
         )
-        with self._lock:  # one whose search failed is not used again
+        with self._lock:  # an engine whose search failed is not used again
             self._engines.append(own)
         return labels[0], distances[0], stats
 
     # ---- letting go ----
 
     def close(self) -> None:
-        """Unmaps the image. Servers and clusters that use it must be closed first."""
+        """Unmaps the image. Close the servers and clusters that use it first."""
         with self._lock:
             engines, self._engines = self._engines, []
         for own in engines:
@@ -385,7 +431,7 @@ def _read(path: str | os.PathLike[str]) -> Arena:
 
 
 class _LocalEngine:
-    """What one thread needs to search an image in this process."""
+    """An engine for one thread that searches an image in this process."""
 
     def __init__(self, arena: Arena, record_bytes: int) -> None:
         self.channel = Channel.shm(arena, slot_bytes=max(record_bytes, 4096))

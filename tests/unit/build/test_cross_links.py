@@ -12,8 +12,10 @@ import numpy.typing as npt
 import pytest
 
 from cotra_rdma import Arena, FormatError, InvalidInputError, Shard
+from cotra_rdma._build.border import Border
 from cotra_rdma._build.collection import build_collection
-from cotra_rdma._build.cross_links import Border, GraphPlan, channel_of_file, link_shard
+from cotra_rdma._build.cross_links import channel_of_file, link_shard
+from cotra_rdma._build.graph_plan import GraphPlan
 from cotra_rdma._clustering.kmeans import normalised
 from cotra_rdma._collection.manifest import Collection, shard_paths
 from cotra_rdma._native.channel import Channel
@@ -190,7 +192,7 @@ def test_images_that_cannot_be_linked(own: tuple[list[Path], GraphPlan], words: 
     with pytest.raises(InvalidInputError, match="own graph"):
         linked(own, tmp_path / "linked")
     files, plan = own
-    with pytest.raises(FormatError, match="shard 1: not the image"):
+    with pytest.raises(FormatError, match="shard 1: its image is not the image"):
         linked(([files[0], files[0]], plan))
 
 

@@ -146,7 +146,7 @@ MEMORY = """
 import json, sys
 import numpy as np
 from pathlib import Path
-from cotra_rdma._build import cross_links, steps
+from cotra_rdma._build import border, steps
 from cotra_rdma._clustering import balanced, kmeans
 from cotra_rdma._routing import exact_neighbours, model
 from cotra_rdma._build.processes import Usage
@@ -156,7 +156,7 @@ from cotra_rdma._shard.params import BuildParams
 
 # Samples and chunks of a fixed size, made small: what is left grows with the shard, or not at all.
 steps._HELD_OUT = kmeans.ROWS_PER_CENTROID = balanced.ROWS_PER_CENTROID = balanced.ROWS_PER_PART = 16
-exact_neighbours.CHUNK_FLOATS = model.CHUNK_FLOATS = kmeans._CHUNK_FLOATS = cross_links._CACHE_BYTES = 1 << 18
+exact_neighbours.CHUNK_FLOATS = model.CHUNK_FLOATS = kmeans._CHUNK_FLOATS = border._CACHE_BYTES = 1 << 18
 out, count, dim = Path(sys.argv[1]), int(sys.argv[2]), 1024
 loaded = Usage.of_this_process().peak_bytes
 generator = np.random.default_rng(0)

@@ -13,8 +13,6 @@ import pytest
 
 from cotra_rdma._clustering.balanced import balanced_partition
 from cotra_rdma._clustering.kmeans import normalised
-from cotra_rdma._routing import exact_neighbours as exact_module
-from cotra_rdma._routing import model
 from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
 from cotra_rdma._routing.exact_neighbours import exact_neighbours
@@ -147,10 +145,10 @@ def test_shares_are_those_of_the_neighbours(word_shards: Split, queries: Floats)
     assert (shares.argmax(axis=1) == truth.argmax(axis=1)).mean() > 0.8
 
 
-def test_one_query_or_many_give_the_same(word_shards: Split, queries: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_query_or_many_give_the_same(word_shards: Split, queries: Floats) -> None:
     at_once = word_shards.router.shares(queries)
-    monkeypatch.setattr(model, "CHUNK_FLOATS", 1)
-    assert np.allclose(word_shards.router.shares(queries), at_once, atol=1e-5)
+    many = word_shards.router.shares(np.tile(queries, (12, 1)))  # more than are compared at once
+    assert np.allclose(many, np.tile(at_once, (12, 1)), atol=1e-5)
     assert np.allclose(word_shards.router.shares(queries[3]), at_once[3], atol=1e-5)
     assert np.allclose(word_shards.router.shares(7 * queries), at_once, atol=1e-5), "cosine has no lengths"
     mask = word_shards.router.select(queries)
@@ -211,13 +209,12 @@ def test_equal_and_degenerate_vectors(metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
-def test_exact_neighbours_leave_the_row_itself_out(words: Floats, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
-    monkeypatch.setattr(exact_module, "CHUNK_FLOATS", 1)
+def test_exact_neighbours_leave_the_row_itself_out(words: Floats, metric: str) -> None:
     rows = words[:1100].copy()
     rows[700] = rows[3]
     chosen = np.array([3, 700, 1099, 5])
     seen: list[tuple[int, int]] = []
-    found = exact_neighbours(Rows(rows), chosen, K, metric, lambda *step: seen.append(step))
+    found = exact_neighbours(Rows(rows), chosen, K, metric, lambda *step: seen.append(step), chunk_rows=256)
     wanted = brute_force(rows, rows[chosen], K + 1, metric)
     for row, ids, near in zip(chosen, found, wanted, strict=True):
         assert set(ids) == set([i for i in near if i != row][:K])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cotra_rdma._build.cross_links import MAX_NODES
+from cotra_rdma._build.graph_plan import MAX_NODES
 from cotra_rdma._native.channel import FabricModel
 from cotra_rdma.errors import InvalidInputError
 
