@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -18,12 +19,14 @@ from cotra_rdma import Cluster, FormatError, InvalidInputError, Server, Shard, T
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import coarse_of, shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess
+from cotra_rdma._reader.connection import Connection
 from cotra_rdma._reader.halo import far_links
+from cotra_rdma._reader.replicas import Replicas
 from cotra_rdma.datasets import open_vectors
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType
 from cotra_rdma.protocol.rpc_server import RpcServer
 from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
-from helpers.begun import answer_of, stop_process
+from helpers.begun import GENEROUS_S, answer_of, stop_process
 from helpers.faults import FaultyFabric
 
 Floats = npt.NDArray[np.float32]
@@ -281,3 +284,18 @@ def test_queries_go_home(
         servers[2].close()
         again = reader.search(queries, k=10, ef=48, algorithm="home")  # its memory is still mapped here
         np.testing.assert_array_equal(again.ids, wanted.ids)
+
+
+def test_all_owners_are_connected_to_at_once() -> None:
+    """Those that hang cost one deadline together."""
+    groups = [["127.0.0.1:1", "127.0.0.1:2"], ["127.0.0.1:3"], ["127.0.0.1:4", "127.0.0.1:5"]]
+    barrier = threading.Barrier(5)  # nobody passes it alone
+
+    def hangs(_shard: int, _owner: object) -> Connection:
+        barrier.wait(GENEROUS_S)
+        raise TransportError("hangs")
+
+    replicas = Replicas(groups, hangs, lambda _: None, lambda _: None, lambda _: None)
+    with pytest.raises(TransportError, match="hangs"):
+        replicas.settle(allow_partial=False)
+    replicas.close()

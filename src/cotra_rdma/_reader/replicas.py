@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -16,6 +17,9 @@ from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, Transp
 from cotra_rdma.protocol.regions import RegionResponse, ShardFields
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 32
+"""Owners that are connected to at the same time."""
 
 Owner = str | Owned
 """An owner's address, or what this process holds itself."""
@@ -92,30 +96,39 @@ class Replicas:
         self.lost: dict[int, CotraError] = {}
         self.renewed: set[int] = set()
         try:
-            for shard, group in enumerate(owners):
+            for shard in range(len(owners)):
                 self._standby.append([])
                 self.connections.append(MissingConnection(shard, ""))
-                self._reach_all(shard, group)
+            self._reach_all(owners)
         except BaseException:
             self.close()
             raise
 
-    def _reach_all(self, shard: int, group: Sequence[Owner]) -> None:
-        if not group:
-            self.lost[shard] = TransportError(f"shard {shard} has no owner", shard=shard)
-        for owner in group:
-            try:
-                self._standby[shard].append(self._reach(shard, owner))
-            except InvalidInputError:
-                raise
-            except CotraError as error:  # whatever it is, it is that owner's
+    def _reach_all(self, owners: Sequence[Sequence[Owner]]) -> None:
+        """Connects to all owners at once: those that hang cost one deadline together."""
+        everyone = [(shard, owner) for shard, group in enumerate(owners) for owner in group]
+        with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(everyone))), "cotra-connect") as pool:
+            calls = [pool.submit(self._reach, shard, owner) for shard, owner in everyone]
+        fault: BaseException | None = None
+        for (shard, owner), call in zip(everyone, calls, strict=True):
+            error = call.exception()
+            if error is None:
+                self._standby[shard].append(call.result())
+            elif isinstance(error, CotraError) and not isinstance(error, InvalidInputError):  # it is that owner's
                 self._away.append((shard, owner))
                 self.lost.setdefault(shard, error)
-                if len(group) > 1:
+                if len(owners[shard]) > 1:
                     log.warning("shard %d has an owner less: %s", shard, error)
-        if self._standby[shard]:
-            self._standby[shard] = _alike(self._standby[shard])
-            self.lost.pop(shard, None)
+            else:
+                fault = fault or error
+        if fault is not None:
+            raise fault
+        for shard, group in enumerate(owners):
+            if not group:
+                self.lost[shard] = TransportError(f"shard {shard} has no owner", shard=shard)
+            if self._standby[shard]:
+                self._standby[shard] = _alike(self._standby[shard])
+                self.lost.pop(shard, None)
 
     @property
     def images(self) -> tuple[int, ...]:
