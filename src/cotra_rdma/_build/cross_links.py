@@ -251,5 +251,6 @@ def _write_records(
             if len(running) > threads:  # so that at most one range waits for a thread
                 append()
             running.append((begin, end, pool.submit(relinker.link, begin, end, info.record_bytes, far)))
+            del far  # some MiB, which the thread frees when it is done
         while running:
             append()
