@@ -105,6 +105,10 @@ class PeerError(CotraError):
     """An owner or builder answered a request with an error. The message is its own."""
 
 
+class DeniedError(PeerError):
+    """An owner's policy does not allow what was asked."""
+
+
 class PartialAnswer(Protocol):
     """What a `SearchResult` and a `SeamResult` have in common."""
 

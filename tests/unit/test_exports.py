@@ -36,6 +36,7 @@ PACKAGE_NAMES = [
     "CompletionError",
     "CotraError",
     "DeadlineError",
+    "DeniedError",
     "DeviceNotFoundError",
     "FabricModel",
     "FormatError",

@@ -26,6 +26,7 @@ MAX_NAME = 64
 
 class _Held(NamedTuple):
     reader: str
+    names: tuple[str, ...]
     queue_pair: QueuePair
 
 
@@ -68,8 +69,23 @@ class Leases:
         with self._lock:
             return len(self._heard)
 
-    def lease(self, reader: str, connect: Callable[[], QueuePair]) -> tuple[int, QueuePair]:
-        """Has a queue pair made and connected for a reader; its number, and the queue pair, which stays this object's.
+    def lease(
+        self,
+        reader: str,
+        connect: Callable[[], QueuePair],
+        names: tuple[str, ...] = (),
+        most: int = MAX_QUEUE_PAIRS,
+    ) -> tuple[int, QueuePair]:
+        """Has a queue pair made and connected for a reader.
+
+        Args:
+            reader: its name.
+            connect: makes the queue pair.
+            names: in its certificate.
+            most: that an identity with these names may hold.
+
+        Returns:
+            Its number, and the queue pair, which stays this object's.
 
         Raises `InvalidInputError` where there are too many, or after `close`.
         """
@@ -78,9 +94,11 @@ class Leases:
                 raise InvalidInputError(f"no more than {MAX_QUEUE_PAIRS} queue pairs at once")
             if sum(held.reader == reader for held in self._held.values()) >= MAX_A_READER:
                 raise InvalidInputError(f"no more than {MAX_A_READER} queue pairs of one reader at once")
+            if names and sum(held.names == names for held in self._held.values()) >= most:
+                raise InvalidInputError(f"no more than {most} queue pairs of {', '.join(names)} at once")
             queue_pair = connect()
             number = next(self._numbers)
-            self._held[number] = _Held(reader, queue_pair)
+            self._held[number] = _Held(reader, names, queue_pair)
             self._heard[reader] = self._clock()
         return number, queue_pair
 
@@ -93,6 +111,12 @@ class Leases:
     def release(self, reader: str, number: int) -> None:
         """Closes one of a reader's queue pairs; number 0: all of them."""
         self._close_those(lambda at, held: held.reader == reader and number in (0, at))
+
+    def revoke(self, may_stay: Callable[[tuple[str, ...]], bool]) -> None:
+        """Closes the queue pairs of identities that may not have any: their next READ fails."""
+        closed = self._close_those(lambda _at, held: not may_stay(held.names))
+        if closed:
+            log.info("%d queue pairs were taken from readers that may not have them any more", closed)
 
     def close(self) -> None:
         """Closes all queue pairs, and ends the thread. Idempotent."""

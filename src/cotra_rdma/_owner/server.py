@@ -24,10 +24,12 @@ from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, Que
 from cotra_rdma._owner.expander import Expander
 from cotra_rdma._owner.leases import LEASE_S, MAX_NAME, Leases
 from cotra_rdma._owner.offer import Offer
+from cotra_rdma._owner.policy import PolicyFile, Rule
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import (
     ClosedError,
     CotraError,
+    DeniedError,
     InvalidInputError,
     SearchCancelledError,
     StaleShardError,
@@ -63,7 +65,7 @@ from cotra_rdma.protocol.regions import (
     encode_region,
 )
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, check_fits
-from cotra_rdma.protocol.rpc_server import Later, Limits, RpcServer, Seen, Steps, asker
+from cotra_rdma.protocol.rpc_server import Later, Limits, RpcServer, Seen, Steps, asker, asker_names
 from cotra_rdma.protocol.search import STATS_BYTES, WHOLE_COLLECTION, SearchRequest, SearchResponse
 from cotra_rdma.protocol.tables import (
     BuildExchangeRequest,
@@ -89,6 +91,7 @@ _MAX_EF = 1 << 21
 """The same of all queries of a request."""
 _ANSWER_BYTES = 12  # an id and a distance
 _MAX_ANSWER_BYTES = 32 << 20
+_TRANSPORT_OF = {WANT_QUEUE_PAIR: "verbs", WANT_SHARED_MEMORY: "shm", WANT_VIEW: "rpc"}
 _Made = Payload | Callable[[], Payload] | Iterator[Payload | None]
 """What answers a request: see `rpc_server.Handler`."""
 
@@ -110,6 +113,8 @@ def serve(
     coarse: Any = None,
     exchange: Exchange | None = None,
     rpc: RpcServer | None = None,
+    policy: PolicyFile | None = None,
+    number: int | None = None,
 ) -> Server:
     """Serves a shard until the server is closed (it is a context manager).
 
@@ -128,6 +133,8 @@ def serve(
             told that there is none.
         exchange: called with the table that a peer sends at build time (type 54). None: peers are told that it is not taken.
         rpc: listens already, and answers for this server from now on; it is closed with it. None: `address` is listened on.
+        policy: who may do what, by the names in certificates; it stays the caller's. None: whoever is let in may do all.
+        number: of the shard in its collection, which rules may be about.
 
     Raises:
         InvalidInputError: an unknown transport, a bad address, or a coarse table with values that do not fit.
@@ -146,6 +153,8 @@ def serve(
         _coarse_payload(coarse),
         exchange,
         rpc,
+        policy,
+        number,
     )
 
 
@@ -172,7 +181,12 @@ class Server:
         coarse: bytes | None = None,
         exchange: Exchange | None = None,
         rpc: RpcServer | None = None,
+        policy: PolicyFile | None = None,
+        number: int | None = None,
     ) -> None:
+        if policy is not None and tls is None and rpc is None:
+            raise InvalidInputError("a policy is about the names in certificates: it takes tls")
+        self._policy, self._number = policy, number
         named = transports is not None
         transports = TRANSPORTS if transports is None else transports
         unknown = [name for name in transports if name not in TRANSPORTS]
@@ -215,6 +229,8 @@ class Server:
             self._rpc = rpc or RpcServer(address, self._handle, tls=tls, n_workers=n_workers, limits=limits)
             self._rpc.handler = self._handle
             self._leases.start()
+            if policy is not None:
+                policy.when_changed(self._revoke)
         except BaseException:
             self._close_parts()
             raise
@@ -385,11 +401,31 @@ class Server:
                     del self._searching[cluster]
                     self._let_go.notify_all()
 
+    # ---- who may ----
+
+    def _check_policy(self, transport: str | None = None) -> Rule:
+        """The rule of who asks. Raises `DeniedError`."""
+        return Rule() if self._policy is None else self._policy.check(asker_names.get(), self._number, transport)
+
+    def _revoke(self) -> None:
+        """The policy changed: takes queue pairs from those that may not have them any more."""
+
+        def may_stay(names: tuple[str, ...]) -> bool:
+            assert self._policy is not None
+            try:
+                self._policy.check(names, self._number, "verbs")
+            except DeniedError:
+                return False
+            return True
+
+        self._leases.revoke(may_stay)
+
     # ---- requests ----
 
     def _handle(self, request: VShardEnvelope) -> VShardEnvelope | Later | Steps:
         with self._lock:
             self._counts[request.msg_type] += 1
+        self._check_policy()
         made = self._answers[request.msg_type](request)
         if callable(made):
             return lambda: _answer(request, made())
@@ -408,6 +444,8 @@ class Server:
             return CoarseRouteResponse.failed(FAILED, str(error)).encode()
 
     def _take_table(self, request: VShardEnvelope) -> bytes:
+        if self._policy is not None and not self._check_policy().build:
+            raise DeniedError(f"{', '.join(asker_names.get())} may not build here")
         try:
             table = BuildExchangeRequest.decode(request.payload)
             if self._exchange is None:
@@ -432,6 +470,7 @@ class Server:
         raise StaleShardError(f"this owner serves {offer.identity}, and the request is about {wanted}")
 
     def _search(self, request: VShardEnvelope) -> _Made:
+        self._check_policy("rpc")
         try:
             wanted = SearchRequest.decode(request.payload)
             offer = self._offer_of(wanted.image)
@@ -510,6 +549,7 @@ class Server:
             return SearchResponse.failed(_code_of(error), _message_of(error)).encode()
 
     def _expand(self, request: VShardEnvelope) -> Payload:
+        self._check_policy("rpc")
         try:
             if (stop := asker.get()) is not None:
                 stop.check()
@@ -531,6 +571,9 @@ class Server:
             if not 0 < len(wanted.peer) <= MAX_NAME:
                 raise InvalidInputError(f"a reader's name has 1 to {MAX_NAME} characters, not {len(wanted.peer)}")
             self._leases.renew(wanted.peer)
+            transport = _TRANSPORT_OF.get(wanted.want)
+            if transport is not None:
+                self._check_policy(transport)
             if wanted.want == WANT_QUEUE_PAIR:
                 return self._open_queue_pair(offer, wanted)
             if wanted.want == WANT_SHARED_MEMORY:
@@ -542,6 +585,8 @@ class Server:
             elif wanted.want not in (WANT_CAPABILITIES, WANT_LEASE):
                 raise InvalidInputError(f"want {wanted.want} is unknown")
             return self._describe(offer)
+        except DeniedError:
+            raise
         except (CotraError, MemoryError) as error:
             return RegionResponse(code=_code_of(error), message=str(error))
 
@@ -557,13 +602,21 @@ class Server:
         region = None if offer.registration is None else offer.registration.region
         return RegionResponse(
             shard=as_fields(ShardFields, offer.shard.info),
-            transports={name: self.unavailable.get(name, "") for name in TRANSPORTS},
+            transports=self._reasons(),
             region=None if region is None else as_fields(RegionFields, region),
             queue_pair=queue_pair,
             number=number,
             shared_memory=shared_memory,
             view=view,
         )
+
+    def _reasons(self) -> dict[str, str]:
+        """For each transport why who asks cannot have it; "" where it can."""
+        allowed = self._check_policy().transports
+        return {
+            name: self.unavailable.get(name, "" if name in allowed else "not allowed by the owner's policy")
+            for name in TRANSPORTS
+        }
 
     def _offer_memory(self, offer: Offer) -> RegionResponse:
         memory = offer.handover
@@ -583,7 +636,8 @@ class Server:
         if wanted.queue_pair is None:
             raise InvalidInputError("a queue pair's attributes are missing")
         remote = QueuePairAttributes(**fields_of(wanted.queue_pair))
-        number, queue_pair = self._leases.lease(wanted.peer, lambda: self._connect(remote))
+        most, names = self._check_policy("verbs").queue_pairs, asker_names.get()
+        number, queue_pair = self._leases.lease(wanted.peer, lambda: self._connect(remote), names, most)
         return self._describe(offer, queue_pair=as_fields(QueuePairFields, queue_pair.local), number=number)
 
     def _connect(self, remote: QueuePairAttributes) -> QueuePair:

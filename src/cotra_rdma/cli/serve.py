@@ -22,6 +22,7 @@ from cotra_rdma._collection.manifest import MANIFEST, Collection, coarse_of, pla
 from cotra_rdma._collection.owners_file import is_address, misfit
 from cotra_rdma._owner.metrics import MetricsServer
 from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
+from cotra_rdma._owner.policy import PolicyFile
 from cotra_rdma._owner.server import Server
 from cotra_rdma._owner.server import serve as serve_shard
 from cotra_rdma._shard.shard import Shard
@@ -162,6 +163,14 @@ Metrics = Annotated[
         help="Answer /metrics (for Prometheus), /healthz and /readyz there, over HTTP.",
     ),
 ]
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="TOML file of who may do what, by the names in certificates; read again when it changes.",
+    ),
+]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", hidden=True, help="End when stdin does: with the parent process.")
 ]
@@ -183,6 +192,7 @@ def serve(
     insecure: Insecure = False,
     grace: Grace = 10.0,
     metrics: Metrics = None,
+    policy: PolicyOption = None,
     until_stdin_closes: UntilStdinCloses = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -211,7 +221,10 @@ def serve(
                 param_hint="--listen",
             )
         log.warning("served without TLS: whoever reaches %s may read the shards", listen)
+    if policy is not None and tls is None:
+        raise typer.BadParameter("is about the names in certificates: give --tls-cert too", param_hint="--policy")
     with _StopSignals() as stop, contextlib.ExitStack() as stack:
+        rules = None if policy is None else stack.enter_context(PolicyFile(policy))
         served, servers = [], []
         paths = shard_paths(shards, None if shard is None else list(dict.fromkeys(shard)))
         numbers = _own_numbers(paths) if walk else []
@@ -231,7 +244,15 @@ def serve(
             address = f"{host}:{port + position if port else 0}"
             server = stack.enter_context(
                 serve_shard(
-                    opened, address, transports=offered, device=device, gid_index=gid_index, tls=tls, coarse=coarse
+                    opened,
+                    address,
+                    transports=offered,
+                    device=device,
+                    gid_index=gid_index,
+                    tls=tls,
+                    coarse=coarse,
+                    policy=rules,
+                    number=_number_of(path),
                 )
             )
             servers.append(server)
@@ -302,6 +323,12 @@ class _StopSignals:
         signal.signal(signal.SIGHUP, self._before)
         self._wake.close()
         self._wakes.close()
+
+
+def _number_of(path: Path) -> int | None:
+    """The number of a shard in its collection; None where it is in none."""
+    place = place_of(path)
+    return None if place is None else place[1]
 
 
 class _Reload:

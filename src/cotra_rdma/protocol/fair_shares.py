@@ -33,7 +33,7 @@ class Request:
 
     __slots__ = ("_shares", "connection", "give_up", "granted", "is_given_up", "is_running", "since")
 
-    def __init__(self, shares: FairShares, connection: _Connection, give_up: Callable[[], None]) -> None:
+    def __init__(self, shares: FairShares, connection: _Connection, give_up: Callable[[], object]) -> None:
         self._shares, self.connection, self.give_up = shares, connection, give_up
         self.granted = threading.Event()
         self.is_given_up = self.is_running = False
@@ -77,7 +77,7 @@ class FairShares:
         return len(self._inside) + len(self._outside)
 
     @contextmanager
-    def admit(self, name: str, give_up: Callable[[], None]) -> Iterator[Request]:
+    def admit(self, name: str, give_up: Callable[[], object]) -> Iterator[Request]:
         """Lets a request of a connection in, to be read: at once, or when there is room for it.
 
         Args:

@@ -14,6 +14,7 @@ from cotra_rdma.errors import (
     BusyError,
     ClosedError,
     DeadlineError,
+    DeniedError,
     FormatError,
     PeerError,
     TransportError,
@@ -67,7 +68,7 @@ class RpcClient:
                 process's.
         """
         channel = self._connected()
-        send = channel.unary_unary(method_of(envelope.msg_type), None, None)
+        send: Any = channel.unary_unary(method_of(envelope.msg_type), None, None)
         call: Any = send.future(envelope.encode(), timeout=timeout_ms / 1000)
         try:
             while True:
@@ -144,6 +145,8 @@ def error_of(code: grpc.StatusCode, details: str, address: str, timeout_ms: int)
         return BusyError(f"{address}: {details}")
     if code is grpc.StatusCode.CANCELLED:
         return TransportError(f"{address} gave the request up: {details}")
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        return DeniedError(f"{address}: {details}")
     return PeerError(f"{address}: {details}")
 
 

@@ -29,7 +29,7 @@ from typing import Any, Self
 import grpc
 
 from cotra_rdma._core.stop import Stop
-from cotra_rdma.errors import BusyError, CotraError, FormatError, SearchCancelledError, TransportError
+from cotra_rdma.errors import BusyError, CotraError, DeniedError, FormatError, SearchCancelledError, TransportError
 from cotra_rdma.protocol.address import join_address, parse_address
 from cotra_rdma.protocol.envelope import VShardEnvelope
 from cotra_rdma.protocol.fair_shares import FairShares, Request
@@ -45,6 +45,8 @@ Steps = Iterator[VShardEnvelope | None]
 """Work in short steps, each of which gives None, but the last one, which gives the answer. Others have a turn in between."""
 Handler = Callable[[VShardEnvelope], VShardEnvelope | Later | Steps]
 
+asker_names: ContextVar[tuple[str, ...]] = ContextVar("asker_names", default=())
+"""In a `Handler`, and in what it returns: the names in the certificate of who asks; empty without TLS."""
 asker: ContextVar[Stop | None] = ContextVar("asker", default=None)
 """In a `Handler`, and in what it returns: set when nobody waits for the answer any more."""
 
@@ -239,7 +241,7 @@ class RpcServer:
         self._watch = threading.Thread(target=self._look, name="cotra-rpc-watch", daemon=True)
         self._watch.start()
 
-    def _methods(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+    def _methods(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
@@ -270,6 +272,9 @@ class RpcServer:
             call.status, why = grpc.StatusCode.CANCELLED, "nobody waits for it any more"
         except BusyError as error:
             call.status, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+        except DeniedError as error:
+            self._seldom.warning("%s: %s was denied a request: %s", self.address, connection, error)
+            call.status, why = grpc.StatusCode.PERMISSION_DENIED, str(error)
         except CotraError as error:
             self._seldom.warning("%s: a request of %s was refused: %s", self.address, connection, error)
             call.status, why = grpc.StatusCode.INVALID_ARGUMENT, f"{type(error).__name__}: {error}"
@@ -315,6 +320,7 @@ class RpcServer:
         left_s = context.time_remaining()
         seconds = self._limits.work_s if left_s is None else min(left_s, self._limits.work_s)
         token = asker.set(stop)
+        asker_names.set(_names_of(context))
         try:
             with self._deadline(seconds, functools.partial(self._gone, request, stop)):
                 if method == CONTROL:
@@ -406,6 +412,13 @@ class RpcServer:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _names_of(context: grpc.ServicerContext) -> tuple[str, ...]:
+    """The names in the certificate that a connection showed: those of its SAN, then its common name."""
+    shown = context.auth_context()
+    values = [*shown.get("x509_subject_alternative_name", ()), *shown.get("x509_common_name", ())]
+    return tuple(dict.fromkeys(bytes(value).decode(errors="replace") for value in values))
 
 
 class _Seldom:

@@ -62,9 +62,8 @@ class GrpcDispatch:
             channel = self._channels[address] = open_channel(join_address(*parse_address(address)), self._credentials)
         loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = loop.create_future()
-        call: Any = channel.unary_unary(method_of(envelope.msg_type), None, None).future(
-            data, timeout=timeout_ms / 1000
-        )
+        send: Any = channel.unary_unary(method_of(envelope.msg_type), None, None)
+        call = send.future(data, timeout=timeout_ms / 1000)
         self._calls.add(call)
         call.add_done_callback(lambda _: _tell(loop, over))
         try:

@@ -97,3 +97,26 @@ def test_the_thread_ends_with_it() -> None:
     held.close()
     held.close()
     assert threading.active_count() == before
+
+
+def test_each_reader_and_each_identity_has_a_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "MAX_A_READER", 2)
+    held, pairs = Leases(), []
+    for _ in range(2):
+        held.lease("a", made(pairs), ("host",), 3)
+    with pytest.raises(InvalidInputError, match="no more than 2 queue pairs of one reader"):
+        held.lease("a", made(pairs), ("host",), 3)
+    held.lease("b", made(pairs), ("host",), 3)  # another reader of the same identity
+    with pytest.raises(InvalidInputError, match="no more than 3 queue pairs of host"):
+        held.lease("b", made(pairs), ("host",), 3)
+    held.lease("b", made(pairs), ("other",), 3)
+
+
+def test_who_may_not_stay_loses_all_and_nobody_else() -> None:
+    held, pairs = Leases(), []
+    for names in (("good",), ("bad",), ("bad", "too"), ("good", "bad")):
+        held.lease("reader of " + names[0], made(pairs), names)
+    held.revoke(lambda names: names[0] == "good")
+    assert [pair.is_closed for pair in pairs] == [False, True, True, False]
+    assert len(held) == 2
+    held.close()
