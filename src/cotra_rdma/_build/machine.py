@@ -17,11 +17,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from cotra_rdma._build.collection import Publication, check_build, of_graph
+from cotra_rdma._build.collection import check_build, of_graph
 from cotra_rdma._build.cross_links import channel_of_fd
 from cotra_rdma._build.mail import HelloMessage
 from cotra_rdma._build.network_mail import NetworkMail
-from cotra_rdma._build.steps import BuildSpec, ShardBuilder, result_of
+from cotra_rdma._build.publication import Publication
+from cotra_rdma._build.spec import BuildSpec
+from cotra_rdma._build.steps import ShardBuilder, result_of
 from cotra_rdma._collection.manifest import Collection
 from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.image import ImageInfo

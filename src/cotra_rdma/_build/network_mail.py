@@ -21,11 +21,11 @@ import msgspec
 
 from cotra_rdma._build.mail import AnyMessage, EvidenceMessage, M, Message, RowsMessage, step_of
 from cotra_rdma.errors import CotraError, DeadlineError, FormatError, InvalidInputError, PeerError, TransportError
-from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, decode_array, encode_array
 from cotra_rdma.protocol.address import parse_address
+from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, decode_array, encode_array
 from cotra_rdma.protocol.rpc_client import RpcClient
-from cotra_rdma.protocol.tls import Tls
 from cotra_rdma.protocol.tables import BuildExchangeRequest, BuildExchangeResponse, CentroidTable
+from cotra_rdma.protocol.tls import Tls
 
 PART_BYTES = 4 << 20
 """The length of a part of a message, in bytes. Longer messages are sent in parts."""

@@ -24,7 +24,8 @@ from typing import Any, Self, TextIO
 import msgspec
 
 from cotra_rdma import errors
-from cotra_rdma._build.steps import FIRST_ALONE, STEPS, BuildSpec, GraphResult, Progress, builder_in, result_of
+from cotra_rdma._build.spec import BuildSpec, Progress
+from cotra_rdma._build.steps import FIRST_ALONE, STEPS, GraphResult, builder_in, result_of
 from cotra_rdma.datasets import VectorFile, open_vectors
 from cotra_rdma.errors import CotraError, PeerError
 

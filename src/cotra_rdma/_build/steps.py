@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from cotra_rdma._build.mail import (
     RowsMessage,
     array_of,
 )
+from cotra_rdma._build.spec import BuildSpec, Progress, ShardProgress, rows_done, scatter
 from cotra_rdma._clustering.balanced import (
     PartModel,
     capacity,
@@ -51,8 +52,7 @@ from cotra_rdma._clustering.balanced import (
     slice_of,
     train_parts,
 )
-from cotra_rdma._clustering.kmeans import Clusters, normalised
-from cotra_rdma._core.exact import long_products
+from cotra_rdma._clustering.kmeans import Clusters
 from cotra_rdma._native.arena import Arena, trim_memory
 from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.image import ImageInfo
@@ -61,7 +61,6 @@ from cotra_rdma._routing.coarse_table import N_LISTS, CoarseTable
 from cotra_rdma._routing.exact_neighbours import nearest
 from cotra_rdma._routing.fit import HeldOut, calibrate, held_out_rows
 from cotra_rdma._shard.hnsw_packer import build_image
-from cotra_rdma._shard.params import BuildParams
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.datasets import VectorFile, open_vectors
 from cotra_rdma.errors import FormatError
@@ -71,54 +70,9 @@ STEPS = ("train", "count", "divide", "build", "link", "calibrate")
 FIRST_ALONE = ("train", "calibrate")
 """The steps that only the builder of shard 0 takes."""
 
-_PACK_SHARE = 0.1  # of the time that the build of a shard takes, about
 _COPY_BYTES = 4 << 20  # of rows that are copied at once
 _HELD_OUT = 1000  # fewer than for independent shards: before one walk over all of them, Compass can save little
 _SCATTER_SAMPLE = 128  # rows of a shard that say in which directions lists are wide
-_SCATTER_ROWS = 128  # of a covariance that are computed at once
-
-ShardProgress = Callable[[str, int], None]
-"""Called with the phase of a step, and the rows that are done of those that the builder has to do in it.
-
-The phases are "partition", "build", "link", "pack", "border", "relink" and "calibrate".
-"""
-
-Progress = Callable[[int, str, int], None]
-"""Called with (shard, phase, rows done), for all builders."""
-
-
-@dataclass(frozen=True, slots=True)
-class BuildSpec:
-    """What is built. All builders of one graph share it.
-
-    Attributes:
-        count: the number of rows of the input.
-        dim: the components of a vector.
-        n_shards: the number of shards.
-        params: the parameters of each shard's graph. `n_lists` counts the lists of all shards together, and `n_threads`
-            is the number of threads of each builder.
-        generation: the generation of the collection.
-    """
-
-    count: int
-    dim: int
-    n_shards: int
-    params: BuildParams
-    generation: int
-
-    def lists_of(self, count: int) -> int:
-        """Returns the number of inverted lists of a shard of `count` vectors."""
-        n_lists = self.params.n_lists
-        return min(count, max(1, round(n_lists * count / self.count))) if n_lists else 0
-
-    def shared(self) -> dict[str, Any]:
-        """Returns the fields that must be equal everywhere, by name.
-
-        The number of threads may differ, and the builders agree on a generation.
-        """
-        fields = {"count": self.count, "dim": self.dim, "n_shards": self.n_shards} | asdict(self.params)
-        del fields["n_threads"]
-        return fields
 
 
 @dataclass(slots=True)
@@ -509,49 +463,6 @@ def build_here(spec: BuildSpec, vectors: VectorFile, directory: Path, progress: 
         for number in range(1 if step in FIRST_ALONE else spec.n_shards):
             builder_in(spec, vectors, directory, number, progress).run(step)
     return result_of(builder_in(spec, vectors, directory, 0, None))
-
-
-# ---- what all builds share ----
-
-
-def rows_done(count: int, report: ShardProgress) -> Callable[[str, int, int], None]:
-    """Makes the `progress` of the build of a shard. It counts rows from the first node added to the last node packed.
-
-    Args:
-        count: the number of rows of the shard.
-        report: called with (phase, rows done).
-    """
-
-    def progress(phase: str, done: int, total: int) -> None:
-        share = done / max(total, 1)
-        share = share * (1 - _PACK_SHARE) if phase == "build" else 1 - _PACK_SHARE + share * _PACK_SHARE
-        report(phase, round(share * count))
-
-    return progress
-
-
-def scatter(
-    some: npt.NDArray[Any], centroids: npt.NDArray[np.float32], lists: npt.NDArray[np.int32], count: int, metric: str
-) -> npt.NDArray[np.float64]:
-    """Estimates the covariance of a shard's vectors about their centroids, times the number of vectors.
-
-    Args:
-        some: a sample of the vectors, [n, dim].
-        centroids: the centroids of the shard's lists, float32[n_lists, dim].
-        lists: the list of each vector of the sample, int32[n].
-        count: the number of vectors of the shard.
-        metric: for "cosine", vectors are normalised first.
-
-    Returns:
-        float64[dim, dim].
-    """
-    rows = normalised(some) if metric == "cosine" else some.astype(np.float32)
-    gaps = rows - centroids[lists]
-    found = np.empty((gaps.shape[1], gaps.shape[1]))
-    for start in range(0, len(found), _SCATTER_ROWS):
-        found[start : start + _SCATTER_ROWS] = long_products(gaps.T[start : start + _SCATTER_ROWS], gaps.T)
-    found *= count / len(some)
-    return found
 
 
 @dataclass(frozen=True, slots=True)
