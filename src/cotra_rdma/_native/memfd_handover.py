@@ -6,6 +6,8 @@ The owner sends a sealed memfd through a Unix socket, and only to a reader of th
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import mmap
 import os
 import secrets
 import socket
@@ -14,8 +16,10 @@ import threading
 from pathlib import Path
 
 from cotra_rdma._native.arena import Arena
-from cotra_rdma.errors import TransportError
+from cotra_rdma.errors import FormatError, TransportError
 
+_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h
+_BLOCK_BYTES = 512  # of stat(2)'s st_blocks
 _LENGTH = struct.Struct("<Q")
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _TIMEOUT_S = 5.0
@@ -91,7 +95,32 @@ def receive(name: str, length: int) -> Arena:
     try:
         if not fds or message != _LENGTH.pack(length):
             raise TransportError("the owner does not hand its memory to this user (it serves its own user only)")
+        _check_whole(fds[0], length)
         return Arena.map_fd(fds[0], length)
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _check_whole(fd: int, length: int) -> None:
+    """Checks that a memfd of huge pages has all its pages, and keeps them.
+
+    A reader of a page that is not there dies by SIGBUS where there is no huge page left.
+    A memfd of ordinary pages has pages of zeros there.
+
+    Raises:
+        FormatError: pages are missing, or its owner could take some away.
+    """
+    status = os.fstat(fd)
+    if status.st_blksize <= mmap.PAGESIZE:
+        return
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise FormatError(f"the owner's memory is no memfd: {error}") from error
+    if not seals & (fcntl.F_SEAL_WRITE | _SEAL_FUTURE_WRITE):
+        raise FormatError(
+            "the owner's memory has huge pages that the owner could take away: it is not sealed against that"
+        )
+    if status.st_blocks * _BLOCK_BYTES < length:
+        raise FormatError("the owner's memory has huge pages, and some of them are missing")
