@@ -95,8 +95,7 @@ def _inspect(what: list[str], records: bool, timeout_s: float, progress: Progres
         return inspect_files(paths, progress=progress)
     if any(files):
         raise typer.BadParameter("give shard files or addresses, not both", param_hint="PATH|ADDRESS")
-    addresses = [target.owners for target in targets(what)]
-    return inspect_owners(addresses, records=records, timeout_s=timeout_s, progress=progress)
+    return inspect_owners(targets(what).owners, records=records, timeout_s=timeout_s, progress=progress)
 
 
 @contextmanager
