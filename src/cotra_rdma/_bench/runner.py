@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._bench.clock import engine_clock
 from cotra_rdma._bench.data import DataSet, Ids, Queries, Rows
 from cotra_rdma.datasets import recall
 
@@ -42,6 +41,7 @@ class Answer:
     ids: Ids
     stats: npt.NDArray[np.void] | None = None
     shards: float = 1.0
+    in_process: bool = False
 
 
 class System(Protocol):
@@ -192,15 +192,14 @@ class _Samples:
         system.search(queries[:WARM_UP_QUERIES], setting, rows)
         system.forget()
         before = system.owner_cpu_s()
-        with engine_clock() as clock:
-            begin, cpu_begin = time.perf_counter(), time.process_time()
-            self.answer = system.search(queries, setting, rows)
-            seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
+        begin, cpu_begin = time.perf_counter(), time.process_time()
+        self.answer = system.search(queries, setting, rows)
+        seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
         after = system.owner_cpu_s()
         self.qps.append(len(queries) / seconds)
         self.cpu_us.append(1e6 * cpu_s / len(queries))
-        if clock.seconds:
-            self.overhead.append(seconds / clock.seconds - 1)
+        if self.answer.in_process:
+            self.overhead.append(_batch_overhead(system, setting, queries, rows))
         if before is not None and after is not None:
             self.owner, self.owner_cpu_s = True, self.owner_cpu_s + after - before
         singles = [queries[i : i + 1] for i in range(min(LATENCY_QUERIES, len(queries)))]
@@ -224,6 +223,19 @@ class _Samples:
             return None
         expected_us = np.median(self.rounds) * rtt_s * 1e6 + np.median(self.zero_rtt_us)
         return float(np.median(self.engine_us) / expected_us)
+
+
+def _batch_overhead(system: System, setting: Setting, queries: Queries, rows: Rows | None) -> float:
+    """Measures what a batch call adds to the time of its queries, as `Point.batch_overhead`.
+
+    One thread searches one query at a time, so that the queries' latencies add up to the time in the engine.
+    """
+    system.forget()
+    begin = time.perf_counter()
+    stats = system.search(queries, replace(setting, n_threads=1, inflight=1), rows).stats
+    seconds = time.perf_counter() - begin
+    assert stats is not None
+    return seconds / (float(stats["latency_ns"].sum()) / 1e9) - 1
 
 
 def _one(system: System, query: Queries, setting: Setting, rows: Rows | None) -> tuple[float, Answer]:

@@ -29,6 +29,9 @@ from cotra_rdma._reader.connect import connect
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import FormatError, InvalidInputError
 
+_BY_OWNERS = frozenset(("rpc", "home", "peers"))
+"""The paths of `SearchResult.transports` over which owners search."""
+
 
 class Remote:
     """A shard in an owner process of its own, reached over one transport."""
@@ -62,7 +65,7 @@ class Remote:
             inflight=setting.inflight,
             filters=None if rows is None else [rows],
         )
-        return Answer(result.ids, result.stats)
+        return Answer(result.ids, result.stats, in_process=not _BY_OWNERS.intersection(result.transports))
 
     def forget(self) -> None:
         """As `System`."""
@@ -123,7 +126,7 @@ class Local:
         run = map if len(parts) == 1 else self._pool.map  # no hand-over where there is one thread
         answers = list(run(search, self._engines[: len(parts)], parts))
         ids, _, stats = zip(*answers, strict=True)
-        return Answer(np.concatenate([part[0] for part in ids]), np.concatenate(stats))
+        return Answer(np.concatenate([part[0] for part in ids]), np.concatenate(stats), in_process=True)
 
     def forget(self) -> None:
         """As `System`."""
@@ -223,7 +226,8 @@ class Algorithm:
             algorithm=self._searched_by,
             timeout_s=60.0,
         )
-        return Answer(result.ids, result.stats, float(result.asked.mean()) if len(result.asked) else 0.0)
+        shards = float(result.asked.mean()) if len(result.asked) else 0.0
+        return Answer(result.ids, result.stats, shards, in_process=not _BY_OWNERS.intersection(result.transports))
 
     def forget(self) -> None:
         """As `System`."""

@@ -20,35 +20,56 @@ from cotra_rdma._bench.scaling.tables import scaling_tables
 from cotra_rdma._bench.tables import title
 from cotra_rdma._bench.transports import parse_transport
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import comma_list
+from cotra_rdma.cli.options import comma_list, numbers
 
 SHARDS = (1, 2, 4, 8, 16)
 
 
-def refuse_others(*options: tuple[str, object]) -> None:
-    """Raises a usage error that names the options, of these (name, whether it was given), that do not go with --scaling."""
-    given = [name for name, value in options if value]
-    if given:
+def refuse_others(
+    algorithm: list[str] | None,
+    filters: list[str] | None,
+    build: bool,
+    report: Path | None,
+    queries_zipf: str | None,
+    cache_bytes: str,
+    compare_with: str,
+    threads: str,
+    inflight: str,
+) -> None:
+    """Raises a usage error that names the options which were given and do not go with --scaling."""
+    options = {
+        "--algorithm": algorithm,
+        "--filter": filters,
+        "--build": build,
+        "--report": report,
+        "--queries-zipf": queries_zipf,
+        "--cache-bytes": cache_bytes != "0",
+        "--compare": compare_with != "hnswlib",
+        "--threads": threads != "1",
+        "--inflight": inflight != "0",
+    }
+    if given := [name for name, value in options.items() if value]:
         raise typer.BadParameter(f"leave out {', '.join(given)}", param_hint="--scaling")
 
 
 def scale_of(
-    transports: list[str] | None, shards: list[int], machine: str, halos: str, local_share: float | None
+    transport: list[str] | None, shards: str | None, machine: str, halos: str, local_share: float | None
 ) -> Scale:
-    """The command line's wishes. Raises a usage error where they are no such study."""
-    names = transports or ["shm", FABRIC]
+    """Makes the scale of a study of what the command line says. Raises a usage error for an option that is malformed."""
+    counts = numbers(shards, "--shards") if shards else SHARDS
+    names = comma_list(transport or []) or ["shm", FABRIC]
     fabrics = [name for name in names if parse_transport(name)[0] == "model"]
     paths = [name for name in names if name not in fabrics]
     if len(fabrics) > 1 or len(paths) > 1:
         raise typer.BadParameter(
-            f"{','.join(names)}: with --scaling it is one path and one modelled fabric, as in shm,{FABRIC}",
+            f"{','.join(names)}: --scaling takes one path and one modelled fabric, as in shm,{FABRIC}",
             param_hint="--transport",
         )
     found = re.fullmatch(r"(\d+):(\d+\.?\d*)", machine)
     if found is None or not int(found[1]) or not float(found[2]):
         raise typer.BadParameter(f"{machine!r} is not CORES:GB, as in 16:512", param_hint="--machine")
     return Scale(
-        n_shards=sorted({1, *shards}),
+        n_shards=sorted({1, *counts}),
         transport=paths[0] if paths else "shm",
         fabric=fabrics[0] if fabrics else FABRIC,
         machine=Machine(int(found[1]), 1e9 * float(found[2])),
@@ -58,26 +79,21 @@ def scale_of(
 
 
 def _halos(value: str) -> list[float]:
-    """Ascending, 0 among them."""
+    """Reads the halos, and returns them in ascending order with 0 among them."""
     try:
         halos = sorted({0.0, *(float(item) for item in comma_list([value]))})
     except ValueError:
         halos = [-1.0]
     if halos[0] < 0 or not math.isfinite(halos[-1]):
-        raise typer.BadParameter(f"{value!r} is no list of shares, as in 0.25,0.5", param_hint="--halo")
+        raise typer.BadParameter(f"{value!r} is no list of shares such as 0.25,0.5", param_hint="--halo")
     return halos
 
 
 def run_study(data: DataSet, scale: Scale, plan: Plan, cache: Path, *, plot: Path | None, as_json: bool) -> None:
-    """Measures, predicts, draws and prints."""
+    """Measures and predicts, then draws and prints what was found."""
     plan = replace(plan, efs=sorted({plan.k, *plan.efs}), beams=plan.beams[:1])
     environment = Environment.now(sys.argv)
-    with output.progress_bar("", disable=as_json) as bar:
-        task = bar.add_task("", total=1)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with output.phases(quiet=as_json) as progress:
         found, points = study(data, scale, plan, cache, progress)
     environment = environment.finished()
     if plot is not None:
@@ -88,8 +104,6 @@ def run_study(data: DataSet, scale: Scale, plan: Plan, cache: Path, *, plot: Pat
             output.print_json(asdict(point))
         output.print_json({"scaling": asdict(found)})
         return
-    for name, fact in environment.facts().items():
-        output.out.print(f"{name}: {fact}", markup=False, soft_wrap=True)
-    output.out.print(title(data, plan), markup=False, soft_wrap=True)
+    output.print_facts(environment.facts(), title(data, plan))
     for table in scaling_tables(found):
         output.print_table(table.columns, table.rows, title=table.title)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -186,7 +185,7 @@ def _lose_one(
         return recall(np.stack(_neighbours(cluster, vectors, rows)), exact)
 
     victim = owners[LOST_OWNER]
-    with _quietly(), connect([owner.addresses[0] for owner in owners], transport="rpc") as cluster:
+    with output.without_warnings(), connect([owner.addresses[0] for owner in owners], transport="rpc") as cluster:
         before = found()
         victim.kill()
         without = found()
@@ -195,18 +194,6 @@ def _lose_one(
             back.wait_ready()
             cluster.revive()  # a thread of the cluster's would, within seconds
             return {"address": victim.addresses[0], "coverage": coverage, "recall": [before, without, found()]}
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without warnings of owners that are lost: the table tells."""
-    log = logging.getLogger("cotra_rdma")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _exact(vectors: npt.NDArray[np.float32], rows: list[int]) -> npt.NDArray[np.int64]:

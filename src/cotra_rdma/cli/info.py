@@ -25,13 +25,7 @@ from cotra_rdma._diagnose.inspection import (
     inspect_owners,
 )
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import (
-    Json,
-    TlsCa,
-    TlsCert,
-    TlsKey,
-    tls_of,
-)
+from cotra_rdma.cli.options import Json, TlsCa, TlsCert, TlsKey, tls_of
 from cotra_rdma.cli.targets import targets
 from cotra_rdma.protocol.tls import Tls
 
@@ -105,8 +99,7 @@ def _inspect(what: list[str], records: bool, timeout_s: float, tls: Tls | None, 
         return inspect_files(paths, progress=progress)
     if any(files):
         raise typer.BadParameter("give shard files or addresses, not both", param_hint="PATH|ADDRESS")
-    addresses = [target.owners for target in targets(what)]
-    return inspect_owners(addresses, records=records, timeout_s=timeout_s, tls=tls, progress=progress)
+    return inspect_owners(targets(what).owners, records=records, timeout_s=timeout_s, tls=tls, progress=progress)
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import typer
@@ -62,6 +64,18 @@ def print_warning(message: str) -> None:
     err.print(f"[yellow]warning:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keeps the package's log off stderr. It is for what a verb reports by itself, such as an owner that is lost."""
+    log = logging.getLogger("cotra_rdma")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def print_json(value: Any) -> None:
     """One line of JSON on stdout, at once."""
     print(json.dumps(value, allow_nan=False), flush=True)
@@ -75,6 +89,12 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], *, title:
     for row in rows:
         table.add_row(*row)
     out.print(table)
+
+
+def print_facts(facts: Mapping[str, str], heading: str) -> None:
+    """Prints one line for each fact on stdout, then a heading."""
+    for line in (*(f"{name}: {fact}" for name, fact in facts.items()), heading):
+        out.print(line, markup=False, soft_wrap=True)
 
 
 class RateColumn(ProgressColumn):
@@ -103,6 +123,18 @@ def progress_bar(unit: str, *, disable: bool) -> Progress:
         disable=disable or not err.is_terminal,
         transient=True,
     )
+
+
+@contextlib.contextmanager
+def phases(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows a bar on stderr for work in several phases.
+
+    Yields:
+        What to call with the name of a phase, how much of it is done, and how much there is.
+    """
+    with progress_bar("", disable=quiet) as bar:
+        task = bar.add_task("", total=1)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def human_bytes(n: float) -> str:

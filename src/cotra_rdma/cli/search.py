@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import typer
 
+from cotra_rdma._collection.owners_file import OWNERS
 from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S
+from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._reader.connect import connect
-from cotra_rdma._reader.cost_model import Prediction
 from cotra_rdma._reader.result import SearchResult
 from cotra_rdma._routing.router import DEFAULT_TARGET
 from cotra_rdma.cli import output
@@ -29,9 +31,11 @@ from cotra_rdma.cli.options import (
     tls_of,
     transports,
 )
-from cotra_rdma.cli.targets import reachable, targets
+from cotra_rdma.cli.search_report import show, summarize, write_answers
+from cotra_rdma.cli.targets import Targets, targets
 from cotra_rdma.datasets import read_ground_truth, read_queries, recall
-from cotra_rdma.errors import InvalidInputError
+from cotra_rdma.errors import InvalidInputError, TransportError
+from cotra_rdma.protocol.tls import Tls
 
 EPILOG = """**Examples**
 
@@ -48,9 +52,6 @@ cotra search 127.0.0.1:7700 --queries sift.hdf5 --ground-truth sift.hdf5 --trans
 The third has two owners of the first shard: the first that answers is read. A collection is searched at the addresses that
 `cotra serve` noted in its owners.json; of the collection itself only collection.json is needed.
 """
-
-SHOWN_QUERIES, SHOWN_ANSWERS = 3, 10
-
 
 Shards = Annotated[
     list[str],
@@ -162,30 +163,15 @@ def search(
 
     QPS is for the whole batch; latency percentiles are of one query from its start to its last shard's answer.
     """
-    if out is not None and out.suffix not in (".npy", ".npz"):
-        raise typer.BadParameter(f"{out} must end in .npy or .npz", param_hint="--out")
-    if out is not None and not out.parent.is_dir():
-        raise typer.BadParameter(f"{out.parent} is no directory", param_hint="--out")
+    _check_output_file(out)
     transports([transport], ("auto", *TRANSPORTS))
     wanted = targets(shards)
-    vectors = read_queries(queries)
-    truth = None if ground_truth is None else read_ground_truth(ground_truth)
-    if truth is not None and (len(truth) != len(vectors) or truth.shape[1] < k):
-        raise InvalidInputError(
-            f"{ground_truth}: ground truth is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more] here"
-        )
-    patience = timeout or DEFAULT_TIMEOUT_S
+    vectors, truth = _read(queries, ground_truth, k)
     tls = tls_of(tls_cert, tls_key, tls_ca)
-    owners, missing, lenient = reachable(wanted, patience, allow_partial=allow_partial, tls=tls)
-    with (
-        connect(
-            owners, transport=transport, tls=tls, timeout_s=patience, cache_bytes=cache_bytes, allow_partial=lenient
-        ) as cluster,
-        output.progress_bar("queries", disable=as_json) as bar,
-    ):
-        task = bar.add_task("searching", total=len(vectors))
-        begin = time.perf_counter()
-        result = cluster.search(
+    with _connect(wanted, transport, tls, timeout or DEFAULT_TIMEOUT_S, cache_bytes, allow_partial) as cluster:
+        unreached = cluster.lost
+        run = partial(
+            cluster.search,
             vectors,
             k=k,
             ef=ef,
@@ -197,139 +183,84 @@ def search(
             target_recall=target_recall,
             owner_cpu=owner_cpu,
             explain=explain,
-            progress=None if bar.disable else lambda done, _total: bar.update(task, completed=done),
             max_expansions=max_expansions,
         )
-        seconds = time.perf_counter() - begin
-        names = [address or shard.name for address, shard in zip(cluster.addresses, wanted, strict=True)]
+        result, seconds = _timed(run, len(vectors), quiet=as_json)
+        names = [address or f"shard {at}" for at, address in enumerate(cluster.addresses)]
     if out is not None:
-        _write(out, result)
-    failures = {names[at]: missing.get(at) or str(error) for at, error in sorted(result.failures.items())}
-    summary = _summary(result, seconds, names, failures)
-    summary["unreached"] = {names[at]: why for at, why in missing.items() if at not in result.failures}
-    summary = {"recall": None if truth is None else recall(result.ids, truth), **summary}
+        write_answers(out, result)
+    summary = summarize(result, None if truth is None else recall(result.ids, truth), seconds, names, unreached)
     if as_json:
         output.print_json({**summary, "queries": len(vectors), "k": k, "ef": ef, "beam": beam, "n_threads": threads})
-    else:
-        _show(summary, result, len(vectors), k)
-        if failures and allow_partial is None:
-            output.print_warning(f"the answer is without {', '.join(failures)}; --no-allow-partial makes that an error")
-
-
-def _write(path: Path, result: SearchResult) -> None:
-    if path.suffix == ".npz":
-        np.savez(path, ids=result.ids, distances=result.distances, incomplete=result.incomplete)
         return
-    answers = np.empty(result.ids.shape, [("id", "<i8"), ("distance", "<f4")])
-    answers["id"], answers["distance"] = result.ids, result.distances
-    np.save(path, answers)
+    show(summary, result, k)
+    if result.failures and allow_partial is None:
+        missing = ", ".join(summary["failures"])
+        output.print_warning(f"the answer is without {missing}; --no-allow-partial makes that an error")
 
 
-def _summary(result: SearchResult, seconds: float, names: list[str], failures: dict[str, str]) -> dict[str, Any]:
-    """`names`: of all shards, their owners' addresses mostly; `failures`: why some are missing."""
-    p50, p99 = np.percentile(result.stats["latency_ns"] / 1e3, (50, 99))
-    return {
-        "qps": len(result.ids) / seconds,
-        "p50_us": float(p50),
-        "p99_us": float(p99),
-        "reads_per_query": float(result.stats["reads"].mean()),
-        "cached_records_per_query": float(result.stats["cached_records"].mean()),
-        "rounds_per_query": float(result.stats["rounds"].mean()),
-        "bytes_per_query": float(result.stats["read_bytes"].mean()),
-        "pushed_per_query": float(result.stats["pushed"].mean()),
-        "own_per_query": float(result.stats["own"].mean()),
-        "local_share": None if math.isnan(result.local_share) else result.local_share,
-        "walked_at_home": None if result.homes is None else int((result.homes >= 0).sum()),
-        "transports": dict(zip(names, result.transports, strict=True)),
-        "coverage": result.coverage,
-        "incomplete": int(result.incomplete.sum()),
-        "failures": failures,
-        "algorithm": result.algorithm,
-        "shards_per_query": float(result.asked.mean()),
-        "predictions": [
-            {**asdict(expected), "seconds": expected.seconds if math.isfinite(expected.seconds) else None}
-            for expected in result.predictions
-        ],
-    }
+def _check_output_file(out: Path | None) -> None:
+    """Raises a usage error if answers cannot be written to a path."""
+    if out is not None and out.suffix not in (".npy", ".npz"):
+        raise typer.BadParameter(f"{out} must end in .npy or .npz", param_hint="--out")
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {out.parent}", param_hint="--out")
 
 
-def _explain(summary: dict[str, Any], result: SearchResult, n_queries: int) -> None:
-    columns = ("way", ">batch, ms", ">READs", ">rounds", ">KiB", ">owners' CPU, us", ">shards", "")
+def _read(
+    queries: Path, ground_truth: Path | None, k: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]:
+    """Reads the queries, and the ground truth if a file of it is given.
 
-    def row(name: str, ms: float, p: Prediction, remark: str) -> tuple[str, ...]:
-        counts = (f"{p.reads:.1f}", f"{p.rounds:.1f}", f"{p.bytes / 1024:.1f}", f"{p.owner_cpu_s * 1e6:.1f}")
-        return (name, f"{ms:,.2f}", *counts, f"{p.shards:.2f}", remark)
-
-    rows = []
-    for at, expected in enumerate(result.predictions):
-        remark = "taken" if at == 0 else expected.why
-        rows.append(row(f"{expected.algorithm}, expected", expected.seconds * 1e3, expected, remark))
-    measured = Prediction(
-        result.algorithm,
-        n_queries / summary["qps"],
-        summary["reads_per_query"],
-        summary["rounds_per_query"],
-        summary["bytes_per_query"],
-        0.0,
-        summary["shards_per_query"],
-    )
-    rows.append(
-        (
-            *row(f"{result.algorithm}, measured", measured.seconds * 1e3, measured, "")[:5],
-            "-",
-            *row("", 0, measured, "")[6:],
+    Raises:
+        InvalidInputError: the ground truth is of another number of queries, or has fewer than k rows for each.
+    """
+    vectors = read_queries(queries)
+    truth = None if ground_truth is None else read_ground_truth(ground_truth)
+    if truth is not None and (len(truth) != len(vectors) or truth.shape[1] < k):
+        raise InvalidInputError(
+            f"the ground truth in {ground_truth} is {list(truth.shape)}, and must be [{len(vectors)}, {k} or more]"
         )
-    )
-    output.print_table(columns, rows)
+    return vectors, truth
 
 
-def _homes(summary: dict[str, Any], n_queries: int) -> list[tuple[str, str]]:
-    at_home = summary["walked_at_home"]
-    if at_home is None:
-        return []
-    here = n_queries - at_home
-    return [
-        ("walked at home", f"{at_home:,}" + (f", and {here:,} from here: their homes did not answer" if here else ""))
-    ]
+def _connect(
+    wanted: Targets, transport: str, tls: Tls | None, timeout_s: float, cache_bytes: int, allow_partial: bool | None
+) -> Cluster:
+    """Connects to the shards that have an owner.
+
+    Raises:
+        TransportError: a shard has none, and may not be left out.
+            `allow_partial` None leaves it out if the shards are one graph.
+    """
+    n = len(wanted.owners)
+    if not any(wanted.owners):
+        raise _no_owner({at: f"shard {at}: no owner is noted in {OWNERS}" for at in range(n)}, n)
+    with output.without_warnings():
+        cluster = connect(
+            wanted.owners,
+            transport,
+            tls=tls,
+            timeout_s=timeout_s,
+            cache_bytes=cache_bytes,
+            allow_partial=True,
+            collection=wanted.collection,
+        )
+    if cluster.lost and not (cluster.one_graph if allow_partial is None else allow_partial):
+        cluster.close()
+        raise _no_owner(cluster.lost, n)
+    return cluster
 
 
-def _show(summary: dict[str, Any], result: SearchResult, n_queries: int, k: int) -> None:
-    without = ", ".join(summary["failures"])
-    share_of = "shards and queries" if summary["incomplete"] else "the shards"
-    output.print_table(
-        ("", ""),
-        [
-            ("queries", f"{n_queries:,}"),
-            (f"recall@{k}", "no ground truth given" if summary["recall"] is None else f"{summary['recall']:.4f}"),
-            ("queries a second", f"{summary['qps']:,.0f}"),
-            ("latency", f"p50 {summary['p50_us']:,.0f} us, p99 {summary['p99_us']:,.0f} us"),
-            ("READs per query", f"{summary['reads_per_query']:.1f}"),
-            ("records from the cache", f"{summary['cached_records_per_query']:.1f} per query"),
-            ("from own memory", f"{summary['own_per_query']:.1f} per query"),
-            (
-                "own memory or cache",
-                "-" if (share := summary["local_share"]) is None else f"{share:.0%} of all records",
-            ),
-            *_homes(summary, n_queries),
-            ("expanded by owners", f"{summary['pushed_per_query']:.1f} per query"),
-            ("rounds per query", f"{summary['rounds_per_query']:.1f}"),
-            ("read per query", output.human_bytes(summary["bytes_per_query"])),
-            *((f"path to {address}", path) for address, path in summary["transports"].items()),
-            ("coverage", f"{summary['coverage']:.0%} of {share_of}{without and f', without {without}'}"),
-            *(
-                [("cut short by --max-expansions", f"{summary['incomplete']:,} queries, which coverage leaves out")]
-                if summary["incomplete"]
-                else []
-            ),
-            *((f"no answer from {address}", why) for address, why in summary["failures"].items()),
-            *((f"not reached: {shard}", f"{why}; the peers did") for shard, why in summary["unreached"].items()),
-            ("algorithm", summary["algorithm"]),
-            ("shards per query", f"{summary['shards_per_query']:.2f}"),
-        ],
-    )
-    if result.predictions:
-        _explain(summary, result, n_queries)
-    for number, (ids, distances) in enumerate(zip(result.ids[:SHOWN_QUERIES], result.distances, strict=False)):
-        there = [f"{i} ({distance:.4g})" for i, distance in zip(ids, distances, strict=True) if i >= 0]
-        more = f"  and {len(there) - SHOWN_ANSWERS} more" if len(there) > SHOWN_ANSWERS else ""
-        output.out.print(f"query {number}: {'  '.join(there[:SHOWN_ANSWERS]) or 'no answer'}{more}", soft_wrap=True)
+def _no_owner(lost: Mapping[int, object], n_shards: int) -> TransportError:
+    why = "; ".join(map(str, lost.values()))
+    return TransportError(f"{len(lost)} of {n_shards} shards have no owner that answers: {why}", shard=min(lost))
+
+
+def _timed(run: Callable[..., SearchResult], n_queries: int, *, quiet: bool) -> tuple[SearchResult, float]:
+    """Runs a search under a progress bar, and returns its result and its seconds."""
+    with output.progress_bar("queries", disable=quiet) as bar:
+        task = bar.add_task("searching", total=n_queries)
+        begin = time.perf_counter()
+        result = run(progress=None if bar.disable else lambda done, _total: bar.update(task, completed=done))
+        return result, time.perf_counter() - begin

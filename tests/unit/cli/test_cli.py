@@ -99,6 +99,7 @@ def test_version_and_no_arguments() -> None:
         (("search", "127.0.0.1:1", "--queries", __file__, "--transport", "tcp"), "'tcp' is not one of"),
         (("search", "127.0.0.1:0", "--queries", __file__), "'127.0.0.1:0' is neither HOST:PORT"),
         (("search", "a:1,", "b:1,nowhere", "--queries", __file__), "'b:1,nowhere' is neither HOST:PORT"),
+        (("search", "127.0.0.1:1", ".", "--queries", __file__), "give one collection and nothing else"),
         (("info",), "Missing argument"),
         (("info", "nowhere"), "'nowhere' is neither HOST:PORT"),
         (("info", __file__, "127.0.0.1:1"), "shard files or addresses, not both"),
