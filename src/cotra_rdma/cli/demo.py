@@ -104,8 +104,7 @@ def _build(directory: Path, *, quiet: bool) -> float:
         task = bar.add_task("", total=vectors.count)
 
         def progress(shard: int, phase: str, done: int) -> None:
-            description = phase if shard < 0 else f"shard {shard + 1}/{N_OWNERS} {phase}"
-            bar.update(task, completed=done, description=description)
+            bar.update(task, completed=done, description=output.phase_of(shard, N_OWNERS, phase))
 
         build_collection(vectors, directory, N_OWNERS, metric="cosine", graph="global", progress=progress)
     return time.perf_counter() - begin
