@@ -23,7 +23,7 @@ Read = Callable[[int, int], Any]
 Progress = Callable[[int], None]
 """Called with the records that were looked at so far."""
 
-_RANGE_BYTES = 8 << 20
+RANGE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +64,12 @@ def degree_range(degrees: npt.NDArray[np.int64]) -> tuple[int, float, int]:
 
 
 def graph_stats(
-    info: ImageInfo, read: Read, shards: Sequence[tuple[int, int]], progress: Progress | None = None
+    info: ImageInfo,
+    read: Read,
+    shards: Sequence[tuple[int, int]],
+    progress: Progress | None = None,
+    *,
+    range_bytes: int = RANGE_BYTES,
 ) -> GraphStats:
     """Reads all records of an image, some MiB at a time.
 
@@ -83,7 +88,7 @@ def graph_stats(
     degrees = np.zeros(info.degree + 1, np.int64)
     links_to = np.zeros(len(shards), np.int64)
     inside = elsewhere = deleted = 0
-    step = max(1, _RANGE_BYTES // info.record_bytes)
+    step = max(1, range_bytes // info.record_bytes)
     for begin in range(0, info.count, step):
         rows = np.arange(begin, min(begin + step, info.count))
         heads, numbers = _records(info, read, rows)

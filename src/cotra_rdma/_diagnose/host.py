@@ -79,6 +79,10 @@ class Host:
         except OSError:
             return []
 
+    def may_open(self, name: str) -> bool:
+        """Returns whether this process may read and write a file."""
+        return os.access(self.path(name), os.R_OK | os.W_OK)
+
     @property
     def container(self) -> str:
         """The kind of container that this process runs in, or ""."""
@@ -145,7 +149,7 @@ def device_files(host: Host) -> Check:
             else "sudo modprobe ib_uverbs; udev makes them"
         )
         return Check(name, Status.FAILED, "no /dev/infiniband/uverbs*", remedy)
-    closed = [node for node in nodes if not os.access(host.path(f"/dev/infiniband/{node}"), os.R_OK | os.W_OK)]
+    closed = [node for node in nodes if not host.may_open(f"/dev/infiniband/{node}")]
     if closed:
         remedy = (
             f"sudo chmod 0666 /dev/infiniband/{closed[0]}; for good: sudo usermod -aG rdma $USER, "

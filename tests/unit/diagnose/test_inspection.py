@@ -16,9 +16,8 @@ import pytest
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import MANIFEST, Collection
 from cotra_rdma._collection.owners_file import OWNERS, add
-from cotra_rdma._diagnose import graph_stats as stats
 from cotra_rdma._diagnose import inspection
-from cotra_rdma._diagnose.graph_stats import GraphStats, degree_range, graph_stats
+from cotra_rdma._diagnose.graph_stats import RANGE_BYTES, GraphStats, degree_range, graph_stats
 from cotra_rdma._diagnose.inspection import inspect_collection, inspect_files, inspect_owners
 from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._shard.shard import Shard
@@ -80,15 +79,16 @@ def links(info: ImageInfo, data: bytearray) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("range_bytes", [1, 20_000, stats._RANGE_BYTES])
-def test_links_are_counted_as_one_by_one(one_graph: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: int) -> None:
-    monkeypatch.setattr(stats, "_RANGE_BYTES", range_bytes)
+@pytest.mark.parametrize("range_bytes", [1, 20_000, RANGE_BYTES])
+def test_links_are_counted_as_one_by_one(one_graph: Path, range_bytes: int) -> None:
     images = [image(one_graph / f"shard-{number:03d}.cotra") for number in range(N_SHARDS)]
     ranges = [(info.graph_base, info.count) for info, _ in images]
     crossing = 0
     for number, (info, data) in enumerate(images):
         seen = []
-        found = graph_stats(info, lambda at, n, data=data: data[at : at + n], ranges[::-1], seen.append)
+        found = graph_stats(
+            info, lambda at, n, data=data: data[at : at + n], ranges[::-1], seen.append, range_bytes=range_bytes
+        )
         lists = links(info, data)
         flat = [other for near in lists for other in near]
         assert found.links == len(flat)
