@@ -15,11 +15,11 @@ import typer
 from cotra_rdma._collection.owners_file import OWNERS
 from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S
 from cotra_rdma._reader.cluster import Cluster
-from cotra_rdma._reader.connect import connect
+from cotra_rdma._reader.connect import TRANSPORTS, connect
 from cotra_rdma._reader.result import SearchResult
 from cotra_rdma._routing.router import DEFAULT_TARGET
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import TRANSPORTS, GroundTruth, Json, Threads, input_file, transports
+from cotra_rdma.cli.options import GroundTruth, Json, Threads, Transport, input_file, transports
 from cotra_rdma.cli.search_report import show, summarize, write_answers
 from cotra_rdma.cli.targets import Targets, targets
 from cotra_rdma.datasets import read_ground_truth, read_queries, recall
@@ -55,9 +55,6 @@ Ef = Annotated[
     int, typer.Option(min=1, help="Candidates kept during a search, at least k: more is slower and finds more.")
 ]
 Beam = Annotated[int, typer.Option(min=1, help="Nodes expanded a round at most: more is fewer round trips.")]
-Transport = Annotated[
-    str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
-]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -149,7 +146,7 @@ def search(
     QPS is for the whole batch; latency percentiles are of one query from its start to its last shard's answer.
     """
     _check_output_file(out)
-    transports([transport], ("auto", *TRANSPORTS))
+    transports([transport], TRANSPORTS)
     wanted = targets(shards)
     vectors, truth = _read(queries, ground_truth, k)
     with _connect(wanted, transport, timeout or DEFAULT_TIMEOUT_S, cache_bytes, allow_partial) as cluster:

@@ -18,7 +18,7 @@ import typer
 from cotra_rdma._collection.manifest import coarse_of, place_of, shard_paths
 from cotra_rdma._collection.owners_file import is_address
 from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
-from cotra_rdma._owner.server import Server
+from cotra_rdma._owner.server import TRANSPORTS, Server
 from cotra_rdma._owner.server import serve as serve_shard
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.cli import output
@@ -138,7 +138,7 @@ def serve(
     With --json, one line when ready: {"address", "shards", "region", "transports"}; all but "shards" of the first. With --walk
     also a line {"walks"} whenever it changes how the shards of the collection are reached.
     """
-    offered = None if transport is None else transports(transport)
+    offered = None if transport is None else transports(transport, TRANSPORTS)
     host, port = _host_port(listen)
     if announce is not None and no_announce:
         raise typer.BadParameter("contradicts --no-announce", param_hint="--announce")

@@ -280,7 +280,7 @@ def test_demo_of_a_word_that_is_not_there() -> None:
 def test_numbers_and_lists() -> None:
     assert options.comma_list(["a,b", " c ", ",,"]) == ["a", "b", "c"]
     assert options.numbers("64, 16,16", "--ef") == [16, 64]
-    assert options.transports(["shm,rpc", "shm"]) == ("shm", "rpc")
+    assert options.transports(["shm,rpc", "shm"], ["rpc", "shm"]) == ("shm", "rpc")
 
 
 def test_no_device_has_the_remedy(tmp_path: Path) -> None:
