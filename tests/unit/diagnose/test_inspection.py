@@ -122,7 +122,10 @@ def test_links_are_counted_as_one_by_one(one_graph: Path, range_bytes: int) -> N
             "beyond the graph's 900 nodes",
         ),
         (lambda record, info: record.__setitem__(slice(COUNT, COUNT + 2), b"\x01\x00"), "a place that is not used"),
-        (lambda record, info: record.__setitem__(slice(16, 17), b"\x01"), "1 records are of deleted nodes, and 0"),
+        (
+            lambda record, info: record.__setitem__(slice(16, 17), b"\x01"),
+            "1 records are of deleted nodes, but the header says 0",
+        ),
     ],
 )
 def test_malformed_records_are_refused(
@@ -152,7 +155,7 @@ def test_a_file_that_becomes_shorter_is_refused(index: Path) -> None:
     with ExitStack() as stack:
         info, read = inspection._open_file(str(path), stack)
         path.write_bytes(path.read_bytes()[: RECORDS + info.record_bytes])
-        with pytest.raises(FormatError, match=f"it ends at byte {RECORDS + info.record_bytes}, "):
+        with pytest.raises(FormatError, match=f"the file ends at byte {RECORDS + info.record_bytes}, "):
             graph_stats(info, read, [])
 
 
@@ -209,13 +212,13 @@ def test_what_does_not_fit_is_told(index: Path, independent: Path) -> None:
 
     (index / "shard-001.cotra").write_bytes((independent / "shard-001.cotra").read_bytes())
     told = problems()
-    assert "shard-001.cotra has a graph of its own, and the collection is one graph" in told
-    assert "not one graph, and not walked as one" in told
+    assert "shard-001.cotra has a graph of its own, but the collection is one graph" in told
+    assert "the shards are of different graphs" in told
     (index / "shard-001.cotra").write_bytes((index / "shard-000.cotra").read_bytes())
     told = problems()
     assert "shard-001.cotra holds" in told
     assert "shard-001.cotra hold the same nodes of one graph" in told
-    assert f"nodes of a graph of {N}" in told
+    assert f"nodes, but their graph has {N}" in told
     (index / "shard-001.cotra").write_bytes(good[:-1])
     assert "shard-001.cotra" in problems()
     spoilt = bytearray(good)
@@ -251,7 +254,7 @@ def test_files_that_are_not_alike(one_graph: Path, independent: Path, tmp_path: 
         shard.save(tmp_path / "other.cotra")
     told = "\n".join(inspect_files([independent / "shard-000.cotra", tmp_path / "other.cotra"]).problems)
     for what in ("dim 10", "metric l2", "generation 1"):
-        assert f"shard-000.cotra has {what}, and" in told
+        assert f"shard-000.cotra has {what}, but" in told
     mixed = inspect_files([one_graph / "shard-000.cotra", independent / "shard-001.cotra", tmp_path / "gone.cotra"])
     assert "graphs of their own" in mixed.problems[1]
     assert "gone.cotra" in mixed.problems[0]
