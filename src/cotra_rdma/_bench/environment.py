@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cotra_rdma._bench.libraries import PACKAGES, library_version
+from cotra_rdma._bench.libraries import PACKAGES, library_version, usable_cores
 from cotra_rdma._diagnose.host import Host, Status, hugetlb
 from cotra_rdma._diagnose.verbs import devices_check, library_check, port_check
 from cotra_rdma._native.graph_engine import simd_level
@@ -63,7 +63,7 @@ class Environment:
             command=shlex.join(["cotra" if program == "__main__.py" else program, *arguments[1:]]),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             cpu=_field(cpu, "model name") or platform.processor() or platform.machine(),
-            cores=len(os.sched_getaffinity(0)),
+            cores=usable_cores(),
             cores_online=os.cpu_count() or 1,
             simd_used=simd_level(),
             simd_available=tuple(

@@ -97,7 +97,7 @@ class Faiss(_Library):
         metric = faiss.METRIC_L2 if data.metric == "l2" else faiss.METRIC_INNER_PRODUCT
         self._index = faiss.IndexHNSWFlat(data.vectors.dim, plan.M, metric)
         self._index.hnsw.efConstruction = plan.ef_construction
-        faiss.omp_set_num_threads(_cores())
+        faiss.omp_set_num_threads(usable_cores())
         progress("faiss", 0, data.vectors.count)
         self._index.add(_float32(data))
         _save(path, lambda part: faiss.write_index(self._index, part))
@@ -127,7 +127,7 @@ class Usearch(_Library):
             self._index.load(str(path))
             return
         progress("usearch", 0, data.vectors.count)
-        self._index.add(np.arange(data.vectors.count), _float32(data), threads=_cores())
+        self._index.add(np.arange(data.vectors.count), _float32(data), threads=usable_cores())
         _save(path, self._index.save)
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
@@ -157,7 +157,7 @@ class Rabitqlib(_Library):
         dim = data.vectors.dim + self._padding
         self._index = symqg(dim, degree, metric="l2" if data.metric == "l2" else "ip")
         progress("rabitqlib", 0, count)
-        self._index.build(self._padded(_float32(data)), plan.ef_construction, num_threads=_cores())
+        self._index.build(self._padded(_float32(data)), plan.ef_construction, num_threads=usable_cores())
         _save(path, self._index.save)
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
@@ -225,7 +225,8 @@ def _float32(data: DataSet) -> npt.NDArray[np.float32]:
     return rows
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cotra_rdma._bench.data import DataSet, Ids, Queries, Rows
 from cotra_rdma._bench.libraries import LIBRARIES, SEED, Progress, library_version
 from cotra_rdma._bench.runner import Answer, Plan, Setting, System
-from cotra_rdma._bench.transports import MIXED, REMOTE, parse_transport
+from cotra_rdma._bench.transports import MIXED, parse_transport
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._core.query_checks import pack_filter
@@ -24,6 +24,7 @@ from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.view import View
 from cotra_rdma._owner.child_process import OwnerProcess
+from cotra_rdma._owner.server import TRANSPORTS
 from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._reader.connect import connect
 from cotra_rdma._shard.shard import Shard
@@ -318,7 +319,7 @@ def open_systems(
         for transport, (kind, fabric) in zip(transports, fabrics, strict=True):
             for cache_bytes in (0,) if kind == "rpc" else [budget.of([shard]) for budget in budgets]:
                 ours: System
-                if kind in REMOTE:
+                if kind in TRANSPORTS:
                     ours = Remote(shard, kind, cache_bytes)
                 else:
                     ours = Local(shard, transport, fabric, max(plan.threads), cache_bytes)

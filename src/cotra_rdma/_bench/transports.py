@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from cotra_rdma._native.channel import FabricModel
+from cotra_rdma._owner.server import TRANSPORTS
 from cotra_rdma.errors import InvalidInputError
 
-REMOTE = ("verbs", "shm", "rpc")
 MIXED = "shm+rpc"
 """Of several shards: the first over shm, the second over RPC, and so on."""
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -19,7 +19,7 @@ def parse_transport(text: str) -> tuple[str, FabricModel | None]:
     rtt: the round trip of a READ, in us, ms or s, or 0. gbit: the link's 10^9 bits a second. mreads: 10^6 READs a second.
     """
     kind, *settings = text.split(":")
-    if kind in (*REMOTE, MIXED, "local") and not settings:
+    if kind in (*TRANSPORTS, MIXED, "local") and not settings:
         return kind, None
     values = {"rtt": 0.0, "gbit": 0.0, "mreads": 0.0}
     for setting in settings:

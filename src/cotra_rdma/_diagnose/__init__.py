@@ -1,1 +1,1 @@
-"""Looks at hosts, devices, owners and graphs, for `cotra doctor` and `cotra info`."""
+"""Inspects hosts, devices, owners and graphs, for `cotra doctor` and `cotra info`."""

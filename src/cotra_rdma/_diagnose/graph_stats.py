@@ -1,7 +1,8 @@
-"""What the records of a shard's image say of its graph: degrees, levels, and which shards its links lead into.
+"""Statistics of a shard's graph: degrees, levels, and the shards that its links lead into.
 
-The layout is docs/reference/format.md. Records are read in ranges, from a file or over a channel, and every number that is
-counted was checked first.
+The layout of an image is in docs/reference/format.md.
+Records are read in ranges, from a file or over a channel.
+Every number is checked before it is counted.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from cotra_rdma._native.image import ImageInfo
 from cotra_rdma.errors import FormatError
 
 Read = Callable[[int, int], Any]
-"""Gives the image's bytes [offset, offset + length), as a buffer; all of them, or it raises."""
+"""Returns the bytes [offset, offset + length) of an image as a buffer, or raises an error."""
 
 Progress = Callable[[int], None]
-"""Called with the records that were looked at so far."""
+"""Called with the number of records that were read so far."""
 
-_RANGE_BYTES = 8 << 20
+RANGE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphStats:
-    """A shard's graph in numbers.
+    """The statistics of a shard's graph.
 
     Attributes:
-        degrees: int64[degree + 1]: nodes with 0, 1, ... links on level 0.
-        levels: int64[max_level + 1]: nodes on level 0, 1, ...
-        links_to: int64[n]: links on level 0 into each of the shards that were named to `graph_stats`.
-        links_elsewhere: links into shards that were not.
-        links_inside: links into the shard itself.
+        degrees: int64[degree + 1], the nodes with 0, 1, ... links on level 0.
+        levels: int64[max_level + 1], the nodes on level 0, 1, ...
+        links_to: int64[n], the links on level 0 into each of the shards that `graph_stats` was given.
+        links_elsewhere: the links into other shards.
+        links_inside: the links into the shard itself.
     """
 
     degrees: npt.NDArray[np.int64]
@@ -46,17 +47,17 @@ class GraphStats:
 
     @property
     def links(self) -> int:
-        """Links on level 0."""
+        """The number of links on level 0."""
         return int(self.degrees @ np.arange(len(self.degrees)))
 
     @property
     def cross_share(self) -> float:
-        """The share of links that lead into other shards; 0 without links."""
+        """The share of links that lead into other shards; 0 if there are no links."""
         return 1 - self.links_inside / self.links if self.links else 0.0
 
 
 def degree_range(degrees: npt.NDArray[np.int64]) -> tuple[int, float, int]:
-    """The least degree of any node, the median and the largest; of a histogram that holds a node at least."""
+    """Returns the smallest, the median and the largest degree of a histogram that holds at least one node."""
     there = np.flatnonzero(degrees)
     upto, n = np.cumsum(degrees), int(degrees.sum())
     low, high = np.searchsorted(upto, [(n - 1) // 2, n // 2], side="right")
@@ -64,26 +65,35 @@ def degree_range(degrees: npt.NDArray[np.int64]) -> tuple[int, float, int]:
 
 
 def graph_stats(
-    info: ImageInfo, read: Read, shards: Sequence[tuple[int, int]], progress: Progress | None = None
+    info: ImageInfo,
+    read: Read,
+    shards: Sequence[tuple[int, int]],
+    progress: Progress | None = None,
+    *,
+    range_bytes: int = RANGE_BYTES,
 ) -> GraphStats:
-    """Reads all records of an image, some MiB at a time.
+    """Reads all records of an image, and counts what they hold.
 
     Args:
-        info: the image's header, validated.
-        read: the image's bytes.
-        shards: the numbers of the graph's nodes that lie in each shard: (first, how many), which do not overlap; 0 of a
-            shard that is not known. The image's own may be among them.
+        info: the header of the image, which was validated.
+        read: reads the image.
+        shards: for each shard of the graph the number of its first node and the number of its nodes.
+            Shards must not overlap.
+            A shard that is not known has 0 nodes.
+            The image's own shard may be among them.
         progress: see `Progress`.
+        range_bytes: the bytes to read at once. At least one record is read.
 
     Raises:
-        FormatError: a record or the navigation section that is malformed. What `read` raises.
+        FormatError: a record or the navigation section is malformed.
+        Exception: what `read` raises.
     """
     known = [(first, first + count, position) for position, (first, count) in enumerate(shards) if count]
     bases, ends, positions = np.array(sorted(known), np.int64).reshape(-1, 3).T
     degrees = np.zeros(info.degree + 1, np.int64)
     links_to = np.zeros(len(shards), np.int64)
     inside = elsewhere = deleted = 0
-    step = max(1, _RANGE_BYTES // info.record_bytes)
+    step = max(1, range_bytes // info.record_bytes)
     for begin in range(0, info.count, step):
         rows = np.arange(begin, min(begin + step, info.count))
         heads, numbers = _records(info, read, rows)
@@ -98,14 +108,18 @@ def graph_stats(
         if progress:
             progress(int(rows[-1]) + 1)
     if deleted != info.deleted_count:
-        raise FormatError(f"{deleted} records are of deleted nodes, and {info.deleted_count} by the header")
+        raise FormatError(f"{deleted} records are of deleted nodes, but the header says {info.deleted_count}")
     return GraphStats(degrees, _levels(info, read), links_to, elsewhere, inside)
 
 
 def _records(
     info: ImageInfo, read: Read, rows: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
-    """The heads of some records, one after the other in the image, and all numbers of neighbours in them."""
+    """Reads and checks some records that follow each other.
+
+    Returns:
+        The heads of the records, and the numbers of all their neighbours as int64[n].
+    """
     begin, n, size = int(rows[0]), len(rows), info.record_bytes
     records = np.frombuffer(read(info.records_offset + begin * size, n * size), np.uint8).reshape(n, size)
     heads, numbers = heads_of(records), links_of(records, info)
@@ -127,7 +141,7 @@ def _records(
 
 
 def _levels(info: ImageInfo, read: Read) -> npt.NDArray[np.int64]:
-    """Nodes on each level, by the navigation section's first rows: an upper node has a row for each of its levels."""
+    """Counts the nodes on each level. In the navigation section, an upper node has one row for each of its levels."""
     levels = np.zeros(info.max_level + 1, np.int64)
     levels[0] = info.count
     n = info.upper_count
@@ -136,6 +150,8 @@ def _levels(info: ImageInfo, read: Read) -> npt.NDArray[np.int64]:
     at = info.nav_offset + round_up(4 * info.dim, 8) + round_up(4 * n, 8)
     heights = np.diff(np.frombuffer(read(at, 4 * (n + 1)), "<u4").astype(np.int64))
     if heights.min() < 1 or heights.max() != info.max_level:
-        raise FormatError(f"an upper node is on level {heights.max()} or below 1 of {info.max_level} levels")
+        raise FormatError(
+            f"the upper nodes reach from level {heights.min()} to {heights.max()}, not from 1 to {info.max_level}"
+        )
     levels[1:] = n - np.cumsum(np.bincount(heights, minlength=info.max_level + 1))[: info.max_level]
     return levels

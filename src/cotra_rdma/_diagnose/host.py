@@ -1,7 +1,8 @@
-"""What stands between this process and a working RDMA device: the checks behind `cotra doctor`. Nothing here prints.
+"""The checks of `cotra doctor` that need no libibverbs: what stands between this process and a working RDMA device.
 
-Every check reads what it needs and never raises: a fact that cannot be had is a finding too. Those that read the file
-system take a `Host`, so that they can be tried on any tree.
+Nothing here prints.
+A check reads what it needs and never raises: a fact that cannot be read is a finding too.
+Checks that read the file system take a `Host`, so that a test can give them any tree.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-ENOUGH_MEMLOCK_BYTES = 64 << 20  # landing buffers and a small shard
+ENOUGH_MEMLOCK_BYTES = 64 << 20  # enough for the buffers of READs and a small shard
 CAP_IPC_LOCK = 14  # capabilities(7)
-ROCE_MTU = 4200  # of a network interface that lets RoCE use its largest path MTU, 4096 bytes
+ROCE_MTU = 4200  # the MTU of a network interface with which RoCE has its largest path MTU, 4096 bytes
 
 INSTALL_LIBIBVERBS = (
     "sudo apt install libibverbs1 ibverbs-providers   (Debian, Ubuntu), or sudo dnf install libibverbs   (Fedora, RHEL)"
@@ -31,7 +32,7 @@ REBUILD = (
 
 
 class Status(StrEnum):
-    """How a check went. A warning does not keep verbs from working."""
+    """The result of a check. After a warning, verbs still works."""
 
     OK = "ok"
     WARNING = "warning"
@@ -40,7 +41,14 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding: what was checked, how it went, what was seen, and what to do about it ("" when nothing)."""
+    """A finding of the doctor.
+
+    Attributes:
+        name: what was checked.
+        status: the result.
+        seen: what was found.
+        remedy: what to do about it; "" for nothing.
+    """
 
     name: str
     status: Status
@@ -49,23 +57,28 @@ class Check:
 
 
 def usable(checks: list[Check]) -> bool:
-    """Whether nothing failed."""
+    """Returns whether no check failed."""
     return all(check.status is not Status.FAILED for check in checks)
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The parts of the file system that tell how this machine is set up, below `root`."""
+    """The files that tell how a machine is set up.
+
+    Attributes:
+        root: the directory that takes the place of /.
+        release: the release of the kernel.
+    """
 
     root: Path = Path("/")
     release: str = platform.release()
 
     def path(self, name: str) -> Path:
-        """`name`, an absolute path, below the root."""
+        """Returns the path below the root for `name`, an absolute path."""
         return self.root / name.lstrip("/")
 
     def text(self, name: str) -> str:
-        """A file's text; "" when it cannot be read."""
+        """Returns the text of a file, or "" if it cannot be read."""
         try:
             raw = self.path(name).read_bytes()
             return (gzip.decompress(raw) if name.endswith(".gz") else raw).decode("utf-8", "replace")
@@ -73,15 +86,19 @@ class Host:
             return ""
 
     def names(self, directory: str) -> list[str]:
-        """What a directory holds, sorted; [] when it cannot be read."""
+        """Returns the sorted names in a directory, or [] if it cannot be read."""
         try:
             return sorted(os.listdir(self.path(directory)))
         except OSError:
             return []
 
+    def may_open(self, name: str) -> bool:
+        """Returns whether this process may read and write a file."""
+        return os.access(self.path(name), os.R_OK | os.W_OK)
+
     @property
     def container(self) -> str:
-        """The kind of container that this process runs in, or ""."""
+        """The kind of container that this process runs in, or "" outside of one."""
         if self.path("/.dockerenv").exists():
             return "docker"
         if self.path("/run/.containerenv").exists():
@@ -92,28 +109,31 @@ class Host:
 
     @property
     def may_lock_any(self) -> bool:
-        """Whether CAP_IPC_LOCK lifts the memlock limit: held, in the first user namespace (where the kernel asks)."""
+        """Whether CAP_IPC_LOCK lifts the memlock limit.
+
+        The process must hold it in the first user namespace, which is where the kernel looks.
+        """
         status = dict(line.split(":\t", 1) for line in self.text("/proc/self/status").splitlines() if ":\t" in line)
         held = int(status.get("CapEff", "0"), 16) >> CAP_IPC_LOCK & 1
         return bool(held) and self.text("/proc/self/uid_map").split() in ([], ["0", "0", "4294967295"])
 
     @property
     def infiniband_config(self) -> bool | None:
-        """Whether this kernel was built with InfiniBand; None when its configuration is not there to read."""
+        """Whether this kernel was built with InfiniBand; None if its configuration cannot be read."""
         config = self.text("/proc/config.gz") or self.text(f"/boot/config-{self.release}")
         lines = config.splitlines()
         return None if not lines else any(line in ("CONFIG_INFINIBAND=y", "CONFIG_INFINIBAND=m") for line in lines)
 
     @property
     def network_interface(self) -> str:
-        """An interface for Soft-RoCE: the first that is up and not the loopback."""
+        """The network interface to use for Soft-RoCE: the first one that is up and is not the loopback."""
         names = [name for name in self.names("/sys/class/net") if name != "lo"]
         up = [name for name in names if self.text(f"/sys/class/net/{name}/operstate").strip() == "up"]
         return (up or names or ["eth0"])[0]
 
 
 def kernel(host: Host) -> Check:
-    """Whether the kernel has the verbs interface, and which drivers are loaded."""
+    """Checks whether the kernel has the verbs interface, and lists the drivers that are loaded."""
     drivers = [name for name in host.names("/sys/module") if name.startswith(("ib_", "rdma_")) or name in _DRIVERS]
     if host.path("/sys/class/infiniband_verbs").exists():
         return Check("kernel modules", Status.OK, f"{', '.join(drivers) or 'built in'} (Linux {host.release})")
@@ -121,8 +141,8 @@ def kernel(host: Host) -> Check:
     where = "on the host (a container has its host's kernel): " if host.container else ""
     if host.infiniband_config is False:
         remedy = (
-            f"{where}boot a kernel with CONFIG_INFINIBAND; this one was built without, and no module can be loaded "
-            "into it. Debian: sudo apt install linux-image-amd64 (not the cloud flavour)"
+            f"{where}boot a kernel with CONFIG_INFINIBAND. This one was built without it, and no module can be loaded. "
+            "Debian: sudo apt install linux-image-amd64 (not the cloud flavour)"
         )
         return Check("kernel modules", Status.FAILED, f"{seen}; built without InfiniBand", remedy)
     if host.container or "ib_uverbs.ko" in host.text(f"/lib/modules/{host.release}/modules.dep"):
@@ -135,17 +155,17 @@ def kernel(host: Host) -> Check:
 
 
 def device_files(host: Host) -> Check:
-    """Whether /dev/infiniband/uverbs* are there and open for us."""
+    """Checks whether /dev/infiniband/uverbs* exist, and whether this process may open them."""
     name = "device files"
     nodes = [node for node in host.names("/dev/infiniband") if node.startswith("uverbs")]
     if not nodes:
         remedy = (
             f"start the container with {container_flags(host)}"
             if host.container
-            else "sudo modprobe ib_uverbs; udev makes them"
+            else "sudo modprobe ib_uverbs; udev then makes them"
         )
         return Check(name, Status.FAILED, "no /dev/infiniband/uverbs*", remedy)
-    closed = [node for node in nodes if not os.access(host.path(f"/dev/infiniband/{node}"), os.R_OK | os.W_OK)]
+    closed = [node for node in nodes if not host.may_open(f"/dev/infiniband/{node}")]
     if closed:
         remedy = (
             f"sudo chmod 0666 /dev/infiniband/{closed[0]}; for good: sudo usermod -aG rdma $USER, "
@@ -156,7 +176,12 @@ def device_files(host: Host) -> Check:
 
 
 def memlock(host: Host, limit: int | None = None) -> Check:
-    """Whether enough memory can be pinned. `limit`: bytes, -1 without limit; None: this process's RLIMIT_MEMLOCK."""
+    """Checks whether this process can pin enough memory.
+
+    Args:
+        host: this machine.
+        limit: the limit in bytes, -1 for none. None stands for this process's RLIMIT_MEMLOCK.
+    """
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] if limit is None else limit
     if soft == resource.RLIM_INFINITY:
         return Check("memlock limit", Status.OK, "unlimited")
@@ -170,12 +195,12 @@ def memlock(host: Host, limit: int | None = None) -> Check:
         "(a systemd service: LimitMEMLOCK=infinity)"
     )
     if soft < ENOUGH_MEMLOCK_BYTES:
-        return Check("memlock limit", Status.FAILED, f"{seen}: too little to pin a shard", remedy)
-    return Check("memlock limit", Status.WARNING, f"{seen}: shards must be smaller than that", remedy)
+        return Check("memlock limit", Status.FAILED, f"{seen}, which is too little to pin a shard", remedy)
+    return Check("memlock limit", Status.WARNING, f"{seen}, so shards must be smaller than that", remedy)
 
 
 def hugetlb(host: Host) -> tuple[int, str]:
-    """How many huge pages are free, and that in words."""
+    """Returns the number of free huge pages, and a text that describes all of them."""
     lines = (line.split() for line in host.text("/proc/meminfo").splitlines() if line.startswith("Huge"))
     values = {words[0].rstrip(":"): int(words[1]) for words in lines}
     free, total, size = (values.get(name, 0) for name in ("HugePages_Free", "HugePages_Total", "Hugepagesize"))
@@ -183,17 +208,20 @@ def hugetlb(host: Host) -> tuple[int, str]:
 
 
 def huge_pages(host: Host) -> Check:
-    """Whether there are free huge pages: fewer TLB misses on both sides."""
+    """Checks whether huge pages are free. They cause fewer TLB misses on both sides."""
     free, seen = hugetlb(host)
     if free:
         return Check("huge pages", Status.OK, seen)
     return Check(
-        "huge pages", Status.WARNING, f"{seen}: faster with them", "sudo sysctl -w vm.nr_hugepages=512   (1 GiB)"
+        "huge pages",
+        Status.WARNING,
+        f"{seen}; searches are faster with them",
+        "sudo sysctl -w vm.nr_hugepages=512   (1 GiB)",
     )
 
 
 def container(host: Host) -> Check:
-    """Whether a container has what RDMA needs."""
+    """Checks whether a container has what RDMA needs."""
     kind = host.container
     if not kind:
         return Check("container", Status.OK, "not in a container")
@@ -210,14 +238,14 @@ def container(host: Host) -> Check:
 
 
 def container_flags(host: Host) -> str:
-    """How to start a container so that RDMA works in it."""
+    """Returns the options that start a container in which RDMA works."""
     if host.container == "kubernetes":
         return 'an RDMA device plugin\'s resource and securityContext: {capabilities: {add: ["IPC_LOCK"]}}'
     return "--device /dev/infiniband --cap-add IPC_LOCK --ulimit memlock=-1 --network host"
 
 
 def pyverbs(host: Host) -> Check:
-    """Whether pyverbs imports; it is optional."""
+    """Checks whether pyverbs can be imported. It is optional."""
     try:
         importlib.import_module("pyverbs.device")
         return Check("pyverbs", Status.OK, str(importlib.import_module("pyverbs").__path__[0]))
@@ -231,7 +259,7 @@ def pyverbs(host: Host) -> Check:
 
 
 def fork_safety(host: Host) -> Check:
-    """Whether the kernel copies pinned pages at fork (since Linux 5.12), so that a child's writes cannot move ours."""
+    """Checks whether the kernel copies pinned pages at fork (Linux 5.12), so that a child's writes cannot move ours."""
     numbers = host.release.split("-")[0].split(".")
     version = tuple(int(number) if number.isdecimal() else 0 for number in numbers[:2])
     if version >= (5, 12):
@@ -246,7 +274,7 @@ _DRIVERS = ("bnxt_re", "efa", "erdma", "hns_roce_hw_v2", "irdma", "mana_ib", "ml
 
 
 def host_checks(host: Host) -> Iterator[Check]:
-    """The checks that need no libibverbs."""
+    """Runs the checks that need no libibverbs."""
     yield kernel(host)
     yield device_files(host)
     yield memlock(host)

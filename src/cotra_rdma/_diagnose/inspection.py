@@ -1,4 +1,4 @@
-"""What is in a collection, in shard files or in the memory of owners; whether it fits together, and who serves it."""
+"""Inspects a collection, shard files or owners: what they hold, whether they fit together, and who serves them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ from cotra_rdma.protocol.regions import ShardFields, as_fields
 from cotra_rdma.protocol.tls import Tls
 
 Progress = Callable[[str, int, int], None]
-"""Called with (a shard's name, records looked at, records in all)."""
+"""Called with the name of a shard, the records that were read, and the number of its records."""
 
 
 @dataclass(slots=True, eq=False)
 class ShardReport:
-    """One shard.
+    """What was found out about one shard.
 
     Attributes:
-        name: its file's path, or what else it was called by.
-        number: in the collection that was inspected; its position where there is none.
-        count, image_bytes, generation: of the image; by its header, else as the manifest says or its owner told. None: nobody
-            says.
-        info: the header, where it could be read.
-        graph: of the records, where these were read.
-        here: whether its file is.
-        owners: what became of each that is known; `misfits` has why some of those that answered are of no use to it.
+        name: the path of its file, or else its owner's address.
+        number: its number in the collection, or its position if there is no collection.
+        count: the number of its vectors.
+            The header says it, or else the manifest or an owner.
+            None if none of them says it.
+        image_bytes: the length of its image, from the same source.
+        generation: its generation, from the same source.
+        info: its header, or None if it could not be read.
+        graph: the statistics of its graph, or None if its records were not read.
+        here: whether its file is on this machine.
+        owners: the answers of its owners.
+        misfits: for the address of an owner that serves something else, what that is.
     """
 
     name: str
@@ -52,19 +56,19 @@ class ShardReport:
 
     @property
     def served(self) -> bool:
-        """Whether an owner answers that serves this shard and no other."""
+        """Whether an owner answers, and serves this shard."""
         return any(not owner.problem and owner.address not in self.misfits for owner in self.owners)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
-        collection: the manifest; None where shards were named by themselves.
-        shards: in order.
-        problems: what does not fit together or cannot be read, each in a sentence.
-        unserved: likewise, shards without an owner that can be used, and owners that were named and do not answer.
+        collection: the manifest, or None if shards were given one by one.
+        shards: one report for each shard, in order.
+        problems: what does not fit together or cannot be read, one sentence each.
+        unserved: the shards without a usable owner and the owners that do not answer, one sentence each.
     """
 
     collection: Collection | None
@@ -74,12 +78,12 @@ class Inspection:
 
     @property
     def count(self) -> int:
-        """Vectors in all shards whose number is known."""
+        """The vectors in all shards whose size is known."""
         return sum(shard.count or 0 for shard in self.shards)
 
     @property
     def balance(self) -> float | None:
-        """The largest shard over their mean; None where a shard's size is not known."""
+        """The size of the largest shard over the mean size; None if a size is not known."""
         counts = [shard.count for shard in self.shards if shard.count is not None]
         if len(counts) < len(self.shards) or not any(counts):
             return None
@@ -87,7 +91,7 @@ class Inspection:
 
     @property
     def cross_share(self) -> float | None:
-        """The share of all links that lead into other shards; None where no records were read."""
+        """The share of all links that lead into other shards; None if no records were read."""
         graphs = [shard.graph for shard in self.shards if shard.graph is not None]
         links = sum(graph.links for graph in graphs)
         inside = sum(graph.links_inside for graph in graphs)
@@ -95,7 +99,7 @@ class Inspection:
 
     @property
     def graph_ids(self) -> list[int]:
-        """The graphs that the shards are parts of; 0 is for a graph of its own."""
+        """The ids of the graphs that the shards are parts of. The id 0 stands for a graph of the shard's own."""
         return sorted({shard.info.graph_id for shard in self.shards if shard.info is not None})
 
 
@@ -107,16 +111,17 @@ def inspect_collection(
     tls: Tls | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """A collection: its manifest, those shard files that are there, and the owners that `owners.json` has.
+    """Inspects a collection: its manifest, the shard files on this machine, and the owners in `owners.json`.
 
     Args:
         path: its directory or `collection.json`.
-        records: shards whose files are not there are read from the memory of an owner, where one can be read.
+        records: also read the graph of a shard without a file from its owner's memory, if that can be read.
         timeout_s: the longest wait for an owner, in seconds.
         tls: this side's certificate, where the owners want one.
         progress: see `Progress`.
 
-    Raises `FormatError` where there is no collection, or its manifest is malformed.
+    Raises:
+        FormatError: there is no collection, or its manifest is malformed.
     """
     directory = collection_directory(path)
     collection = Collection.load(directory, shard_files=False)
@@ -151,16 +156,23 @@ def inspect_collection(
         if misfit := owners.misfit(collection, shard.number, _told(shard.info)):
             problems.append(f"{shard.name} holds {misfit}")
         if collection.graph == "global" and len(shards) > 1 and shard.info.graph_id == 0:
-            problems.append(f"{shard.name} has a graph of its own, and the collection is one graph")
+            problems.append(f"{shard.name} has a graph of its own, but the collection is one graph")
     infos = [shard.info for shard in shards if shard.info is not None]
     total = sum(info.count for info in infos)
     if len(infos) == len(shards) and infos[0].graph_id and total != infos[0].graph_count:
-        problems.append(f"the shards hold {total} nodes of a graph of {infos[0].graph_count}")
+        problems.append(f"the shards hold {total} nodes, but their graph has {infos[0].graph_count}")
     return Inspection(collection, shards, problems + _one_graph(shards), unserved if any(addresses) else [])
 
 
 def inspect_files(paths: Iterable[str | os.PathLike[str]], *, progress: Progress | None = None) -> Inspection:
-    """Shard files by themselves. What is malformed is among the `problems`; arguments as `inspect_collection`."""
+    """Inspects shard files that were given one by one.
+
+    A malformed file is one of the `problems`.
+
+    Args:
+        paths: the files.
+        progress: see `Progress`.
+    """
     shards = [ShardReport(os.fspath(path), number, here=True) for number, path in enumerate(paths)]
     problems = _read(shards, records=False, timeout_s=0, tls=None, progress=progress)
     return Inspection(None, shards, problems + _alike(shards) + _one_graph(shards))
@@ -174,12 +186,14 @@ def inspect_owners(
     tls: Tls | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Shards by what their owners say of them.
+    """Inspects shards by what their owners say.
 
     Args:
-        addresses: of each shard's owners; several are replicas.
+        addresses: for each shard the addresses of its owners; several owners are replicas.
         records: also read the graph, from an owner's memory.
-        timeout_s, tls, progress: as `inspect_collection`.
+        timeout_s: the longest wait for an owner, in seconds.
+        tls: this side's certificate, if the owners want one.
+        progress: see `Progress`.
     """
     shards = [ShardReport(of_one[0], number) for number, of_one in enumerate(addresses)]
     _ask(shards, addresses, timeout_s, tls)
@@ -217,7 +231,7 @@ def _no_owner(shard: ShardReport) -> str:
 def _read(
     shards: Sequence[ShardReport], records: bool, timeout_s: float, tls: Tls | None, progress: Progress | None
 ) -> list[str]:
-    """Fills in `info` and `graph` of what can be read; what cannot be is told."""
+    """Reads the headers and graphs that can be read into the reports, and returns what could not be read."""
     problems: list[str] = []
     opened: list[tuple[ShardReport, ImageInfo, Read]] = []
     with ExitStack() as stack:
@@ -262,10 +276,10 @@ def _open_file(path: str, stack: ExitStack) -> tuple[ImageInfo, Read]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     stack.callback(os.close, fd)
 
-    def read(offset: int, length: int) -> bytes:  # a mapping would keep in memory what was looked at
+    def read(offset: int, length: int) -> bytes:  # a mapping would keep the whole file in memory
         found = os.pread(fd, length, offset)
         if len(found) < length:
-            raise FormatError(f"it ends at byte {offset + len(found)}, in the middle of what its header tells of")
+            raise FormatError(f"the file ends at byte {offset + len(found)}, before the end that its header gives")
         return found
 
     return info, read
@@ -279,13 +293,13 @@ def _open_owner(address: str, timeout_s: float, tls: Tls | None, stack: ExitStac
 
 
 def _told(info: ImageInfo) -> ShardFields:
-    """A header as its owner would tell it."""
+    """Converts a header to the fields that an owner would send."""
     fields: ShardFields = as_fields(ShardFields, info)
     return fields
 
 
 def _alike(shards: Sequence[ShardReport]) -> list[str]:
-    """What keeps shards that were named one by one from being searched together."""
+    """Returns why shards that were given one by one cannot be searched together."""
     told: list[tuple[ShardReport, ShardFields]] = []
     for shard in shards:
         answers = [owner.serves for owner in shard.owners if owner.serves is not None]
@@ -294,7 +308,7 @@ def _alike(shards: Sequence[ShardReport]) -> list[str]:
         elif answers:
             told.append((shard, answers[0]))
     return [
-        f"{told[0][0].name} has {what} {getattr(told[0][1], what)}, and {shard.name} {getattr(fields, what)}"
+        f"{told[0][0].name} has {what} {getattr(told[0][1], what)}, but {shard.name} has {getattr(fields, what)}"
         for shard, fields in told[1:]
         for what in ("dim", "metric", "generation")
         if getattr(fields, what) != getattr(told[0][1], what)
@@ -302,7 +316,7 @@ def _alike(shards: Sequence[ShardReport]) -> list[str]:
 
 
 def _one_graph(shards: Sequence[ShardReport]) -> list[str]:
-    """What keeps the shards that were read from being walked as one graph, where one of them is a part of one."""
+    """Returns why the shards cannot be walked as one graph, if at least one of them is a part of one."""
     problems: list[str] = []
     graphs: dict[int, list[tuple[str, ImageInfo]]] = {}
     for shard in shards:
@@ -313,11 +327,11 @@ def _one_graph(shards: Sequence[ShardReport]) -> list[str]:
             f"{', '.join(name for name, _ in parts)}: {f'graph {graph:#018x}' if graph else 'graphs of their own'}"
             for graph, parts in graphs.items()
         )
-        problems.append(f"not one graph, and not walked as one: {which}")
+        problems.append(f"the shards are of different graphs, so they are not walked as one: {which}")
     for parts in (parts for graph, parts in graphs.items() if graph):
         first, one = parts[0]
         problems += [
-            f"one graph, but {first} has {what} {getattr(one, what)}, and {name} {getattr(info, what)}"
+            f"of one graph, {first} has {what} {getattr(one, what)}, but {name} has {getattr(info, what)}"
             for name, info in parts[1:]
             for what in ("graph_count", "seed", "vector_type", "degree")
             if getattr(info, what) != getattr(one, what)

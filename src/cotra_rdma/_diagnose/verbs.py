@@ -1,4 +1,4 @@
-"""The checks of `cotra doctor` that go through libibverbs: library, devices, ports, GIDs, real READs. No printing."""
+"""The checks of `cotra doctor` that use libibverbs: library, devices, ports, GIDs and READs. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,16 @@ BEST_MTU = 4096
 
 
 def verbs_checks(host: Host, device: str | None, gid_index: int | None, peer: str | None) -> Iterator[Check]:
-    """Library, devices, ports, GIDs, and a READ of the device by itself; up to the first that blocks the next."""
+    """Checks library, devices, ports and GIDs, and READs over the device to itself.
+
+    It stops at the first failure that prevents the next check.
+
+    Args:
+        host: this machine.
+        device: the name of the device; None for any.
+        gid_index: the index of the GID to use; None for the best.
+        peer: HOST:PORT of an owner, which the ranking of GIDs takes into account; None for no owner.
+    """
     check = library_check()
     yield check
     if check.status is Status.FAILED:
@@ -51,7 +60,7 @@ def verbs_checks(host: Host, device: str | None, gid_index: int | None, peer: st
 
 
 def library_check() -> Check:
-    """Whether libibverbs loads, and which."""
+    """Checks whether libibverbs can be loaded, and says which file it is."""
     if not compiled():
         return Check("libibverbs", Status.FAILED, "this build of cotra-rdma has no verbs transport", REBUILD)
     try:
@@ -62,14 +71,16 @@ def library_check() -> Check:
 
 
 def devices_check(host: Host, wanted: str | None) -> Check:
-    """Whether there are devices, and the one asked for."""
+    """Checks whether there are devices, and among them the one that is wanted."""
     try:
         names = [device.name for device in devices()]
     except CotraError as error:
         return Check("devices", Status.FAILED, str(error), soft_roce(host))
     known = host.names("/sys/class/infiniband")
     if not names and known:
-        remedy = "sudo apt install ibverbs-providers   (or: sudo dnf install libibverbs); then the device files, below"
+        remedy = (
+            "sudo apt install ibverbs-providers   (or: sudo dnf install libibverbs); then see the device files, below"
+        )
         return Check("devices", Status.FAILED, f"libibverbs cannot use {', '.join(known)}", remedy)
     if not names:
         return Check("devices", Status.FAILED, "none", soft_roce(host))
@@ -79,14 +90,14 @@ def devices_check(host: Host, wanted: str | None) -> Check:
 
 
 def soft_roce(host: Host) -> str:
-    """How to get a device: the driver of an adapter that is plugged in, else Soft-RoCE."""
+    """Returns how to get a device: by the driver of an adapter that is plugged in, or else by Soft-RoCE."""
     where = "on the host, then restart the container: " if host.container else ""
     pci = host.names("/sys/bus/pci/devices")
     if any(host.text(f"/sys/bus/pci/devices/{device}/vendor").strip() == "0x15b3" for device in pci):
         return f"{where}sudo modprobe mlx5_ib   (there is an NVIDIA/Mellanox adapter)"
     netdev = host.network_interface
     if host.infiniband_config is False:
-        return f"{where}a kernel with InfiniBand first: see kernel modules"
+        return f"{where}boot a kernel with InfiniBand first: see kernel modules"
     return (
         f"{where}load your adapter's driver (mlx5_ib, irdma, bnxt_re...); without an adapter, Soft-RoCE: "
         f"sudo modprobe rdma_rxe && sudo rdma link add rxe0 type rxe netdev {netdev}"
@@ -108,7 +119,14 @@ def _device_checks(host: Host, device: Device, gid_index: int | None, peer_host:
 
 
 def port_check(host: Host, device: str, port: PortInfo, *, needed: bool) -> Check:
-    """Whether a port is active, and its MTU. `needed`: no other port is active."""
+    """Checks whether a port is active, and its MTU.
+
+    Args:
+        host: this machine.
+        device: the name of the device.
+        port: the port.
+        needed: whether no other port is active, so that this one has to be.
+    """
     name = f"port {device}/{port.port}"
     layer = port.link_layer
     seen = f"{PORT_STATES.get(port.state, port.state)}, {layer}, MTU {port.active_mtu_bytes}"
@@ -127,7 +145,7 @@ def port_check(host: Host, device: str, port: PortInfo, *, needed: bool) -> Chec
 
 
 def gid_check(host: Host, device: str, port: PortInfo, gids: list[GidInfo], wanted: int | None) -> Check:
-    """The GID table, ranked best first, with the one that will be used marked."""
+    """Checks the GID table. It lists the best GID first, and marks the one that will be used."""
     name = f"GIDs {device}/{port.port}"
     netdev = _netdev(host, device, port.port)
     add_address = f"sudo ip addr add ADDRESS/24 dev {netdev}"
@@ -139,14 +157,22 @@ def gid_check(host: Host, device: str, port: PortInfo, gids: list[GidInfo], want
         return Check(name, Status.FAILED, f"{seen}\nno index {chosen}", f"--gid-index {gids[0].index}")
     used = next(gid for gid in gids if gid.index == chosen)
     if used.gid[:2] == b"\xfe\x80" and port.link_layer == "Ethernet":
-        return Check(name, Status.WARNING, f"{seen}\nlink-local: not routed, and rarely what peers use", add_address)
+        return Check(
+            name,
+            Status.WARNING,
+            f"{seen}\nthis one is link-local: it is not routed, and peers rarely use it",
+            add_address,
+        )
     if chosen != gids[0].index:
         return Check(name, Status.WARNING, f"{seen}\nindex {chosen} is not the best", f"--gid-index {gids[0].index}")
     return Check(name, Status.OK, seen)
 
 
 def loopback_check(device: Device, gid_index: int | None) -> Check:
-    """Real READs of 1 KiB by the device of its own memory: queue pair, registration, completion."""
+    """Makes real READs of 1 KiB from a device to its own memory.
+
+    They need a queue pair, a registration and completions.
+    """
     name = f"READ {device.info.name} to itself"
     try:
         with Arena.create(READ_BYTES) as arena, MemoryRegistration(device, arena) as registered:
@@ -163,13 +189,19 @@ def loopback_check(device: Device, gid_index: int | None) -> Check:
 
 
 def read_check(name: str, channel: Channel, expected: bytes | None = None) -> Check:
-    """READs of 1 KiB over a channel: that they come back, with the right bytes, and how long they take."""
+    """Makes READs of 1 KiB over a channel, and reports how long one takes.
+
+    Args:
+        name: the name of the check.
+        channel: reads the memory.
+        expected: the bytes that must come back; None for any.
+    """
     data = channel.read(0, READ_BYTES)
     if expected is not None and data != expected:
         return Check(
             name,
             Status.FAILED,
-            "the bytes that came back are not those of the region",
+            "the READs returned other bytes than the region holds",
             "replace the driver or firmware",
         )
     _, latencies = channel.read_loop(np.zeros(READS, np.uint64), READ_BYTES)
@@ -185,7 +217,7 @@ def _netdev(host: Host, device: str, port: int) -> str:
 
 
 def _ip(peer_host: str | None) -> str | None:
-    """A peer's numeric address, for the ranking of GIDs."""
+    """Returns the numeric address of a peer, or None if it is not known."""
     try:
         return None if peer_host is None else str(socket.getaddrinfo(peer_host.strip("[]"), None)[0][4][0])
     except OSError:
@@ -195,7 +227,7 @@ def _ip(peer_host: str | None) -> str | None:
 def peer_check(
     address: str, device: str | None, gid_index: int | None, timeout_s: float, tls: Tls | None = None
 ) -> Check:
-    """Real READs of 1 KiB of a peer's region over verbs; where that cannot be had, the path that works."""
+    """Makes real READs of 1 KiB of an owner's region over verbs. If they fail, it names the path that works."""
     name = f"peer {address}"
     try:
         with connect(address, "verbs", device=device, gid_index=gid_index, timeout_s=timeout_s, tls=tls) as cluster:
@@ -208,15 +240,17 @@ def peer_check(
     try:
         with connect(address, timeout_s=timeout_s, tls=tls) as cluster:
             here = "no verbs on this side" in why or isinstance(_own_fault(device), CotraError)
-            remedy = "the lines above are about this side" if here else "cotra doctor, on the owner's machine"
+            remedy = (
+                "see the lines above, which are about this side" if here else "run cotra doctor on the owner's machine"
+            )
             return Check(name, Status.FAILED, f"{why}; {cluster.transports[0]} works", remedy)
     except CotraError:
-        remedy = "cotra serve must run there, and its port be open"
+        remedy = "run cotra serve there, open its port, and show it a certificate if it wants one (--tls-cert)"
         return Check(name, Status.FAILED, why, remedy)
 
 
 def _own_fault(device: str | None) -> CotraError | None:
-    """What keeps this side from verbs."""
+    """Returns what keeps this side from using verbs, or None."""
     try:
         Device(device).close()
     except CotraError as error:

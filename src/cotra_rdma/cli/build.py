@@ -6,10 +6,10 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +36,7 @@ from cotra_rdma.cli.options import (
     comma_list,
     tls_of,
 )
-from cotra_rdma.datasets import open_vectors
+from cotra_rdma.datasets import VectorFile, open_vectors
 
 EPILOG = """**Examples**
 
@@ -187,64 +187,46 @@ def build(
     with (
         _sigterm_is_an_interrupt(),
         open_vectors(source, dataset) as vectors,
-        output.progress_bar("vectors", disable=as_json) as bar,
+        _progress(vectors, shards, shard, quiet=as_json) as progress,
     ):
-        task = bar.add_task("", total=vectors.count if shard is None else vectors.count // shards)
-
-        def progress(number: int, phase: str, done: int) -> None:
-            bar.update(
-                task, completed=done, description=phase if number < 0 else f"shard {number + 1}/{shards} {phase}"
-            )
-
-        distance = metric.value if metric else vectors.metric or "l2"
+        graphs: dict[str, Any] = {
+            "metric": metric.value if metric else vectors.metric or "l2",
+            "M": M,
+            "ef_construction": ef_construction,
+            "seed": seed,
+            "n_threads": threads,
+            "n_lists": ivf,
+            "ivf_bits": ivf_bits,
+            "vector_type": vector_type.value,
+            "force": force,
+        }
         if shard is None:
-            collection = build_collection(
-                vectors,
-                out_dir,
-                shards,
-                metric=distance,
-                M=M,
-                ef_construction=ef_construction,
-                seed=seed,
-                n_threads=threads,
-                partition=partition.value if partition else None,
-                graph=graph.value,
-                n_lists=ivf,
-                ivf_bits=ivf_bits,
-                vector_type=vector_type.value,
-                force=force,
-                progress=progress,
-                processes=processes,
-                usage=used.append,
-            )
+            graphs |= {"partition": partition and partition.value, "graph": graph.value, "processes": processes}
+            collection = build_collection(vectors, out_dir, shards, **graphs, progress=progress, usage=used.append)
         else:
-            collection = build_on_machine(
-                vectors,
-                out_dir,
-                shard,
-                addresses,
-                listen=listen,
-                metric=distance,
-                M=M,
-                ef_construction=ef_construction,
-                seed=seed,
-                n_threads=threads,
-                n_lists=ivf,
-                ivf_bits=ivf_bits,
-                vector_type=vector_type.value,
-                force=force,
-                device=device,
-                gid_index=gid_index,
-                timeout_s=timeout,
-                tls=tls_of(tls_cert, tls_key, tls_ca),
-                progress=functools.partial(progress, shard),
-            )
-    used = used or [Usage.of_this_process()]
-    seconds = time.perf_counter() - begin
-    if as_json:
-        _print_json(collection, out_dir, used, seconds)
-    else:
-        _print(collection, out_dir, used, seconds, shard)
+            graphs |= {"listen": listen, "device": device, "gid_index": gid_index, "timeout_s": timeout}
+            graphs["tls"] = tls_of(tls_cert, tls_key, tls_ca)
+            told = functools.partial(progress, shard)
+            collection = build_on_machine(vectors, out_dir, shard, addresses, **graphs, progress=told)
+    built = (collection, out_dir, used or [Usage.of_this_process()], time.perf_counter() - begin)
+    _print_json(*built) if as_json else _print(*built, shard)
+
+
+@contextlib.contextmanager
+def _progress(
+    vectors: VectorFile, n_shards: int, shard: int | None, *, quiet: bool
+) -> Iterator[Callable[[int, str, int], None]]:
+    """Shows a bar on stderr while shards are built.
+
+    Yields:
+        What to call with the number of a shard, the phase of its build, and the vectors that are done.
+        A number below 0 stands for all shards.
+    """
+    with output.progress_bar("vectors", disable=quiet) as bar:
+        task = bar.add_task("", total=vectors.count if shard is None else vectors.count // n_shards)
+        yield lambda number, phase, done: bar.update(
+            task, completed=done, description=output.phase_of(number, n_shards, phase)
+        )
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ import typer
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._reader.cluster import Cluster
-from cotra_rdma._reader.connect import connect
+from cotra_rdma._reader.connect import TRANSPORTS, connect
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import TRANSPORTS, Json, transports
+from cotra_rdma.cli.options import Json, Transport, transports
 from cotra_rdma.datasets import open_vectors, recall
 from cotra_rdma.errors import InvalidInputError
 
@@ -41,9 +41,6 @@ MEASURED_S = 2.0
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="WORD", help="Words to look up, lower case.", show_default=False)
 ]
-Transport = Annotated[
-    str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
-]
 
 
 @output.verb
@@ -57,7 +54,7 @@ def demo(
     Builds one graph over four shards, starts an owner process for each, and walks it from this one; then sends each query to
     the owner of most of its neighbourhood; then kills an owner. Takes half a minute, and leaves nothing behind.
     """
-    transports([transport], ("auto", *TRANSPORTS))
+    transports([transport], TRANSPORTS)
     vectors, names = _load()
     numbers = {name: number for number, name in enumerate(names)}
     wanted = words or list(WORDS)
@@ -104,8 +101,7 @@ def _build(directory: Path, *, quiet: bool) -> float:
         task = bar.add_task("", total=vectors.count)
 
         def progress(shard: int, phase: str, done: int) -> None:
-            description = phase if shard < 0 else f"shard {shard + 1}/{N_OWNERS} {phase}"
-            bar.update(task, completed=done, description=description)
+            bar.update(task, completed=done, description=output.phase_of(shard, N_OWNERS, phase))
 
         build_collection(vectors, directory, N_OWNERS, metric="cosine", graph="global", progress=progress)
     return time.perf_counter() - begin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.markup import escape
@@ -56,13 +56,15 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Check all that RDMA needs: library, kernel, devices, GIDs, limits, container; and what to do about what fails."""
-    checks: list[Check] = []
     host = Host()
-    for check in verbs_checks(host, device, gid_index, peer):
-        checks.append(check)
-    checks += host_checks(host)
+    checks = [*verbs_checks(host, device, gid_index, peer), *host_checks(host)]
     if peer is not None:
         checks.append(peer_check(peer, device, gid_index, timeout, tls_of(tls_cert, tls_key, tls_ca)))
+    report(checks, as_json=as_json)
+
+
+def report(checks: list[Check], *, as_json: bool) -> NoReturn:
+    """Prints the checks, and exits with 0 if verbs is usable and with 1 if it is not."""
     good = usable(checks)
     if as_json:
         output.print_json({"usable": good, "checks": [asdict(check) for check in checks]})

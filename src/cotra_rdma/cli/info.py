@@ -25,7 +25,7 @@ from cotra_rdma._diagnose.inspection import (
     inspect_owners,
 )
 from cotra_rdma.cli import output
-from cotra_rdma.cli.options import Json, TlsCa, TlsCert, TlsKey, tls_of
+from cotra_rdma.cli.options import Json, Timeout, TlsCa, TlsCert, TlsKey, tls_of
 from cotra_rdma.cli.targets import targets
 from cotra_rdma.protocol.tls import Tls
 
@@ -61,7 +61,6 @@ Records = Annotated[
         help="Also read the graph of shards that are no files here: all of an owner's memory, one-sided.",
     ),
 ]
-Timeout = Annotated[float, typer.Option(min=0.001, help="The longest wait for an owner, in seconds.")]
 
 
 @output.verb

@@ -11,8 +11,6 @@ import typer
 
 from cotra_rdma.protocol.tls import Tls
 
-TRANSPORTS = ("verbs", "shm", "rpc")
-
 
 class MetricName(StrEnum):
     """A distance, as the command line names it."""
@@ -62,6 +60,13 @@ GidIndex = Annotated[
     ),
 ]
 Timeout = Annotated[float, typer.Option(min=0.001, help="The longest wait for an owner's answer, in seconds.")]
+Transport = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="The path to the shards: auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.",
+    ),
+]
 
 TlsCert = Annotated[
     Path | None,
@@ -129,7 +134,7 @@ def numbers(text: str, option: str, low: int = 1) -> list[int]:
     return sorted({int(item) for item in items})
 
 
-def transports(values: Iterable[str], known: Iterable[str] = TRANSPORTS) -> tuple[str, ...]:
+def transports(values: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
     """Names of transports, without duplicates. Raises a usage error for one that is not known."""
     names = tuple(dict.fromkeys(comma_list(values)))
     for name in names:

@@ -137,6 +137,11 @@ def phases(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
+def phase_of(shard: int, n_shards: int, phase: str) -> str:
+    """Returns the text of a bar for a phase of a shard's build, or of all shards' if `shard` is below 0."""
+    return phase if shard < 0 else f"shard {shard + 1}/{n_shards} {phase}"
+
+
 def human_bytes(n: float) -> str:
     """A length in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):

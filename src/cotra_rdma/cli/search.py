@@ -15,18 +15,18 @@ import typer
 from cotra_rdma._collection.owners_file import OWNERS
 from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S
 from cotra_rdma._reader.cluster import Cluster
-from cotra_rdma._reader.connect import connect
+from cotra_rdma._reader.connect import TRANSPORTS, connect
 from cotra_rdma._reader.result import SearchResult
 from cotra_rdma._routing.router import DEFAULT_TARGET
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import (
-    TRANSPORTS,
     GroundTruth,
     Json,
     Threads,
     TlsCa,
     TlsCert,
     TlsKey,
+    Transport,
     input_file,
     tls_of,
     transports,
@@ -67,9 +67,6 @@ Ef = Annotated[
     int, typer.Option(min=1, help="Candidates kept during a search, at least k: more is slower and finds more.")
 ]
 Beam = Annotated[int, typer.Option(min=1, help="Nodes expanded a round at most: more is fewer round trips.")]
-Transport = Annotated[
-    str, typer.Option(metavar="NAME", help="auto (verbs, else shm on the same host, else rpc), verbs, shm or rpc.")
-]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -164,7 +161,7 @@ def search(
     QPS is for the whole batch; latency percentiles are of one query from its start to its last shard's answer.
     """
     _check_output_file(out)
-    transports([transport], ("auto", *TRANSPORTS))
+    transports([transport], TRANSPORTS)
     wanted = targets(shards)
     vectors, truth = _read(queries, ground_truth, k)
     tls = tls_of(tls_cert, tls_key, tls_ca)

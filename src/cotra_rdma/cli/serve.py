@@ -23,7 +23,7 @@ from cotra_rdma._collection.owners_file import is_address, misfit
 from cotra_rdma._owner.metrics import MetricsServer
 from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
 from cotra_rdma._owner.policy import PolicyFile
-from cotra_rdma._owner.server import Server
+from cotra_rdma._owner.server import TRANSPORTS, Server
 from cotra_rdma._owner.server import serve as serve_shard
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.cli import output
@@ -205,7 +205,7 @@ def serve(
     "shards" of the first. With --walk
     also a line {"walks"} whenever it changes how the shards of the collection are reached.
     """
-    offered = None if transport is None else transports(transport)
+    offered = None if transport is None else transports(transport, TRANSPORTS)
     host, port = _host_port(listen)
     if announce is not None and no_announce:
         raise typer.BadParameter("contradicts --no-announce", param_hint="--announce")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from cotra_rdma._collection.manifest import Collection
 from cotra_rdma._diagnose import verbs as verbs_diagnosis
 from cotra_rdma._diagnose.host import Check, Host, Status
-from cotra_rdma.cli import app, options
+from cotra_rdma.cli import app, doctor, options
 
 VERBS = ("build", "serve", "search", "info", "doctor", "certs", "demo", "bench")
 
@@ -249,20 +250,24 @@ def test_search_with_a_ground_truth_of_other_queries(vectors: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("usable", [True, False])
-def test_doctor(monkeypatch: pytest.MonkeyPatch, usable: bool) -> None:
+def test_doctor(capsys: pytest.CaptureFixture[str], usable: bool) -> None:
     found = Check(
         "thing", Status.OK if usable else Status.FAILED, "this [bold]was[/] seen", "" if usable else "do that"
     )
-    monkeypatch.setattr("cotra_rdma.cli.doctor.verbs_checks", lambda *_: iter([found]))
-    monkeypatch.setattr("cotra_rdma.cli.doctor.host_checks", lambda _: iter([Check("other", Status.WARNING, "x", "y")]))
-    report = cotra("doctor", "--json")
-    assert report.exit_code == (0 if usable else 1)
-    assert json.loads(report.stdout)["usable"] is usable
-    assert json.loads(report.stdout)["checks"][0]["name"] == "thing"
-    shown = cotra("doctor")
-    assert shown.exit_code == report.exit_code
-    assert "this [bold]was[/] seen" in shown.stdout
-    assert ("do that" in shown.stdout) is not usable
+    checks = [found, Check("other", Status.WARNING, "x", "y")]
+
+    def reported(*, as_json: bool) -> str:
+        with pytest.raises(typer.Exit) as ended:
+            doctor.report(checks, as_json=as_json)
+        assert ended.value.exit_code == (0 if usable else 1)
+        return capsys.readouterr().out
+
+    told = json.loads(reported(as_json=True))
+    assert told["usable"] is usable
+    assert told["checks"][0]["name"] == "thing"
+    shown = reported(as_json=False)
+    assert "this [bold]was[/] seen" in shown
+    assert ("do that" in shown) is not usable
 
 
 def test_demo_of_a_word_that_is_not_there() -> None:
@@ -275,7 +280,7 @@ def test_demo_of_a_word_that_is_not_there() -> None:
 def test_numbers_and_lists() -> None:
     assert options.comma_list(["a,b", " c ", ",,"]) == ["a", "b", "c"]
     assert options.numbers("64, 16,16", "--ef") == [16, 64]
-    assert options.transports(["shm,rpc", "shm"]) == ("shm", "rpc")
+    assert options.transports(["shm,rpc", "shm"], ["rpc", "shm"]) == ("shm", "rpc")
 
 
 def test_no_device_has_the_remedy(tmp_path: Path) -> None:

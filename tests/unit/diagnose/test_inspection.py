@@ -16,9 +16,8 @@ import pytest
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import MANIFEST, Collection
 from cotra_rdma._collection.owners_file import OWNERS, add
-from cotra_rdma._diagnose import graph_stats as stats
 from cotra_rdma._diagnose import inspection
-from cotra_rdma._diagnose.graph_stats import GraphStats, degree_range, graph_stats
+from cotra_rdma._diagnose.graph_stats import RANGE_BYTES, GraphStats, degree_range, graph_stats
 from cotra_rdma._diagnose.inspection import inspect_collection, inspect_files, inspect_owners
 from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._shard.shard import Shard
@@ -80,15 +79,16 @@ def links(info: ImageInfo, data: bytearray) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("range_bytes", [1, 20_000, stats._RANGE_BYTES])
-def test_links_are_counted_as_one_by_one(one_graph: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: int) -> None:
-    monkeypatch.setattr(stats, "_RANGE_BYTES", range_bytes)
+@pytest.mark.parametrize("range_bytes", [1, 20_000, RANGE_BYTES])
+def test_links_are_counted_as_one_by_one(one_graph: Path, range_bytes: int) -> None:
     images = [image(one_graph / f"shard-{number:03d}.cotra") for number in range(N_SHARDS)]
     ranges = [(info.graph_base, info.count) for info, _ in images]
     crossing = 0
     for number, (info, data) in enumerate(images):
         seen = []
-        found = graph_stats(info, lambda at, n, data=data: data[at : at + n], ranges[::-1], seen.append)
+        found = graph_stats(
+            info, lambda at, n, data=data: data[at : at + n], ranges[::-1], seen.append, range_bytes=range_bytes
+        )
         lists = links(info, data)
         flat = [other for near in lists for other in near]
         assert found.links == len(flat)
@@ -122,7 +122,10 @@ def test_links_are_counted_as_one_by_one(one_graph: Path, monkeypatch: pytest.Mo
             "beyond the graph's 900 nodes",
         ),
         (lambda record, info: record.__setitem__(slice(COUNT, COUNT + 2), b"\x01\x00"), "a place that is not used"),
-        (lambda record, info: record.__setitem__(slice(16, 17), b"\x01"), "1 records are of deleted nodes, and 0"),
+        (
+            lambda record, info: record.__setitem__(slice(16, 17), b"\x01"),
+            "1 records are of deleted nodes, but the header says 0",
+        ),
     ],
 )
 def test_malformed_records_are_refused(
@@ -152,7 +155,7 @@ def test_a_file_that_becomes_shorter_is_refused(index: Path) -> None:
     with ExitStack() as stack:
         info, read = inspection._open_file(str(path), stack)
         path.write_bytes(path.read_bytes()[: RECORDS + info.record_bytes])
-        with pytest.raises(FormatError, match=f"it ends at byte {RECORDS + info.record_bytes}, "):
+        with pytest.raises(FormatError, match=f"the file ends at byte {RECORDS + info.record_bytes}, "):
             graph_stats(info, read, [])
 
 
@@ -209,13 +212,13 @@ def test_what_does_not_fit_is_told(index: Path, independent: Path) -> None:
 
     (index / "shard-001.cotra").write_bytes((independent / "shard-001.cotra").read_bytes())
     told = problems()
-    assert "shard-001.cotra has a graph of its own, and the collection is one graph" in told
-    assert "not one graph, and not walked as one" in told
+    assert "shard-001.cotra has a graph of its own, but the collection is one graph" in told
+    assert "the shards are of different graphs" in told
     (index / "shard-001.cotra").write_bytes((index / "shard-000.cotra").read_bytes())
     told = problems()
     assert "shard-001.cotra holds" in told
     assert "shard-001.cotra hold the same nodes of one graph" in told
-    assert f"nodes of a graph of {N}" in told
+    assert f"nodes, but their graph has {N}" in told
     (index / "shard-001.cotra").write_bytes(good[:-1])
     assert "shard-001.cotra" in problems()
     spoilt = bytearray(good)
@@ -251,7 +254,7 @@ def test_files_that_are_not_alike(one_graph: Path, independent: Path, tmp_path: 
         shard.save(tmp_path / "other.cotra")
     told = "\n".join(inspect_files([independent / "shard-000.cotra", tmp_path / "other.cotra"]).problems)
     for what in ("dim 10", "metric l2", "generation 1"):
-        assert f"shard-000.cotra has {what}, and" in told
+        assert f"shard-000.cotra has {what}, but" in told
     mixed = inspect_files([one_graph / "shard-000.cotra", independent / "shard-001.cotra", tmp_path / "gone.cotra"])
     assert "graphs of their own" in mixed.problems[1]
     assert "gone.cotra" in mixed.problems[0]
