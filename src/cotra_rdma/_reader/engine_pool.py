@@ -1,4 +1,4 @@
-"""Lanes: what a thread searches one-sided shards with. They are made when they are needed, and kept for the next search."""
+"""Engines over shards that are read. They are made when they are needed, and kept for the next search."""
 
 from __future__ import annotations
 
@@ -26,21 +26,30 @@ from cotra_rdma.errors import CotraError, DeadlineError, InvalidInputError, Sear
 Executor = Callable[[], ThreadPoolExecutor]
 _Key = tuple[tuple[Connection, ...], frozenset[Connection]]
 Replace = Callable[[Connection, CotraError, bool, set[tuple[int, str]]], Connection | None]
-"""What tells a failed owner, and gets the one to go on with: `Replicas.replace`, with `give_up` and `tried`."""
+"""Takes an owner that failed, and returns the one to go on with: `Replicas.replace`, with `give_up` and `tried`."""
 
 
 class OnlyAskedError(CotraError):
-    """The owner that took a shard over (`shard`: its position in the cluster) can be asked to search it, and no more."""
+    """An owner took a shard over that can be asked to search it, and whose memory cannot be read. `shard` is its position."""
 
 
 class _ShardEngines:
-    """The way to each of some shards, and engines over them: one thread's at a time. It is what an engine turns to
-    (`Helper`) where owners have to expand nodes, or one fails."""
+    """Channels and engines for a fixed set of shards. Not thread-safe.
+
+    An engine calls it as its `Helper`, if owners have to expand nodes or one fails.
+    """
 
     def __init__(
         self, connections: Sequence[Connection], pushed: frozenset[Connection], replace: Replace, callers: Executor
     ) -> None:
-        """`pushed`: those whose owners expand nodes, and `callers` the threads that wait for them."""
+        """Opens the channels.
+
+        Args:
+            connections: to the shards.
+            pushed: those of them whose owners expand nodes.
+            replace: gives another owner if one fails.
+            callers: gives the threads that wait for owners.
+        """
         self._connections = list(connections)
         self._replace, self._callers = replace, callers
         self._spire: SpireEngine | None = None
@@ -74,8 +83,11 @@ class _ShardEngines:
         return [view for view in views if view is not None]
 
     def walk(self, batch: Batch, lenient: bool) -> Answer:
-        """Walks the graphs. Where a shard failed and has no other owner, that is an error at once; or `lenient`ly the answer is
-        without it, and `lost` says why."""
+        """Walks the graphs.
+
+        If a shard fails and has no other owner, the search fails at once.
+        If `lenient` is set, the answer is without the shard instead, and `lost` says why.
+        """
         self._job, self._told_bytes, self.lost, self._lenient = batch, 0, {}, lenient
         self._tried = set()
         answer = self._engine.search(
@@ -97,7 +109,7 @@ class _ShardEngines:
         return answer
 
     def expand(self, pushes: Mapping[int, npt.NDArray[np.void]]) -> dict[int, Expansions | CotraError]:
-        """As `Helper`: one message to each owner, all at once."""
+        """Sends each owner one message, all at the same time. See `Helper`."""
         told: dict[int, Expansions | CotraError] = {at: e for at, e in self._unopened.items() if at in pushes}
         asked = [at for at in pushes if at not in told]
         spread = self._callers().map if len(asked) > 1 else map
@@ -129,7 +141,7 @@ class _ShardEngines:
         return int(wanted.nbytes + n_queries * self._job.queries.itemsize * self._job.queries.shape[1])
 
     def replace(self, shard: int, error: CotraError) -> tuple[View, Source] | None:
-        """As `Helper`."""
+        """Gives another owner's view and source for a shard that failed. See `Helper`."""
         failed = self._connections[shard]
         self.is_broken = True
         self._unopened.pop(shard, None)
@@ -151,7 +163,7 @@ class _ShardEngines:
         return None
 
     def probe(self, batch: Batch) -> Answer:
-        """Searches the inverted lists. What each shard found is told apart, as a walk's answer is."""
+        """Searches the inverted lists. The answer is by shard, as that of a walk."""
         if self._spire is None:
             tables = [connection.lists for connection in self._connections]
             assert all(table is not None for table in tables)
@@ -201,7 +213,7 @@ class _ShardEngines:
         )
 
     def _channels(self) -> list[Channel]:
-        """Those that walks READ through, and one over the own memory."""
+        """Returns the channels of the walks, and a channel over this process's own memory for a shard that has none."""
         channels = []
         for connection, source in zip(self._connections, self._sources, strict=True):
             if not isinstance(source, Channel):
@@ -211,7 +223,7 @@ class _ShardEngines:
         return channels
 
     def _let_through(self, batch: Batch) -> float:
-        """The share of the rows that the job's filters let through: so many more lists hold as many of them."""
+        """Returns the share of the rows that the filters let through. The fewer they are, the more lists must be read."""
         if batch.filters is None:
             return 1.0
         counts = [connection.shard.count for connection in self._connections]
@@ -232,8 +244,13 @@ class EnginePool:
     """The engines of a cluster, by the shards that they reach."""
 
     def __init__(self, executor: Executor, callers: Executor, replace: Replace) -> None:
-        """`executor`: gives the threads that share a search, `callers` those that wait for owners: others, for the first wait for
-        them. `replace`: asked for another owner where one fails."""
+        """Makes no engine yet.
+
+        Args:
+            executor: gives the threads that share a search.
+            callers: gives the threads that wait for owners. They are others, since the first wait for them.
+            replace: gives another owner if one fails.
+        """
         self._executor, self._callers = executor, callers
         self._replace = replace
         self._lock = threading.Lock()
@@ -351,7 +368,7 @@ class EnginePool:
 
 
 def named(error: CotraError, connection: Connection) -> CotraError:
-    """An error of a peer's, that says whose it is."""
+    """Has an error say which connection it is of, and returns it."""
     if error.shard != connection.index or str(connection) not in str(error):
         error.args = (f"{connection}: {error}",)
         error.shard = connection.index

@@ -1,4 +1,4 @@
-"""What a plan says, done: owners asked, memory read, the answers put together."""
+"""Executes a search plan: asks owners, reads memory, and merges the answers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,25 @@ class SearchExecutor:
     """Searches the shards of one cluster."""
 
     def __init__(self, replicas: Replicas, engines: EnginePool, executor: Callable[[], ThreadPoolExecutor]) -> None:
-        """`executor` gives the threads that wait for owners."""
+        """Opens nothing. `executor` gives the threads that wait for owners."""
         self._replicas, self._engines, self._executor = replicas, engines, executor
 
     def gather(
         self, connections: list[Connection], batch: Batch, plan: Plan, n_threads: int, lenient: bool
     ) -> tuple[list[tuple[list[int], Answer]], dict[int, CotraError], Plan]:
-        """Asks every shard: the answers with the shards that they are of, the failures, and the plan as it was carried out: with
-        more shards `asked` where owners took them over that can only be asked."""
+        """Searches every shard.
+
+        Args:
+            connections: to all shards, as they were when the search began.
+            batch: the queries and how to search them.
+            plan: which shards are asked, pushed to and read.
+            n_threads: threads that share the queries.
+            lenient: whether to go on without a shard that has no owner left.
+
+        Returns:
+            The answers, each with the positions of its shards; the failures by position; and the plan as it was executed. A shard
+            that an owner took over that can only be asked is among its `asked`.
+        """
         answers: list[tuple[list[int], Answer]] = []
         failures: dict[int, CotraError] = {}
         calls: dict[int, Future[Answer]] = {}
@@ -95,7 +106,7 @@ class SearchExecutor:
         failures: dict[int, CotraError],
         lenient: bool,
     ) -> list[tuple[list[int], Answer]]:
-        """Walks graphs; shards that are lost meanwhile are noted in `failures`."""
+        """Walks the graphs of shards. Shards that are lost in between are added to `failures`."""
         numbers = [connection.index for connection in near]
         owners = frozenset(connection for connection in near if connection.index in pushed)
         answer, lost = self._engines.search(near, batch.of_shards(numbers), n_threads, owners, lenient=lenient)
@@ -103,8 +114,11 @@ class SearchExecutor:
         return [(numbers, answer)]
 
     def _ask(self, connection: Connection, batch: Batch, lenient: bool) -> Answer:
-        """Has an owner search its shard, or another of the same shard where it fails, or answers what is none. `lenient`ly the
-        last of them is given up too, so that the next search does not wait for it."""
+        """Asks an owner to search its shard.
+
+        If the owner fails, or its answer is malformed, another owner of the shard is asked.
+        If `lenient` is set, the last owner is given up as well, so that the next search does not wait for it.
+        """
         tried: set[Tried] = set()
         if len(self._replicas.owners(connection.index)) > 1:
             batch = batch.with_a_spare()
@@ -124,7 +138,7 @@ class SearchExecutor:
     def _probe(
         self, near: list[Connection], batch: Batch, n_threads: int, failures: dict[int, CotraError], lenient: bool
     ) -> list[tuple[list[int], Answer]]:
-        """Reads inverted lists; a shard that fails is read anew over another owner, or noted in `failures`."""
+        """Reads inverted lists. A shard that fails is read again through another owner, or is added to `failures`."""
         tried: set[Tried] = set()
         while near:
             numbers = [connection.index for connection in near]
@@ -145,7 +159,7 @@ class SearchExecutor:
         return []
 
     def merge(self, answers: list[tuple[list[int], Answer]], batch: Batch) -> Merged:
-        """The k nearest of all answers to each query: by distance, then shard, then id."""
+        """Merges answers to the k nearest of each query, in the order of distance, then shard, then id."""
         if len(answers) == 1:
             shards, (labels, distances, stats) = answers[0]
             ids, distances, at = merge(labels, distances)
@@ -166,7 +180,7 @@ class SearchExecutor:
 
 
 def used_of(connection: Connection, plan: Plan, failures: dict[int, CotraError]) -> str:
-    """What a search used to reach a shard, over the owner that it ended with."""
+    """Names the way by which a search reached a shard, through the owner that it ended with."""
     if connection.index in failures:
         return LOST
     if connection.index in plan.asked:

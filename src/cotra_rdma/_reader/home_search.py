@@ -1,4 +1,4 @@
-"""Queries sent home: to the owner of most of their neighbourhood, which walks the whole graph from there."""
+"""Home search: a query is sent to the owner of most of its neighbourhood, and that owner walks the whole graph."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from cotra_rdma.errors import CotraError, FormatError, PeerError, SearchCancelle
 
 log = logging.getLogger(__name__)
 
-_DEAF_S = 10.0  # in which an owner that did not answer, or nothing of use, is sent no queries
+_DEAF_S = 10.0  # how long an owner that gave no useful answer is sent no queries
 
 _Told = tuple[CollectionAnswer, npt.NDArray[np.int32]]
-"""An owner's answer, and the position here of each shard that it numbers as it likes."""
+"""An owner's answer, and for each shard in its own order the position of the shard here."""
 
 
 class HomeSearch:
-    """Searches at home, for one cluster."""
+    """Sends the queries of one session home."""
 
     def __init__(
         self, replicas: Replicas, gatherer: SearchExecutor, executor: Callable[[], ThreadPoolExecutor]
     ) -> None:
-        """`executor` gives the threads that wait for owners."""
+        """Opens nothing. `executor` gives the threads that wait for owners."""
         self._replicas, self._search_executor, self._executor = replicas, gatherer, executor
         self._deaf: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
 
@@ -45,18 +45,24 @@ class HomeSearch:
         n_threads: int,
         lenient: bool,
     ) -> tuple[Merged, list[str], dict[int, CotraError], npt.NDArray[np.int32]]:
-        """Sends each query to the owner of its home, which searches all shards for it; those that are at home here are walked
-        here, and those whose home was lost meanwhile, has no connection to the others, or answers what is none, too.
+        """Sends each query to the owner of its home, which searches all shards for it.
 
-        Owners that do not take filters, or a bound, refuse them, and their queries are walked here.
+        A query is walked here if its home is this process, or was lost, or has no connection to the other shards,
+        or gives no useful answer.
+        An owner of an earlier version refuses filters and bounds, and its queries are walked here as well.
 
         Args:
-            connections: to all shards, when the search began.
-            plan: with `homes`, and `here` for the queries that are walked here.
-            lenient: go on without a shard that has no owner left.
+            connections: to all shards, as they were when the search began.
+            batch: the queries and how to search them.
+            plan: with `homes`, and with `here` for the queries that are walked here.
+            n_threads: threads that share the queries that are walked here.
+            lenient: whether to go on without a shard that has no owner left.
 
-        Returns the answers, what was used for each shard, the failures, and `SearchResult.homes`. Raises `PeerError` where no
-        owner that was asked has a connection to the others.
+        Returns:
+            The answers, what was used for each shard, the failures, and `SearchResult.homes`.
+
+        Raises:
+            PeerError: no owner that was asked has a connection to the others.
         """
         assert plan.homes is not None
         assert plan.here is not None
@@ -120,8 +126,14 @@ class HomeSearch:
         return found, used, failures, np.where(here, -1, homes).astype(np.int32)
 
     def _places(self, connection: Connection, images: tuple[int, ...]) -> npt.NDArray[np.int32]:
-        """The position here of each shard that another owner numbers as it likes. Shards that one side never reached (0) are
-        those that are left, by their own numbers where these are. Raises `FormatError` for a shard that is none of these."""
+        """Finds the positions here of the shards of another owner, which has an order of its own.
+
+        Shards are matched by the checksums of their images.
+        A shard that one side never reached (0) is one of those that are left: the one of the same number, if it is left.
+
+        Raises:
+            FormatError: the owner searches a shard that is none of these.
+        """
         known = {image: at for at, image in enumerate(self._replicas.images) if image}
         places = np.array([known.get(image, -1) for image in images], np.int32)
         for at in sorted(np.flatnonzero(places < 0).tolist(), key=lambda at: not images[at]):
@@ -136,9 +148,14 @@ class HomeSearch:
         return places
 
     def _ask_home(self, connection: Connection, batch: Batch) -> _Told:
-        """Has an owner search all shards, or another of the same shard where it does not answer, or not what it was asked. One
-        that does not is not asked for a while; its memory may be as good as ever. Raises `PeerError` where one refuses,
-        and no other does it."""
+        """Asks an owner to search all shards.
+
+        If it gives no useful answer, another owner of its shard is asked, and it is sent no queries for a while.
+        Its memory may be as good as ever, so it stays in use for READs.
+
+        Raises:
+            PeerError: an owner refuses, and no other one searches.
+        """
         failed: CotraError | None = None
         for owner in self._replicas.owners(connection.index):
             if self._deaf.get(owner, 0.0) > time.monotonic():
@@ -158,5 +175,5 @@ class HomeSearch:
 
 
 def _put(found: Merged, rows: npt.NDArray[np.intp], part: Merged) -> None:
-    """Writes some queries' answers to their places."""
+    """Writes the answers to some queries to their rows."""
     found[0][rows], found[1][rows], found[2][rows], found[3][rows] = part

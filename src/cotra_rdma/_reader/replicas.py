@@ -28,10 +28,16 @@ Tried = tuple[int, str]
 
 
 class MissingConnection(Connection):
-    """In the place of a shard that no owner can be reached of."""
+    """Stands for a shard of which no owner can be reached."""
 
     def __init__(self, index: int, address: str, like: ShardFields | None = None) -> None:
-        """`like`: what is known of the shard, or of another one where it was never reached (`address` is "")."""
+        """Opens nothing.
+
+        Args:
+            index: the position of the shard.
+            address: the owner that was lost; "" if none was ever reached.
+            like: what is known of the shard. If it was never reached, what is known of another one.
+        """
         self._begin(index, address, 1)
         self.transport = LOST
         known = like or ShardFields(0, "", 0, 0, 0, 0)
@@ -39,12 +45,12 @@ class MissingConnection(Connection):
         self.capabilities = RegionResponse(shard=self.shard, transports={"rpc": "it has no owner"})
 
     def take_over(self, failed: Connection) -> None:
-        """Keeps what is known of the shard, and its cache, for whoever comes back."""
+        """Keeps the cache and what is known of the shard, for an owner that comes back."""
         super().take_over(failed)
         self.coarse, self.calibration, self.number = failed.coarse, failed.calibration, failed.number
 
     def renew(self) -> None:
-        """Nobody is there."""
+        """Does nothing: nobody is there."""
 
     def search(self, batch: Batch) -> Answer:
         """Raises `TransportError`."""
@@ -56,12 +62,14 @@ class MissingConnection(Connection):
 
 
 class Replicas:
-    """The shards of a cluster, each with its owners. Threads may share it; none waits for what another shard's owners take long
-    to answer.
+    """The shards of a session, each with its owners.
+
+    Any thread may use it.
+    No thread waits for the owners of another shard.
 
     Attributes:
-        peers: for each shard the owner in use; an `MissingConnection` where there is none. Replaced in place.
-        lost: why a shard has no owner, by its position.
+        connections: for each shard the connection to the owner in use, or a `MissingConnection`. It changes in place.
+        lost: why a shard has no owner, by the position of the shard.
         renewed: shards of which an owner came back with another image. It is not used: the shards of one build belong together.
     """
 
@@ -73,16 +81,15 @@ class Replicas:
         prepare: Callable[[Connection], None],
         changed: Callable[[Connection], None],
     ) -> None:
-        """Connects to owners; `settle` chooses among them.
+        """Connects to all owners. `settle` then chooses among them.
 
         Args:
             owners: for each shard its owners.
-            reach: makes the control connection to one.
-            choose: takes the best path to one that is about to be used.
-            prepare: gives one, whose path is chosen, what is kept of its shard, where the owner before it had nothing to
-                hand on.
-            changed: told of a connection that is not used any more, in the thread that found out. It must not come back here
-                for one.
+            reach: makes the control connection to an owner.
+            choose: chooses the best path to an owner that is about to be used.
+            prepare: fills the cache of a connection whose path is chosen, if the owner before it had no cache to hand on.
+            changed: called with a connection that is no longer used, in the thread that noticed. It must not call back for
+                a connection.
         """
         self._reach, self._choose, self._prepare, self._changed = reach, choose, prepare, changed
         self._lock = threading.Lock()  # of what follows: never held over a call to an owner
@@ -105,7 +112,7 @@ class Replicas:
             raise
 
     def _reach_all(self, owners: Sequence[Sequence[Owner]]) -> None:
-        """Connects to all owners at once: those that hang cost one deadline together."""
+        """Connects to all owners at the same time, so that all that hang together cost one deadline."""
         everyone = [(shard, owner) for shard, group in enumerate(owners) for owner in group]
         with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(everyone))), "cotra-connect") as pool:
             calls = [pool.submit(self._reach, shard, owner) for shard, owner in everyone]
@@ -132,19 +139,22 @@ class Replicas:
 
     @property
     def images(self) -> tuple[int, ...]:
-        """The checksum of each shard's image, which names it; 0 where it was never reached, or its owner does not tell."""
+        """The checksum of each shard's image, or 0 for a shard that was never reached."""
         return tuple(connection.shard.image_checksum or 0 for connection in self.connections)
 
     @property
     def known(self) -> list[Connection]:
-        """One owner of each shard that was reached, before `settle`."""
+        """A connection to each shard that was reached. It is for the time before `settle`."""
         return [standby[0] for standby in self._standby if standby]
 
     def settle(self, *, allow_partial: bool) -> None:
-        """Takes the nearest owner of each shard.
+        """Chooses the nearest owner of each shard.
 
-        Raises why a shard has none, that it was not reached or that no path to it works; with `allow_partial` only where all
-        have none.
+        Args:
+            allow_partial: whether shards without an owner may be left out, as long as one shard has an owner.
+
+        Raises:
+            CotraError: a shard has no owner that can be used. The error says why: it was not reached, or no path to it works.
         """
         known = self.known
         for shard, standby in enumerate(self._standby):
@@ -164,8 +174,13 @@ class Replicas:
             log.log(level, "shard %d has no owner, and searches go on without it: %s", shard, error)
 
     def _next(self, shard: int, instead_of: Connection | None = None) -> tuple[Connection | None, CotraError | None]:
-        """The nearest standby with a path that works, ready to be used `instead_of` another; or why there is none, None where
-        there was no standby. Those without one are away."""
+        """Takes the nearest standby with a path that works, and makes it ready.
+
+        A standby without such a path counts as away from then on.
+
+        Returns:
+            The connection and None; or None and the last error, which is None if there was no standby.
+        """
         error = None
         while True:
             with self._lock:
@@ -186,13 +201,13 @@ class Replicas:
             return connection, None
 
     def _ready(self, connection: Connection, instead_of: Connection | None) -> None:
-        """Takes the best path to an owner that is to be used `instead_of` another; None: the first of its shard, at `settle`."""
+        """Chooses the path to an owner that will be used `instead_of` another one. None stands for the first owner of a shard."""
         self._choose(connection)
         if instead_of is not None and instead_of.cache is None:
             self._prepare(connection)
 
     def _use(self, connection: Connection, instead_of: Connection) -> None:
-        """Puts an owner in use; under the lock. Raises `ClosedError` once closed."""
+        """Puts an owner in use. The caller holds the lock. Raises `ClosedError` after `close`."""
         if self._closed:
             connection.close()
         self._check_open()
@@ -200,12 +215,22 @@ class Replicas:
         self.connections[connection.index] = connection
 
     def replace(self, failed: Connection, error: CotraError, *, give_up: bool, tried: set[Tried]) -> Connection | None:
-        """The owner to go on with where one failed in a search; None where none is left, or the one that is failed in that search
-        already: it was slow, say, and found well meanwhile. `tried` is what the search keeps of those, empty at first.
+        """Returns the owner with which a search goes on after one has failed.
 
-        The owner that failed is not used again until `revive` found it well; without another one that is so only where searches
-        are to give the shard up, else it stays in use, for whoever sees the error and tries again. Raises `ClosedError` once
-        closed.
+        The owner that failed is not used again until `revive` finds it well.
+        If no other owner is left and `give_up` is not set, it stays in use: whoever gets the error may try again.
+
+        Args:
+            failed: the connection that failed.
+            error: how it failed.
+            give_up: whether later searches are to go on without the shard if no other owner is left.
+            tried: the owners that failed in this search. It begins empty, and this call adds to it.
+
+        Returns:
+            The connection to go on with; None if no owner is left that did not fail in this search already.
+
+        Raises:
+            ClosedError: the cluster was closed.
         """
         tried.add((failed.index, failed.address))
         other = self._replace(failed, error, give_up=give_up)
@@ -236,19 +261,24 @@ class Replicas:
         return other
 
     def owners(self, shard: int) -> list[Connection]:
-        """The owners of a shard that are there, that in use first."""
+        """Returns the connections to the owners of a shard: the one in use first, then those on standby."""
         with self._lock:
             return [self.connections[shard], *self._standby[shard]]
 
     @property
     def has_spare(self) -> bool:
-        """Whether some shard has another owner that could take over."""
+        """Whether a shard has another owner that could take over."""
         return any(self._standby)
 
     def revive(self, before_each: Callable[[], None]) -> list[str]:
-        """Tries the owners that failed again; the addresses of those that are back. Others' searches go on meanwhile.
+        """Tries the owners that failed again. Searches of other threads go on meanwhile.
 
-        `before_each` is called before each of them, and ends it by what it raises."""
+        Args:
+            before_each: called before each owner. What it raises ends this call.
+
+        Returns:
+            The addresses of the owners that are back.
+        """
         back = []
         with self._reviving:
             with self._lock:
@@ -269,8 +299,14 @@ class Replicas:
         return back
 
     def _take_back(self, connection: Connection) -> bool:
-        """Whether an owner that was away is one again: in use where its shard has none. Raises `CotraError` where no path to it
-        works; it stays away then."""
+        """Takes an owner that was away back: in use if its shard has no owner, else on standby.
+
+        Returns:
+            False if it holds another image now. It is closed then.
+
+        Raises:
+            CotraError: no path to it works. It stays away.
+        """
         shard, gone = connection.index, None
         with self._turns[shard]:
             try:
@@ -317,7 +353,7 @@ class Replicas:
 
 
 def _is_same(known: Connection, connection: Connection) -> bool:
-    """Whether both hold one image. What was never reached could be any."""
+    """Whether two connections are to the same image. A shard that was never reached could have any."""
     a, b = known.shard, connection.shard
     if isinstance(known, MissingConnection) and not known.address:
         return (a.dim, a.metric, a.graph_id) == (b.dim, b.metric, b.graph_id)
@@ -325,7 +361,11 @@ def _is_same(known: Connection, connection: Connection) -> bool:
 
 
 def _alike(connections: list[Connection]) -> list[Connection]:
-    """Those that hold one image, nearest first; older generations are passed over. Raises `InvalidInputError`."""
+    """Returns the connections to the newest generation of a shard, the nearest first, and closes the others.
+
+    Raises:
+        InvalidInputError: owners of that generation hold different images.
+    """
     newest = max(connection.shard.generation for connection in connections)
     current = []
     for connection in sorted(
