@@ -1,4 +1,4 @@
-"""`Batch`: queries, and all that says how to answer them, on their way from a cluster to its engines and connections."""
+"""`Batch`: queries and how to answer them, as a cluster hands them to its engines and connections."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S
 from cotra_rdma.errors import DeadlineError, InvalidInputError
 
 Answer = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]]
-"""labels int64[n_shards, n_queries, k] (or without the first dimension: of one shard), distances float32, and one
-`STATS_DTYPE` record for each query."""
+"""Labels int64[n_shards, n_queries, k], distances float32 likewise, and one `STATS_DTYPE` record for each query.
+
+The first dimension is missing from the answer of one shard."""
 
 
 class OutOfTimeError(DeadlineError):
-    """The search is at its deadline, and no owner is to blame for it."""
+    """The search reached its deadline, and no owner is to blame."""
 
     def __init__(self) -> None:
         super().__init__("the search did not end by its deadline")
 
 
 class CollectionAnswer(NamedTuple):
-    """What a peer that searched the whole collection answers, merged over its shards.
+    """The answer of a peer that searched the whole collection, merged over the shards.
 
     Attributes:
         labels: int64[n_queries, k], -1 in empty places. distances: float32 likewise, inf there.
@@ -74,29 +75,31 @@ class Batch(NamedTuple):
     most: int | None = None
 
     def with_a_spare(self) -> Batch:
-        """The same, where the search can go on over another owner, or without, when one was waited for in vain: half of the time
-        is kept for that."""
+        """Returns the batch with half of its time for one wait.
+
+        The other half is for another owner, or for going on without the shard.
+        """
         return self if self.deadline == math.inf else self._replace(timeout_s=self.timeout_s / 2)
 
     def wait_s(self) -> float:
-        """The longest wait for an owner's answer that begins now."""
+        """Returns how long to wait for an owner's answer that is asked for now, in seconds."""
         if self.deadline == math.inf:
             return self.timeout_s
         return max(min(self.timeout_s, self.deadline - time.monotonic()), 0.001)
 
     def is_cut_short(self, wait_s: float) -> bool:
-        """Whether a wait that ended in vain had so little time that its owner is not to blame: the search is over, no more."""
+        """Whether a wait that ended without an answer was so short that the owner is not to blame. `wait_s` is its length."""
         return wait_s < self.timeout_s / 2
 
     def of_shards(self, shards: Sequence[int]) -> Batch:
-        """The part that concerns these shards, which are numbered in this order in it."""
+        """Returns the batch for some of the shards, which are numbered in this order in it."""
         if self.filters is None and self.mask is None:
             return self
         filters = None if self.filters is None else tuple(self.filters[shard] for shard in shards)
         return self._replace(filters=filters, mask=None if self.mask is None else self.mask[:, list(shards)])
 
     def split(self, n_parts: int) -> list[Batch]:
-        """Parts with about as many queries each."""
+        """Splits the batch into parts of about the same number of queries."""
         masks = [None] * n_parts if self.mask is None else np.array_split(self.mask, n_parts)
         queries = np.array_split(self.queries, n_parts)
         return [self._replace(queries=part, mask=mask) for part, mask in zip(queries, masks, strict=True)]
@@ -118,11 +121,13 @@ def make_batch(
     max_expansions: int | None = None,
     progress: Progress | None = None,
 ) -> Batch:
-    """Checks what `Cluster.search` was given, and begins its time.
+    """Checks the arguments of `Cluster.search`, and starts the clock of the search.
 
     Args:
-        dim: of the shards' vectors. counts: rows of each shard.
-        The others are as for `Cluster.search`.
+        dim: of the shards' vectors.
+        counts: the number of rows of each shard.
+
+    The other arguments are those of `Cluster.search`.
 
     Raises `InvalidInputError`.
     """

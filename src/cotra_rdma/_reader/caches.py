@@ -1,4 +1,4 @@
-"""The record caches of one cluster: each shard that is read gets its part of the bytes, or its part of a halo."""
+"""The record caches of one session. Each shard that is read gets its part of the bytes, or its part of a halo."""
 
 from __future__ import annotations
 
@@ -19,19 +19,32 @@ class RecordCaches:
     """Gives connections their caches, as `connect` was told."""
 
     def __init__(self, replicas: Replicas, cache_bytes: int, halo: float) -> None:
-        """For these shards. Raises `InvalidInputError` for a halo that they cannot have."""
+        """Chooses the records of a halo, if there is to be one.
+
+        Args:
+            replicas: the shards.
+            cache_bytes: for all caches together; 0 for none.
+            halo: see `connect`; 0 for none.
+
+        Raises:
+            InvalidInputError: the shards cannot have a halo.
+        """
         self._replicas, self._bytes = replicas, cache_bytes
         self._halo = Halo(replicas.connections, halo) if halo else None
 
     def equip(self, connection: Connection) -> None:
-        """Gives a shard that is read its cache. Raises `InvalidInputError` where its part holds no record."""
+        """Gives a shard its cache, if the shard is read.
+
+        Raises:
+            InvalidInputError: the part of the shard does not hold a single record.
+        """
         if self._halo is not None:
             self._halo.fill(connection)
         elif self._bytes and connection.transport in READ:
             connection.make_cache(self._part(connection))
 
     def equip_late(self, connection: Connection) -> None:
-        """The same for one that is there only now: where others have all the bytes, it goes without."""
+        """Gives a shard its cache that is there only now. It gets none if the others have all the bytes."""
         try:
             self.equip(connection)
         except InvalidInputError as error:
@@ -39,12 +52,12 @@ class RecordCaches:
 
     @property
     def infos(self) -> tuple[CacheInfo | None, ...]:
-        """The cache of each shard's records; None for a shard without."""
+        """The cache of each shard, or None for a shard without one."""
         connections = self._replicas.connections
         return tuple(None if connection.cache is None else connection.cache.info for connection in connections)
 
     def _part(self, connection: Connection) -> int:
-        """A shard's part of the bytes, by its size; those that are not there are counted as the mean of the others."""
+        """Returns a shard's part of the bytes, by its size. A shard without an owner counts as the mean of the others."""
         every = self._replicas.connections
         here = {other.index: other for other in every if other.transport in READ} | {connection.index: connection}
         sizes = {at: (other.info or other.shard).image_bytes for at, other in here.items()}

@@ -1,7 +1,9 @@
-"""The cost model behind `algorithm="auto"`: what each way to search would take, from what the links can do and what it needs.
+"""The cost model behind `algorithm="auto"`: it predicts how long each way to search would take.
 
-A link is measured when it is connected. What an algorithm needs of a shard (READs, rounds, bytes, CPU) is what searches with
-the same parameters needed before; until there was one, it is a guess from ef and beam that the first search replaces.
+A prediction comes from what the links can do and from what an algorithm needs.
+A link is measured when it is connected.
+What an algorithm needs of a shard (READs, rounds, bytes, CPU) is what earlier searches with the same parameters needed.
+Before the first search it is a guess from ef and beam.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _KEPT = 8  # searches that are noted and not asked about: older ones would count
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What the path to a shard can do.
+    """How fast the path to a shard is.
 
     Attributes:
         rtt_s: one READ of 1 KiB, from post to completion, in seconds; infinite where memory cannot be read.
@@ -55,18 +57,18 @@ class Needs:
     cpu_s: float
 
     def shared_by(self, n_shards: float) -> Needs:
-        """The part of each of so many shards that have it together."""
+        """Returns the part of each shard, if `n_shards` shards share these needs."""
         return Needs(self.reads / n_shards, self.rounds, self.bytes / n_shards, self.cpu_s / n_shards)
 
 
 def guess_walk(k: int, ef: int, beam: int, record_bytes: float) -> Needs:
-    """What a walk of a shard's graph needs, before any was done."""
+    """Guesses what a walk of a shard's graph needs, before the first walk."""
     reads = max(float(k), READS_OF_EF * ef)
     return Needs(reads, ENTRY_ROUNDS + reads / beam, reads * record_bytes, reads * EXPANSION_S)
 
 
 def guess_lists(k: int, n_probe: int, n_lists: int, list_bytes: float, entries: float, vector_bytes: float) -> Needs:
-    """What a shard's part of a search in inverted lists needs; n_lists, list_bytes and entries are of all shards."""
+    """Guesses what a shard's part of a search in inverted lists needs. n_lists, list_bytes and entries are of all shards."""
     lists = min(n_probe, n_lists) / n_lists
     reranked = RERANKED_OF_K * k
     read = lists * list_bytes + reranked * vector_bytes
@@ -74,15 +76,22 @@ def guess_lists(k: int, n_probe: int, n_lists: int, list_bytes: float, entries: 
 
 
 def over_rpc(walk: Needs, dim: int, k: int) -> Needs:
-    """The same walk done by the owner: one message there and one back."""
+    """Returns what the same walk needs if the owner makes it: one message there and one back."""
     return Needs(0.0, 1.0, 5.0 * dim + 12.0 * k + 100.0, walk.cpu_s)
 
 
 def needs_of_reading(
     links: Sequence[Link], stats: npt.NDArray[np.void], searches: int, seconds: float, n_threads: int
 ) -> Needs:
-    """What a batch needed of a shard that took so many seconds: `stats` (`STATS_DTYPE`) of its queries, `searches` of
-    one query in one shard."""
+    """Computes what a query needed of one shard, from a batch that was measured.
+
+    Args:
+        links: to the shards.
+        stats: `STATS_DTYPE`[n_queries] of the batch.
+        searches: the number of searches of one query in one shard.
+        seconds: that the batch took.
+        n_threads: threads that shared it.
+    """
     reads, read_bytes, rounds = (float(stats[name].sum()) for name in ("reads", "read_bytes", "rounds"))
     n, rounds = len(links), rounds / len(stats)
     waited = rounds * max(link.rtt_s for link in links)  # what the wire took is not CPU time
@@ -92,14 +101,14 @@ def needs_of_reading(
 
 
 def needs_of_asking(links: Sequence[Link], stats: npt.NDArray[np.void], searches: int, seconds: float) -> Needs:
-    """The same of owners that were asked: each searched its part by itself, all at once."""
+    """Computes the same for owners that were asked. Each searched its own part, all at the same time."""
     own = max(seconds - max(link.rpc_s for link in links), 0.0) * len(links) / searches
     return Needs(0.0, 1.0, float(stats["read_bytes"].mean()), own)
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What one way to search would take for a batch.
+    """How long one way to search would take for a batch.
 
     Attributes:
         algorithm: its name.
@@ -122,9 +131,10 @@ class Prediction:
 def predict_read(
     algorithm: str, needs: Needs, links: Sequence[Link], shares: Sequence[float], n_queries: int, n_threads: int
 ) -> Prediction:
-    """One-sided: rounds that follow each other, and the busiest of links and CPU for the rest of the batch.
+    """Predicts a one-sided search: rounds follow each other, and the busiest link or the CPU bounds the rest of the batch.
 
-    shares: for each link, the share of the queries that ask its shard.
+    Args:
+        shares: for each link, the share of the queries that ask its shard.
     """
     wire = max(
         n_queries * share * max(needs.reads / link.reads_per_s, needs.bytes / link.bytes_per_s)
@@ -139,25 +149,28 @@ def predict_read(
 def predict_asked(
     algorithm: str, needs: Needs, links: Sequence[Link], shares: Sequence[float], n_queries: int
 ) -> Prediction:
-    """Over RPC: one call to each owner, all at once; each searches its shard with one thread."""
+    """Predicts a search over RPC: one call to each owner, all at the same time. An owner searches with one thread."""
     slowest = max(link.rpc_s + n_queries * share * needs.cpu_s for link, share in zip(links, shares, strict=True))
     asked = sum(shares)
     return Prediction(algorithm, slowest, 0.0, 1.0, needs.bytes * asked, needs.cpu_s * asked, asked)
 
 
 def pushed(walk: Needs, dim: int) -> Needs:
-    """A walk's needs of a shard whose owner expands its nodes: a message a round each way, with the query in the one, and in the
-    other what is told of each node."""
+    """Returns what a walk needs of a shard whose owner expands its nodes.
+
+    Each round has a message there, with the query, and a message back, with the neighbours of each node.
+    """
     return replace(walk, bytes=4.0 * dim * walk.rounds + TOLD_BYTES * walk.reads, cpu_s=walk.reads * EXPANSION_S)
 
 
 def predict_pushed(
     algorithm: str, needs: Needs, links: Sequence[Link], shares: Sequence[float], n_queries: int
 ) -> Prediction:
-    """Rounds of one message to each owner for the whole batch, all at once; each expands its nodes with one thread.
+    """Predicts a walk whose nodes owners expand: in each round one message to each owner, all at the same time.
 
-    After CoTra's rule of thumb (arXiv 2507.06653): to read is quicker while the other side has two or so of the nodes of a round,
-    for a READ is a round trip and a message two; with more, READs on a link that carries few of them take longer.
+    CoTra's rule of thumb (arXiv 2507.06653): READs are quicker if the other side has at most about two nodes of a round,
+    since a READ is one round trip and a message is two.
+    With more nodes, READs take longer on a link that carries few of them.
     """
     busy = max(n_queries * share * needs.cpu_s for share in shares)
     asked = sum(shares)
@@ -166,18 +179,18 @@ def predict_pushed(
 
 
 def forbidden(prediction: Prediction, why: str) -> Prediction:
-    """The same, not to be taken."""
+    """Returns the prediction, marked as one that must not be taken."""
     return replace(prediction, allowed=False, why=why)
 
 
 def cheapest(predictions: Sequence[Prediction]) -> Prediction:
-    """The quickest that is allowed; among equals the first."""
+    """Returns the quickest prediction that is allowed, the first among equals."""
     return min((prediction for prediction in predictions if prediction.allowed), key=lambda p: p.seconds)
 
 
 @dataclass(slots=True)
 class Experience:
-    """What searches needed so far, by method ("walk", "lists") and parameters. Threads may share it."""
+    """What searches needed so far, by method ("walk", "lists", "asked") and parameters. Any thread may use it."""
 
     _seen: dict[tuple[str, int, int, int], Needs] = field(default_factory=dict)
     _noted: defaultdict[tuple[str, int, int, int], deque[Needs | Callable[[], Needs]]] = field(
@@ -186,9 +199,11 @@ class Experience:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, method: str, k: int, ef: int, beam: int, needs: Needs | Callable[[], Needs]) -> None:
-        """Takes what a search needed; it counts as much as all before it.
+        """Notes what a search needed. It counts as much as all searches before it.
 
-        needs: it, or what tells it when somebody asks: after most searches nobody does. The last few are kept.
+        Args:
+            needs: the needs, or a function that computes them when somebody asks. After most searches nobody does, so only
+                the last few are kept.
         """
         with self._lock:
             self._noted[method, k, ef, beam].append(needs)

@@ -1,7 +1,8 @@
-"""The halo of an own shard: records of other shards that its nodes link to most, kept so that walks near a border stay home.
+"""The halo of an own shard: the records of other shards to which its nodes link most.
 
-What is kept is chosen by the own shard's links alone; whether it serves the queries that are at home there is measured
-(docs/explanation/one-graph.md).
+They are kept so that walks near the border of a shard stay in this process.
+They are chosen by the links of the own shard alone.
+docs/explanation/one-graph.md has measurements of what that does for queries that are at home there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ _RECORD_EXTRA = 64  # bytes of a bucket for each record
 
 
 def far_links(arena: Arena, info: ImageInfo) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """The nodes of other shards that a shard's nodes link to, uint32[n] ascending, and how many of its nodes link to each."""
+    """Counts the links of a shard's nodes to nodes of other shards.
+
+    Returns:
+        The nodes that are linked to, uint32[n] ascending, and for each how many nodes link to it.
+    """
     parts = []
     with arena.view() as memory:
         records = records_of(memory, info)
@@ -42,12 +47,17 @@ def far_links(arena: Arena, info: ImageInfo) -> tuple[npt.NDArray[np.uint32], np
 
 
 class Halo:
-    """The records of other shards that this process's own shards link to most, as a share of the own images' bytes."""
+    """The records of other shards to which this process's own shards link most."""
 
     def __init__(self, connections: Sequence[Connection], share: float) -> None:
-        """Chooses them; `fill` gets them.
+        """Chooses the records. `fill` reads them.
 
-        Raises `InvalidInputError` where no shard of `connections` is this process's own, or they are not of one graph.
+        Args:
+            connections: to all shards.
+            share: how much to keep, as a share of the bytes of the own images.
+
+        Raises:
+            InvalidInputError: no shard is this process's own, or the shards are not of one graph.
         """
         own = [
             connection for connection in connections if connection.transport == "own" and connection.info is not None
@@ -69,7 +79,11 @@ class Halo:
         log.info("halo: %d records of other shards, of %d that own ones link to", len(self._nodes), len(wanted))
 
     def fill(self, connection: Connection) -> None:
-        """Gives a shard that is read a cache, with those records that are its own. Raises `TransportError` where it fails."""
+        """Gives a shard that is read a cache, and fills it with the chosen records of that shard.
+
+        Raises:
+            TransportError: the records could not be read.
+        """
         if connection.transport not in READ or connection.info is None:
             return
         info = connection.info

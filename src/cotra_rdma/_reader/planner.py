@@ -1,4 +1,4 @@
-"""How a batch is to be searched: which shards each query asks, and by what path; the choice of `algorithm="auto"` too."""
+"""Plans how a batch is searched: which shards each query asks, by what path, and what `algorithm="auto"` takes."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _FULL = 0.9  # of the shards: a selection of more is not worth having
 
 
 class Plan(NamedTuple):
-    """What is done.
+    """What a search will do.
 
     Attributes:
-        algorithm: the name of it.
+        algorithm: its name.
         mask: bool[n_queries, n_shards]: which shards each query asks; None: all.
         lists: whether inverted lists are read and not graphs.
         asked: positions of the shards whose owners search them, over RPC.
@@ -89,7 +89,7 @@ class Planner:
         self._refresh(walked)
 
     def refresh(self) -> None:
-        """After owners were replaced, or lost. Any thread may call it."""
+        """Looks at the owners again, after some were replaced or lost. Any thread may call it."""
         with self._lock:
             if self.router is None:  # Compass takes the whole collection, which may be there only now
                 self.router = router_of(self._connections)
@@ -106,7 +106,11 @@ class Planner:
     def plan(
         self, algorithm: str, batch: Batch, n_threads: int, *, target_recall: float, owner_cpu: bool, explain: bool
     ) -> Plan:
-        """Plans a search. Raises `InvalidInputError` for an algorithm that is unknown, or that these shards cannot have."""
+        """Plans a search.
+
+        Raises:
+            InvalidInputError: the algorithm is unknown, or these shards cannot be searched by it.
+        """
         if algorithm not in ALGORITHMS:
             raise InvalidInputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
         if not self._every:  # nothing to plan: why is told with the answer
@@ -142,10 +146,14 @@ class Planner:
         return Plan(name, mask, base == "spire", asked, others, predictions=predictions)
 
     def homes(self, batch: Batch) -> npt.NDArray[np.int64]:
-        """The shard that has most of each query's neighbourhood, of those that have an owner; where shards were missing at the
-        start, by the nearest inverted list alone: the calibration is for all tables together.
+        """Finds the home of each query: of the shards with an owner, the one that has most of the query's neighbourhood.
 
-        Raises `InvalidInputError` where these shards or the job cannot have one, `TransportError` where no shard has an owner.
+        If shards were missing at `connect`, the home is the shard of the nearest list in the coarse tables.
+        The calibration is for all tables together.
+
+        Raises:
+            InvalidInputError: the shards are not one graph, or the batch has a mask.
+            TransportError: no shard has an owner.
         """
         if not self._one_graph or batch.mask is not None:
             raise InvalidInputError("home: takes shards of one graph, and no mask of shards")
@@ -164,7 +172,7 @@ class Planner:
         return homes
 
     def _selection(self, batch: Batch, target_recall: float, *, required: bool) -> npt.NDArray[np.bool_] | None:
-        """The shards that Compass takes, of those that the job is for; the job's own mask where it would take almost all."""
+        """Returns the shards that Compass takes for each query. It is the batch's own mask if Compass would take almost all."""
         away = [
             str(at)
             for at, connection in enumerate(self._connections)
@@ -192,12 +200,12 @@ class Planner:
         return mask if required or mask.sum() < _FULL * most else batch.mask
 
     def _calibrated_for(self, batch: Batch) -> bool:
-        """Whether Compass keeps its promise: it was measured without filters, and for so many neighbours."""
+        """Whether Compass was measured for such a batch: without filters, and for this k."""
         calibration = None if self.router is None else self.router.calibration
         return calibration is not None and batch.k <= calibration.k and batch.filters is None
 
     def _no_lists(self, batch: Batch) -> str:
-        """Why inverted lists cannot be searched; "" when they can."""
+        """Returns why inverted lists cannot be searched, or "" if they can."""
         if batch.most is not None:
             return "max_expansions is a bound of walks"
         for connection in (self._connections[at] for at in self._every):
@@ -217,7 +225,7 @@ class Planner:
         return known or over_rpc(walk.shared_by(1 / self._n_walked), self._dim, batch.k)
 
     def _lists(self, batch: Batch) -> Needs:
-        """Of a query, over all shards: however many it is for, it reads as many lists."""
+        """Returns what a query needs of all shards together. It reads as many lists for however many shards it is."""
         known = self.experience.of("lists", batch.k, batch.ef, 0)
         if known is not None:
             return known
@@ -284,8 +292,10 @@ class Planner:
     def _asked(
         self, base: str, batch: Batch, mask: npt.NDArray[np.bool_] | None, n_threads: int, mixed: bool
     ) -> tuple[frozenset[int], frozenset[int]]:
-        """The shards that are asked over RPC, and those of one graph that nodes are pushed to. `mixed`: also those of which
-        reading takes longer."""
+        """Returns the shards that are asked over RPC, and the shards of one graph whose owners expand nodes.
+
+        If `mixed` is set, the first include shards that can be read and that are quicker to ask.
+        """
         every = self._every
         if base == "scatter-gather":
             return every, frozenset()
@@ -309,7 +319,10 @@ class Planner:
 
 
 def _may_answer(batch: Batch) -> npt.NDArray[np.bool_] | None:
-    """bool[n_queries, n_shards]: the shards that a query is for, without those that its filter closes; None: all."""
+    """Returns which shards each query is for, bool[n_queries, n_shards], without shards whose filter lets no row through.
+
+    None stands for all shards.
+    """
     if batch.filters is None:
         return batch.mask
     some = np.array([bitmap is None or any(bitmap) for bitmap in batch.filters])
@@ -317,12 +330,12 @@ def _may_answer(batch: Batch) -> npt.NDArray[np.bool_] | None:
 
 
 def _in_turn(parts: Sequence[Prediction]) -> Prediction:
-    """Parts of one walk, whose rounds wait for all of them: for READs first, then for messages."""
+    """Predicts a walk over several kinds of shards. Each of its rounds waits for the READs and then for the messages."""
     return replace(_together(parts), seconds=sum(part.seconds for part in parts))
 
 
 def _together(parts: Sequence[Prediction]) -> Prediction:
-    """Parts that run side by side."""
+    """Predicts parts of a search that run at the same time."""
     return Prediction(
         parts[0].algorithm,
         max(part.seconds for part in parts),
@@ -335,7 +348,7 @@ def _together(parts: Sequence[Prediction]) -> Prediction:
 
 
 def walked_of(connections: Sequence[Connection]) -> frozenset[int]:
-    """Positions of the shards that are walked together: of one graph, and read or pushed to."""
+    """Returns the positions of the shards that one walk goes through: they are of one graph, and are read or pushed to."""
     there = [
         connection for connection in connections if connection.transport in ONE_SIDED or connection.view is not None
     ]
@@ -346,7 +359,7 @@ def walked_of(connections: Sequence[Connection]) -> frozenset[int]:
 
 
 def router_of(connections: Sequence[Connection]) -> Router | None:
-    """Compass over these shards, numbered as in their collection; None where they are not the whole of one."""
+    """Returns Compass over these shards, numbered as in their collection; None if they are not a whole collection."""
     by_number = {connection.number: connection for connection in connections}
     tables = [by_number[at].coarse for at in range(len(connections)) if at in by_number]
     known = [table for table in tables if table is not None]

@@ -1,4 +1,4 @@
-"""The threads of one cluster: those that share a search, and those that wait for owners."""
+"""The threads of one cluster: some share searches, and others wait for owners."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_THREADS = 256
 
 
 class Threads:
-    """Two pools, each made when it is first needed. Any thread may use them."""
+    """Two pools of threads. Each is made when it is first needed. Any thread may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -21,11 +21,11 @@ class Threads:
         self._closed = False
 
     def searchers(self) -> ThreadPoolExecutor:
-        """Those that share a search. Raises `ClosedError` once closed."""
+        """Returns the threads that share a search. Raises `ClosedError` after `close`."""
         return self._pool("cotra-search")
 
     def callers(self) -> ThreadPoolExecutor:
-        """Those that wait for owners: others, because those that share a search wait for them."""
+        """Returns the threads that wait for owners. They are others, since threads that share a search wait for them."""
         return self._pool("cotra-call")
 
     def _pool(self, name: str) -> ThreadPoolExecutor:
