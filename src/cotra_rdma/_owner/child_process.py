@@ -1,4 +1,4 @@
-"""Owners in processes of their own, on this host: for the demo, the benchmark and tests."""
+"""`OwnerProcess`: an owner in a child process on this host, for the demo, the benchmark and tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CPUCLOCK_SCHED = 2  # clock_getcpuclockid(3) makes a process's clock id of its 
 
 
 class OwnerProcess:
-    """A child process that runs `cotra serve`. It ends with `close`, and by itself when this process dies."""
+    """A child process that runs `cotra serve`. It ends at `close`, or when this process dies."""
 
     def __init__(
         self,
@@ -34,8 +34,11 @@ class OwnerProcess:
         peers: Sequence[str] = (),
         halo: float | None = None,
     ) -> None:
-        """Starts it; `wait_ready` tells when it serves, `wait_walks` when it walks all shards. Arguments as `cotra serve`, whose
-        `owners.json` is written only where `announce` asks for it."""
+        """Starts the process. `wait_ready` waits until it serves, and `wait_walks` until it walks all shards.
+
+        The arguments are the options of `cotra serve`.
+        `owners.json` is written only if `announce` is set.
+        """
         command = [
             sys.executable,
             "-P",

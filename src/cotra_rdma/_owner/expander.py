@@ -1,4 +1,4 @@
-"""An owner's side of pushed expansions: it expands nodes of its shard for peers' walks, and gives its upper layers away."""
+"""The owner's side of remote expansion: it expands nodes of its shard for readers' walks, and gives away its upper layers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from cotra_rdma.errors import InvalidInputError
 
 
 class Expander:
-    """For the image in one arena. Any thread may use it."""
+    """Expands the nodes of one image. Any thread may use it."""
 
     def __init__(self, arena: Arena, info: ImageInfo) -> None:
-        """`arena` stays the caller's; close it after the expander. The upper layers are copied once somebody pushes."""
+        """Copies nothing yet. The upper layers are copied at the first expansion.
+
+        Args:
+            arena: holds the image. It stays the caller's; close it after the expander.
+            info: the header of the image.
+        """
         self._arena = arena
         self._info = info
         self._view: View | None = None
@@ -27,12 +32,19 @@ class Expander:
 
     @property
     def view_bytes(self) -> int:
-        """How long the header and the navigation section are."""
+        """The bytes of the header and the navigation section together."""
         return self._info.records_offset + self._info.nav_bytes
 
     def read_view(self, offset: int, n_bytes: int) -> bytes:
-        """Header and navigation section, one after the other, as `View.load` takes them: `n_bytes` from `offset`, or those to
-        the end. Raises `InvalidInputError` where nothing is."""
+        """Reads a piece of the header and the navigation section, one after the other, as `View.load` takes them.
+
+        Args:
+            offset: where the piece begins.
+            n_bytes: how long it is. It is shorter at the end.
+
+        Raises:
+            InvalidInputError: the offset is beyond the end.
+        """
         if not 0 <= offset < self.view_bytes:
             raise InvalidInputError(f"the upper layers are {self.view_bytes} bytes: there are none at {offset}")
         end, header = min(offset + n_bytes, self.view_bytes), self._info.records_offset
@@ -56,6 +68,6 @@ class Expander:
         return view.expand(self._arena, rows, pushes)
 
     def close(self) -> None:
-        """Lets the copy go. Idempotent."""
+        """Frees the copy of the upper layers. Idempotent."""
         if self._view is not None:
             self._view.close()

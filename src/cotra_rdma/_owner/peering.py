@@ -1,4 +1,4 @@
-"""`Peering`: owners of some shards of a collection as peers of all: it keeps a cluster connected that they answer searches by."""
+"""`Peering`: makes owners of some shards peers, which answer searches of the whole collection."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ _PATIENCE_S = 5.0  # in which all shards should have found an owner
 _TIMEOUT_S = 2.0
 
 Walks = tuple[str, ...]
-"""For each shard of the collection how it is walked, as `Cluster.transports`; "lost" where no owner is known."""
+"""For each shard of the collection how it is walked, as in `Cluster.transports`. "lost" means that no owner is known."""
 
 
 class Peering:
-    """Connects the owners of some shards of one graph to the others', so that they answer searches of the whole collection.
+    """Connects the owners of some shards of one graph to the owners of the other shards. A context manager.
 
-    The others may come later: a thread looks for them once a second, at first more often. It connects when every shard has an
-    owner, after some seconds with what is there, and anew when a shard that had none gets one. Searches in progress end over
-    what they began with. Owners of another generation than the own one are no peers: after a rebuild, each walks its own.
+    The own servers then answer searches of the whole collection.
+    The other owners may start later: a thread looks for them once a second, and more often at first.
+    It connects when every shard has an owner, or after some seconds to the owners that are there.
+    It connects again when a shard without an owner gets one.
+    Searches in progress end on the connections that they began with.
+    An owner of another generation is no peer.
 
-    The servers stay the caller's, but `close` closes them first: who asks them then goes elsewhere. A context manager.
+    The servers stay the caller's, but `close` closes them first, so that readers go elsewhere.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Peering:
         tls: Tls | None = None,
         changed: Callable[[Walks], None] | None = None,
     ) -> None:
-        """Prepares it; `start` begins.
+        """Reads the manifest. `start` begins to look for owners.
 
         Args:
             path: the collection's directory, or its `collection.json`; of its files only that is read.
@@ -112,7 +115,7 @@ class Peering:
 
     @property
     def walks(self) -> Walks:
-        """How each shard is walked now; () before the first connection."""
+        """How each shard is walked now. It is empty before the first connection."""
         cluster = self._cluster
         return () if cluster is None else cluster.transports
 
@@ -132,7 +135,11 @@ class Peering:
                 return
 
     def look(self) -> None:
-        """Looks for owners now. Raises `CotraError` or OSError where that, or the connection to them, fails."""
+        """Looks for owners now.
+
+        Raises:
+            CotraError: the owners could not be connected to. OSError: `owners.json` could not be read.
+        """
         with self._looking:
             if self._stop.is_set() or not self._servers:
                 return
@@ -144,7 +151,7 @@ class Peering:
             self._tell()
 
     def _addresses(self) -> list[list[str]]:
-        """The owners that are known of each shard; [] for own ones."""
+        """Returns the addresses of each shard's known owners, and none for an own shard."""
         told: Sequence[Sequence[str]] | None = self._peers
         if told is None:
             noted = owners.load(self._directory)
@@ -152,7 +159,7 @@ class Peering:
         return [[] if number in self._servers else list(addresses) for number, addresses in enumerate(told)]
 
     def _are_new(self, found: Sequence[Sequence[str]], cluster: Cluster) -> bool:
-        """Whether there is an owner that the cluster was not told of, of a shard that it has none of."""
+        """Whether a shard without an owner has one now that the cluster was not given."""
         return any(set(found[number]) - set(self._given[number]) for number in cluster.lost)
 
     def _connect(self, found: Sequence[Sequence[str]]) -> None:
@@ -181,7 +188,7 @@ class Peering:
             before.close()
 
     def _alive(self, found: Sequence[Sequence[str]]) -> list[list[str]]:
-        """Those that answer, and serve the shard that they are noted for."""
+        """Returns the addresses of owners that answer, and that serve the shard for which they are noted."""
         everyone = [address for addresses in found for address in addresses]
         told = dict(zip(everyone, ask_owners(everyone, _TIMEOUT_S, self._tls), strict=True))
         return [[at for at in addresses if self._fits(number, told[at])] for number, addresses in enumerate(found)]
@@ -206,7 +213,7 @@ class Peering:
     # ---- the end ----
 
     def close(self) -> None:
-        """Ends the search for owners, closes the servers, so that peers go elsewhere, and then the cluster. Idempotent."""
+        """Stops looking for owners, closes the servers, and then closes the cluster. Idempotent."""
         self._stop.set()
         for server in self._servers.values():
             server.close()
