@@ -254,6 +254,14 @@ def test_threads_share_a_client(serve: Serve) -> None:
     assert answers == [b"%d" % i for i in range(200)]
 
 
+def test_calls_beyond_what_a_connection_may_have_are_sent_again(serve: Serve) -> None:
+    """HTTP/2's limit on streams refuses calls, at the start of a connection above all; nobody sees it."""
+    server = serve()
+    with RpcClient(server.address) as client, ThreadPoolExecutor(250) as pool:
+        calls = [pool.submit(client.call, envelope(b"%d" % i), 55_000) for i in range(1000)]
+        assert [join(call.result().payload) for call in calls] == [b"%d" % i for i in range(1000)]
+
+
 class TestSteps:
     """Work in steps: a long request does not keep short ones waiting."""
 

@@ -121,15 +121,20 @@ class FairShares:
             for request in sorted(self._outside, key=lambda request: self._spent(request, now)):
                 if len(self._inside) >= self._n_requests:
                     worst = max(
-                        (other for other in self._inside if not other.is_running),
+                        (
+                            other
+                            for other in self._inside
+                            if not other.is_running and other.connection is not request.connection
+                        ),
                         key=lambda other: self._spent(other, now),
                         default=None,
                     )
                     if worst is None or self._spent(worst, now) < self._spent(request, now) + _MARGIN_S:
-                        break
+                        continue
                     self._inside.remove(worst)
+                    if worst.since is not None:  # what waits for a worker hears of it by itself
+                        given_up.append(worst)
                     self._end(worst)
-                    given_up.append(worst)
                 self._outside.remove(request)
                 self._inside.append(request)
                 request.since = now

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -67,25 +69,32 @@ class RpcClient:
             FormatError: the answer is malformed or of another type. ClosedError: the client was closed, or is another
                 process's.
         """
-        channel = self._connected()
-        send: Any = channel.unary_unary(method_of(envelope.msg_type), None, None)
-        call: Any = send.future(envelope.encode(), timeout=timeout_ms / 1000)
-        try:
-            while True:
-                try:
-                    answer = call.result(timeout=None if stop is None else _LOOK_S)
-                    break
-                except grpc.FutureTimeoutError:
-                    if stop is not None:
-                        stop.check()
-        except grpc.FutureCancelledError:
-            raise ClosedError(f"the client of {self.address} is closed") from None
-        except grpc.RpcError as error:
-            self._fail(call, error, channel, timeout_ms)
-        except BaseException:
-            call.cancel()
-            raise
-        return checked_reply(answer, envelope, self.address)
+        data, deadline = envelope.encode(), time.monotonic() + timeout_ms / 1000
+        for pause_s in pauses():
+            channel = self._connected()
+            send: Any = channel.unary_unary(method_of(envelope.msg_type), None, None)
+            call: Any = send.future(data, timeout=max(deadline - time.monotonic(), 0.001))
+            try:
+                return checked_reply(self._answer_of(call, stop), envelope, self.address)
+            except grpc.FutureCancelledError:
+                raise ClosedError(f"the client of {self.address} is closed") from None
+            except grpc.RpcError:
+                if not was_refused(call) or time.monotonic() + pause_s > deadline:
+                    self._fail(call, channel, timeout_ms)
+            except BaseException:
+                call.cancel()
+                raise
+            time.sleep(pause_s)
+        raise AssertionError  # pauses never end
+
+    @staticmethod
+    def _answer_of(call: Any, stop: Stop | None) -> bytes:
+        while True:
+            try:
+                return bytes(call.result(timeout=None if stop is None else _LOOK_S))
+            except grpc.FutureTimeoutError:
+                if stop is not None:
+                    stop.check()
 
     def _connected(self) -> grpc.Channel:
         with self._lock:
@@ -95,7 +104,7 @@ class RpcClient:
                 self._channel = open_channel(self._target, self._credentials)
             return self._channel
 
-    def _fail(self, call: Any, error: grpc.RpcError, channel: grpc.Channel, timeout_ms: int) -> NoReturn:
+    def _fail(self, call: Any, channel: grpc.Channel, timeout_ms: int) -> NoReturn:
         code = call.code()
         if self._closed:
             raise ClosedError(f"the client of {self.address} is closed") from None
@@ -125,6 +134,24 @@ def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> gr
     if credentials is None:
         return grpc.insecure_channel(target, _OPTIONS)
     return grpc.secure_channel(target, credentials, _OPTIONS)
+
+
+def was_refused(call: Any) -> bool:
+    """Whether the owner refused a call before it looked at it, for it had too many of this connection already.
+
+    HTTP/2 promises that such a call may be sent again (RFC 9113, section 8.7: REFUSED_STREAM, error code 7).
+    gRPC sends it again by itself, but only once.
+    """
+    details = call.details() or ""
+    return call.code() is grpc.StatusCode.UNAVAILABLE and "RST_STREAM" in details and "error code 7" in details
+
+
+def pauses() -> Iterator[float]:
+    """How long to wait before each further attempt of a call that was refused, in seconds; without an end."""
+    pause_s = 0.002
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, 0.05)
 
 
 def checked_reply(answer: bytes, request: VShardEnvelope, address: str) -> VShardEnvelope:

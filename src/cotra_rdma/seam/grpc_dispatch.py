@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +14,7 @@ import grpc
 from cotra_rdma.errors import ClosedError, InvalidInputError, TransportError
 from cotra_rdma.protocol.address import join_address, parse_address
 from cotra_rdma.protocol.envelope import VShardEnvelope
-from cotra_rdma.protocol.rpc_client import checked_reply, error_of, open_channel
+from cotra_rdma.protocol.rpc_client import checked_reply, error_of, open_channel, pauses, was_refused
 from cotra_rdma.protocol.service import method_of
 from cotra_rdma.protocol.tls import Tls
 
@@ -56,14 +57,32 @@ class GrpcDispatch:
             InvalidInputError: a field does not fit the envelope, or it is another event loop's.
         """
         address = self._address(envelope.target_node, envelope.vshard_id)
-        data = envelope.encode()
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = open_channel(join_address(*parse_address(address)), self._credentials)
+        data, deadline = envelope.encode(), time.monotonic() + timeout_ms / 1000
+        for pause_s in pauses():
+            channel = self._channels.get(address)
+            if channel is None:
+                channel = self._channels[address] = open_channel(
+                    join_address(*parse_address(address)), self._credentials
+                )
+            call = await self._finished(channel, envelope, data, max(deadline - time.monotonic(), 0.001))
+            code = call.code()
+            if code is grpc.StatusCode.OK:
+                return checked_reply(call.result(), envelope, address)
+            if not was_refused(call) or time.monotonic() + pause_s > deadline:
+                break
+            await asyncio.sleep(pause_s)
+        if code is grpc.StatusCode.UNAVAILABLE and self._channels.get(address) is channel:
+            del self._channels[address]  # its pause before it tries again is not ours
+        raise error_of(code, call.details() or "", address, timeout_ms)
+
+    async def _finished(self, channel: grpc.Channel, envelope: VShardEnvelope, data: bytes, timeout_s: float) -> Any:
+        """Makes a call, and waits until it is over, well or not. Raises `ClosedError`."""
+        if self._closed:
+            raise ClosedError("the dispatch is closed")
         loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = loop.create_future()
         send: Any = channel.unary_unary(method_of(envelope.msg_type), None, None)
-        call = send.future(data, timeout=timeout_ms / 1000)
+        call = send.future(data, timeout=timeout_s)
         self._calls.add(call)
         call.add_done_callback(lambda _: _tell(loop, over))
         try:
@@ -73,12 +92,7 @@ class GrpcDispatch:
             call.cancel()  # nothing, where it is over
         if self._closed:
             raise ClosedError("the dispatch was closed during the call")
-        code = call.code()
-        if code is grpc.StatusCode.OK:
-            return checked_reply(call.result(), envelope, address)
-        if code is grpc.StatusCode.UNAVAILABLE and self._channels.get(address) is channel:
-            del self._channels[address]  # its pause before it tries again is not ours
-        raise error_of(code, call.details() or "", address, timeout_ms)
+        return call
 
     def _address(self, node: int, vshard: int) -> str:
         if self._closed:
