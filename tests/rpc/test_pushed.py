@@ -365,10 +365,11 @@ class TestOwnersThatLie:
     def test_the_view_of_another_shard(self, lying: Callable[..., Connection]) -> None:
         def changed(payload: bytes) -> bytes:
             fields = msgspec.msgpack.decode(payload)
-            fields[2][9] ^= 1
+            if fields[2] is not None:
+                fields[2][9] ^= 1
             return msgspec.msgpack.encode(fields)
 
-        with pytest.raises(StaleShardError, match="and had image"):
+        with pytest.raises(StaleShardError, match="and the request is about image"):
             lying(VShardMessageType.VECTOR_MEM_REGION_RESPONSE, changed).load_view()
 
 
