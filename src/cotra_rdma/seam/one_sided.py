@@ -1,10 +1,11 @@
-"""`CoTraRdma`: the graph walk by one-sided READs as an algorithm of the seam."""
+"""`CoTraRdma`: walks over one-sided READs as an algorithm of the seam."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
@@ -29,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class CoTraRdma(VectorShardSeam):
-    """Walks the graphs of shards whose memory can be read, and asks the owners of the others by `ScatterGather`; of one graph
-    over all shards, has them expand nodes for the one walk.
+    """Walks the graphs of shards whose memory can be read, and asks the owners of the others by `ScatterGather`.
 
-    Which shard was reached how is in `SeamResult.transports`, in `by_rpc`, and logged once.
+    If the shards are one graph, it makes one walk, and those owners expand nodes for it.
+    `SeamResult.transports` and `by_rpc` say how each shard was reached, and so does one line in the log.
     """
 
     def __init__(
@@ -43,14 +44,17 @@ class CoTraRdma(VectorShardSeam):
         fallback: ScatterGather | None = None,
         keys: ClientKeys | None = None,
     ) -> None:
-        """A reader's side (`cluster`), an owner's (`server`), or both.
+        """Makes the reader's side (`cluster`), the owner's side (`server`), or both.
 
         Args:
-            cluster: what to search; stays the caller's to close.
-            server: what exposes this side's own shard; stays the caller's.
-            fallback: asks the shards that cannot be read, in their order; stays the caller's. None: one is made where it is
-                needed, and closed by `close`.
-            keys: CURVE keys for the one that is made.
+            cluster: searches the shards. It stays the caller's to close.
+            server: exposes this side's own shard. It stays the caller's to close.
+            fallback: asks the shards that cannot be read, in their order. It stays the caller's to close.
+                None makes one if it is needed, and `close` closes it.
+            keys: the CURVE keys for the fallback that is made.
+
+        Raises:
+            InvalidInputError: the fallback is of another number of shards.
         """
         self._cluster = cluster
         self._server = server
@@ -63,19 +67,26 @@ class CoTraRdma(VectorShardSeam):
                 places = {ShardRef(0, at): cluster.addresses[at] for at in self._asked}
                 self._fallback, self._own = ScatterGather.connect(places, keys=keys), True
             elif len(fallback.shards) != len(self._asked):
-                raise InvalidInputError(f"a fallback of {len(fallback.shards)} shards for {len(self._asked)}")
+                raise InvalidInputError(
+                    f"the fallback has {len(fallback.shards)} shards, and {len(self._asked)} shards need one"
+                )
             for at in self._asked:
                 why = cluster.passed_over[at] or "rpc was asked for"
                 log.info("shard %d (%s) cannot be read and is asked over RPC: %s", at, cluster.addresses[at], why)
 
     @property
     def by_rpc(self) -> tuple[int, ...]:
-        """Positions of the cluster's shards that cannot be read, and are asked over RPC."""
+        """The positions of the cluster's shards that cannot be read, and are asked over RPC."""
         return tuple(self._asked)
 
     def exposed_region(self) -> MemoryRegion | None:
-        """The server's region; without a server, that of the cluster's shard, where it has just one (`Cluster.regions` has
-        all). None: peers fall back to RPC, or to shared memory on the same host."""
+        """Returns the memory region that peers may READ.
+
+        It is the server's region.
+        Without a server, it is the region of the cluster's shard, if the cluster has only one; `Cluster.regions` has
+        all.
+        None means that peers use RPC, or shared memory on the same host.
+        """
         if self._server is not None:
             return self._server.exposed_region()
         regions = () if self._cluster is None else self._cluster.regions
@@ -94,34 +105,34 @@ class CoTraRdma(VectorShardSeam):
         allow_partial: bool = False,
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
     ) -> SeamResult:
-        """The k nearest vectors of each query over all shards, merged by distance, then shard, then id.
+        """Returns the k nearest vectors of each query over all shards, merged by distance, then shard, then id.
 
         Args:
-            queries, k, ef, beam, n_threads, inflight: as `Cluster.search`.
-            timeout_s: how long the whole search may take. None: the walk as long as it goes on, and 5 s for all answers over RPC.
+            queries: as `Cluster.search`.
+            k: as `Cluster.search`.
+            ef: as `Cluster.search`.
+            beam: as `Cluster.search`.
+            n_threads: as `Cluster.search`.
+            inflight: as `Cluster.search`.
+            timeout_s: the longest time for the whole search.
+                None sets no limit for the walk, and 5 s for all answers over RPC.
+            allow_partial: return a partial answer if shards that are asked over RPC fail.
+                A READ that fails raises an error in any case.
+                Only one graph is walked around a shard that has no owner left.
             filters: as `Cluster.search`.
-            allow_partial: return what there is when shards that are asked over RPC fail. A READ that fails raises anyway,
-                but for one graph, which is walked around a shard that has no owner left.
 
         Raises:
-            PartialResultError: as `ScatterGather.search`. Others as `Cluster.search`.
+            PartialResultError: as `ScatterGather.search`.
+            InvalidInputError: there is no cluster to search. Others as `Cluster.search`.
         """
         if self._cluster is None:
-            raise InvalidInputError("this CoTraRdma has no cluster to search, only a region to expose")
+            raise InvalidInputError("this CoTraRdma has no cluster to search: it only exposes a region")
         if self._cluster.one_graph:
             return self._walk_one_graph(
                 queries, k, ef, beam, n_threads, inflight, timeout_s, filters, allow_partial=allow_partial
             )
         begin = time.perf_counter()
-        asking = None
-        if self._fallback is not None and self._asked:
-            bitmaps = {}
-            for place, at in enumerate(self._asked):
-                bitmap = None if filters is None else pack_filter(filters[at], self._cluster.counts[at])
-                if bitmap is not None:
-                    bitmaps[self._fallback.shards[place].vshard_id] = bitmap
-            patience = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
-            asking = self._fallback.start_gather(queries, k, ef, beam, timeout_s=patience, filters=bitmaps)
+        asking = self._start_asking(queries, k, ef, beam, timeout_s, filters)
         try:
             walked = self._cluster.walk(
                 queries, k, ef, beam, n_threads, inflight=inflight, timeout_s=timeout_s, filters=filters
@@ -147,6 +158,27 @@ class CoTraRdma(VectorShardSeam):
             result.require_whole()
         return result
 
+    def _start_asking(
+        self,
+        queries: npt.ArrayLike,
+        k: int,
+        ef: int,
+        beam: int,
+        timeout_s: float | None,
+        filters: Sequence[npt.ArrayLike | bytes | None] | None,
+    ) -> Future[Gathered] | None:
+        """Asks the owners of the shards that cannot be read. Returns None if there is no such shard."""
+        if self._fallback is None or not self._asked:
+            return None
+        assert self._cluster is not None
+        bitmaps = {}
+        for shard, at in zip(self._fallback.shards, self._asked, strict=True):
+            bitmap = None if filters is None else pack_filter(filters[at], self._cluster.counts[at])
+            if bitmap is not None:
+                bitmaps[shard.vshard_id] = bitmap
+        patience = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+        return self._fallback.start_gather(queries, k, ef, beam, timeout_s=patience, filters=bitmaps)
+
     def _walk_one_graph(
         self,
         queries: npt.ArrayLike,
@@ -160,7 +192,10 @@ class CoTraRdma(VectorShardSeam):
         *,
         allow_partial: bool,
     ) -> SeamResult:
-        """One walk over all shards: there is nothing for a fallback to gather, owners that cannot be read expand nodes for it."""
+        """Makes one walk over all shards.
+
+        Owners that cannot be read expand nodes for it, so the fallback has nothing to do.
+        """
         assert self._cluster is not None
         found = self._cluster.search(
             queries,
@@ -200,7 +235,7 @@ class CoTraRdma(VectorShardSeam):
         asked: Gathered | None,
         walked_s: float,
     ) -> Gathered:
-        """The answers of both kinds of shards, in the cluster's order."""
+        """Puts the answers of both kinds of shards together, in the cluster's order."""
         _, n, k = walked[0].shape
         n_shards = len(self._read) + len(self._asked)
         shards = tuple(ShardRef(0, at) for at in range(n_shards))
@@ -217,7 +252,7 @@ class CoTraRdma(VectorShardSeam):
         return Gathered(shards, labels, distances, stats, np.ones((n_shards, n), np.bool_), outcomes)
 
     def close(self) -> None:
-        """Closes the fallback that it made. Idempotent."""
+        """Closes the fallback if this object made it. Idempotent."""
         if self._own and self._fallback is not None:
             self._fallback.close()
 
