@@ -167,7 +167,7 @@ def test_bench_measures_it(words: Floats, queries: Floats, tmp_path: Path) -> No
     assert read.reads_per_query is not None
     assert 0 < both.reads_per_query < read.reads_per_query
     with (
-        pytest.raises(InvalidInputError, match=r"shm\+rpc is of several shards"),
+        pytest.raises(InvalidInputError, match=r"shm\+rpc needs several shards"),
         open_systems(data, paths, plan, tmp_path / "none", libraries=()),
     ):
         raise AssertionError

@@ -1,4 +1,4 @@
-"""This package as `cotra bench` measures it, each way behind `System`; and the cache of built graphs."""
+"""This package as `cotra bench` measures it, and the cache of built graphs. Each class is a `System`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Remote:
             self._stack = stack.pop_all()
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `System`."""
+        """Searches as `System.search` does."""
         result = self._cluster.search(
             queries,
             k=setting.k,
@@ -69,20 +69,20 @@ class Remote:
         return Answer(result.ids, result.stats, in_process=not _BY_OWNERS.intersection(result.transports))
 
     def forget(self) -> None:
-        """As `System`."""
+        """Empties the reader's cache of records."""
         self._cluster.clear_caches()
 
     def owner_cpu_s(self) -> float | None:
-        """CPU of the owner process."""
+        """Returns the CPU time of the owner's process."""
         return self._owner.cpu_s()
 
     def close(self) -> None:
-        """Disconnects and ends the owner."""
+        """Disconnects, and ends the owner."""
         self._stack.close()
 
 
 class Local:
-    """A shard mapped in this process, with or without a modelled fabric in between."""
+    """A shard that is mapped in this process, with or without a modelled fabric."""
 
     name = "cotra"
     algorithm = None
@@ -93,7 +93,7 @@ class Local:
     def __init__(
         self, path: Path, transport: str, fabric: FabricModel | None, n_threads: int, cache_bytes: int = 0
     ) -> None:
-        """`n_threads`: the most that a search will have."""
+        """Maps the shard, and makes one engine for each thread. `n_threads` is the most that a search will have."""
         self.transport = transport
         self.cache_bytes: int | None = cache_bytes
         self._cache: RecordCache | None = None
@@ -117,25 +117,25 @@ class Local:
             self._stack = stack.pop_all()
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `System`."""
+        """Searches as `System.search` does."""
         filters = None if rows is None else [pack_filter(rows, len(rows))]
 
         def search(engine: Engine, part: Queries) -> tuple[Ids, npt.NDArray[np.float32], npt.NDArray[np.void]]:
             return engine.search(part, setting.k, setting.ef, setting.beam, inflight=setting.inflight, filters=filters)
 
         parts = np.array_split(queries, min(setting.n_threads, len(queries)))
-        run = map if len(parts) == 1 else self._pool.map  # no hand-over where there is one thread
+        run = map if len(parts) == 1 else self._pool.map  # one thread needs no hand-over
         answers = list(run(search, self._engines[: len(parts)], parts))
         ids, _, stats = zip(*answers, strict=True)
         return Answer(np.concatenate([part[0] for part in ids]), np.concatenate(stats), in_process=True)
 
     def forget(self) -> None:
-        """As `System`."""
+        """Empties the cache of records."""
         if self._cache is not None:
             self._cache.clear()
 
     def owner_cpu_s(self) -> float | None:
-        """None: there is no owner."""
+        """Returns None: there is no owner."""
         return None
 
     def close(self) -> None:
@@ -144,13 +144,13 @@ class Local:
 
 
 class Collective:
-    """A collection in an owner process of its own, or two for two transports, searched by any algorithm."""
+    """A collection in an owner process, which all algorithms search. Two transports need two owner processes."""
 
     def __init__(self, directory: Path, transport: str, cache_bytes: int = 0) -> None:
         kind, fabric = parse_transport(transport)
         if kind == "local":
             raise InvalidInputError(
-                "algorithms over several shards are measured over shm, verbs, rpc or a model of a fabric"
+                "algorithms over several shards are measured over shm, verbs, rpc or a modelled fabric, not local"
             )
         path = {"model": "shm", MIXED: "auto"}.get(kind, kind)
         self.directory = directory
@@ -183,11 +183,11 @@ class Collective:
             self._stack = stack.pop_all()
 
     def owner_cpu_s(self) -> float:
-        """CPU of all its owners."""
+        """Returns the CPU time of all owners."""
         return sum(owner.cpu_s() for owner in self._owners)
 
     def close(self) -> None:
-        """Disconnects and ends the owners."""
+        """Disconnects, and ends the owners."""
         self._stack.close()
 
 
@@ -197,7 +197,7 @@ class Algorithm:
     name = "cotra"
 
     def __init__(self, collective: Collective, algorithm: str, *, ideal: Cluster | None = None) -> None:
-        """`ideal`: the cluster to search in place of the collective's own, without a round trip."""
+        """Searches the collective's cluster, or `ideal`, which is a cluster without a round trip."""
         asks = _asks(algorithm)
         self._collective = collective
         self._cluster = ideal or collective.cluster
@@ -215,7 +215,7 @@ class Algorithm:
         self.zero_rtt = Algorithm(collective, algorithm, ideal=collective.zero_rtt) if self.rtt_s else None
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `System`."""
+        """Searches as `System.search` does."""
         result = self._cluster.search(
             queries,
             k=setting.k,
@@ -231,37 +231,37 @@ class Algorithm:
         return Answer(result.ids, result.stats, shards, in_process=not _BY_OWNERS.intersection(result.transports))
 
     def forget(self) -> None:
-        """As `System`."""
+        """Empties the reader's cache of records."""
         self._cluster.clear_caches()
 
     def owner_cpu_s(self) -> float | None:
-        """CPU of the owner processes."""
+        """Returns the CPU time of the owners."""
         return self._collective.owner_cpu_s()
 
     def close(self) -> None:
-        """The collective is closed by who made it."""
+        """Does nothing: who made the collective closes it."""
 
 
 def _asks(algorithm: str) -> bool:
-    """Whether owners search, over RPC."""
+    """Returns whether an algorithm has the owners search over RPC."""
     return algorithm.endswith("scatter-gather")
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A cache's budget: bytes, or a share of what it is a cache of."""
+    """The size of a cache: in bytes, or as a share of the shards."""
 
     nbytes: int = 0
     share: float = 0.0
 
     def of(self, paths: Sequence[Path]) -> int:
-        """In bytes, for these shards."""
+        """Returns the size in bytes for these shards."""
         return self.nbytes or round(self.share * sum(path.stat().st_size for path in paths))
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How a data set is split for algorithms over several shards, and which of those are measured."""
+    """How a data set is split over shards, and the algorithms that are measured over them."""
 
     algorithms: Sequence[str]
     n_shards: Sequence[int] = (16,)
@@ -282,17 +282,28 @@ def open_systems(
     budgets: Sequence[Budget] = (Budget(),),
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[list[System]]:
-    """Other libraries, and this package over each of `transports`, ready to be measured; closed on the way out.
+    """Opens other libraries and this package over each transport, ready to be measured, and closes them at the end.
 
-    With a `split` this package searches a collection by each of its algorithms, without one a single shard. Where it reads,
-    it does so with a cache of records of each of `budgets`.
+    With a `split`, this package searches a collection by each algorithm; without one, it searches a single shard.
+    A system that reads has a cache of records of each of the `budgets`.
 
-    All graphs are built by all cores with the plan's M and ef_construction, and kept in the directory `cache` for the next
-    run, under names that tell the data set with a hash of its vectors, the parameters, and a library's version.
+    All cores build the graphs, with the plan's M and ef_construction.
+    The directory `cache` keeps them for the next run.
+    Their names hold a hash of the vectors, the parameters, and a library's version.
+
+    Args:
+        data: the data set.
+        transports: the names of transports, as `parse_transport` takes them.
+        plan: the parameters of the graphs, and the most threads.
+        cache: the directory for built graphs.
+        libraries: the names of other libraries.
+        split: how to split the data set; None for a single shard.
+        budgets: the sizes of the cache of records.
+        progress: called with what is built, the vectors that are done, and the number of vectors.
     """
     fabrics = [parse_transport(transport) for transport in transports]
     if split is None and MIXED in transports:
-        raise InvalidInputError(f"{MIXED} is of several shards: give an algorithm")
+        raise InvalidInputError(f"{MIXED} needs several shards: give --algorithm")
     cache.mkdir(parents=True, exist_ok=True)
     shape = f"{data.vectors.count}x{data.vectors.dim}"
     stem = f"{data.name}-{shape}-{data.digest()}-{data.metric}-M{plan.M}-efc{plan.ef_construction}"
@@ -310,7 +321,9 @@ def open_systems(
                     collective = Collective(directory, transport, cache_bytes)
                     stack.callback(collective.close)
                     for algorithm in split.algorithms:
-                        if not (_asks(algorithm) and (n_shards, algorithm) in asked):  # the same over any transport
+                        if not (
+                            _asks(algorithm) and (n_shards, algorithm) in asked
+                        ):  # it is the same over any transport
                             systems.append(Algorithm(collective, algorithm))
                             asked.add((n_shards, algorithm))
             yield systems
@@ -357,7 +370,7 @@ def _collection(
 
 
 def _is_current(path: Path) -> bool:
-    """Whether a shard's file is there, and of this version's format."""
+    """Returns whether a shard's file exists and is of this version's format."""
     try:
         Shard.open(path, verify=False).close()
     except (FileNotFoundError, FormatError):

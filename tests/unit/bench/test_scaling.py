@@ -103,7 +103,7 @@ def test_a_curve_is_read_off_at_the_recall() -> None:
 def test_a_curve_that_begins_above_the_recall_at_the_least_ef() -> None:
     assert cost_at([point(10, 0.96, 11), point(20, 0.98, 20)]).recall == 0.96
     for curve in ([point(20, 0.96, 20), point(40, 0.98, 40)], [point(10, 0.5, 11), point(20, 0.9, 20)]):
-        with pytest.raises(InvalidInputError, match=r"0\.95 is not between them, give another --ef"):
+        with pytest.raises(InvalidInputError, match=r"0\.95 is not between them: give another --ef"):
             cost_at(curve)
 
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_studied(tmp_path: Path) -> None:
         (Scale(fabric="model:rtt=0:gbit=100"), "a model with a round trip"),
         (Scale(n_shards=(1,)), "several numbers of shards"),
         (Scale(n_shards=(2, 4)), "with 1"),
-        (Scale(local_share=0.01), r"a local share of 0\.01 of 16 shards cannot be"),
+        (Scale(local_share=0.01), r"the local share of 16 shards is 1 / 16 to 1, not 0\.01"),
     ):
         with pytest.raises(InvalidInputError, match=reason):
             study(data, scale, Plan(), tmp_path / "none")

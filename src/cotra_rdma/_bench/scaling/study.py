@@ -1,5 +1,8 @@
-"""`cotra bench --scaling`: one graph and independent shards at several numbers of shards, how cost grows with the number of
-vectors, and what both say about many machines."""
+"""The study of `cotra bench --scaling`.
+
+It measures one graph and independent shards at several numbers of shards, and how cost grows with the vectors.
+From both it predicts what many machines would do.
+"""
 
 from __future__ import annotations
 
@@ -46,16 +49,24 @@ from cotra_rdma.errors import InvalidInputError
 
 FABRIC = "model:rtt=2us:gbit=100:mreads=10"
 NO_FABRIC = "model:rtt=0"
-"""The modelled fabric's bookkeeping without its limits: what posting and completing a READ costs the CPU."""
+"""A modelled fabric without limits. It shows what posting and completing a READ costs the CPU."""
 RECALL = 0.95
 SIZES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a query needs at the recall wanted, on average; `recall` is what it has, more where the least ef finds more already.
+    """What a query needs at the recall that is wanted, on average.
 
-    cpu_us: CPU time of the searching process, over shared memory. qps, p50_us: as `Point`, there.
+    Attributes:
+        recall: the recall of the figures. It is higher than wanted if the least ef already finds more.
+        reads: READs.
+        rounds: rounds.
+        bytes: bytes that were read.
+        distances: distances that were computed.
+        cpu_us: CPU time of the searching process.
+        qps: as `Point`.
+        p50_us: as `Point`.
     """
 
     recall: float
@@ -70,12 +81,17 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class ShardsRow:
-    """A number of shards, as one graph (one shard is one) or independent.
+    """The cost at one number of shards, which are one graph or independent. One shard counts as one graph.
 
     Attributes:
-        recall_lost: at equal ef, what hnswlib's one index of everything finds more, at most; at that ef.
-        home_share: the part of all READs that go to the shard which most of their query's go to; of one graph.
-        fabric: the same over the modelled fabric; bookkeeping: over one without limits. Of one graph.
+        shards: the number of shards.
+        one_graph: whether they are one graph.
+        cost: the cost over the study's transport.
+        recall_lost: the most recall that hnswlib's index of all vectors has more at equal ef.
+        recall_lost_at_ef: the ef where that is.
+        home_share: as `home_share`; None for independent shards.
+        fabric: the cost over the modelled fabric; None for independent shards.
+        bookkeeping: the cost over a fabric without limits; None for independent shards.
     """
 
     shards: int
@@ -90,7 +106,7 @@ class ShardsRow:
 
 @dataclass(frozen=True, slots=True)
 class SizeRow:
-    """So many of the vectors in one shard."""
+    """The cost with some of the vectors in one shard."""
 
     vectors: int
     cost: Cost
@@ -98,9 +114,15 @@ class SizeRow:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The model beside a measurement of one thread that reads everything over the modelled fabric.
+    """The prediction for one thread that reads everything over the modelled fabric, beside its measurement.
 
-    qps: queries for each second of CPU time: of a thread that polls, what it would do were the CPU its own.
+    Attributes:
+        shards: the number of shards.
+        qps_predicted: the prediction.
+        qps: queries for each second of CPU time.
+            That is what a thread that polls would do if it had the CPU to itself.
+        latency_us_predicted: the prediction.
+        latency_us: the median latency.
     """
 
     shards: int
@@ -112,8 +134,25 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """All of it. homes, losses: of one graph of the most shards. busiest: queries of the peer that is home to most, over the
-    mean."""
+    """The results of a study.
+
+    Attributes:
+        dataset: the name of the data set.
+        transport: the path to the shards.
+        fabric: the modelled fabric.
+        recall: the recall of all figures.
+        rows: the cost by shards.
+        sizes: the cost by vectors.
+        homes: what stays at a query's home, in one graph of the most shards.
+        busiest: the queries of the peer that is home to most, over the mean.
+        losses: what one lost shard costs, in one graph of the most shards.
+        targets: what one graph should keep to.
+        workload: what goes into the predictions.
+        checks: the model beside measurements.
+        machine: the machine of the predictions.
+        predictions: the predictions.
+        variations: the predictions with one assumption changed.
+    """
 
     dataset: str
     transport: str
@@ -134,8 +173,17 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What to study. `n_shards`: ascending, the first one 1. halos: ascending, the first one 0; the prediction takes the last.
-    local_share: the part of a routed query's expansions that stay at its home, at the most shards; None: measured."""
+    """What to study.
+
+    Attributes:
+        n_shards: the numbers of shards, ascending and from 1 on.
+        transport: the path to the shards.
+        fabric: the modelled fabric.
+        machine: the machine of the predictions.
+        halos: the halos of home peers, ascending and from 0 on. The prediction takes the last.
+        local_share: the part of a routed query's expansions that stays at its home, at the most shards.
+            None measures it.
+    """
 
     n_shards: Sequence[int] = (1, 2, 4, 8, 16)
     transport: str = "shm"
@@ -145,27 +193,45 @@ class Scale:
     local_share: float | None = None
 
     def check(self, data: DataSet) -> None:
-        """Raises `InvalidInputError` before a long measurement."""
+        """Checks before a long measurement that the study can be made.
+
+        Raises:
+            InvalidInputError: it cannot.
+        """
         kind, fabric = parse_transport(self.fabric)
         if fabric is None or fabric.round_trip_s == 0 or parse_transport(self.transport)[0] not in ("shm", "verbs"):
             raise InvalidInputError(
-                f"a scaling study needs shm or verbs, and a model with a round trip, not {self.transport} and {kind}"
+                f"a scaling study needs shm or verbs and a model with a round trip, not {self.transport} and {kind}"
             )
         if len(self.n_shards) < 2 or self.n_shards[0] != 1:
-            raise InvalidInputError("a scaling study compares several numbers of shards with 1")
+            raise InvalidInputError("a scaling study compares several numbers of shards with 1: give another --shards")
         if data.vectors.count < 1000:
-            raise InvalidInputError(f"{data.vectors.count} vectors are too few to see anything grow: 1,000 at least")
+            raise InvalidInputError(
+                f"{data.vectors.count} vectors are too few for a scaling study, which needs at least 1,000"
+            )
         if self.local_share is not None and not 1 / self.n_shards[-1] <= self.local_share <= 1:
-            raise InvalidInputError(f"a local share of {self.local_share} of {self.n_shards[-1]} shards cannot be")
+            raise InvalidInputError(
+                f"the local share of {self.n_shards[-1]} shards is 1 / {self.n_shards[-1]} to 1, not {self.local_share}"
+            )
 
 
 def study(
     data: DataSet, scale: Scale, plan: Plan, cache: Path, progress: Progress = lambda what, done, total: None
 ) -> tuple[Study, list[Point]]:
-    """Measures and predicts; the points are those of all shards, in one interleaved run.
+    """Measures and predicts.
+
+    Args:
+        data: the data set.
+        scale: what to study.
+        plan: the settings to sweep.
+        cache: the directory for built graphs.
+        progress: called with what is done, how much of it, and how much there is.
+
+    Returns:
+        The study, and the points of all shards, which were measured in one interleaved run.
 
     Raises:
-        InvalidInputError: as `Scale.check`; a sweep of ef that does not reach the recall.
+        InvalidInputError: as `Scale.check`, or the sweep of ef does not reach the recall.
     """
     scale.check(data)
 
@@ -215,8 +281,11 @@ def study(
 
 
 def home_share(directory: Path, queries: Queries, plan: Plan, ef: int) -> float:
-    """The part of all READs that go to the shard which most of their query's go to: what the best peer for each query would find
-    in its own shard, were it known beforehand. Counted by each shard's channel, in this process, over memory."""
+    """Measures the part of all READs that go to the shard to which most READs of their query go.
+
+    That is what the best peer for each query would find in its own shard, if it were known beforehand.
+    Each shard's channel counts its READs, in this process and over memory.
+    """
     with contextlib.ExitStack() as stack:
         arenas = [stack.enter_context(Shard.open(path, verify=False)).arena for path in shard_paths([directory])]
         channels = [stack.enter_context(Channel.shm(arena)) for arena in arenas]
@@ -231,9 +300,12 @@ def home_share(directory: Path, queries: Queries, plan: Plan, ef: int) -> float:
 
 
 def cost_at(curve: Sequence[Point]) -> Cost:
-    """A curve at `RECALL`, linear between two points. Where the least ef, which is k, finds more: that point.
+    """Reads a curve off at `RECALL`, linear between two points.
 
-    Raises `InvalidInputError` where the sweep does not reach it.
+    If the least ef, which is k, finds more, the cost is that of the point.
+
+    Raises:
+        InvalidInputError: the sweep does not reach the recall.
     """
     names = ("reads", "rounds", "bytes", "distances")
     values = {name: [getattr(point, f"{name}_per_query") for point in curve] for name in names}
@@ -245,14 +317,14 @@ def cost_at(curve: Sequence[Point]) -> Cost:
         if not (first.recall > RECALL and first.ef == first.k):
             raise InvalidInputError(
                 f"{first.shards} shards of {first.n} vectors have recall {first.recall:.3f} at ef {first.ef} and "
-                f"{curve[-1].recall:.3f} at {curve[-1].ef}: {RECALL} is not between them, give another --ef"
+                f"{curve[-1].recall:.3f} at {curve[-1].ef}. {RECALL} is not between them: give another --ef"
             )
         found = {name: column[0] for name, column in values.items()}
     return Cost(**{name: float(value) for name, value in found.items() if value is not None})
 
 
 def shards_rows(points: Sequence[Point], scale: Scale, home_shares: Mapping[int, float]) -> list[ShardsRow]:
-    """A row for each number of shards as one graph, then for each of independent ones."""
+    """Makes a row for each number of shards as one graph, then for each number of independent shards."""
     known = {(key.shards, _is_graph(key.shards, key.algorithm), key.transport): c for key, c in curves(points).items()}
     reference = {point.ef: point.recall for point in points if point.transport is None}
     rows = []
@@ -273,7 +345,7 @@ def _is_graph(shards: int, algorithm: str | None) -> bool:
 
 
 def _efs_around(points: Sequence[Point], scale: Scale) -> list[int]:
-    """The least ef of the sweep at which one graph of the most shards has the recall, and the one before."""
+    """Returns the least ef at which one graph of the most shards has the recall, and before it the next smaller ef."""
     n = scale.n_shards[-1]
     ours = [p for p in points if p.shards == n and p.transport == scale.transport and _is_graph(n, p.algorithm)]
     efs = sorted(point.ef for point in ours)
@@ -282,8 +354,11 @@ def _efs_around(points: Sequence[Point], scale: Scale) -> list[int]:
 
 
 def _sizes(data: DataSet, plan: Plan, cache: Path, progress: Progress) -> list[SizeRow]:
-    """One shard, mapped in this process, of every 16th vector, every 8th and so on: where a file is sorted, its beginning says
-    little of the rest. Counts do not vary, and CPU times are not fitted: each is measured once."""
+    """Measures the cost of one shard in this process, with every 16th vector, every 8th, and so on up to all.
+
+    If a file is sorted, its beginning says little of the rest, so the vectors are taken from all of it.
+    Counts do not vary and CPU times are not fitted, so each size is measured once.
+    """
     once = replace(plan, threads=(1,), repeats=1)
     rows = []
     for halvings in range(SIZES - 1, -1, -1):
@@ -295,8 +370,11 @@ def _sizes(data: DataSet, plan: Plan, cache: Path, progress: Progress) -> list[S
 
 
 def fit_sizes(sizes: Sequence[SizeRow]) -> tuple[Fit, Fit]:
-    """READs and rounds by vectors. Sizes whose least ef finds more than was wanted say too much, and are left out where three
-    others remain."""
+    """Fits READs and rounds by the number of vectors.
+
+    A size whose least ef finds more than was wanted has too high a cost.
+    It is left out if three others remain.
+    """
     fair = [row for row in sizes if row.cost.recall <= RECALL + 1e-9]
     used = fair if len(fair) >= 3 else sizes
     n = [row.vectors for row in used]
@@ -312,7 +390,17 @@ def workload_of(
     infos: Sequence[ImageInfo],
     home: HomeRow,
 ) -> Workload:
-    """What a query needs, from all that was measured; `infos`: of the shards of the largest graph; `home`: routed there."""
+    """Puts together what a query needs, from all measurements.
+
+    Args:
+        points: the points of all shards.
+        scale: what was studied.
+        plan: the settings.
+        rows: the cost by shards.
+        sizes: the cost by vectors.
+        infos: the headers of the shards of the largest graph.
+        home: what stays at home in that graph.
+    """
     reads, rounds = fit_sizes(sizes)
     graphs = {row.shards: row for row in rows if row.one_graph}
     alone = {row.shards: row for row in rows if not row.one_graph}
@@ -343,9 +431,10 @@ def workload_of(
 
 
 def cpu_per_read(curves_: Sequence[Sequence[Point]]) -> float:
-    """CPU time of one more READ in us: the slope that curves over ef have in common, each with a constant of its own.
+    """Computes the CPU time of one more READ in us.
 
-    Where a disturbed run gives none above 0: all CPU time over all READs.
+    It is the slope that curves over ef have in common, each with a constant of its own.
+    If a disturbed run gives no slope above 0, it is all CPU time over all READs.
     """
     above, below, cpu, reads = 0.0, 0.0, 0.0, 0.0
     for curve in curves_:
@@ -358,7 +447,7 @@ def cpu_per_read(curves_: Sequence[Sequence[Point]]) -> float:
 
 
 def check(row: ShardsRow, workload: Workload, fabric: FabricModel) -> Check:
-    """One thread, no shard of its own, a NIC of its own for each shard: what the modelled fabric of this process is."""
+    """Predicts one thread that owns no shard and has a NIC for each shard, as over the modelled fabric."""
     assert row.fabric is not None
     cpu_s = workload.expanding_s(row.shards, row.cost.reads) + row.cost.reads * workload.cpu_read_s
     messages, link_bytes = row.cost.reads / row.shards, row.cost.bytes / row.shards
@@ -369,7 +458,7 @@ def check(row: ShardsRow, workload: Workload, fabric: FabricModel) -> Check:
 
 
 def targets(rows: Sequence[ShardsRow]) -> list[Target]:
-    """Those of one graph that counts can tell, at the most shards."""
+    """Makes the targets of one graph that counts decide, at the most shards."""
     graphs = {row.shards: row for row in rows if row.one_graph}
     most = max(graphs)
     ours, one = graphs[most], graphs[1]
