@@ -36,9 +36,9 @@ QPS is the median of the repeats, each of which searches all queries in one call
 query. Each repeat measures every configuration once, in turn. --json prints {"environment": ...} first, then one row a
 line, and {"summary": ...} or {"scaling": ...} last.
 
---scaling measures one graph and independent shards at each number of --shards, and one shard of every 16th vector up to
-all of them. It reads all figures off at recall 0.95, beside one hnswlib index of all vectors. From them it predicts what
-1 to 64 machines would do with 10^8 to 10^10 vectors; the documentation names the model's assumptions.
+--scaling measures one graph and independent shards at each number of --shards, and one shard of every 16th vector up
+to all of them. It reads all figures off at recall 0.95, beside one hnswlib index of all vectors. From them it
+predicts what 1 to 64 machines would do with 10^8 to 10^10 vectors; the documentation names the model's assumptions.
 """
 
 

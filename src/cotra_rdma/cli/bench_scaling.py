@@ -55,7 +55,8 @@ def refuse_others(
 def scale_of(
     transport: list[str] | None, shards: str | None, machine: str, halos: str, local_share: float | None
 ) -> Scale:
-    """Makes the scale of a study of what the command line says. Raises a usage error for an option that is malformed."""
+    """Makes the scale of a study of what the command line says. Raises a usage error for an option that is "
+    "malformed."""
     counts = numbers(shards, "--shards") if shards else SHARDS
     names = comma_list(transport or []) or ["shm", FABRIC]
     fabrics = [name for name in names if parse_transport(name)[0] == "model"]

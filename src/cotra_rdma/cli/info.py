@@ -1,4 +1,4 @@
-"""`cotra info`: what is in a collection, in shard files or in owners' memory, and who serves it."""
+"""`cotra info`: what a collection, shard files or owners hold, and who serves it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ cotra info index/shard-000.cotra index/shard-001.cotra
 
 cotra info 10.0.0.1:7700 10.0.0.2:7700 --records
 
-Exit status: 0 all fits together, and where owners are noted every shard has one that answers and serves what the manifest
-names; 1 something does not, each told in a line of its own; 2 the command line was wrong.
+Exit status: 0 if everything fits together, and each shard has an owner that answers and serves what the manifest names,
+if owners are noted at all. 1 if something does not; each problem is one line. 2 for a wrong command line.
 """
 
 _BARS, _BAR_WIDTH, _TOP = 16, 40, 3
@@ -49,15 +49,15 @@ What = Annotated[
     list[str],
     typer.Argument(
         metavar="PATH|ADDRESS",
-        help="A collection (a directory that `cotra build` made, or its collection.json); or shard files; or HOST:PORT of "
-        "each shard's owner, with commas between several owners of one shard.",
+        help="A collection: a directory that `cotra build` made, or its collection.json. Or shard files. Or HOST:PORT "
+        "of each shard's owner, with commas between several owners of one shard.",
     ),
 ]
 Records = Annotated[
     bool,
     typer.Option(
         "--records",
-        help="Also read the graph of shards that are no files here: all of an owner's memory, one-sided.",
+        help="Also read the graph of shards whose files are not here, by READs of all of an owner's memory.",
     ),
 ]
 
@@ -69,9 +69,9 @@ def info(
     timeout: Timeout = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Tell what is in a collection: sizes, generations, links across shards, degrees, and which owners answer.
+    """Show what is in a collection: sizes, generations, links across shards, degrees, and the owners that answer.
 
-    Reads all records of files that are here; owners are asked what they serve, all at once.
+    It reads all records of files that are here, and asks all owners at once what they serve.
     """
     with _progress(quiet=as_json) as progress:
         found = _inspect(what, records, timeout, progress)
@@ -186,7 +186,7 @@ def _per_vector(shard: ShardReport) -> float | None:
 
 
 def _hex(value: int) -> str:
-    """64 bits as text: they pass what many readers of JSON hold exactly."""
+    """Formats 64 bits as text, because many readers of JSON cannot hold such a number exactly."""
     return f"{value:#018x}"
 
 
@@ -224,8 +224,8 @@ def _show(found: Inspection) -> None:
         output.out.print(f"[bold red]not served:[/] {escape(why)}", soft_wrap=True)
     if found.collection is not None and any(owner.problem for _, owner in asked):
         output.out.print(
-            f"[yellow]owners that do not answer[/] stay in {OWNERS} until `cotra serve` is started again on their host; "
-            "those of another host may be deleted there.",
+            f"[yellow]owners that do not answer[/] stay in {OWNERS} until `cotra serve` is started again on their "
+            "host; those of another host may be deleted there.",
             soft_wrap=True,
         )
 
@@ -260,7 +260,7 @@ def _show_graphs(read: list[ShardReport]) -> None:
 
 
 def _top(shard: ShardReport) -> str:
-    """The shards that most links lead into, with their shares of all links."""
+    """Returns the shards that most links lead into, with their shares of all links."""
     graph = shard.graph
     assert graph is not None
     into = graph.links_to.copy()
@@ -273,7 +273,10 @@ def _top(shard: ShardReport) -> str:
 
 
 def _histogram(degrees: npt.NDArray[np.int64]) -> list[tuple[str, str, str]]:
-    """Rows (degrees, nodes, a bar) from the least degree to the largest, some degrees to a row where they are many."""
+    """Makes rows of degrees, nodes and a bar, from the least degree to the largest.
+
+    A row has several degrees if there are many.
+    """
     least, _, most = degree_range(degrees)
     step = -(-(most + 1 - least) // _BARS)
     lows = range(least, most + 1, step)
@@ -320,7 +323,7 @@ def _show_summary(found: Inspection) -> None:
     if any(shard.owners for shard in found.shards):
         rows.append(("shards served", f"{sum(shard.served for shard in found.shards)} of {len(found.shards)}"))
     elif manifest is not None:
-        rows.append(("shards served", "none, as far as is noted beside the manifest"))
+        rows.append(("shards served", "none, as far as owners.json says"))
     output.print_table(("", ""), rows)
 
 
