@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cotra_rdma._bench.data import distances
-from cotra_rdma._bench.scaling.study import FABRIC
+from cotra_rdma._bench.scaling.scale import FABRIC
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.cli import app
 from cotra_rdma.errors import PeerError

@@ -11,8 +11,8 @@ import pytest
 import cotra_rdma
 from cotra_rdma import CompletionError, InvalidInputError, PartialResultError
 from cotra_rdma._bench.data import DataSet
+from cotra_rdma._bench.opening import Split, open_systems
 from cotra_rdma._bench.runner import Plan, run
-from cotra_rdma._bench.systems import Split, open_systems
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess

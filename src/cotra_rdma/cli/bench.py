@@ -11,11 +11,11 @@ from pathlib import Path
 from cotra_rdma._bench.build import BuildPoint, measure_builds
 from cotra_rdma._bench.data import DataSet
 from cotra_rdma._bench.environment import Environment
+from cotra_rdma._bench.opening import Split, open_systems
 from cotra_rdma._bench.plot import check_plot, draw
 from cotra_rdma._bench.report import write_report
 from cotra_rdma._bench.runner import Point, run
 from cotra_rdma._bench.summary import compare
-from cotra_rdma._bench.systems import Split, open_systems
 from cotra_rdma._bench.tables import builds_table, cost_table, speed_table, summary_table, title
 from cotra_rdma.cli import bench_options as options
 from cotra_rdma.cli import output

@@ -15,7 +15,8 @@ from cotra_rdma._bench.environment import Environment
 from cotra_rdma._bench.runner import Plan
 from cotra_rdma._bench.scaling.plot import draw_study
 from cotra_rdma._bench.scaling.prediction import Machine
-from cotra_rdma._bench.scaling.study import FABRIC, Scale, study
+from cotra_rdma._bench.scaling.scale import FABRIC, Scale
+from cotra_rdma._bench.scaling.study import study
 from cotra_rdma._bench.scaling.tables import scaling_tables
 from cotra_rdma._bench.tables import title
 from cotra_rdma._bench.transports import parse_transport

@@ -10,27 +10,23 @@ import pytest
 
 from cotra_rdma._bench.data import DataSet, nearest
 from cotra_rdma._bench.runner import Plan, Point
-from cotra_rdma._bench.scaling.peers import HomeRow, LossRow, peer_targets
-from cotra_rdma._bench.scaling.plot import draw_study
-from cotra_rdma._bench.scaling.prediction import PUBLISHED, Machine, predict_all, variations
-from cotra_rdma._bench.scaling.study import (
-    FABRIC,
-    NO_FABRIC,
+from cotra_rdma._bench.scaling.costs import (
     Check,
     Cost,
-    Scale,
     SizeRow,
-    Study,
     check,
     cost_at,
     cpu_per_read,
     fit_sizes,
-    home_share,
     shards_rows,
-    study,
     targets,
     workload_of,
 )
+from cotra_rdma._bench.scaling.peers import HomeRow, LossRow, peer_targets
+from cotra_rdma._bench.scaling.plot import draw_study
+from cotra_rdma._bench.scaling.prediction import PUBLISHED, Machine, predict_all, variations
+from cotra_rdma._bench.scaling.scale import FABRIC, NO_FABRIC, Scale
+from cotra_rdma._bench.scaling.study import Study, home_share, study
 from cotra_rdma._bench.scaling.tables import scaling_tables
 from cotra_rdma._bench.transports import parse_transport
 from cotra_rdma._build.collection import build_collection
