@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +30,43 @@ _BY_OWNERS = frozenset(("rpc", "home", "peers"))
 """The paths of `SearchResult.transports` over which owners search."""
 
 
-class Remote:
-    """A shard in an owner process of its own, reached over one transport."""
+class _Reader:
+    """What the systems over a `Cluster` share.
+
+    Attributes:
+        _labels: for each shard the vectors of the data set that it holds.
+    """
 
     name = "cotra"
+    _cluster: Cluster
+    _labels: Sequence[Ids | slice] = (slice(None),)
+    _searched_by = "cotra"
+    _timeout_s: float | None = None
+
+    def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
+        """Searches as `System.search` does."""
+        result = self._cluster.search(
+            queries,
+            k=setting.k,
+            ef=setting.ef,
+            beam=setting.beam,
+            n_threads=setting.n_threads,
+            inflight=setting.inflight,
+            filters=None if rows is None else [rows[labels] for labels in self._labels],
+            algorithm=self._searched_by,
+            timeout_s=self._timeout_s,
+        )
+        shards = float(result.asked.mean()) if len(result.asked) else 0.0
+        return Answer(result.ids, result.stats, shards, in_process=not _BY_OWNERS.intersection(result.transports))
+
+    def forget(self) -> None:
+        """Empties the reader's cache of records."""
+        self._cluster.clear_caches()
+
+
+class Remote(_Reader):
+    """A shard in an owner process of its own, reached over one transport."""
+
     algorithm = None
     n_shards = 1
     beams = True
@@ -49,23 +83,6 @@ class Remote:
                 connect(self._owner.addresses, transport=transport, cache_bytes=cache_bytes)
             )
             self._stack = stack.pop_all()
-
-    def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """Searches as `System.search` does."""
-        result = self._cluster.search(
-            queries,
-            k=setting.k,
-            ef=setting.ef,
-            beam=setting.beam,
-            n_threads=setting.n_threads,
-            inflight=setting.inflight,
-            filters=None if rows is None else [rows],
-        )
-        return Answer(result.ids, result.stats, in_process=not _BY_OWNERS.intersection(result.transports))
-
-    def forget(self) -> None:
-        """Empties the reader's cache of records."""
-        self._cluster.clear_caches()
 
     def owner_cpu_s(self) -> float | None:
         """Returns the CPU time of the owner's process."""
@@ -186,10 +203,10 @@ class Collective:
         self._stack.close()
 
 
-class Algorithm:
+class Algorithm(_Reader):
     """One algorithm over a collection."""
 
-    name = "cotra"
+    _timeout_s = 60.0
 
     def __init__(self, collective: Collective, algorithm: str, *, ideal: Cluster | None = None) -> None:
         """Searches the collective's cluster, or `ideal`, which is a cluster without a round trip."""
@@ -197,6 +214,7 @@ class Algorithm:
         self._collective = collective
         self._cluster = ideal or collective.cluster
         self._searched_by = algorithm
+        self._labels = collective.labels
         self.directory = collective.directory
         one_graph = ", one graph" if collective.cluster.one_graph else ""
         pushed = ", pushed" if one_graph and not asks and "rpc" in collective.cluster.transports else ""
@@ -208,26 +226,6 @@ class Algorithm:
         self.cache_bytes: int | None = 0 if asks else collective.cache_bytes
         self.rtt_s = 0.0 if asks or ideal else collective.rtt_s
         self.zero_rtt = Algorithm(collective, algorithm, ideal=collective.zero_rtt) if self.rtt_s else None
-
-    def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """Searches as `System.search` does."""
-        result = self._cluster.search(
-            queries,
-            k=setting.k,
-            ef=setting.ef,
-            beam=setting.beam,
-            n_threads=setting.n_threads,
-            inflight=setting.inflight,
-            filters=None if rows is None else [rows[labels] for labels in self._collective.labels],
-            algorithm=self._searched_by,
-            timeout_s=60.0,
-        )
-        shards = float(result.asked.mean()) if len(result.asked) else 0.0
-        return Answer(result.ids, result.stats, shards, in_process=not _BY_OWNERS.intersection(result.transports))
-
-    def forget(self) -> None:
-        """Empties the reader's cache of records."""
-        self._cluster.clear_caches()
 
     def owner_cpu_s(self) -> float | None:
         """Returns the CPU time of the owners."""

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +21,7 @@ from cotra_rdma._native.merge import merge
 from cotra_rdma._owner.server import Server
 from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._reader.connection import ONE_SIDED
+from cotra_rdma._reader.result import SearchResult
 from cotra_rdma.errors import DeadlineError, InvalidInputError
 from cotra_rdma.protocol.rpc import ClientKeys
 from cotra_rdma.protocol.search import DEFAULT_BEAM
@@ -128,9 +130,11 @@ class CoTraRdma(VectorShardSeam):
         if self._cluster is None:
             raise InvalidInputError("this CoTraRdma has no cluster to search: it only exposes a region")
         if self._cluster.one_graph:
-            return self._walk_one_graph(
-                queries, k, ef, beam, n_threads, inflight, timeout_s, filters, allow_partial=allow_partial
-            )
+            search = partial(self._cluster.search, inflight=inflight, timeout_s=timeout_s, filters=filters)
+            result = _of_one_walk(search(queries, k, ef, beam, n_threads, allow_partial=True))
+            if not allow_partial:
+                result.require_whole()
+            return result
         begin = time.perf_counter()
         asking = self._start_asking(queries, k, ef, beam, timeout_s, filters)
         try:
@@ -179,56 +183,6 @@ class CoTraRdma(VectorShardSeam):
         patience = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
         return self._fallback.start_gather(queries, k, ef, beam, timeout_s=patience, filters=bitmaps)
 
-    def _walk_one_graph(
-        self,
-        queries: npt.ArrayLike,
-        k: int,
-        ef: int,
-        beam: int,
-        n_threads: int,
-        inflight: int,
-        timeout_s: float | None,
-        filters: Sequence[npt.ArrayLike | bytes | None] | None,
-        *,
-        allow_partial: bool,
-    ) -> SeamResult:
-        """Makes one walk over all shards.
-
-        Owners that cannot be read expand nodes for it, so the fallback has nothing to do.
-        """
-        assert self._cluster is not None
-        found = self._cluster.search(
-            queries,
-            k,
-            ef,
-            beam,
-            n_threads,
-            inflight=inflight,
-            timeout_s=timeout_s,
-            filters=filters,
-            allow_partial=True,
-        )
-        outcomes = []
-        for at in range(len(found.transports)):
-            error = found.failures.get(at)
-            late = isinstance(error, DeadlineError)
-            status = ShardStatus.ANSWERED if error is None else ShardStatus.TIMED_OUT if late else ShardStatus.FAILED
-            reason = "" if error is None else str(error)
-            outcomes.append(ShardOutcome(ShardRef(0, at), status, len(found.ids), reason, error, found.elapsed_s))
-        result = SeamResult(
-            found.ids,
-            found.distances,
-            found.shards,
-            found.stats,
-            found.transports,
-            found.elapsed_s,
-            found.coverage,
-            tuple(outcomes),
-        )
-        if not allow_partial:
-            result.require_whole()
-        return result
-
     def _together(
         self,
         walked: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.void]],
@@ -261,3 +215,19 @@ class CoTraRdma(VectorShardSeam):
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _of_one_walk(found: SearchResult) -> SeamResult:
+    """Converts the result of one walk over all shards.
+
+    Owners that cannot be read expand nodes for such a walk, so the fallback has nothing to do.
+    """
+    outcomes = []
+    for at in range(len(found.transports)):
+        error = found.failures.get(at)
+        late = isinstance(error, DeadlineError)
+        status = ShardStatus.ANSWERED if error is None else ShardStatus.TIMED_OUT if late else ShardStatus.FAILED
+        reason = "" if error is None else str(error)
+        outcomes.append(ShardOutcome(ShardRef(0, at), status, len(found.ids), reason, error, found.elapsed_s))
+    answers = (found.ids, found.distances, found.shards, found.stats, found.transports)
+    return SeamResult(*answers, found.elapsed_s, found.coverage, tuple(outcomes))
