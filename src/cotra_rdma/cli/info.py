@@ -11,13 +11,7 @@ import typer
 from rich.markup import escape
 
 from cotra_rdma._collection.manifest import MANIFEST
-from cotra_rdma._diagnose.inspection import (
-    Inspection,
-    Progress,
-    inspect_collection,
-    inspect_files,
-    inspect_owners,
-)
+from cotra_rdma._diagnose.inspection import Inspection, Progress, inspect_collection, inspect_files, inspect_owners
 from cotra_rdma.cli import output
 from cotra_rdma.cli.info_report import report, show
 from cotra_rdma.cli.options import Json, Timeout

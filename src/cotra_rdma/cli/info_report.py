@@ -11,10 +11,7 @@ from rich.markup import escape
 from cotra_rdma._collection.owner_probe import OwnerStatus
 from cotra_rdma._collection.owners_file import OWNERS
 from cotra_rdma._diagnose.graph_stats import degree_range
-from cotra_rdma._diagnose.inspection import (
-    Inspection,
-    ShardReport,
-)
+from cotra_rdma._diagnose.inspection import Inspection, ShardReport
 from cotra_rdma.cli import output
 
 _BARS, _BAR_WIDTH, _TOP = 16, 40, 3

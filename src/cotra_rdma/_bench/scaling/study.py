@@ -37,14 +37,7 @@ from cotra_rdma._bench.scaling.peers import (
     measure_losses,
     peer_targets,
 )
-from cotra_rdma._bench.scaling.prediction import (
-    Machine,
-    Prediction,
-    Variation,
-    Workload,
-    predict_all,
-    variations,
-)
+from cotra_rdma._bench.scaling.prediction import Machine, Prediction, Variation, Workload, predict_all, variations
 from cotra_rdma._bench.scaling.scale import NO_FABRIC, RECALL, Scale
 from cotra_rdma._bench.systems import Algorithm
 from cotra_rdma._bench.transports import parse_transport
