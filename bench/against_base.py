@@ -1,15 +1,17 @@
-"""Two installed versions of cotra-rdma beside each other, on the same graphs, in one interleaved run.
+"""Measures two installed versions of cotra-rdma beside each other, on the same graphs, in one interleaved run.
 
     python bench/against_base.py --a BASE/.venv --b .venv DATA_DIR
 
-Each version lives in a virtual environment of its own. A worker process of each opens its own image of one hnswlib graph
-(image formats may differ), has an owner process serve it, and reads that over shm. The workers are told by turns to search:
-A B, then B A, and so on. Ratios are of pairs that ran directly after each other, so that a noisy machine is noisy for both;
-and of CPU time beside wall clock, for on a shared machine the first says more. With the same environment twice the ratios
-tell how far noise goes.
+Each version has a virtual environment and a worker process of its own.
+A worker opens its own image of one hnswlib graph, since image formats may differ.
+It has an owner process serve the image, and reads that over shm.
+The workers search by turns: A B, then B A, and so on.
+A ratio is of two searches that follow each other, so a noisy machine is noisy for both.
+On a shared machine, ratios of CPU time say more than those of the wall clock.
+With the same environment twice, the ratios show how far noise goes.
 
-Of each version the table tells what its own curve of recall over ef has at recall 0.95 and 0.99, linear between the two
-points around it, as `cotra bench` does.
+The table shows each version at recall 0.95 and 0.99 of its own curve of recall over ef.
+It is linear between the two points around the recall, as in `cotra bench`.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ TARGETS = (0.95, 0.99)
 EFS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 
 
-# ---- the worker: runs in one of the environments, obeys lines of JSON ----
+# ---- the worker: it runs in one of the environments, and carries out lines of JSON ----
 
 
 def work() -> None:
     """Reads commands from stdin, and answers each with one line on stdout, until stdin ends."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing that a library prints is taken for an answer
+    os.dup2(2, 1)  # so that nothing that a library prints is taken for an answer
     worker = Worker()
     try:
         for line in sys.stdin:
@@ -70,7 +72,7 @@ class Worker:
         Path(f"{path}.part").replace(path)
 
     def open(self, data: str, name: str, metric: str, path: str, image: str) -> dict[str, Any]:
-        """Packs the graph to an image of this version's format, serves it and connects."""
+        """Packs the graph to an image in this version's format, serves it and connects."""
         import hnswlib
         import numpy as np
 
@@ -92,7 +94,11 @@ class Worker:
         return {"bytes": os.path.getsize(image)}
 
     def search(self, ef: int, beam: int, threads: int, repeats: int) -> dict[str, Any]:
-        """Searches all queries some times: seconds of each by the wall clock and by this process's CPU clock; recall and cost."""
+        """Searches all queries some times.
+
+        Returns:
+            The seconds of each time by the wall clock and by this process's CPU clock, the recall, and the cost.
+        """
         wall, cpu = [], []
         for _ in range(repeats):
             begin, cpu_begin = time.perf_counter(), time.process_time()
@@ -121,7 +127,7 @@ class Worker:
             self.owner = None
 
 
-# ---- the run: tells both workers by turns what to do ----
+# ---- the run: it tells the workers by turns what to do ----
 
 
 class Version:
@@ -149,7 +155,10 @@ class Version:
 
 
 def bracket(curve: Sequence[dict[str, Any]], target: float) -> tuple[int, int, float] | None:
-    """The two points of the curve around a recall, and how far between them it lies; None where it does not pass it."""
+    """Returns the two points of a curve around a recall, and the part of the way between them.
+
+    It returns None if the curve does not pass the recall.
+    """
     for i, (low, high) in enumerate(itertools.pairwise(curve)):
         if low["recall"] <= target <= high["recall"]:
             span = high["recall"] - low["recall"]
@@ -168,7 +177,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def compare(
     versions: Sequence[Version], efs: Sequence[int], beam: int, threads: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """One row for each target recall."""
+    """Makes a row for each target recall."""
     curves = [[v("search", ef=ef, beam=beam, threads=threads, repeats=1) for ef in efs] for v in versions]
     rows = []
     for target in TARGETS:
@@ -250,11 +259,12 @@ def main() -> None:
             parser.error(f"--sets: {name!r} is not one of {', '.join(SETS)}")
     for environment in (options.a, options.b):
         if not (environment / "bin" / "python").exists():
-            parser.error(f"{environment} is no virtual environment: it has no bin/python")
+            parser.error(f"{environment} is not a virtual environment: it has no bin/python")
     options.cache.mkdir(parents=True, exist_ok=True)
     if not options.json:
         print(
-            f"A: {options.a}, B: {options.b}. Ratios are B / A: median and range of {options.repeats} pairs.\n\n{HEADER}"
+            f"A: {options.a}, B: {options.b}. "
+            f"Ratios are B / A: median and range of {options.repeats} pairs.\n\n{HEADER}"
         )
     versions = [Version("A", options.a), Version("B", options.b)]
     try:

@@ -1,9 +1,10 @@
-"""What a build of one graph costs: CPU time of all builder processes beside one hnswlib index of the same vectors, and memory.
+"""Measures what a build of one graph costs, beside one hnswlib index of the same vectors.
 
     python bench/build.py base.npy --metric l2 --shards 16
     python bench/build.py base.npy --metric l2 --shards 4,8,16 --rows-per-shard 6250
 
-Each line is a build by itself, with one thread a process. CPU time is that of whole processes, from their start on.
+Each line is a build by itself, with one thread a process.
+The CPU time is that of all builder processes, from their start on.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def whole(words: str) -> list[int]:
-    """Whole numbers, separated by commas."""
+    """Reads whole numbers between commas."""
     return [int(word) for word in words.split(",") if word]
 
 
@@ -22,6 +22,6 @@ def put_between(file: Path, name: str, table: str) -> None:
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Makes a table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Filters and deleted rows beside hnswlib, by share and by correlation with the query: bench/filters.py [--rows N] [--cache DIR].
+"""Measures filters and deleted rows beside hnswlib, by their share and their correlation with the query.
 
-hnswlib's filter is a function of Python's, which it calls for each node. So its answers are timed with all other rows marked as
-deleted, which has the same answers and calls nothing.
+    bench/filters.py [--rows N] [--cache DIR]
+
+hnswlib's filter is a Python function, which it calls for each node.
+So hnswlib is timed with all other rows marked as deleted.
+That gives the same answers, without calls.
 """
 
 from __future__ import annotations
@@ -31,29 +34,29 @@ from quality.measure import Ids, Truth, build_graph
 
 EFS = (16, 32, 64, 128, 256, 512)
 K = 10
-REFERENCE = (64, 256)  # the ef of hnswlib whose recall is to be reached for the comparison of times
+REFERENCE = (64, 256)  # times are compared at hnswlib's recall for these ef
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One system at one ef; of several groups of queries the mean."""
+    """The figures of one system at one ef, as means over groups of queries."""
 
     ef: int
     recall: float
     empty: float
-    """The share of places without an answer, of those for which there is one."""
+    """The share of places without an answer, among those for which there is one."""
     us: float
-    """Of one query."""
+    """The time of one query."""
     reads: float
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One kind of filter."""
+    """The figures of one kind of filter."""
 
     kind: str
     allowed: int
-    """Rows that may be returned."""
+    """The rows that may be returned."""
     hnswlib: list[Figures]
     cotra: list[Figures]
 
@@ -64,11 +67,11 @@ class Cell:
 
     @property
     def wrong(self) -> bool:
-        """Less than what hnswlib finds, or empty places for which there are rows."""
+        """Whether cotra finds less than hnswlib, or leaves places empty for which there are rows."""
         return self.worst > 0.01 + 1e-9 or any(figures.empty for figures in self.cotra)
 
     def speed(self, ef: int) -> float:
-        """How many times as fast cotra reaches the recall that hnswlib has at `ef`; 0 where it does not."""
+        """Returns how many times as fast cotra reaches the recall that hnswlib has at `ef`; 0 if it does not."""
         least = next(figures.recall for figures in self.hnswlib if figures.ef == ef) - 1e-9
         theirs, ours = (
             min((figures.us for figures in side if figures.recall >= least), default=float("inf"))
@@ -78,7 +81,7 @@ class Cell:
 
 
 def ask(search: Callable[[], tuple[Ids, float]], ef: int, truth: Truth, repeats: int) -> Figures:
-    """Searches for one group: `search` gives answers, and READs a query."""
+    """Searches for one group. `search` returns answers, and the READs of a query."""
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -89,7 +92,7 @@ def ask(search: Callable[[], tuple[Ids, float]], ef: int, truth: Truth, repeats:
 
 
 def mean(parts: list[list[Figures]]) -> list[Figures]:
-    """Of groups, at each ef."""
+    """Returns the mean over groups, at each ef."""
     return [
         Figures(
             same[0].ef,
@@ -108,7 +111,17 @@ def measure(
     repeats: int,
     deleted: bool,
 ) -> Cell:
-    """Asks both, group by group. `deleted`: the shard is without the other rows already, and needs no filter."""
+    """Searches with both, group by group.
+
+    Args:
+        kind: the name of the filter.
+        groups: groups of queries, each with the rows that it may return.
+        index: hnswlib's graph.
+        shard: the same graph, packed.
+        efs: the values of ef.
+        repeats: how often each search is timed.
+        deleted: whether the shard is already without the other rows, so that it needs no filter.
+    """
     theirs: list[list[Figures]] = []
     ours: list[list[Figures]] = []
     for family, allowed in groups:
@@ -134,7 +147,7 @@ def measure(
 
 
 def all_cells(data: Grouped, index: hnswlib.Index, efs: list[int], repeats: int) -> Iterator[Cell]:
-    """The grid, the other filters, and the deleted rows."""
+    """Measures the grid of shares and correlations, the other filters, and the deleted rows."""
     with Shard.from_hnswlib(index, n_threads=1) as shard:
         for share in SHARES:
             for correlation in CORRELATIONS:
@@ -153,7 +166,7 @@ def all_cells(data: Grouped, index: hnswlib.Index, efs: list[int], repeats: int)
 
 
 def text(cell: Cell) -> str:
-    """A block of lines for one kind."""
+    """Formats one kind of filter as a block of lines."""
     lines = [
         ("", [f"{f'ef {figures.ef}':>8} " for figures in cell.hnswlib]),
         ("hnswlib", [f"{figures.recall:8.4f} " for figures in cell.hnswlib]),
@@ -177,12 +190,12 @@ def text(cell: Cell) -> str:
 
 
 def references(cell: Cell) -> list[int]:
-    """Those of `REFERENCE` that were measured."""
+    """Returns the values of `REFERENCE` that were measured."""
     return [figures.ef for figures in cell.hnswlib if figures.ef in REFERENCE]
 
 
 def markdown(cells: list[Cell]) -> str:
-    """One table: a row a kind."""
+    """Formats all kinds of filters as one table."""
     efs = [figures.ef for figures in cells[0].cotra]
     shown = [ef for ef in efs if ef in (16, *REFERENCE)]
     heads = [
@@ -212,8 +225,8 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--groups", type=int, default=5, help="of queries, each with a filter of its own")
-    parser.add_argument("--per-group", type=int, default=20, help="queries in each")
+    parser.add_argument("--groups", type=int, default=5, help="groups of queries, each with a filter of its own")
+    parser.add_argument("--per-group", type=int, default=20, help="queries in each group")
     parser.add_argument("--ef", type=whole, default=list(EFS), help="separated by commas")
     parser.add_argument("--repeats", type=int, default=3, help="the quickest run counts")
     parser.add_argument("--cache", type=Path, help="directory to keep hnswlib's graph in")

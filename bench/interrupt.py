@@ -1,11 +1,13 @@
-"""How long a search takes to answer Ctrl-C, on every path, and how much its owners work on for nobody.
+"""Measures how long a search takes to answer Ctrl-C on every path, and how much longer its owners work.
 
     python bench/interrupt.py
     python bench/interrupt.py --repeats 10 --path rpc
 
-A search that would take half a minute or more runs in the main thread, and is sent SIGINT at a random moment once it searches. A
-row tells the milliseconds from the signal to KeyboardInterrupt, median and most; of `cotra search`, to the end of the process.
-The last column is the CPU time in ms that the owners' processes used from the signal on, until they were idle.
+A search that would take half a minute or more runs in the main thread.
+It is sent SIGINT at a random moment.
+A row shows the milliseconds from the signal to KeyboardInterrupt, the median and the most.
+For `cotra search`, they are those to the end of the process.
+The last column is the CPU time in ms that the owners' processes used from the signal until they were idle.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.datasets import open_vectors
 
 N, DIM, N_SHARDS, N_QUERIES, EF = 20_000, 32, 4, 400_000, 256
-N_ROUTED, ROUTED_EF, ROUTING_S = 40_000, 2048, 2.5  # where Compass, in numpy, says first where each query goes
+N_ROUTED, ROUTED_EF, ROUTING_S = 40_000, 2048, 2.5  # for Compass, which first routes all queries in numpy
 Search = Callable[[], object]
 
 
 def made(directory: Path) -> tuple[Path, Path]:
-    """One graph, and shards with graphs of their own and lists."""
+    """Builds one graph, and a collection of independent shards with inverted lists."""
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((40, DIM))
     rows = centres[generator.integers(0, 40, N)] + 0.5 * generator.standard_normal((N, DIM))
@@ -52,7 +54,7 @@ def made(directory: Path) -> tuple[Path, Path]:
 
 
 def settle(owners: Sequence[OwnerProcess]) -> float:
-    """CPU seconds of the owners once they are idle."""
+    """Waits until the owners are idle, and returns their CPU seconds."""
     before = -1.0
     while (now := sum(owner.cpu_s() for owner in owners)) > before + 0.002:
         before = now
@@ -61,7 +63,7 @@ def settle(owners: Sequence[OwnerProcess]) -> float:
 
 
 def interrupted(search: Search, owners: Sequence[OwnerProcess], after_s: float) -> tuple[float, float]:
-    """Milliseconds until KeyboardInterrupt, and of the owners' CPU time from the signal on."""
+    """Returns the milliseconds until KeyboardInterrupt, and those of the owners' CPU time from the signal on."""
     sent = [0.0, 0.0]
 
     def send() -> None:
@@ -80,11 +82,11 @@ def interrupted(search: Search, owners: Sequence[OwnerProcess], after_s: float) 
 
 
 def interrupted_command(command: list[str], owners: Sequence[OwnerProcess]) -> tuple[float, float]:
-    """The same of a process."""
+    """Returns the same for a process."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         before = sum(owner.cpu_s() for owner in owners)
         while process.poll() is None and sum(owner.cpu_s() for owner in owners) < before + 0.3:
-            time.sleep(0.01)  # until they are asked, which is the first that takes them so long
+            time.sleep(0.01)  # until the owners are asked: nothing before takes them so long
         begin, before = time.perf_counter(), sum(owner.cpu_s() for owner in owners)
         process.send_signal(signal.SIGINT)
         process.wait()
@@ -96,7 +98,7 @@ def interrupted_command(command: list[str], owners: Sequence[OwnerProcess]) -> t
 
 @contextmanager
 def paths(directory: Path) -> Iterator[dict[str, tuple[Search | list[str], list[OwnerProcess], float]]]:
-    """What is searched how, the owners that may have to do with it, and the seconds after which it searches."""
+    """Yields for each path its search, the owners that may work for it, and the seconds until it begins to search."""
     one, own = made(directory)
     queries = np.load(directory / "queries.npy")
     found: dict[str, tuple[Search | list[str], list[OwnerProcess], float]] = {}
@@ -145,10 +147,10 @@ def paths(directory: Path) -> Iterator[dict[str, tuple[Search | list[str], list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--path", action="append", default=[], help="only those whose name has this in it")
+    parser.add_argument("--path", action="append", default=[], help="only paths whose names contain this")
     options = parser.parse_args()
     random.seed(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     with tempfile.TemporaryDirectory() as scratch, paths(Path(scratch)) as found:
         print("| path | ms, median | ms, most | owners' CPU after, ms |")
         print("|---|---|---|---|")

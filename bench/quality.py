@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Recall at equal ef beside hnswlib, on the same graphs: bench/quality.py [--families GLOB] [--data DIR] [--cache DIR]."""
+"""Measures recall at equal ef beside hnswlib, on the same graphs.
+
+bench/quality.py [--families GLOB] [--data DIR] [--cache DIR]
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ DATA = {"sift128": "l2", "glove100": "cosine", "embed384": "cosine"}
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One setting: recall@k of both, and READs a query of cotra."""
+    """One setting: the recall@k of both, and the READs of a query of cotra."""
 
     k: int
     ef: int
@@ -45,31 +48,31 @@ class Point:
 
     @property
     def wrong(self) -> bool:
-        """Less than ef promises."""
+        """Whether the recall is less than ef promises."""
         return self.lost > 0.01 + 1e-9 or (self.k == K and self.ef >= 1024 and self.cotra < 0.999 * self.hnswlib)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One family's figures."""
+    """The figures of one family."""
 
     family: str
     metric: str
     rows: int
     dim: int
     points: list[Point]
-    """recall@10 by ef."""
+    """The recall@10 of each ef."""
     full: list[Point]
-    """k = ef."""
+    """The points with k = ef."""
 
     @property
     def worst(self) -> Point:
-        """Where cotra is furthest behind."""
+        """The point where cotra is furthest behind."""
         return max(self.points + self.full, key=lambda point: point.lost)
 
 
 def measure(family: Family, efs: list[int], ks: list[int], beam: int, cache: Path | None) -> Row:
-    """Asks both on one graph."""
+    """Searches one graph with both."""
     index = build_graph(family, cache)
     truth = Truth.of(family, max([K, *ks]))
 
@@ -85,7 +88,7 @@ def measure(family: Family, efs: list[int], ks: list[int], beam: int, cache: Pat
 
 
 def read_data(directory: Path, rows: int | None, queries: int | None) -> Iterator[Family]:
-    """The data sets of the directory that are there."""
+    """Yields the data sets that are in a directory."""
     for stem, metric in DATA.items():
         if (directory / f"{stem}_base.npy").exists():
             base, asked = (np.load(directory / f"{stem}_{part}.npy", mmap_mode="r") for part in ("base", "queries"))
@@ -93,7 +96,7 @@ def read_data(directory: Path, rows: int | None, queries: int | None) -> Iterato
 
 
 def text(row: Row) -> str:
-    """A block of lines for one family."""
+    """Formats one family as a block of lines."""
     points = row.points + row.full
     heads = [f"ef {point.ef}" for point in row.points] + [f"k=ef={point.k}" for point in row.full]
     lines = [
@@ -109,7 +112,7 @@ def text(row: Row) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """One table: a row a family, recall of both by ef."""
+    """Formats all families as one table, with the recall of both by ef."""
     efs = [point.ef for point in rows[0].points]
     ks = sorted({point.k for row in rows for point in row.full})
     counted = [ef for ef in efs if ef in (64, 1024)]

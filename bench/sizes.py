@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sizes of images of random vectors: bench/sizes.py [DIM...]. Bytes do not depend on what the vectors are."""
+"""Prints the sizes of images of random vectors: bench/sizes.py [DIM...]. They do not depend on the values."""
 
 import sys
 

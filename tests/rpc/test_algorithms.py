@@ -530,7 +530,7 @@ def test_what_compass_selects(directory: Path, asked: Floats) -> None:
         wanted = [number for number, take in zip([7, 5, 9, 3], chosen, strict=True) if take]
         assert subset == (ShardSubset.All if chosen.all() else ShardSubset.Subset(wanted))
     assert Compass(router, target_recall=1.0).select_shards(asked[0], [0, 1, 2, 3]) == ShardSubset.All
-    with pytest.raises(InvalidInputError, match="4 shards need as many different numbers"):
+    with pytest.raises(InvalidInputError, match="4 shards need 4 distinct numbers"):
         Compass(router, [1, 2, 3])
 
 

@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cotra_rdma._bench.data import distances
-from cotra_rdma._bench.scaling.study import FABRIC
+from cotra_rdma._bench.scaling.scale import FABRIC
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma.cli import app
 from cotra_rdma.errors import PeerError
@@ -379,7 +379,7 @@ def test_bench_refuses_a_study_before_it_measures(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--rows", 3001), "has 3000 vectors, and the first 3001 are wanted"),
+        (("--rows", 3001), "has 3000 vectors, but the first 3001 are wanted"),
         (("--plot", "curves.gif"), "its name must end in .png"),
         (("--report", "report.pdf"), "its name must end in .html"),
         (("--transport", "model:rtt=5"), "'model:rtt=5' is not verbs"),

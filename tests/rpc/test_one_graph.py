@@ -11,8 +11,8 @@ import pytest
 import cotra_rdma
 from cotra_rdma import CompletionError, InvalidInputError, PartialResultError
 from cotra_rdma._bench.data import DataSet
+from cotra_rdma._bench.opening import Split, open_systems
 from cotra_rdma._bench.runner import Plan, run
-from cotra_rdma._bench.systems import Split, open_systems
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import shard_paths
 from cotra_rdma._owner.child_process import OwnerProcess
@@ -167,7 +167,7 @@ def test_bench_measures_it(words: Floats, queries: Floats, tmp_path: Path) -> No
     assert read.reads_per_query is not None
     assert 0 < both.reads_per_query < read.reads_per_query
     with (
-        pytest.raises(InvalidInputError, match=r"shm\+rpc is of several shards"),
+        pytest.raises(InvalidInputError, match=r"shm\+rpc needs several shards"),
         open_systems(data, paths, plan, tmp_path / "none", libraries=()),
     ):
         raise AssertionError

@@ -608,7 +608,7 @@ class TestCoTraRdma:
                 algorithm.search(queries, k=0)
             with (
                 ScatterGather.connect(addresses[:1]) as short,
-                pytest.raises(InvalidInputError, match="a fallback of 1 shards for 2"),
+                pytest.raises(InvalidInputError, match="the fallback has 1 shards, and 2 shards need one"),
             ):
                 CoTraRdma(cluster, fallback=short)
             with ScatterGather.connect(addresses) as given, CoTraRdma(cluster, fallback=given) as algorithm:

@@ -20,9 +20,10 @@ from cotra_rdma import Shard, errors
 from cotra_rdma._bench.build import BuildPoint
 from cotra_rdma._bench.environment import Environment
 from cotra_rdma._bench.runner import Point
+from cotra_rdma._bench.scaling.costs import Check, Cost, ShardsRow, SizeRow
 from cotra_rdma._bench.scaling.peers import HomeRow, LossRow, Target
 from cotra_rdma._bench.scaling.prediction import Fit, Prediction, Variation, Workload
-from cotra_rdma._bench.scaling.study import Check, Cost, ShardsRow, SizeRow, Study
+from cotra_rdma._bench.scaling.study import Study
 from cotra_rdma._bench.summary import Comparison
 from cotra_rdma._native.library import check, new_error
 from cotra_rdma.cli import app

@@ -1,1 +1,1 @@
-"""What `cotra bench` measures, and how it is told."""
+"""What `cotra bench` measures, and how it shows the figures."""

@@ -1,4 +1,4 @@
-"""How long a graph takes to build and pack beside hnswlib's own, and what an image holds."""
+"""Measures how long building and packing a graph takes, beside hnswlib's building, and what an image holds."""
 
 from __future__ import annotations
 
@@ -20,11 +20,30 @@ from cotra_rdma._shard.shard import Shard
 
 @dataclass(frozen=True, slots=True)
 class BuildPoint:
-    """Building all vectors with one number of threads: `Shard.build`, packing included, and hnswlib's `add_items`.
+    """The time to build all vectors with one number of threads, by `Shard.build` with packing and by hnswlib's
+    `add_items`.
 
-    Medians and ranges of the repeats, in seconds. seconds_ratio: ours over hnswlib's, repeat by repeat.
-    image_ratio: the image's bytes over those of the raw float32 vectors.
-    record_padding_bytes: of a record, those that hold neither a field nor a link's place.
+    Attributes:
+        dataset: the name of the data set.
+        n: the number of vectors.
+        dim: the dimension.
+        metric: the metric.
+        M: as `Plan`.
+        ef_construction: as `Plan`.
+        n_threads: the threads of both builds.
+        repeats: how often each was built.
+        seconds: the median time of `Shard.build`.
+        seconds_min: the shortest time.
+        seconds_max: the longest time.
+        hnswlib_seconds: the median time of hnswlib.
+        hnswlib_seconds_min: the shortest time.
+        hnswlib_seconds_max: the longest time.
+        seconds_ratio: our time over hnswlib's, repeat by repeat.
+        image_bytes: the length of the image.
+        raw_bytes: the length of the raw float32 vectors.
+        image_ratio: the image's bytes over the raw bytes.
+        record_bytes: the length of a record.
+        record_padding_bytes: the bytes of a record that hold neither a field nor a place for a link.
     """
 
     dataset: str
@@ -52,7 +71,13 @@ class BuildPoint:
 def measure_builds(
     data: DataSet, plan: Plan, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[BuildPoint]:
-    """Builds with each number of threads, the plan's repeats, ours and hnswlib's in turn; nothing is kept."""
+    """Builds all vectors with each number of threads, by this package and by hnswlib in turn, and keeps nothing.
+
+    Args:
+        data: the data set.
+        plan: the threads, the repeats and the parameters of the graph.
+        progress: called with the builds that are done, and the number of builds.
+    """
     vectors = np.array(data.vectors.read())
     ours: dict[int, list[float]] = {threads: [] for threads in plan.threads}
     theirs: dict[int, list[float]] = {threads: [] for threads in plan.threads}
@@ -109,6 +134,8 @@ def _point(
 
 
 def payload_bytes(info: ImageInfo) -> int:
-    """Bytes of a record that mean something: head, own vector, and each link's number, factors and code."""
+    """Returns the bytes of a record that mean something: the head, the vector, and the number, factors and code of
+    each link.
+    """
     link = LINK_BYTES + info.code_dim // 8
     return HEAD.itemsize + vector_bytes(info) + info.degree * link

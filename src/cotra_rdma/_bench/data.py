@@ -1,4 +1,4 @@
-"""The data sets of `cotra bench`: vectors, queries, and what the right answers are."""
+"""The data sets of `cotra bench`: vectors, queries and exact answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cotra_rdma.errors import InvalidInputError
 Ids = npt.NDArray[np.int64]
 Queries = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.bool_]
-"""bool[n]: the vectors of a data set that a filter lets through."""
+"""bool[n], the vectors of a data set that a filter lets through."""
 
 FILTER_SEED = 12
 STREAM_SEED = 14
@@ -27,7 +27,15 @@ BLOCK_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """Vectors, queries float32[n, dim], and the ids of each query's nearest vectors, nearest first: int64[n, >= k]."""
+    """Vectors, queries, and the nearest vectors of each query.
+
+    Attributes:
+        name: what the figures are filed under.
+        vectors: the vectors.
+        queries: float32[n_queries, dim].
+        ground_truth: int64[n_queries, k or more], the ids of each query's nearest vectors, nearest first.
+        metric: the metric that the ground truth is sorted by.
+    """
 
     name: str
     vectors: VectorFile
@@ -48,13 +56,16 @@ class DataSet:
         """Opens a data set.
 
         Args:
-            stem: an ann-benchmarks HDF5 file, or DIR/NAME of NAME_base.npy, NAME_queries.npy and NAME_gt.npy.
-            base, queries, ground_truth: files that take the place of the stem's.
-            metric: None: the file's own, else the one that the ground truth is sorted by.
+            stem: an ann-benchmarks HDF5 file, or DIR/NAME for NAME_base.npy, NAME_queries.npy and NAME_gt.npy.
+            base: a file of vectors, in place of the stem's.
+            queries: a file of queries, in place of the stem's.
+            ground_truth: a file of nearest vectors, in place of the stem's.
+            metric: the metric. None takes the file's own, or else the one that the ground truth is sorted by.
 
         Raises:
             InvalidInputError: parts are missing or do not fit each other, or the ground truth is of another metric.
-            FormatError, OSError: as `open_vectors`.
+            FormatError: as `open_vectors`.
+            OSError: as `open_vectors`.
         """
         if stem is not None:
             hdf5 = Path(stem).suffix.lower() in HDF5_SUFFIXES
@@ -67,38 +78,46 @@ class DataSet:
         if wanted.shape[1] != vectors.dim or len(truth) != len(wanted):
             raise InvalidInputError(
                 f"{base} is {list(vectors.shape)}, {queries} {list(wanted.shape)}, {ground_truth} {list(truth.shape)}: "
-                "these do not belong together"
+                "these files do not belong together"
             )
         if truth.min() < 0 or truth.max() >= vectors.count:
-            raise InvalidInputError(f"{ground_truth}: names row {truth.max()} of {vectors.count}")
+            raise InvalidInputError(f"{ground_truth} names row {truth.max()}, but there are {vectors.count} vectors")
         fitting = _metrics_of(vectors, wanted, truth)
         metric = metric or vectors.metric or next(iter(fitting), None)
         if metric not in fitting:
-            found = " or ".join(fitting) or "none that is known"
-            raise InvalidInputError(f"{ground_truth}: is not sorted by {metric or 'any metric'}, but by {found}")
+            found = f", but by {' or '.join(fitting)}" if fitting else ""
+            raise InvalidInputError(f"{ground_truth} is not sorted by {metric or 'any known metric'}{found}")
         return cls(Path(stem or base).stem, vectors, wanted, truth, metric)
 
     def first(self, n: int) -> DataSet:
-        """The first n vectors with the same queries, and as many exact neighbours of each as before, n at most.
+        """Makes a data set of the first n vectors and the same queries.
 
-        Raises `InvalidInputError` where there are fewer than n.
+        Each query keeps as many exact neighbours as it had, but at most n.
+
+        Raises:
+            InvalidInputError: there are fewer than n vectors.
         """
         if n > self.vectors.count:
-            raise InvalidInputError(f"{self.name} has {self.vectors.count} vectors, and the first {n} are wanted")
+            raise InvalidInputError(f"{self.name} has {self.vectors.count} vectors, but the first {n} are wanted")
         return self._among(self.vectors.first(n))
 
     def every(self, step: int) -> DataSet:
-        """Every so many-th vector with the same queries, and exact neighbours as of `first`."""
+        """Makes a data set of every `step`-th vector and the same queries, with exact neighbours as for `first`."""
         return self._among(self.vectors.every(step))
 
     def _among(self, vectors: VectorFile) -> DataSet:
-        """The same queries over others of the vectors."""
+        """Makes a data set of the same queries and some of the vectors."""
         truth = nearest(self.metric, self.queries, vectors.read(), min(vectors.count, self.ground_truth.shape[1]))
         return replace(self, vectors=vectors, ground_truth=truth)
 
     def drawn(self, exponent: float, n: int) -> DataSet:
-        """The same vectors with a stream of n queries, drawn from these by Zipf's law. The query of rank r, of a random order,
-        comes with a probability in proportion to 1 / r ** exponent; 0: all alike. The same stream whenever it is drawn."""
+        """Makes a data set of the same vectors and a stream of n queries, which are drawn from these by Zipf's law.
+
+        The queries get ranks in a random order.
+        The query of rank r is drawn with a probability in proportion to 1 / r ** exponent, so with 0 all are drawn
+        alike.
+        Each call draws the same stream.
+        """
         generator = np.random.default_rng(STREAM_SEED)
         order = generator.permutation(len(self.queries))
         shares = np.arange(1.0, len(order) + 1) ** -exponent
@@ -106,15 +125,28 @@ class DataSet:
         return replace(self, queries=self.queries[drawn], ground_truth=self.ground_truth[drawn])
 
     def filtered(self, share: float, k: int) -> tuple[Rows, Ids]:
-        """A random filter that lets a share of the vectors through, and each query's k nearest among those."""
+        """Draws a random filter that lets a share of the vectors through.
+
+        Args:
+            share: the share.
+            k: how many neighbours to find for each query.
+
+        Returns:
+            The filter, and the k nearest vectors of each query among those that it lets through.
+
+        Raises:
+            InvalidInputError: it lets fewer than k vectors through.
+        """
         rows = np.random.default_rng(FILTER_SEED).random(self.vectors.count) < share
         (numbers,) = rows.nonzero()
         if len(numbers) < k:
-            raise InvalidInputError(f"a filter of {share} lets {len(numbers)} vectors through, and {k} are wanted")
+            raise InvalidInputError(f"a filter of {share} lets {len(numbers)} vectors through, fewer than k = {k}")
         return rows, numbers[nearest(self.metric, self.queries, self.vectors.read()[rows], k)]
 
     def digest(self) -> str:
-        """Tells these vectors from others of the same name and shape: 16 hexadecimal digits of a hash of all of them."""
+        """Returns 16 hexadecimal digits of a hash of all vectors, which tell them from others of the same name and
+        shape.
+        """
         state = hashlib.blake2b(str((self.vectors.shape, self.vectors.dtype.str)).encode(), digest_size=8)
         for chunk in self.vectors.chunks(rows=16384):
             state.update(np.ascontiguousarray(chunk).data)
@@ -122,7 +154,7 @@ class DataSet:
 
 
 def _metrics_of(vectors: VectorFile, queries: Queries, truth: Ids, sample: int = 20) -> list[str]:
-    """The metrics by which the first rows of the ground truth are sorted."""
+    """Returns the metrics by which the first rows of the ground truth are sorted."""
     fitting = []
     for metric in METRICS:
         for query, ids in zip(queries[:sample].astype(np.float64), truth[:sample], strict=True):
@@ -136,7 +168,16 @@ def _metrics_of(vectors: VectorFile, queries: Queries, truth: Ids, sample: int =
 
 
 def distances(metric: str, query: npt.NDArray[Any], rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Exact distances of one query [dim] to rows [n, dim]: squared l2, 1 - ip, or 1 - cosine, as hnswlib has them."""
+    """Computes the exact distances of one query to rows.
+
+    Args:
+        metric: "l2" for squared distances, "ip" for 1 - inner product, "cosine" for 1 - cosine, as in hnswlib.
+        query: [dim].
+        rows: [n, dim].
+
+    Returns:
+        float64[n].
+    """
     query, rows = query.astype(np.float64), rows.astype(np.float64)
     if metric == "l2":
         return np.asarray(np.square(rows - query).sum(axis=1))
@@ -145,7 +186,17 @@ def distances(metric: str, query: npt.NDArray[Any], rows: npt.NDArray[Any]) -> n
 
 
 def nearest(metric: str, queries: Queries, rows: npt.NDArray[Any], k: int) -> Ids:
-    """Rows of the k nearest of each query, nearest first: int64[n_queries, k]. Exact, but for rounding in float64."""
+    """Finds the k nearest rows of each query. The result is exact, but for rounding in float64.
+
+    Args:
+        metric: as for `distances`.
+        queries: float32[n_queries, dim].
+        rows: [n, dim].
+        k: how many rows to find.
+
+    Returns:
+        The numbers of the rows, nearest first: int64[n_queries, k].
+    """
     base = rows.astype(np.float64)
     squares = np.square(base).sum(axis=1)
     if metric == "cosine":
@@ -154,7 +205,7 @@ def nearest(metric: str, queries: Queries, rows: npt.NDArray[Any], k: int) -> Id
     step = max(1, BLOCK_BYTES // (8 * len(base)))
     for begin in range(0, len(queries), step):
         products = queries[begin : begin + step].astype(np.float64) @ base.T
-        keys = squares - 2 * products if metric == "l2" else -products  # in the order of the distances
+        keys = squares - 2 * products if metric == "l2" else -products  # numbers that sort like the distances
         few = np.sort(np.argpartition(keys, k - 1, axis=1)[:, :k], axis=1)
         order = np.argsort(np.take_along_axis(keys, few, 1), axis=1, kind="stable")
         found[begin : begin + step] = np.take_along_axis(few, order, 1)

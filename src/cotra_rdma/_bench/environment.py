@@ -1,4 +1,4 @@
-"""What a benchmark ran on: machine, settings that change speed, versions, and the command to repeat it."""
+"""What a benchmark ran on: the machine, settings that change its speed, versions, and the command to repeat the run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from cotra_rdma._native.graph_engine import simd_level
 from cotra_rdma._native.verbs import Device, DeviceInfo, devices
 from cotra_rdma.errors import CotraError
 
-_SIMD = re.compile(r"sse4_2|avx.*|fma|f16c|amx_.*|asimd.*|sve.*|i8mm|bf16")  # of /proc/cpuinfo's flags
+_SIMD = re.compile(r"sse4_2|avx.*|fma|f16c|amx_.*|asimd.*|sve.*|i8mm|bf16")  # the flags of /proc/cpuinfo to show
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A verbs device. `ports`: number, state, link layer, MTU, and rate of each."""
+    """A verbs device.
+
+    Attributes:
+        name: its name.
+        firmware: the version of its firmware.
+        ports: for each port its number, state, link layer, MTU and rate, as text.
+    """
 
     name: str
     firmware: str
@@ -32,7 +38,27 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What a benchmark ran on. `cores`: that this process may use; `load`: of 1, 5 and 15 minutes (getloadavg(3))."""
+    """What a benchmark ran on. A text says so if a fact is not known.
+
+    Attributes:
+        command: the command line.
+        date: the time of the start, in UTC.
+        cpu: the model of the CPU.
+        cores: the cores that this process may use.
+        cores_online: the cores of the machine.
+        simd_used: the SIMD level of the searches.
+        simd_available: the SIMD extensions of the CPU.
+        kernel: the release of Linux.
+        scaling_governor: the policy for the CPU's frequency.
+        transparent_hugepage: the setting for private memory.
+        shmem_hugepage: the setting for shared memory.
+        hugetlb: the reserved huge pages.
+        verbs: what the doctor says of the devices.
+        adapters: the devices.
+        load_at_start: the load of 1, 5 and 15 minutes (getloadavg(3)).
+        load_at_end: the same after the run; None before its end.
+        versions: the versions of this package, of Python and of libraries; None for one that is not installed.
+    """
 
     command: str
     date: str
@@ -54,7 +80,12 @@ class Environment:
 
     @classmethod
     def now(cls, arguments: Sequence[str], host: Host | None = None) -> Environment:
-        """Reads it, before the run. `arguments`: the command line, as `sys.argv`. A fact that cannot be had says so."""
+        """Reads the environment before a run.
+
+        Args:
+            arguments: the command line, as `sys.argv`.
+            host: the machine; None for this one.
+        """
         host = host or Host()
         program = Path(arguments[0]).name
         verbs, adapters = _adapters(host)
@@ -84,11 +115,11 @@ class Environment:
         )
 
     def finished(self) -> Environment:
-        """The same with the load after the run."""
+        """Returns the same environment with the load after the run."""
         return replace(self, load_at_end=os.getloadavg())
 
     def facts(self) -> dict[str, str]:
-        """For people: what, and how it is."""
+        """Returns the facts for people: for each name a text."""
         loads = (self.load_at_start, self.load_at_end)
         adapters = (f"{a.name} (firmware {a.firmware}), {'; '.join(a.ports)}" for a in self.adapters)
         return {
@@ -108,19 +139,19 @@ class Environment:
 
 
 def _field(text: str, name: str) -> str:
-    """The first value of a field in /proc/cpuinfo; "" where there is none."""
+    """Returns the first value of a field in /proc/cpuinfo, or "" if there is none."""
     found = re.search(rf"^{name}\s*:\s*(.*)$", text, re.M)
     return found[1].strip() if found else ""
 
 
 def _choice(host: Host, setting: str) -> str:
-    """What is chosen of a kernel's "always [madvise] never"."""
+    """Returns the choice in a text such as "always [madvise] never"."""
     found = re.search(r"\[(\w+)\]", host.text(f"/sys/kernel/mm/transparent_hugepage/{setting}"))
     return found[1] if found else "unknown"
 
 
 def _adapters(host: Host) -> tuple[str, tuple[Adapter, ...]]:
-    """What `cotra doctor` says of the verbs devices, and each of them."""
+    """Returns what `cotra doctor` says of the verbs devices, and the devices."""
     for check in (library_check(), devices_check(host, None)):
         if check.status is Status.FAILED:
             return check.seen, ()

@@ -1,7 +1,8 @@
-"""Other libraries that `cotra bench` measures beside this package, in this process: hnswlib, faiss, usearch, rabitqlib.
+"""The other libraries that `cotra bench` measures, in this process: hnswlib, faiss, usearch and rabitqlib.
 
-All get the same M, ef_construction, metric, threads and float32 vectors. Each is a graph with 2 M links a node: rabitqlib's
-is SymphonyQG's, the others are HNSW graphs with as many on level 0.
+All get the same M, ef_construction, metric, threads and float32 vectors.
+Each library's graph has 2 M links a node.
+The graph of rabitqlib is SymphonyQG's; the others are HNSW graphs, with 2 M links on level 0.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from cotra_rdma.errors import InvalidInputError
 
 SEED = 100
 PACKAGES = {"hnswlib": "hnswlib", "faiss": "faiss-cpu", "usearch": "usearch", "rabitqlib": "rabitqlib"}
-"""Each library's module, and what pip calls it."""
+"""The name of each library's module, and the name that pip knows it by."""
 
 SYMQG_LEAST_DIM = 64
-"""rabitqlib's SymqgIndex takes no vectors with fewer dimensions."""
+"""The least dimension of rabitqlib's SymqgIndex."""
 SYMQG_BLOCK = 32
-"""Its nodes have a multiple of so many links."""
+"""The links of a node in SymqgIndex are a multiple of this."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is built, vectors done, vectors in all)."""
+"""Called with what is built, the vectors that are done, and the number of vectors."""
 
 
 class _Library:
-    """What the libraries have in common: a graph in this process's memory, searched without anything between."""
+    """The properties that all libraries share: a graph in this process's memory, which is searched directly."""
 
     transport = None
     algorithm = None
@@ -47,14 +48,14 @@ class _Library:
     zero_rtt = None
 
     def forget(self) -> None:
-        """It has no cache of records."""
+        """Does nothing: a library has no cache of records."""
 
     def owner_cpu_s(self) -> float | None:
-        """None: there is no owner."""
+        """Returns None: there is no owner."""
         return None
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing."""
 
 
 class Hnswlib(_Library):
@@ -77,7 +78,7 @@ class Hnswlib(_Library):
         _save(path, self._index.save_index)
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `System`."""
+        """Searches as `System.search` does."""
         self._index.set_ef(setting.ef)
         through = None if rows is None else rows.__getitem__
         ids, _ = self._index.knn_query(queries, setting.k, num_threads=setting.n_threads, filter=through)
@@ -85,7 +86,7 @@ class Hnswlib(_Library):
 
 
 class Faiss(_Library):
-    """faiss's IndexHNSWFlat; cosine as the inner product of normalised vectors."""
+    """faiss's IndexHNSWFlat. Cosine is the inner product of normalised vectors."""
 
     name = "faiss"
 
@@ -103,7 +104,7 @@ class Faiss(_Library):
         _save(path, lambda part: faiss.write_index(self._index, part))
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `System`, without a filter."""
+        """Searches as `System.search` does, without a filter."""
         assert rows is None
         self._faiss.omp_set_num_threads(min(setting.n_threads, len(queries)))
         self._index.hnsw.efSearch = setting.ef
@@ -111,7 +112,7 @@ class Faiss(_Library):
 
 
 class Usearch(_Library):
-    """usearch's Index; cosine as the inner product of normalised vectors."""
+    """usearch's Index. Cosine is the inner product of normalised vectors."""
 
     name = "usearch"
 
@@ -131,7 +132,7 @@ class Usearch(_Library):
         _save(path, self._index.save)
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `System`, without a filter."""
+        """Searches as `System.search` does, without a filter."""
         assert rows is None
         self._index.expansion_search = setting.ef
         found = self._index.search(queries, setting.k, threads=min(setting.n_threads, len(queries)))
@@ -139,9 +140,10 @@ class Usearch(_Library):
 
 
 class Rabitqlib(_Library):
-    """rabitqlib's SymqgIndex, of the authors of SymphonyQG; cosine as the inner product of normalised vectors.
+    """rabitqlib's SymqgIndex, by the authors of SymphonyQG. Cosine is the inner product of normalised vectors.
 
-    Of its two equal calls `search` is used, for a batch and for one query. It seeds its builds anew each time.
+    The library has two equal calls for a search; `search` is used, for a batch and for one query.
+    Each build has another seed.
     """
 
     name = "rabitqlib"
@@ -161,14 +163,14 @@ class Rabitqlib(_Library):
         _save(path, self._index.save)
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """As `System`, without a filter."""
+        """Searches as `System.search` does, without a filter."""
         assert rows is None
         n_threads = min(setting.n_threads, len(queries))
         ids, _ = self._index.search(self._padded(queries), setting.k, setting.ef, num_threads=n_threads)
         return Answer(ids.astype(np.int64))
 
     def _padded(self, vectors: Queries) -> Queries:
-        """Vectors with as many zeros as the library needs: they change no distance."""
+        """Appends as many zeros to vectors as the library needs. They change no distance."""
         return np.pad(vectors, ((0, 0), (0, self._padding))) if self._padding else vectors
 
 
@@ -179,16 +181,20 @@ LIBRARIES: dict[str, type[Hnswlib] | type[Faiss] | type[Usearch] | type[Rabitqli
     "rabitqlib": Rabitqlib,
 }
 FILTERED = ("hnswlib",)
-"""Those that are measured under filters."""
+"""The libraries that are measured under filters."""
 
 
 def check_libraries(names: Sequence[str], *, M: int, filtered: bool = False) -> None:
-    """Raises `InvalidInputError` for a library that is not installed or cannot be measured so: before a long build."""
+    """Checks libraries before a long build.
+
+    Raises:
+        InvalidInputError: a library is not installed, or cannot be measured in this way.
+    """
     for name in names:
         load(name)
         if name == "rabitqlib" and 2 * M % SYMQG_BLOCK:
             raise InvalidInputError(
-                f"rabitqlib's nodes have a multiple of {SYMQG_BLOCK} links, not 2 M = {2 * M}: "
+                f"rabitqlib needs a multiple of {SYMQG_BLOCK} links a node, not 2 M = {2 * M}: "
                 "leave it out of --compare, or give another --M"
             )
         if filtered and name not in FILTERED:
@@ -198,10 +204,14 @@ def check_libraries(names: Sequence[str], *, M: int, filtered: bool = False) -> 
 
 
 def load(module: str) -> Any:
-    """Imports a library. Raises `InvalidInputError` where it is not installed."""
+    """Imports a library.
+
+    Raises:
+        InvalidInputError: it is not installed.
+    """
     try:
         with warnings.catch_warnings():
-            # SWIG's own types, in faiss before Python's and SWIG's newer versions agreed
+            # older SWIG types in faiss make newer versions of Python warn
             warnings.filterwarnings("ignore", "builtin type [Ss]wig.* has no __module__", DeprecationWarning)
             return importlib.import_module(module)
     except ImportError as error:
@@ -210,7 +220,7 @@ def load(module: str) -> Any:
 
 
 def library_version(name: str) -> str | None:
-    """The installed version of a library, by its module's name; None where it is not installed."""
+    """Returns the installed version of a library, by the name of its module, or None if it is not installed."""
     try:
         return metadata.version(PACKAGES.get(name, name))
     except metadata.PackageNotFoundError:
@@ -218,7 +228,7 @@ def library_version(name: str) -> str | None:
 
 
 def _float32(data: DataSet) -> npt.NDArray[np.float32]:
-    """All vectors; normalised for cosine."""
+    """Returns all vectors, normalised for cosine."""
     rows = np.array(data.vectors.read(), np.float32)
     if data.metric == "cosine":
         rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
@@ -231,7 +241,7 @@ def usable_cores() -> int:
 
 
 def _save(path: Path, write: Callable[[str], Any]) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file as a whole, or not at all."""
     part = path.with_name(f"{path.name}.part")
     write(str(part))
     part.replace(path)

@@ -1,4 +1,4 @@
-"""The curves of a benchmark as a picture. matplotlib is optional: `pip install cotra-rdma[plot]`."""
+"""Draws the curves of a benchmark. matplotlib is optional: `pip install cotra-rdma[plot]`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES) -> None:
-    """Raises `InvalidInputError` where no plot could be written: before a long measurement, not after it."""
+    """Checks before a long measurement that a plot can be written.
+
+    Raises:
+        InvalidInputError: the file's suffix is none of `suffixes`, its directory is missing, or matplotlib is.
+    """
     if Path(path).suffix.lower() not in suffixes:
         raise InvalidInputError(f"{os.fspath(path)}: its name must end in {', '.join(suffixes)}")
     if not Path(path).parent.is_dir():
@@ -31,12 +35,12 @@ def check_plot(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES)
 
 
 def draw(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
-    """Writes recall against QPS (with the range of the repeats), and recall against bytes a query, side by side."""
+    """Draws recall against QPS, with the range of the repeats, and beside it recall against bytes a query."""
     _figure(points, wide=True).savefig(path, dpi=120)
 
 
 def png(points: Sequence[Point]) -> bytes:
-    """The same as a PNG, one below the other."""
+    """Returns the two plots as a PNG, one below the other."""
     buffer = io.BytesIO()
     _figure(points, wide=False).savefig(buffer, dpi=120, format="png")
     return buffer.getvalue()
@@ -73,5 +77,5 @@ def _figure(points: Sequence[Point], *, wide: bool) -> Figure:
 
 
 def _plain(text: str) -> str:
-    """Text in which matplotlib sees no mathematics."""
+    """Escapes text so that matplotlib sees no mathematics in it."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""A benchmark as one page of HTML that needs nothing else: no script, no reference, plots inside."""
+"""Writes a benchmark as one page of HTML, with the plots inside and without scripts or references."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_report(
     others: Sequence[Table],
     points: Sequence[Point],
 ) -> None:
-    """Writes the page: summary, plots, the other tables, environment, and the command to repeat it."""
+    """Writes the page: summary, plots, other tables, environment, and the command to repeat the run."""
     picture = base64.b64encode(png(points)).decode()
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in environment.facts().items())
     parts = [

@@ -1,7 +1,8 @@
-"""Side-by-side measurements: recall against speed, this package beside others, in one interleaved run.
+"""Measures recall against speed, of this package and others in one interleaved run.
 
-Every configuration is measured once a repeat, in turn, so that a noisy machine is noisy for all; medians are reported,
-with the smallest and the largest beside them.
+Each repeat measures every configuration once, in turn.
+So a noisy machine is noisy for all of them.
+The figures are medians, with the smallest and the largest beside them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ WARM_UP_QUERIES = 64
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The parameters of a search. `inflight`: queries in progress at once in a thread, 0: chosen by the engine."""
+    """The parameters of a search.
+
+    Attributes:
+        k: the answers to a query.
+        ef: the candidates that a search keeps.
+        beam: the most expansions in a round.
+        n_threads: the threads that share the queries.
+        inflight: the queries in progress at once in a thread; 0 if the engine chooses.
+    """
 
     k: int
     ef: int
@@ -35,8 +44,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Ids int64[n, k] of each query's answers, -1 where there are fewer; and what they cost, where a system counts it:
-    a `STATS_DTYPE` record a query, and how many shards a query asked on average."""
+    """The answers to a batch of queries, and what they cost if the system counts it.
+
+    Attributes:
+        ids: int64[n, k], with -1 where there are fewer answers.
+        stats: `STATS_DTYPE`[n], or None.
+        shards: how many shards a query asked, on average.
+        in_process: whether this package's engines in this process made the whole search.
+    """
 
     ids: Ids
     stats: npt.NDArray[np.void] | None = None
@@ -45,69 +60,103 @@ class Answer:
 
 
 class System(Protocol):
-    """What is measured."""
+    """Something that is measured."""
 
     @property
     def name(self) -> str:
-        """As the rows name it."""
+        """The name in the rows."""
 
     @property
     def transport(self) -> str | None:
-        """The path to the vectors, where it has one."""
+        """The path to the vectors; None for a library."""
 
     @property
     def algorithm(self) -> str | None:
-        """How several shards are searched; None where there is one, and no such choice."""
+        """How several shards are searched; None for one shard."""
 
     @property
     def n_shards(self) -> int:
-        """Over how many shards its vectors are split."""
+        """The number of shards that the vectors are split over."""
 
     @property
     def beams(self) -> bool:
-        """Whether the number of expansions a round is its parameter."""
+        """Whether the number of expansions in a round is a parameter."""
 
     @property
     def inflights(self) -> bool:
-        """Whether the number of queries in progress at once is its parameter."""
+        """Whether the number of queries in progress at once is a parameter."""
 
     @property
     def cache_bytes(self) -> int | None:
-        """The budget of its cache of records; 0: it has none; None: nor could it."""
+        """The budget of the cache of records: 0 for no cache, None if it cannot have one."""
 
     @property
     def rtt_s(self) -> float:
-        """The round trip of the modelled fabric that it is reached over; 0 where there is none."""
+        """The round trip of the modelled fabric, in seconds; 0 if there is none."""
 
     @property
     def zero_rtt(self) -> System | None:
-        """The same, over the same fabric without a round trip; None where `rtt_s` is 0."""
+        """The same system over the same fabric without a round trip; None if `rtt_s` is 0."""
 
     def search(self, queries: Queries, setting: Setting, rows: Rows | None = None) -> Answer:
-        """Each query's answers, among `rows` when given."""
+        """Searches for each query's nearest vectors, among `rows` if a filter is given."""
 
     def forget(self) -> None:
-        """Empties its cache of records, where it has one."""
+        """Empties the cache of records, if there is one."""
 
     def owner_cpu_s(self) -> float | None:
-        """CPU seconds that the process which owns the vectors has used so far, where that is another one."""
+        """Returns the CPU seconds that the owner's process has used so far; None if there is no such process."""
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the system."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One row of a benchmark: a system with one setting. None: the system has no such figure.
+    """One row of a benchmark: a system with one setting. A figure that the system does not have is None.
 
-    qps, qps_min, qps_max: median and range of `qps_repeats`, for the whole batch of queries.
-    batch_overhead: the batch call's time over that of the engine's C call in it, less 1; the median.
-    p50_us, p99_us: latency of calls with one query; by the engine's own clock, of other libraries by the wall clock.
-    call_us: median wall clock of such a call. overhead_us: median of wall clock less the engine's clock of the same call.
-    latency_model_ratio: p50 / (median rounds x RTT + p50 over the same fabric without a round trip).
-    distances_per_query: of graph walks without a filter: estimates of the expanded records' neighbours (every place of a record
-    is estimated, whether it is new or not) and exact distances, of records and of upper nodes.
-    cpu_us_per_query: CPU time of this process while the batch is searched; the median.
+    Attributes:
+        system: the name of the system.
+        transport: as `System`.
+        algorithm: as `System`.
+        dataset: the name of the data set.
+        n: the number of vectors.
+        dim: the dimension.
+        metric: the metric.
+        shards: the number of shards.
+        filter: the share of the vectors that a filter lets through; None without a filter.
+        k: as `Setting`.
+        ef: as `Setting`.
+        beam: as `Setting`.
+        inflight: as `Setting`.
+        n_threads: as `Setting`.
+        cache_bytes: as `System`.
+        recall: recall@k.
+        qps: queries a second of the whole batch in one call; the median.
+        qps_min: the smallest QPS of a repeat.
+        qps_max: the largest QPS of a repeat.
+        qps_repeats: the QPS of each repeat.
+        batch_overhead: the time of a batch call over the sum of its queries' latencies, less 1; the median.
+            One thread searches one query at a time in that call.
+        p50_us: the median latency of calls with one query.
+            It is measured by the engine's clock, or by the wall clock for other libraries.
+        p99_us: the 99th percentile of the same latencies.
+        call_us: the median time of such a call by the wall clock.
+        overhead_us: the median of wall clock less engine's clock, call by call.
+        latency_model_ratio: p50 / (median rounds x RTT + p50 over the same fabric without a round trip).
+        reads_per_query: READs, on average.
+        cached_records_per_query: records from the cache, on average.
+        rounds_per_query: rounds, on average.
+        bytes_per_query: bytes that were read, on average.
+        distances_per_query: the distances that graph walks without a filter compute, on average.
+            Each place for a neighbour in an expanded record costs an estimate, new or not.
+            Each record, and each node on the upper layers, costs an exact distance.
+        shards_per_query: the shards that a query asked, on average.
+        cpu_us_per_query: CPU time of this process during the batch, a query; the median.
+        owner_cpu_us_per_query: CPU time of the owner's process during the batch, a query, on average.
+        M: as `Plan`.
+        ef_construction: as `Plan`.
+        repeats: as `Plan`.
     """
 
     system: str
@@ -151,7 +200,18 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to sweep, and how the graphs were built."""
+    """The settings to sweep, and the parameters of the graphs.
+
+    Attributes:
+        k: the answers to a query.
+        efs: the values of ef, ascending.
+        beams: the values of beam.
+        threads: the numbers of threads.
+        inflights: the numbers of queries in progress at once in a thread.
+        repeats: how often each configuration is measured.
+        M: the most links of a node on an upper layer.
+        ef_construction: the ef of the searches of a build.
+    """
 
     k: int = 10
     efs: Sequence[int] = (16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -163,7 +223,7 @@ class Plan:
     ef_construction: int = 200
 
     def configurations(self, systems: Iterable[System]) -> list[tuple[System, Setting]]:
-        """Every system with every setting, in the order of a repeat: all systems at one ef after the other."""
+        """Returns each system with each setting, in the order of a repeat: all systems at one ef, then at the next."""
         return [
             (system, Setting(self.k, ef, beam, threads, inflight))
             for ef, threads, system in itertools.product(self.efs, self.threads, list(systems))
@@ -174,7 +234,7 @@ class Plan:
 
 @dataclass(slots=True)
 class _Samples:
-    """What the repeats of one configuration have shown so far. Times in seconds, those of single calls in us."""
+    """What the repeats of one configuration have measured so far. A name ends in the unit of its values."""
 
     qps: list[float] = field(default_factory=list)
     overhead: list[float] = field(default_factory=list)
@@ -188,7 +248,7 @@ class _Samples:
     zero_rtt_us: list[float] = field(default_factory=list)
 
     def measure(self, system: System, setting: Setting, queries: Queries, rows: Rows | None) -> None:
-        """One repeat: the batch, from an empty cache of records on, then calls with one query."""
+        """Measures one repeat: the batch, with an empty cache of records at first, then calls with one query each."""
         system.search(queries[:WARM_UP_QUERIES], setting, rows)
         system.forget()
         before = system.owner_cpu_s()
@@ -212,13 +272,13 @@ class _Samples:
         twin = system.zero_rtt
         if twin is None:
             return
-        for query in singles:  # after all of the others: right behind its like, a query would find warm caches
+        for query in singles:  # after the others, since a query right after its twin would find warm CPU caches
             stats = _one(twin, query, setting, rows)[1].stats
             assert stats is not None
             self.zero_rtt_us.append(float(stats["latency_ns"][0]) / 1e3)
 
     def latency_model_ratio(self, rtt_s: float) -> float | None:
-        """See `Point`."""
+        """Computes `Point.latency_model_ratio`."""
         if not self.zero_rtt_us:
             return None
         expected_us = np.median(self.rounds) * rtt_s * 1e6 + np.median(self.zero_rtt_us)
@@ -239,7 +299,7 @@ def _batch_overhead(system: System, setting: Setting, queries: Queries, rows: Ro
 
 
 def _one(system: System, query: Queries, setting: Setting, rows: Rows | None) -> tuple[float, Answer]:
-    """A call with one query, and its wall clock in us."""
+    """Makes a call with one query, and returns its time by the wall clock in us."""
     begin = time.perf_counter_ns()
     answer = system.search(query, setting, rows)
     return (time.perf_counter_ns() - begin) / 1e3, answer
@@ -253,10 +313,15 @@ def run(
     *,
     share: float | None = None,
 ) -> list[Point]:
-    """Measures every configuration of the plan; `progress` is called with (measurements done, all).
+    """Measures every configuration of a plan.
 
-    share: searches under a filter that lets this share of the vectors through, the same for all; the ground truth among
-    those is computed.
+    Args:
+        data: the data set.
+        systems: the systems.
+        plan: the settings.
+        progress: called with the measurements that are done, and the number of measurements.
+        share: search under a filter that lets this share of the vectors through, the same for all systems.
+            The ground truth among those vectors is computed.
     """
     rows, truth = (None, data.ground_truth) if share is None else data.filtered(share, plan.k)
     configurations = plan.configurations(systems)
@@ -328,6 +393,6 @@ def _mean(stats: npt.NDArray[np.void] | None, name: str) -> float | None:
 
 
 def _distances(stats: npt.NDArray[np.void] | None, M: int) -> float | None:
-    """See `Point`. A record has 2 M places, in blocks of 32."""
+    """Computes `Point.distances_per_query`. A record has places for 2 M neighbours, in blocks of 32."""
     expansions, upper = _mean(stats, "expansions"), _mean(stats, "cache_hits")
     return None if expansions is None or upper is None else expansions * (1 + -(-2 * M // 32) * 32) + upper

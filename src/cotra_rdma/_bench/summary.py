@@ -1,4 +1,4 @@
-"""What the rows of a benchmark come to: curves read off at equal recall, and their ratios with the spread of the repeats."""
+"""Reads the curves of a benchmark off at equal recall, and compares them with the spread of the repeats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ TARGETS = (0.95, 0.99)
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Of two curves' QPS at one recall: median and range over the repeats, each of which has a ratio of its own."""
+    """The ratio of two curves' QPS at one recall. Each repeat has a ratio of its own.
+
+    Attributes:
+        median: the median over the repeats.
+        min: the smallest.
+        max: the largest.
+    """
 
     median: float
     min: float
@@ -26,10 +32,16 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One curve at one recall, interpolated between its points; None where the sweep did not reach that recall.
+    """One curve at one recall, interpolated between its points.
 
-    qps_ratios: to each other library in the same run, with as many threads and without a filter. threads_ratio: of several
-    threads, to one. zero_rtt_ratio: of a modelled fabric, to the first one in the run without a round trip.
+    A figure is None if the sweep did not reach that recall.
+
+    Attributes:
+        qps_ratios: for each other library of the run, the ratio to its curve with as many threads and no filter.
+        threads_ratio: for several threads, the ratio to one thread.
+        zero_rtt_ratio: for a modelled fabric, the ratio to the first fabric of the run that has no round trip.
+
+    The other fields are those of `Point`.
     """
 
     system: str
@@ -52,7 +64,7 @@ class Comparison:
 
 
 class CurveKey(NamedTuple):
-    """What the points of one curve have in common."""
+    """What all points of one curve share."""
 
     system: str
     transport: str | None = None
@@ -66,12 +78,12 @@ class CurveKey(NamedTuple):
 
 
 def curve_key(row: Point | Comparison) -> CurveKey:
-    """The curve that a row belongs to."""
+    """Returns the curve that a row belongs to."""
     return CurveKey(*(getattr(row, name) for name in CurveKey._fields))
 
 
 def curves(points: Sequence[Point]) -> dict[CurveKey, list[Point]]:
-    """The points of each curve, by ef."""
+    """Returns the points of each curve, sorted by ef."""
     found: dict[CurveKey, list[Point]] = {}
     for point in points:
         found.setdefault(curve_key(point), []).append(point)
@@ -79,7 +91,7 @@ def curves(points: Sequence[Point]) -> dict[CurveKey, list[Point]]:
 
 
 def compare(points: Sequence[Point], targets: Sequence[float] = TARGETS) -> list[Comparison]:
-    """Every curve at each recall of `targets`."""
+    """Compares every curve at each recall of `targets`."""
     known = curves(points)
     libraries = list(dict.fromkeys(key.system for key in known if key.transport is None))
     zero_rtt = next((key.transport for key in known if is_zero_rtt(key.transport)), None)
@@ -109,7 +121,7 @@ def compare(points: Sequence[Point], targets: Sequence[float] = TARGETS) -> list
 
 
 def ratio_at(curve: Sequence[Point], reference: Sequence[Point], target: float) -> Ratio | None:
-    """The ratio of two curves' QPS at one recall, repeat by repeat; None where one of them does not reach it."""
+    """Computes the ratio of two curves' QPS at one recall, repeat by repeat; None if one does not reach it."""
     ratios = []
     for repeat in range(len(curve[0].qps_repeats)):
         ours, theirs = (at_recall(both, target, [p.qps_repeats[repeat] for p in both]) for both in (curve, reference))
@@ -120,7 +132,7 @@ def ratio_at(curve: Sequence[Point], reference: Sequence[Point], target: float) 
 
 
 def at_recall(curve: Sequence[Point], target: float, values: Sequence[float | None]) -> float | None:
-    """The value where the curve passes the recall `target`: linear between the two points around it."""
+    """Returns the value where a curve has the recall `target`, linear between the two points around it."""
     for (low, a), (high, b) in itertools.pairwise(zip(curve, values, strict=True)):
         if low.recall <= target <= high.recall and a is not None and b is not None:
             share = (target - low.recall) / (high.recall - low.recall) if high.recall > low.recall else 0.0
@@ -129,13 +141,13 @@ def at_recall(curve: Sequence[Point], target: float, values: Sequence[float | No
 
 
 def why_not(points: Sequence[Point], row: Comparison) -> str:
-    """Where a curve lies that has no figure at a recall, and which sweep would reach it."""
+    """Says on which side of a recall a curve lies that does not reach it, and which sweep would reach it."""
     recalls = [point.recall for point in points if curve_key(point) == curve_key(row)]
     return "above: smaller --ef" if min(recalls) > row.recall else "below: larger --ef"
 
 
 def label(row: Point | Comparison) -> str:
-    """A curve's name."""
+    """Returns the name of a curve."""
     parts = [row.system if row.transport is None else f"{row.system} {row.transport}", row.algorithm]
     parts += [
         f"{row.shards} shards" if row.shards > 1 else None,

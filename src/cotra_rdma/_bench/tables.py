@@ -13,35 +13,35 @@ from cotra_rdma._bench.summary import Comparison, Ratio, label, why_not
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Texts under names; a column whose name starts with ">" is aligned right."""
+    """A table of text. A column whose name begins with ">" is aligned right."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def trimmed(self) -> Table:
-        """Without the columns in which no row has a figure."""
+        """Returns the table without the columns that hold no figure."""
         kept = [at for at in range(len(self.columns)) if any(row[at] != "-" for row in self.rows)]
         return Table(self.title, [self.columns[at] for at in kept], [[row[at] for at in kept] for row in self.rows])
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A figure, or "-"."""
+    """Formats a figure, or "-" for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def kib(value: float | None) -> str:
-    """Bytes in KiB."""
+    """Formats bytes as KiB."""
     return number(None if value is None else value / 1024)
 
 
 def spread(ratio: Ratio | None) -> str:
-    """A ratio's median, and its range."""
+    """Formats the median of a ratio, and its range."""
     return "-" if ratio is None else f"{ratio.median:.2f} ({ratio.min:.2f}-{ratio.max:.2f})"
 
 
 def title(data: DataSet, plan: Plan) -> str:
-    """What was measured."""
+    """Returns a line that says what was measured."""
     return (
         f"{data.name}: {data.vectors.count:,} x {data.vectors.dim}, {data.metric}, {len(data.queries):,} queries; "
         f"M={plan.M}, ef_construction={plan.ef_construction}, {plan.repeats} repeats"
@@ -49,7 +49,7 @@ def title(data: DataSet, plan: Plan) -> str:
 
 
 def speed_table(points: Sequence[Point]) -> Table:
-    """Every row of the benchmark: recall and speed."""
+    """Makes the table of recall and speed, with a row for each point."""
     columns = ["system", ">ef", f">recall@{points[0].k}", ">QPS", ">(min-max)", ">batch overhead", ">p50 us", ">p99 us"]
     columns += [">call us", ">overhead us", ">p50/model"]
     rows = [
@@ -72,7 +72,7 @@ def speed_table(points: Sequence[Point]) -> Table:
 
 
 def cost_table(points: Sequence[Point]) -> Table:
-    """What a query cost on average, where it is counted."""
+    """Makes the table of what a query cost on average, for systems that count it."""
     columns = ["system", ">ef", f">recall@{points[0].k}", ">READs", ">cached", ">rounds", ">KiB", ">distances"]
     columns += [">shards", ">CPU us", ">owner CPU us"]
     rows = [
@@ -100,7 +100,7 @@ def _in_order(points: Sequence[Point]) -> list[Point]:
 
 
 def summary_table(summary: Sequence[Comparison], points: Sequence[Point]) -> Table:
-    """Every curve at equal recall."""
+    """Makes the table of curves at equal recall."""
     libraries = list(dict.fromkeys(line.system for line in summary if line.transport is None))
     columns = [">recall", "system", ">QPS", *(f">x {name}" for name in libraries)]
     columns += [">x 1 thread", ">x zero RTT", ">READs", ">rounds", ">KiB"]
@@ -124,7 +124,7 @@ def summary_table(summary: Sequence[Comparison], points: Sequence[Point]) -> Tab
 
 
 def builds_table(builds: Sequence[BuildPoint]) -> Table:
-    """Every row of building."""
+    """Makes the table of builds."""
     columns = [">threads", ">seconds", ">(min-max)", ">hnswlib", ">(min-max)", ">ratio", ">image bytes", ">image/raw"]
     columns += [">bytes a record", ">of them padding"]
     rows = [

@@ -1,4 +1,4 @@
-"""The paths to the vectors that `cotra bench` measures, as its command line names them."""
+"""The names of the transports that `cotra bench` measures."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from cotra_rdma._owner.server import TRANSPORTS
 from cotra_rdma.errors import InvalidInputError
 
 MIXED = "shm+rpc"
-"""Of several shards: the first over shm, the second over RPC, and so on."""
+"""The transport of a collection whose shards alternate between shm and RPC."""
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def parse_transport(text: str) -> tuple[str, FabricModel | None]:
-    """`verbs`, `shm`, `rpc`, `shm+rpc`, `local` (this process), or a modelled fabric: `model:rtt=5us:gbit=100:mreads=10`.
+    """Reads the name of a transport.
 
-    rtt: the round trip of a READ, in us, ms or s, or 0. gbit: the link's 10^9 bits a second. mreads: 10^6 READs a second.
+    The names are `verbs`, `shm`, `rpc`, `shm+rpc`, `local` for this process, and modelled fabrics such as
+    `model:rtt=5us:gbit=100:mreads=10`.
+    In a fabric, rtt is the round trip of a READ in us, ms or s, or 0.
+    The bandwidth is gbit, in 10^9 bits a second, and mreads is 10^6 READs a second.
+
+    Returns:
+        The kind of the transport, and its fabric if it is modelled.
+
+    Raises:
+        InvalidInputError: the name is malformed.
     """
     kind, *settings = text.split(":")
     if kind in (*TRANSPORTS, MIXED, "local") and not settings:
@@ -35,6 +44,6 @@ def parse_transport(text: str) -> tuple[str, FabricModel | None]:
 
 
 def is_zero_rtt(transport: str | None) -> bool:
-    """Whether it is a modelled fabric without a round trip."""
+    """Returns whether a transport is a modelled fabric without a round trip."""
     fabric = None if transport is None else parse_transport(transport)[1]
     return fabric is not None and fabric.round_trip_s == 0

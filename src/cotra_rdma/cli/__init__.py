@@ -1,4 +1,4 @@
-"""The `cotra` command: one module a verb."""
+"""The `cotra` command. Each verb has a module of its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERBS = ("build", "serve", "search", "info", "doctor", "certs", "demo", "bench")
 
 
 class _Verbs(typer.core.TyperGroup):
-    """The verbs, each in a module of its name, which is imported when the verb is needed."""
+    """The verbs. The module of a verb is imported when the verb is needed."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
@@ -38,13 +38,13 @@ class _Verbs(typer.core.TyperGroup):
 app = typer.Typer(
     name="cotra",
     cls=_Verbs,
-    help="Vector search in a peer's memory: HNSW graphs walked by one-sided RDMA READs.",
+    help="Vector search in a peer's memory: HNSW graphs are walked by one-sided RDMA READs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 all went well; 1 an error, told in one line on stderr; 2 the command line was wrong; "
-    "130 it was interrupted.",
+    epilog="Exit status: 0 if all went well, 1 for an error, which is one line on stderr, 2 for a wrong command line, "
+    "130 after Ctrl-C.",
 )
 
 
@@ -64,7 +64,10 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line, and exits. After Ctrl-C everything is closed, and Python need not take 0.1 s to let go of memory."""
+    """Runs the command line, and exits.
+
+    After Ctrl-C everything is closed already, so it skips Python's own clean-up, which takes 0.1 s.
+    """
     try:
         app(prog_name="cotra")
     except SystemExit as end:

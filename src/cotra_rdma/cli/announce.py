@@ -1,4 +1,4 @@
-"""What `cotra serve` notes in `owners.json` while it serves shards of a collection."""
+"""Notes the owners that `cotra serve` starts in `owners.json`, and removes them at the end."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from cotra_rdma.protocol.address import parse_address
 
 
 def announced_at(text: str) -> tuple[str, int | None]:
-    """HOST or HOST:PORT of `--announce`, apart. Raises a usage error."""
+    """Splits HOST or HOST:PORT of `--announce` into host and port, which is None if there is none.
+
+    Raises:
+        typer.BadParameter: the text is malformed, or others cannot connect to that host.
+    """
     host, port = text, None
-    if not owners.is_address(f"{text}:1"):  # it is no host alone
+    if not owners.is_address(f"{text}:1"):  # it is not a host alone
         if not owners.is_address(text):
             raise typer.BadParameter(f"{text!r} is not HOST or HOST:PORT", param_hint="--announce")
         host, port = text.rpartition(":")[0], int(text.rpartition(":")[2])
     if _is_everywhere(host):
         raise typer.BadParameter(
-            f"nobody else reaches this host at {host}: give its name or address", param_hint="--announce"
+            f"nobody else reaches this host at {host}: give its name or its address", param_hint="--announce"
         )
     return host, port
 
@@ -36,18 +40,20 @@ def announce_owners(
     addresses: Sequence[str],
     reached: tuple[str, int | None] | None,
 ) -> list[str | None]:
-    """Notes the owners of those shards that lie in a collection's directory, and has `stack` take them out again. Those of this
-    host that were killed are taken out now.
+    """Notes the owners of the shards that lie in a collection's directory.
 
-    What cannot be noted is a warning: the shards are served all the same.
+    It also removes owners of this host that were killed.
+    A failure to note an owner is a warning, since the shards are served all the same.
 
     Args:
-        stack: closed when the shards are served no more.
-        paths: the shards' files.
-        addresses: where each is served.
-        reached: where others reach the first of them: a host, and its port where that is another; None: at `addresses`.
+        stack: removes the owners again when it is closed.
+        paths: the files of the shards.
+        addresses: the address that serves each shard.
+        reached: the host, and perhaps the port, at which others reach the first shard.
+            None stands for `addresses`.
 
-    Returns: under which address each was noted, or None.
+    Returns:
+        For each shard the address that was noted, or None.
     """
     by_directory: dict[Path, list[tuple[int, str]]] = {}
     noted: list[str | None] = [None] * len(paths)
@@ -67,23 +73,24 @@ def announce_owners(
         noted[position] = at
     if nowhere:
         output.print_warning(
-            f"{', '.join(nowhere)}: not noted in {owners.OWNERS}, for nobody can connect to that address. "
-            "--announce HOST says where others reach this host; --no-announce silences this"
+            f"{', '.join(nowhere)}: not noted in {owners.OWNERS}, because nobody can connect to that address. "
+            "Say with --announce HOST where others reach this host, or silence this with --no-announce"
         )
     for directory, served in by_directory.items():
         stack.callback(_withdraw, directory, served)
         try:
             if gone := owners.prune(directory):
                 output.print_warning(
-                    f"{', '.join(gone)}: taken out of {directory / owners.OWNERS}, for nobody listens there any more"
+                    f"{', '.join(gone)}: removed from {directory / owners.OWNERS}, because nobody listens there any "
+                    f"more"
                 )
             owners.add(directory, served)
         except (CotraError, OSError) as error:
             served.clear()
             noted = [None if path.parent == directory else at for path, at in zip(paths, noted, strict=True)]
             output.print_warning(
-                f"not noted in {directory / owners.OWNERS}: {error}. Readers have to be told the address; "
-                "--no-announce silences this"
+                f"not noted in {directory / owners.OWNERS}: {error}. Tell readers the address yourself, "
+                "or silence this with --no-announce"
             )
     return noted
 
@@ -93,11 +100,11 @@ def _withdraw(directory: Path, served: list[tuple[int, str]]) -> None:
         if served:
             owners.remove(directory, served)
     except (CotraError, OSError) as error:
-        output.print_warning(f"not taken out of {directory / owners.OWNERS}: {error}")
+        output.print_warning(f"not removed from {directory / owners.OWNERS}: {error}")
 
 
 def _is_everywhere(host: str) -> bool:
-    """Whether it is the address that means all of a host's own, which others cannot connect to."""
+    """Returns whether a host stands for all addresses of this machine, so that others cannot connect to it."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_unspecified
     except ValueError:

@@ -11,11 +11,11 @@ from pathlib import Path
 from cotra_rdma._bench.build import BuildPoint, measure_builds
 from cotra_rdma._bench.data import DataSet
 from cotra_rdma._bench.environment import Environment
+from cotra_rdma._bench.opening import Split, open_systems
 from cotra_rdma._bench.plot import check_plot, draw
 from cotra_rdma._bench.report import write_report
 from cotra_rdma._bench.runner import Point, run
 from cotra_rdma._bench.summary import compare
-from cotra_rdma._bench.systems import Split, open_systems
 from cotra_rdma._bench.tables import builds_table, cost_table, speed_table, summary_table, title
 from cotra_rdma.cli import bench_options as options
 from cotra_rdma.cli import output
@@ -36,9 +36,9 @@ QPS is the median of the repeats, each of which searches all queries in one call
 query. Each repeat measures every configuration once, in turn. --json prints {"environment": ...} first, then one row a
 line, and {"summary": ...} or {"scaling": ...} last.
 
---scaling measures one graph and independent shards at each number of --shards, and one shard of every 16th vector up to
-all of them. It reads all figures off at recall 0.95, beside one hnswlib index of all vectors. From them it predicts what
-1 to 64 machines would do with 10^8 to 10^10 vectors; the documentation names the model's assumptions.
+--scaling measures one graph and independent shards at each number of --shards, and one shard of every 16th vector up
+to all of them. It reads all figures off at recall 0.95, beside one hnswlib index of all vectors. From them it
+predicts what 1 to 64 machines would do with 10^8 to 10^10 vectors; the documentation names the model's assumptions.
 """
 
 

@@ -9,8 +9,8 @@ import typer
 
 from cotra_rdma._bench.data import DataSet
 from cotra_rdma._bench.libraries import LIBRARIES, check_libraries
+from cotra_rdma._bench.opening import Budget, Split
 from cotra_rdma._bench.runner import Plan
-from cotra_rdma._bench.systems import Budget, Split
 from cotra_rdma._bench.transports import parse_transport
 from cotra_rdma._reader.planner import ALGORITHMS
 from cotra_rdma.cli.options import GraphName, MetricName, PartitionName, comma_list, input_file, numbers

@@ -15,7 +15,8 @@ from cotra_rdma._bench.environment import Environment
 from cotra_rdma._bench.runner import Plan
 from cotra_rdma._bench.scaling.plot import draw_study
 from cotra_rdma._bench.scaling.prediction import Machine
-from cotra_rdma._bench.scaling.study import FABRIC, Scale, study
+from cotra_rdma._bench.scaling.scale import FABRIC, Scale
+from cotra_rdma._bench.scaling.study import study
 from cotra_rdma._bench.scaling.tables import scaling_tables
 from cotra_rdma._bench.tables import title
 from cotra_rdma._bench.transports import parse_transport
@@ -55,7 +56,8 @@ def refuse_others(
 def scale_of(
     transport: list[str] | None, shards: str | None, machine: str, halos: str, local_share: float | None
 ) -> Scale:
-    """Makes the scale of a study of what the command line says. Raises a usage error for an option that is malformed."""
+    """Makes the scale of a study of what the command line says. Raises a usage error for an option that is "
+    "malformed."""
     counts = numbers(shards, "--shards") if shards else SHARDS
     names = comma_list(transport or []) or ["shm", FABRIC]
     fabrics = [name for name in names if parse_transport(name)[0] == "model"]

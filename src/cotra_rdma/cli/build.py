@@ -1,4 +1,4 @@
-"""`cotra build`: a file of vectors -> a directory of shard files."""
+"""`cotra build`: builds a directory of shard files from a file of vectors."""
 
 from __future__ import annotations
 
@@ -58,23 +58,23 @@ Source = Annotated[
         metavar="INPUT",
         exists=True,
         dir_okay=False,
-        help="Vectors, of any float dtype or uint8: .npy, .fvecs, .bvecs (these may be larger than memory) or "
+        help="Vectors of any float dtype or uint8: .npy, .fvecs, .bvecs (these may be larger than memory), or "
         "ann-benchmarks .hdf5.",
     ),
 ]
-OutDir = Annotated[Path, typer.Argument(metavar="OUT_DIR", file_okay=False, help="Where the shard files go.")]
-Shards = Annotated[int, typer.Option("--shards", min=1, metavar="N", help="Shard files to split the rows over.")]
+OutDir = Annotated[Path, typer.Argument(metavar="OUT_DIR", file_okay=False, help="The directory of the shard files.")]
+Shards = Annotated[int, typer.Option("--shards", min=1, metavar="N", help="The number of shards.")]
 Partition = Annotated[
     PartitionName | None,
     typer.Option(
-        help="How rows are split: equal ranges, or neighbours together (no shard over 1.1 times the mean), so that "
-        "a query need not ask every shard. Default: kmeans for one graph, else range."
+        help="How rows are split. range: equal ranges. kmeans: neighbours stay together, so that a query need not ask "
+        "every shard; no shard is over 1.1 times the mean. Default: kmeans for one graph, else range."
     ),
 ]
 Graph = Annotated[
     GraphName,
     typer.Option(
-        help="independent: each shard has a graph of its own. global: the shards are linked to one graph, and a "
+        help="independent: each shard has a graph of its own. global: the shards are linked to one graph, so that a "
         "query is one walk over all of them."
     ),
 ]
@@ -84,33 +84,33 @@ Ivf = Annotated[
         "--ivf",
         min=0,
         metavar="N",
-        help="Inverted lists beside the graphs, over all shards, for searches in two rounds (SPIRE); 0: none. About "
-        "one for 100 vectors is usual.",
+        help="The number of inverted lists over all shards, for searches in two rounds (SPIRE). About one for 100 "
+        "vectors is usual. 0: none.",
     ),
 ]
 IvfBits = Annotated[
-    int, typer.Option("--ivf-bits", min=1, max=MAX_BITS, help="Bits a dimension of the codes in those lists.")
+    int, typer.Option("--ivf-bits", min=1, max=MAX_BITS, help="The bits a dimension of the codes in inverted lists.")
 ]
 VectorType = Annotated[
     VectorTypeName,
     typer.Option(
-        help="How vectors are held. auto: uint8 and float16 as they are, others as float32. float16 "
-        "rounds; uint8 must be exact."
+        help="The type of stored vectors. auto: uint8 and float16 as they are, others as float32. float16 rounds. "
+        "uint8 must be exact."
     ),
 ]
-Metric = Annotated[MetricName | None, typer.Option(help="Distance. Default: what an HDF5 file says, else l2.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the graph's levels and of the code's rotation.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: one for each core.")]
+Metric = Annotated[MetricName | None, typer.Option(help="The metric. Default: what an HDF5 file says, else l2.")]
+Seed = Annotated[int, typer.Option(min=0, help="The seed of the graph's levels and of the rotation of codes.")]
+Threads = Annotated[int, typer.Option(min=0, help="The number of threads. 0: one for each core.")]
 Dataset = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Data set of an HDF5 file. Default: train.", show_default=False)
+    str | None, typer.Option(metavar="NAME", help="The data set in an HDF5 file. Default: train.", show_default=False)
 ]
 Processes = Annotated[
     int,
     typer.Option(
         min=0,
         metavar="P",
-        help="Builder processes on this host, for one graph, each with one shard at a time; --threads is for each of them. "
-        "0: this process builds.",
+        help="For one graph: the builder processes on this host, each of which builds one shard at a time. "
+        "--threads is for each of them. 0: this process builds.",
     ),
 ]
 Shard = Annotated[
@@ -119,8 +119,8 @@ Shard = Annotated[
         "--shard",
         min=0,
         metavar="I",
-        help="Build only this shard of one graph, 0 to N - 1, together with the builders at --peers, which build the others "
-        "at the same time. INPUT must be the same everywhere.",
+        help="Build only this shard of one graph, 0 to N - 1. The builders at --peers build the others at the same "
+        "time. INPUT must be the same everywhere.",
         show_default=False,
     ),
 ]
@@ -128,7 +128,7 @@ Peers = Annotated[
     list[str],
     typer.Option(
         metavar="HOST:PORT[,HOST:PORT...]",
-        help="With --shard: the builders' addresses, in the order of the shards, this one's among them.",
+        help="With --shard: the addresses of all builders, in the order of their shards, with this one's.",
         show_default=False,
     ),
 ]
@@ -136,15 +136,17 @@ Listen = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="With --shard: where to listen. Default: this one's of --peers.",
+        help="With --shard: where to listen. Default: this builder's address in --peers.",
         show_default=False,
     ),
 ]
 Timeout = Annotated[
     float,
-    typer.Option(min=0.001, help="With --shard: the longest silence of another builder, also before it starts, in s."),
+    typer.Option(
+        min=0.001, help="With --shard: the longest wait for another builder, also before it starts, in seconds."
+    ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace a collection that is in OUT_DIR already.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a collection that is already in OUT_DIR.")]
 
 
 @output.verb
@@ -271,15 +273,15 @@ def _print(collection: Collection, out_dir: Path, used: list[Usage], seconds: fl
         f"ef_construction={collection.ef_construction}: {seconds:.1f} s, {collection.count / seconds:,.0f} vectors/s",
     )
     output.out.print(
-        f"{len(used)} {'builders' if len(used) > 1 else 'builder'}: {sum(builder.cpu_s for builder in used):.1f} s of CPU, "
-        f"{output.human_bytes(max(builder.peak_bytes for builder in used))} of memory at most"
+        f"{len(used)} {'builders' if len(used) > 1 else 'builder'}: {sum(builder.cpu_s for builder in used):.1f} s of "
+        f"CPU, {output.human_bytes(max(builder.peak_bytes for builder in used))} of memory at most"
     )
     if collection.calibration is not None:
         expected, shards = collection.calibration.expected(DEFAULT_TARGET), len(collection.shards)
         output.out.print(
             f"Compass: {expected:.1f} of {shards} shards hold {DEFAULT_TARGET:.0%} of a query's neighbours"
             if expected < shards
-            else "Compass: every query asks all shards; --partition kmeans lets it leave some out",
+            else "Compass: every query asks all shards; with --partition kmeans it could leave some out",
         )
 
 
@@ -294,15 +296,15 @@ def _check_machine(
 ) -> None:
     if shard is None:
         if addresses or listen:
-            raise typer.BadParameter("is for --shard", param_hint="--peers" if addresses else "--listen")
+            raise typer.BadParameter("needs --shard", param_hint="--peers" if addresses else "--listen")
         return
     if not addresses:
-        raise typer.BadParameter("needs --peers: the addresses of the builders of all shards", param_hint="--shard")
+        raise typer.BadParameter("needs --peers, the addresses of all builders", param_hint="--shard")
     if processes:
-        raise typer.BadParameter("a machine with one shard builds in one process", param_hint="--processes")
+        raise typer.BadParameter("does not go with --shard, which builds in this process", param_hint="--processes")
     if graph != GraphName.GLOBAL or partition == PartitionName.RANGE:
-        raise typer.BadParameter("is for one graph: --graph global, --partition kmeans", param_hint="--shard")
+        raise typer.BadParameter("is for one graph: use --graph global and --partition kmeans", param_hint="--shard")
     if len(addresses) != shards:
-        raise typer.BadParameter(f"{len(addresses)} addresses for {shards} shards", param_hint="--peers")
+        raise typer.BadParameter(f"names {len(addresses)} addresses for {shards} shards", param_hint="--peers")
     if shard >= shards:
-        raise typer.BadParameter(f"{shard} is none of 0 to {shards - 1}", param_hint="--shard")
+        raise typer.BadParameter(f"{shard} is not in the range 0 to {shards - 1}", param_hint="--shard")

@@ -1,4 +1,7 @@
-"""`cotra demo`: real word vectors, one graph over four owner processes, which is read, walked by its owners, and loses one."""
+"""`cotra demo`: one graph of real word vectors over four owner processes.
+
+This process walks the graph, then the owners walk it, then one owner is lost.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ MEASURED_S = 2.0
 
 
 Words = Annotated[
-    list[str] | None, typer.Argument(metavar="WORD", help="Words to look up, lower case.", show_default=False)
+    list[str] | None, typer.Argument(metavar="WORD", help="Words to look up, in lower case.", show_default=False)
 ]
 
 
@@ -49,10 +52,14 @@ def demo(
     transport: Transport = "auto",
     as_json: Json = False,
 ) -> None:
-    """See it work: the 20,000 most frequent words of GloVe, by meaning, in the memory of four other processes.
+    """Show it at work: the 20,000 most frequent words of GloVe, searched by meaning in the memory of four other
+    processes.
 
-    Builds one graph over four shards, starts an owner process for each, and walks it from this one; then sends each query to
-    the owner of most of its neighbourhood; then kills an owner. Takes half a minute, and leaves nothing behind.
+    It builds one graph over four shards and starts an owner process for each.
+    This process walks the graph first.
+    Then each query goes to the owner of most of its neighbourhood.
+    Then one owner is killed and started again.
+    It takes half a minute, and leaves nothing behind.
     """
     transports([transport], TRANSPORTS)
     vectors, names = _load()
@@ -60,7 +67,7 @@ def demo(
     wanted = words or list(WORDS)
     unknown = [word for word in wanted if word not in numbers]
     if unknown:
-        raise InvalidInputError(f"not among the {len(names):,} words: {', '.join(unknown)}")
+        raise InvalidInputError(f"not among the {len(names):,} words of the demo: {', '.join(unknown)}")
     with tempfile.TemporaryDirectory(prefix="cotra-demo-") as directory:
         build_s = _build(Path(directory), quiet=as_json)
         with _owners(Path(directory)) as owners:
@@ -109,7 +116,7 @@ def _build(directory: Path, *, quiet: bool) -> float:
 
 @contextlib.contextmanager
 def _owners(directory: Path) -> Iterator[list[OwnerProcess]]:
-    """One process a shard, which is a peer of the others; all started before the first is waited for."""
+    """Starts one owner process for each shard, each a peer of the others, and waits until all walk the graph."""
     with contextlib.ExitStack() as stack:
         owners = [
             stack.enter_context(OwnerProcess([directory], shards=[shard], announce=True, walk=True))
@@ -121,7 +128,7 @@ def _owners(directory: Path) -> Iterator[list[OwnerProcess]]:
 
 
 def _neighbours(cluster: Cluster, vectors: npt.NDArray[np.float32], rows: list[int]) -> list[npt.NDArray[np.int64]]:
-    """The nearest K of each row but itself."""
+    """Returns the K nearest rows of each row, without the row itself."""
     found = cluster.search(vectors[rows], k=K + 1, ef=EF, beam=BEAM).ids
     return [ids[ids != row][:K] for ids, row in zip(found, rows, strict=True)]
 
@@ -157,7 +164,7 @@ def _measure(
 
 
 def _at_home(cluster: Cluster, vectors: npt.NDArray[np.float32], rows: list[int]) -> dict[str, Any]:
-    """The same walks by the owners, each with its own records in place."""
+    """Has the owners walk the graph, each with its own records in place."""
     result = cluster.search(vectors[rows], k=K, ef=EF, beam=BEAM, algorithm="home")
     assert result.homes is not None
     return {
@@ -174,8 +181,10 @@ def _lose_one(
     rows: list[int],
     exact: npt.NDArray[np.int64],
 ) -> dict[str, Any]:
-    """Kills an owner and starts it anew. The reader has owners expand nodes for it: memory that is read on the same host would
-    outlive its owner."""
+    """Kills an owner and starts it again.
+
+    The reader has the owners expand nodes, because mapped memory on the same host would outlive its owner.
+    """
 
     def found() -> float:
         return recall(np.stack(_neighbours(cluster, vectors, rows)), exact)
@@ -188,12 +197,12 @@ def _lose_one(
         coverage = 1 - len(cluster.lost) / N_OWNERS
         with OwnerProcess([directory], shards=[LOST_OWNER], listen=victim.addresses[0]) as back:
             back.wait_ready()
-            cluster.revive()  # a thread of the cluster's would, within seconds
+            cluster.revive()  # a thread of the cluster would do it within seconds
             return {"address": victim.addresses[0], "coverage": coverage, "recall": [before, without, found()]}
 
 
 def _exact(vectors: npt.NDArray[np.float32], rows: list[int]) -> npt.NDArray[np.int64]:
-    """The true nearest K of each row but itself, by brute force."""
+    """Returns the true K nearest rows of each row, without the row itself, by brute force."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     similar = unit[rows] @ unit.T
     similar[np.arange(len(rows)), rows] = -np.inf

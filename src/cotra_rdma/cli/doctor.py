@@ -1,4 +1,4 @@
-"""`cotra doctor`: why RDMA does not work here, and what to type."""
+"""`cotra doctor`: finds out why RDMA does not work here, and what to type."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ cotra doctor
 
 cotra doctor --peer 10.0.0.2:7700 --device mlx5_0
 
-Exit status: 0 verbs is usable; 1 it is not.
+Exit status: 0 if verbs is usable, 1 if it is not.
 """
 
 MARKS = {Status.OK: "[green]ok[/]", Status.WARNING: "[yellow]warning[/]", Status.FAILED: "[bold red]failed[/]"}
@@ -39,7 +39,7 @@ Peer = Annotated[
     typer.Option(
         metavar="ADDRESS",
         show_default=False,
-        help="HOST:PORT of an owner: also do a real 1 KiB READ of its memory.",
+        help="HOST:PORT of an owner: also make real READs of 1 KiB of its memory.",
     ),
 ]
 
@@ -55,7 +55,9 @@ def doctor(
     tls_ca: TlsCa = None,
     as_json: Json = False,
 ) -> None:
-    """Check all that RDMA needs: library, kernel, devices, GIDs, limits, container; and what to do about what fails."""
+    """Check everything that RDMA needs: library, kernel, devices, GIDs, limits and container; and say how to mend what
+    fails.
+    """
     host = Host()
     checks = [*verbs_checks(host, device, gid_index, peer), *host_checks(host)]
     if peer is not None:

@@ -1,4 +1,4 @@
-"""Options and arguments that several verbs have."""
+"""Options and arguments that several verbs share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cotra_rdma.protocol.tls import Tls
 
 
 class MetricName(StrEnum):
-    """A distance, as the command line names it."""
+    """The metrics, as the command line names them."""
 
     L2 = "l2"
     IP = "ip"
@@ -21,7 +21,7 @@ class MetricName(StrEnum):
 
 
 class VectorTypeName(StrEnum):
-    """How `build` holds own vectors."""
+    """The types in which `build` can store vectors."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -30,33 +30,36 @@ class VectorTypeName(StrEnum):
 
 
 class PartitionName(StrEnum):
-    """How `build` splits rows."""
+    """The ways in which `build` can split rows."""
 
     RANGE = "range"
     KMEANS = "kmeans"
 
 
 class GraphName(StrEnum):
-    """How `build` links the shards."""
+    """The ways in which `build` can link shards."""
 
     INDEPENDENT = "independent"
     GLOBAL = "global"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs, in place of tables.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of tables.")]
 GraphM = Annotated[
-    int, typer.Option("--M", "-M", min=2, help="Links of a node on an upper layer; twice as many on level 0.")
+    int, typer.Option("--M", "-M", min=2, help="The most links of a node on an upper layer. Level 0 has twice as many.")
 ]
-ConstructionEf = Annotated[int, typer.Option(min=1, help="Candidates considered for each vector while building.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads that search, each with its own connection.")]
+ConstructionEf = Annotated[int, typer.Option(min=1, help="The ef of the searches that the build makes.")]
+Threads = Annotated[int, typer.Option(min=1, help="The threads that search. Each has channels of its own.")]
 Device = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="RDMA device. Default: the first with an active port.", show_default=False),
+    typer.Option(metavar="NAME", help="The RDMA device. Default: the first with an active port.", show_default=False),
 ]
 GidIndex = Annotated[
     int | None,
     typer.Option(
-        min=0, metavar="N", help="Index in the port's GID table. Default: the ranked choice.", show_default=False
+        min=0,
+        metavar="N",
+        help="The index in the port's GID table. Default: the GID that ranks best.",
+        show_default=False,
     ),
 ]
 Timeout = Annotated[float, typer.Option(min=0.001, help="The longest wait for an owner's answer, in seconds.")]
@@ -110,23 +113,34 @@ def tls_of(certificate: Path | None, key: Path | None, ca: Path | None) -> Tls |
 
 
 def input_file(description: str) -> Any:
-    """An option that names a file which must be there."""
+    """Makes an option that names a file which must exist."""
     return typer.Option(metavar="FILE", exists=True, dir_okay=False, show_default=False, help=description)
 
 
 GroundTruth = Annotated[
     Path | None,
-    input_file("Ids of each query's nearest vectors, nearest first: .npy, .ivecs, or an HDF5 file's \"neighbors\"."),
+    input_file(
+        'The ids of each query\'s nearest vectors, nearest first: .npy, .ivecs, or "neighbors" of an HDF5 file.'
+    ),
 ]
 
 
 def comma_list(values: Iterable[str]) -> list[str]:
-    """The items of options that may be repeated or hold commas."""
+    """Splits options that may be repeated or hold commas into their items."""
     return [item.strip() for value in values for item in value.split(",") if item.strip()]
 
 
 def numbers(text: str, option: str, low: int = 1) -> list[int]:
-    """Whole numbers >= `low` between commas, in order. Raises a usage error that names the option."""
+    """Reads whole numbers between commas, sorts them and removes duplicates.
+
+    Args:
+        text: the text of the option.
+        option: the name of the option.
+        low: the least number that is allowed.
+
+    Raises:
+        typer.BadParameter: the text is malformed, or a number is too small.
+    """
     items = comma_list([text])
     if not items or not all(item.isdecimal() and int(item) >= low for item in items):
         what = "positive whole numbers" if low == 1 else f"whole numbers from {low} on"
@@ -135,7 +149,11 @@ def numbers(text: str, option: str, low: int = 1) -> list[int]:
 
 
 def transports(values: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
-    """Names of transports, without duplicates. Raises a usage error for one that is not known."""
+    """Reads names of transports, and removes duplicates.
+
+    Raises:
+        typer.BadParameter: a name is none of `known`.
+    """
     names = tuple(dict.fromkeys(comma_list(values)))
     for name in names:
         if name not in known:

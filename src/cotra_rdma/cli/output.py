@@ -1,4 +1,4 @@
-"""What the verbs share: JSON or rich output, tables, one clear line for an error, and progress bars."""
+"""What the verbs share: JSON and tables, errors and warnings of one line, and progress bars."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 INTERRUPTED = 130
-"""The exit status after Ctrl-C: what shells make of a SIGINT."""
+"""The exit status after Ctrl-C, as shells have it for SIGINT."""
 
-_WIDTH = shutil.get_terminal_size((160, 24)).columns  # a pipe has no width: room for every column
+_WIDTH = shutil.get_terminal_size((160, 24)).columns  # a pipe has no width, so there is room for every column
 out = Console(highlight=False, width=_WIDTH)
 err = Console(stderr=True, highlight=False, width=_WIDTH)
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes an error that a user can act upon one line on stderr (JSON with `--json`) and exit status 1; and Ctrl-C likewise
-    with 130, which is what shells take an interrupt for."""
+    """Wraps a verb, so that an error is one line on stderr and an exit status.
+
+    The line is JSON with `--json`.
+    The status is 1 for an error that a user can act upon, and 130 for Ctrl-C.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -50,7 +53,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def print_error(error: BaseException, *, as_json: bool) -> None:
-    """One line on stderr."""
+    """Prints an error as one line on stderr."""
     message = " ".join((str(error) or type(error).__name__).split())
     if as_json:
         detail = {"type": type(error).__name__, "message": message, "shard": getattr(error, "shard", None)}
@@ -60,13 +63,13 @@ def print_error(error: BaseException, *, as_json: bool) -> None:
 
 
 def print_warning(message: str) -> None:
-    """One line on stderr."""
+    """Prints a warning as one line on stderr."""
     err.print(f"[yellow]warning:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
 
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keeps the package's log off stderr. It is for what a verb reports by itself, such as an owner that is lost."""
+    """Keeps the package's log off stderr, for what the verb reports by itself, such as a lost owner."""
     log = logging.getLogger("cotra_rdma")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -77,12 +80,12 @@ def without_warnings() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on stdout, at once."""
+    """Prints one line of JSON on stdout, at once."""
     print(json.dumps(value, allow_nan=False), flush=True)
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], *, title: str | None = None) -> None:
-    """A table on stdout; a column whose name starts with ">" is aligned right."""
+    """Prints a table on stdout. A column whose name begins with ">" is aligned right."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in columns:
         table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
@@ -98,20 +101,20 @@ def print_facts(facts: Mapping[str, str], heading: str) -> None:
 
 
 class RateColumn(ProgressColumn):
-    """Steps a second."""
+    """A column of a bar that shows steps a second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        """The rate so far."""
+        """Returns the rate so far."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f} {self._unit}/s" if speed else f"- {self._unit}/s")
 
 
 def progress_bar(unit: str, *, disable: bool) -> Progress:
-    """A bar on stderr with count, rate and ETA; gone when it is done."""
+    """Makes a bar on stderr with count, rate and remaining time. It disappears at the end."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -143,7 +146,7 @@ def phase_of(shard: int, n_shards: int, phase: str) -> str:
 
 
 def human_bytes(n: float) -> str:
-    """A length in binary units."""
+    """Formats a length in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"

@@ -49,31 +49,32 @@ cotra search index --queries queries.fvecs --algorithm home
 
 cotra search 127.0.0.1:7700 --queries sift.hdf5 --ground-truth sift.hdf5 --transport shm --json
 
-The third has two owners of the first shard: the first that answers is read. A collection is searched at the addresses that
-`cotra serve` noted in its owners.json; of the collection itself only collection.json is needed.
+The third names two owners of the first shard; the nearest of them is used. A collection is searched at the addresses
+that `cotra serve` noted in its owners.json. No other file of it is needed but collection.json.
 """
 
 Shards = Annotated[
     list[str],
     typer.Argument(
         metavar="ADDRESS|COLLECTION",
-        help="HOST:PORT of each shard's owner, with commas between several owners of one shard; or a directory that "
-        "`cotra build` made, or its collection.json, for all its shards.",
+        help="HOST:PORT of each shard's owner, with commas between several owners of one shard. Or one collection: a "
+        "directory that `cotra build` made, or its collection.json.",
     ),
 ]
-Queries = Annotated[Path, input_file('Vectors to search for; of an HDF5 file its "test" set.')]
-K = Annotated[int, typer.Option("--k", "-k", min=1, help="Answers to each query.")]
+Queries = Annotated[Path, input_file('The vectors to search for. Of an HDF5 file, its "test" set.')]
+K = Annotated[int, typer.Option("--k", "-k", min=1, help="The number of answers to a query.")]
 Ef = Annotated[
-    int, typer.Option(min=1, help="Candidates kept during a search, at least k: more is slower and finds more.")
+    int, typer.Option(min=1, help="The candidates that a search keeps, at least k. More are slower and find more.")
 ]
-Beam = Annotated[int, typer.Option(min=1, help="Nodes expanded a round at most: more is fewer round trips.")]
+Beam = Annotated[int, typer.Option(min=1, help="The most nodes that a round expands. More need fewer round trips.")]
 Out = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
         dir_okay=False,
         show_default=False,
-        help="Write the answers: .npz of ids, distances (both [n, k]) and incomplete [n], or .npy of both as fields.",
+        help="Write the answers: .npz with ids and distances [n, k] and incomplete [n], or .npy with the fields id and "
+        "distance.",
     ),
 ]
 Timeout = Annotated[
@@ -82,30 +83,33 @@ Timeout = Annotated[
         min=0.001,
         metavar="S",
         show_default=False,
-        help="How long the search may take, and the longest wait for an owner when connecting, in seconds. Default: a search "
-        "takes as long as it goes on, and any one answer is waited for 5 s.",
+        help="The longest time for the search, and the longest wait for an owner when connecting, in seconds. "
+        "Default: no limit for the search, and 5 s for any one answer.",
     ),
 ]
 Algorithm = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="auto: what the cost model says is quickest. cotra: read the graphs. home: the owner of most of a query's "
+        help="auto: the quickest by the cost model. cotra: read the graphs. home: the owner of most of a query's "
         "neighbourhood walks the graph (`cotra serve --walk`). scatter-gather: the owners search. "
         "spire: read inverted lists, --ef of them (`cotra build --ivf`). compass, compass+scatter-gather, "
-        "compass+spire: ask only shards that hold a query's neighbours (`cotra build --partition kmeans`).",
+        "compass+spire: ask only shards that are likely to hold a query's neighbours (`cotra build --partition "
+        "kmeans`).",
     ),
 ]
 TargetRecall = Annotated[
     float,
-    typer.Option(min=0.01, max=1.0, help="Of Compass: the recall to keep, of that which asking every shard has."),
+    typer.Option(min=0.01, max=1.0, help="For Compass: the share to keep of the recall that asking every shard has."),
 ]
-OwnerCpu = Annotated[bool, typer.Option("--owner-cpu", help="Let auto have owners search whose memory could be read.")]
+OwnerCpu = Annotated[
+    bool, typer.Option("--owner-cpu", help="Let auto have owners search although their memory could be read.")
+]
 Explain = Annotated[
     bool,
     typer.Option(
         "--explain",
-        help="Tell what the cost model expected of each way, beside what was measured; auto always does.",
+        help="Show what the cost model expected of each algorithm, beside what was measured. auto always does.",
     ),
 ]
 AllowPartial = Annotated[
@@ -113,13 +117,13 @@ AllowPartial = Annotated[
     typer.Option(
         "--allow-partial/--no-allow-partial",
         show_default=False,
-        help="Answer without the shards that fail or have no owner, and name them; or fail. Default: answer where the "
+        help="Answer without the shards that fail or have no owner, and name them; or fail. Default: answer if the "
         "shards are one graph.",
     ),
 ]
 CacheBytes = Annotated[
     int,
-    typer.Option(min=0, metavar="N", help="Keep records that are read often, in N bytes at most; 0: none."),
+    typer.Option(min=0, metavar="N", help="Keep records that are read often, in at most N bytes. 0: none."),
 ]
 MaxExpansions = Annotated[
     int | None,
@@ -127,7 +131,7 @@ MaxExpansions = Annotated[
         min=1,
         metavar="N",
         show_default=False,
-        help="End each walk after N records, and say which queries that cut short.",
+        help="End each walk after N records, and count the queries that this cut short.",
     ),
 ]
 
@@ -156,9 +160,9 @@ def search(
     tls_ca: TlsCa = None,
     as_json: Json = False,
 ) -> None:
-    """Search shards that are served, and say what it took.
+    """Search shards that are served, and show what it took.
 
-    QPS is for the whole batch; latency percentiles are of one query from its start to its last shard's answer.
+    QPS is of the whole batch. The latency of a query lasts from its start to its last shard's answer.
     """
     _check_output_file(out)
     transports([transport], TRANSPORTS)

@@ -1,4 +1,4 @@
-"""`cotra serve`: publish shards to peers until told to stop."""
+"""`cotra serve`: publishes shards to readers until it is told to stop."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ its manifest while they are served, so that `cotra search index` finds them. SIG
 status 0: requests in progress have --grace seconds. A collection that is built again (`cotra build --force`) is taken up
 within a second, or at SIGHUP: readers follow, and no search fails.
 
-The last two are peers: each walks the whole graph for the queries that `cotra search --algorithm home` sends it, with its
-own records in place. The first finds the others in owners.json, and they may come later; the second is on a host that has
-no directory in common with them.
+The last two are peers. Each walks the whole graph for the queries that `cotra search --algorithm home` sends it, with
+its own records in place. The first finds the others in owners.json, also if they start later. The second is on a host
+that has no directory in common with them.
 """
 
 
@@ -86,18 +86,19 @@ ShardOption = Annotated[
         min=0,
         metavar="N",
         show_default=False,
-        help="Of a collection only this shard, counted from 0; may be repeated. The files of others need not be here.",
+        help="Serve only this shard of a collection, counted from 0. The files of others need not be here. May be "
+        "repeated.",
     ),
 ]
 Listen = Annotated[
-    str, typer.Option(metavar="HOST:PORT", help="Where peers connect; PORT 0: a free one for each shard.")
+    str, typer.Option(metavar="HOST:PORT", help="Where readers connect. PORT 0: a free port for each shard.")
 ]
 Transport = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME[,NAME...]",
         show_default=False,
-        help="Ways to offer: verbs, shm, rpc. May be repeated. Default: those of them that can be had here.",
+        help="The transports to offer: verbs, shm, rpc. May be repeated. Default: all that work here.",
     ),
 ]
 Announce = Annotated[
@@ -105,19 +106,20 @@ Announce = Annotated[
     typer.Option(
         metavar="HOST[:PORT]",
         show_default=False,
-        help="Where others reach this owner, where that is not --listen: noted in owners.json. PORT: of the first shard.",
+        help="Where others reach this owner, if not at --listen. It is noted in owners.json. PORT is the first "
+        "shard's.",
     ),
 ]
 NoAnnounce = Annotated[
     bool,
-    typer.Option("--no-announce", help="Leave owners.json alone: readers are told the address some other way."),
+    typer.Option("--no-announce", help="Leave owners.json alone. Readers then learn the address in another way."),
 ]
 Walk = Annotated[
     bool,
     typer.Option(
         "--walk",
-        help="Be a peer: also answer searches of the whole collection (`cotra search --algorithm home`), by walking it with "
-        "the own records in place. For collections of one graph (`cotra build --graph global`).",
+        help="Be a peer: also answer searches of the whole collection (`cotra search --algorithm home`), with the own "
+        "records in place. The collection must be one graph (`cotra build --graph global`).",
     ),
 ]
 Peer = Annotated[
@@ -125,8 +127,8 @@ Peer = Annotated[
     typer.Option(
         metavar="ADDRESS",
         show_default=False,
-        help="Of --walk: HOST:PORT[,HOST:PORT...] of a shard's owners; once for each shard of the collection, in order "
-        "(of the own ones any will do). Default: whoever is in owners.json.",
+        help="With --walk: HOST:PORT[,HOST:PORT...] of a shard's owners, once for each shard of the collection, in "
+        "order. Entries for own shards are not used. Default: the owners in owners.json.",
     ),
 ]
 Halo = Annotated[
@@ -135,8 +137,8 @@ Halo = Annotated[
         min=0.0,
         metavar="SHARE",
         show_default=False,
-        help="Of --walk: keep those records of other shards that the own ones link to most, as a share of the own shards' "
-        f"bytes; 0: none. Default: {DEFAULT_HALO}.",
+        help="With --walk: keep the records of other shards that the own ones link to most often. Its size is a share "
+        f"of the own shards' bytes. 0: none. Default: {DEFAULT_HALO}.",
     ),
 ]
 Insecure = Annotated[
@@ -172,7 +174,10 @@ PolicyOption = Annotated[
     ),
 ]
 UntilStdinCloses = Annotated[
-    bool, typer.Option("--until-stdin-closes", hidden=True, help="End when stdin does: with the parent process.")
+    bool,
+    typer.Option(
+        "--until-stdin-closes", hidden=True, help="End when stdin ends, which is when the parent process does."
+    ),
 ]
 
 
@@ -199,18 +204,18 @@ def serve(
     tls_ca: TlsCa = None,
     as_json: Json = False,
 ) -> None:
-    """Serve shards: peers read their memory, or ask over RPC where they cannot.
+    """Serve shards: readers READ their memory, or ask over RPC if they cannot.
 
-    With --json, one line when ready: {"address", "shards", "region", "transports"}, with --metrics also {"metrics"}; all but
-    "shards" of the first. With --walk
-    also a line {"walks"} whenever it changes how the shards of the collection are reached.
+    With --json, it prints one line when it is ready: {"address", "shards", "region", "transports"}, and with --metrics also
+    {"metrics"}. All but "shards" describe the first shard.
+    With --walk, it also prints a line {"walks"} whenever the paths to the shards of the collection change.
     """
     offered = None if transport is None else transports(transport, TRANSPORTS)
     host, port = _host_port(listen)
     if announce is not None and no_announce:
         raise typer.BadParameter("contradicts --no-announce", param_hint="--announce")
     if not walk and (peer or halo is not None):
-        raise typer.BadParameter("is for --walk", param_hint="--peer" if peer else "--halo")
+        raise typer.BadParameter("needs --walk", param_hint="--peer" if peer else "--halo")
     peers = None if not peer else [_addresses(text) for text in peer]
     reached = None if announce is None else announced_at(announce)
     tls = tls_of(tls_cert, tls_key, tls_ca)
@@ -236,7 +241,9 @@ def serve(
                 paths[0].parent, peers, halo=share, device=device, gid_index=gid_index, tls=tls, changed=told
             )
         if port and port + len(paths) - 1 > 65535:
-            raise typer.BadParameter(f"{len(paths)} shards from port {port} on pass port 65535", param_hint="--listen")
+            raise typer.BadParameter(
+                f"{len(paths)} shards from port {port} on need ports beyond 65535", param_hint="--listen"
+            )
         for position, path in enumerate(paths):
             opened = stack.enter_context(Shard.open(path))
             _check_fits(path, opened)
@@ -276,11 +283,11 @@ def serve(
 
 
 class _StopSignals:
-    """SIGTERM and SIGINT leave the block as `typer.Exit(0)`; what the block opened is closed on the way.
+    """Ends the block at SIGTERM or SIGINT by `typer.Exit(0)`, so that everything the block opened is closed.
 
     A second signal ends the wait for requests in progress. Those that follow are ignored.
 
-    The wake-up socket closes the gap in which a signal could arrive just before the wait begins.
+    The wake-up socket notices a signal that arrives just before the wait begins.
     """
 
     def __enter__(self) -> _StopSignals:
@@ -432,11 +439,11 @@ def _addresses(text: str) -> list[str]:
 
 
 def _own_numbers(paths: Sequence[Path]) -> list[int]:
-    """The numbers of shards in the one collection that a peer is of."""
+    """Returns the numbers of a peer's shards, which must be of one collection."""
     places = [place_of(path) for path in paths]
     numbers = [place[1] for place in places if place is not None]
     if len(numbers) < len(paths) or len({path.parent for path in paths}) != 1 or len(set(numbers)) < len(numbers):
-        raise InvalidInputError("--walk is for shards of one collection, each once")
+        raise InvalidInputError("--walk needs shards of one collection, each given once")
     return numbers
 
 
@@ -449,7 +456,7 @@ def _tell_walks(walks: Walks, *, as_json: bool) -> None:
 
 
 def _coarse(path: Path) -> bytes | None:
-    """What peers are told of a shard of a collection, so that they can leave it out of queries that it has nothing for."""
+    """Returns the message that describes a shard of a collection, by which readers decide whether to ask it."""
     found = coarse_of(path)
     if found is None:
         return None

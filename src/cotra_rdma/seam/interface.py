@@ -1,7 +1,9 @@
-"""The seam: what a vector database asks of a search algorithm, by the names and meaning of NodeDB's `VectorShardSeam`.
+"""The seam: what a vector database asks of a search algorithm.
 
-An algorithm is a subclass of `VectorShardSeam` and overrides what it does differently; what it leaves alone keeps flat
-scatter-gather. It speaks to other shards through a `ShardRpcDispatch`: `dispatch.ZmqDispatch`, or anybody's own.
+The names and their meaning are those of NodeDB's `VectorShardSeam`.
+An algorithm is a subclass of `VectorShardSeam`.
+It overrides what it does differently; what it does not override is flat scatter-gather.
+It speaks to other shards through a `ShardRpcDispatch`: a `ZmqDispatch`, or one of the caller's own.
 """
 
 from __future__ import annotations
@@ -46,11 +48,11 @@ DIRECT_MESSAGE_TIMEOUT_MS = 5000
 
 
 class VectorSeamError(CotraError):
-    """The base of what the seam raises by itself."""
+    """The base of the errors that the seam itself raises."""
 
 
 class DirectMessagingUnsupported(VectorSeamError):  # noqa: N818 (the seam's name)
-    """This algorithm, or this place, cannot send a message from shard to shard."""
+    """This algorithm, or this place, cannot send a message from one shard to another."""
 
     def __init__(
         self, message: str = "direct shard-to-shard messaging is not supported by this implementation"
@@ -62,7 +64,7 @@ class BuildExchangeFailed(VectorSeamError):  # noqa: N818 (the seam's name)
     """The exchange with one peer at build time failed.
 
     Attributes:
-        peer_shard: the peer's vshard id. (`shard`, a position in a list, is not known here.)
+        peer_shard: the peer's vshard id. The position in a list, `shard`, is not known here.
         detail: what went wrong.
     """
 
@@ -76,7 +78,7 @@ class BuildExchangeFailed(VectorSeamError):  # noqa: N818 (the seam's name)
 
 
 class TransportError(VectorSeamError, errors.TransportError):
-    """A call through the dispatch failed: nobody there, too late, or a path that broke.
+    """A call through the dispatch failed: nobody answered, the answer was too late, or the path broke.
 
     Attributes:
         detail: what the dispatch said.
@@ -95,13 +97,14 @@ class TransportError(VectorSeamError, errors.TransportError):
 
 @dataclass(frozen=True, slots=True)
 class ShardRef:
-    """A shard in a cluster.
+    """Names a shard in a cluster.
 
     Attributes:
-        node_id: the node that holds it (u64); 0 where nodes have no numbers.
+        node_id: the node that holds the shard (u64); 0 if nodes have no numbers.
         vshard_id: the shard (u32).
 
-    Raises `InvalidInputError` for a number that does not fit.
+    Raises:
+        InvalidInputError: a number does not fit.
     """
 
     node_id: int
@@ -117,20 +120,25 @@ class ShardRef:
 
 
 class ShardMessageKind(enum.Enum):
-    """What a message from shard to shard is about; its value is the type of the envelope that carries it."""
+    """The subject of a message from shard to shard. The value is the type of the envelope that carries it."""
 
     CompassCoarseDescriptor = VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST
     SpireCentroidTable = VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST
 
     @property
     def message_type(self) -> VShardMessageType:
-        """The envelope's type."""
+        """The type of the envelope."""
         return self.value
 
 
 @dataclass(frozen=True, slots=True)
 class ShardMessage:
-    """A message from shard to shard. `payload`: bytes as the receiver expects them; `messages` has this project's."""
+    """A message from shard to shard.
+
+    Attributes:
+        kind: the subject.
+        payload: the bytes that the receiver expects. `protocol.tables` has this project's payloads.
+    """
 
     kind: ShardMessageKind
     payload: bytes
@@ -145,10 +153,10 @@ class ShardMessageReply:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ShardSubset:
-    """Which shards a query goes to: `ShardSubset.All`, or `ShardSubset.Subset([...])` of vshard ids.
+    """The shards that a query visits: `ShardSubset.All`, or `ShardSubset.Subset([...])` of vshard ids.
 
     Attributes:
-        ids: vshard ids in the order of preference; None for all.
+        ids: the vshard ids in the order of preference; None for all.
     """
 
     ids: tuple[int, ...] | None
@@ -156,18 +164,19 @@ class ShardSubset:
 
     @classmethod
     def Subset(cls, ids: Iterable[int]) -> ShardSubset:  # noqa: N802 (the seam's name)
-        """Only these vshard ids."""
+        """Makes a subset of these vshard ids."""
         return cls(tuple(int(number) for number in ids))
 
     def resolve(self, all_shards: Sequence[int]) -> list[int]:
-        """The shards to ask.
+        """Returns the shards to ask.
 
         Args:
             all_shards: the vshard ids that are present.
 
         Returns:
-            `all_shards` as a list for All. Else those of the subset that are present, in the subset's order; one that the
-            subset names twice is there once.
+            For All, `all_shards` as a list.
+            Otherwise the shards of the subset that are present, in the subset's order.
+            A shard that the subset names twice is returned once.
         """
         if self.ids is None:
             return list(all_shards)
@@ -186,13 +195,16 @@ ShardSubset.All = ShardSubset(None)
 
 @runtime_checkable
 class ShardRpcDispatch(Protocol):
-    """How envelopes get to other shards. It may be awaited from many tasks at once."""
+    """Carries envelopes to other shards. Many tasks may await it at once."""
 
     async def call(self, envelope: VShardEnvelope, timeout_ms: int) -> VShardEnvelope:
-        """Delivers a request to (target_node, vshard_id) and returns the answer.
+        """Delivers a request to (target_node, vshard_id), and returns the answer.
 
-        Raises, when there is none: `errors.TransportError` or one below it, or Python's own `ConnectionError`,
-        `TimeoutError` or another `OSError`. A deadline is told by `TimeoutError` (`errors.DeadlineError` is one).
+        Raises:
+            errors.TransportError: there is no answer.
+                A subclass may say more: `errors.DeadlineError` is for a deadline.
+            OSError: there is no answer.
+                `ConnectionError` and `TimeoutError` are such errors; the latter is for a deadline.
         """
         ...
 
@@ -201,7 +213,7 @@ class VectorShardSeam:
     """A search algorithm over shards. Each method has a default, and the defaults are flat scatter-gather."""
 
     def select_shards(self, query_vector: npt.NDArray[np.float32], all_shards: Sequence[int]) -> ShardSubset:
-        """The shards that a query is to visit; by default all.
+        """Chooses the shards that a query visits. The default is all.
 
         Args:
             query_vector: float32[dim], one query.
@@ -210,31 +222,38 @@ class VectorShardSeam:
         return ShardSubset.All
 
     def build_time_exchange(self, peer: ShardRef, dispatch: ShardRpcDispatch) -> Awaitable[None] | None:
-        """Called once for each peer when a shard was built; by default nothing is done, and `dispatch` is never called.
+        """Exchanges messages with one peer after a shard was built.
 
-        The method is synchronous and the dispatch is not. So an algorithm that has nothing to send, or only notes the peer,
-        does so and returns None; one that sends overrides it with `async def`, which is the same signature: calling it
-        returns an awaitable, and the caller awaits what it gets. `exchange_with_peers` is that caller. No thread and no
-        nested event loop is needed.
+        The default does nothing and never calls `dispatch`.
 
-        Raises `BuildExchangeFailed`, now or when awaited.
+        It is called once for each peer.
+        The method is synchronous, but the dispatch is not.
+        An algorithm that sends nothing, or only takes note of the peer, returns None.
+        An algorithm that sends overrides it with `async def`, which has the same signature:
+        the call returns an awaitable, and the caller awaits it.
+        `exchange_with_peers` is such a caller.
+        No thread and no nested event loop is needed.
+
+        Raises:
+            BuildExchangeFailed: the exchange failed. It may be raised by the call, or when its result is awaited.
         """
         return None
 
     async def direct_message(
         self, peer: ShardRef, msg: ShardMessage, dispatch: ShardRpcDispatch, source_node: int
     ) -> ShardMessageReply:
-        """Sends a message to a peer shard and awaits its answer, 5,000 ms at most.
+        """Sends a message to a peer shard, and awaits the answer for at most 5,000 ms.
 
         Args:
             peer: the receiver.
-            msg: its kind gives the envelope's type: 52 for CompassCoarseDescriptor, 54 for SpireCentroidTable.
-            dispatch: what carries it.
+            msg: the message.
+                Its kind gives the type of the envelope: 52 for CompassCoarseDescriptor, 54 for SpireCentroidTable.
+            dispatch: carries the message.
             source_node: the sender's node number (u64).
 
         Raises:
-            TransportError: the seam's own; its cause is what the dispatch raised.
-            DirectMessagingUnsupported: from an implementation that cannot.
+            TransportError: the seam's own error, whose cause is what the dispatch raised.
+            DirectMessagingUnsupported: the implementation cannot send messages.
         """
         envelope = VShardEnvelope(
             WIRE_VERSION, msg.kind.message_type, source_node, peer.node_id, peer.vshard_id, msg.payload
@@ -248,14 +267,15 @@ class VectorShardSeam:
         return ShardMessageReply(bytes(join(reply.payload)))
 
     def exposed_region(self) -> MemoryRegion | None:
-        """The region that peers may READ; by default None, and callers fall back to RPC."""
+        """Returns the memory region that peers may READ. The default is None, and callers then use RPC."""
         return None
 
 
 async def exchange_with_peers(seam: VectorShardSeam, peers: Iterable[ShardRef], dispatch: ShardRpcDispatch) -> None:
-    """Calls `seam.build_time_exchange` once for each peer, one after the other, and awaits what has to be awaited.
+    """Calls `seam.build_time_exchange` for one peer after the other, and awaits each call that has to be awaited.
 
-    Raises `BuildExchangeFailed` at the first peer that fails; the error below it is its cause.
+    Raises:
+        BuildExchangeFailed: the exchange with a peer failed, and those after it were not tried. Its cause says why.
     """
     for peer in peers:
         try:

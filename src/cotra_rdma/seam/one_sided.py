@@ -1,10 +1,12 @@
-"""`CoTraRdma`: the graph walk by one-sided READs as an algorithm of the seam."""
+"""`CoTraRdma`: walks over one-sided READs as an algorithm of the seam."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +21,7 @@ from cotra_rdma._native.merge import merge
 from cotra_rdma._owner.server import Server
 from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._reader.connection import ONE_SIDED
+from cotra_rdma._reader.result import SearchResult
 from cotra_rdma.errors import DeadlineError, InvalidInputError
 from cotra_rdma.protocol.search import DEFAULT_BEAM
 from cotra_rdma.protocol.tls import Tls
@@ -29,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class CoTraRdma(VectorShardSeam):
-    """Walks the graphs of shards whose memory can be read, and asks the owners of the others by `ScatterGather`; of one graph
-    over all shards, has them expand nodes for the one walk.
+    """Walks the graphs of shards whose memory can be read, and asks the owners of the others by `ScatterGather`.
 
-    Which shard was reached how is in `SeamResult.transports`, in `by_rpc`, and logged once.
+    If the shards are one graph, it makes one walk, and those owners expand nodes for it.
+    `SeamResult.transports` and `by_rpc` say how each shard was reached, and so does one line in the log.
     """
 
     def __init__(
@@ -43,14 +46,17 @@ class CoTraRdma(VectorShardSeam):
         fallback: ScatterGather | None = None,
         tls: Tls | None = None,
     ) -> None:
-        """A reader's side (`cluster`), an owner's (`server`), or both.
+        """Makes the reader's side (`cluster`), the owner's side (`server`), or both.
 
         Args:
-            cluster: what to search; stays the caller's to close.
-            server: what exposes this side's own shard; stays the caller's.
-            fallback: asks the shards that cannot be read, in their order; stays the caller's. None: one is made where it is
-                needed, and closed by `close`.
-            tls: this side's certificate, for the one that is made.
+            cluster: searches the shards. It stays the caller's to close.
+            server: exposes this side's own shard. It stays the caller's to close.
+            fallback: asks the shards that cannot be read, in their order. It stays the caller's to close.
+                None makes one if it is needed, and `close` closes it.
+            tls: this side's certificate, for the fallback that is made.
+
+        Raises:
+            InvalidInputError: the fallback is of another number of shards.
         """
         self._cluster = cluster
         self._server = server
@@ -63,19 +69,26 @@ class CoTraRdma(VectorShardSeam):
                 places = {ShardRef(0, at): cluster.addresses[at] for at in self._asked}
                 self._fallback, self._own = ScatterGather.connect(places, tls=tls), True
             elif len(fallback.shards) != len(self._asked):
-                raise InvalidInputError(f"a fallback of {len(fallback.shards)} shards for {len(self._asked)}")
+                raise InvalidInputError(
+                    f"the fallback has {len(fallback.shards)} shards, and {len(self._asked)} shards need one"
+                )
             for at in self._asked:
                 why = cluster.passed_over[at] or "rpc was asked for"
                 log.info("shard %d (%s) cannot be read and is asked over RPC: %s", at, cluster.addresses[at], why)
 
     @property
     def by_rpc(self) -> tuple[int, ...]:
-        """Positions of the cluster's shards that cannot be read, and are asked over RPC."""
+        """The positions of the cluster's shards that cannot be read, and are asked over RPC."""
         return tuple(self._asked)
 
     def exposed_region(self) -> MemoryRegion | None:
-        """The server's region; without a server, that of the cluster's shard, where it has just one (`Cluster.regions` has
-        all). None: peers fall back to RPC, or to shared memory on the same host."""
+        """Returns the memory region that peers may READ.
+
+        It is the server's region.
+        Without a server, it is the region of the cluster's shard, if the cluster has only one; `Cluster.regions` has
+        all.
+        None means that peers use RPC, or shared memory on the same host.
+        """
         if self._server is not None:
             return self._server.exposed_region()
         regions = () if self._cluster is None else self._cluster.regions
@@ -94,34 +107,36 @@ class CoTraRdma(VectorShardSeam):
         allow_partial: bool = False,
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
     ) -> SeamResult:
-        """The k nearest vectors of each query over all shards, merged by distance, then shard, then id.
+        """Returns the k nearest vectors of each query over all shards, merged by distance, then shard, then id.
 
         Args:
-            queries, k, ef, beam, n_threads, inflight: as `Cluster.search`.
-            timeout_s: how long the whole search may take. None: the walk as long as it goes on, and 5 s for all answers over RPC.
+            queries: as `Cluster.search`.
+            k: as `Cluster.search`.
+            ef: as `Cluster.search`.
+            beam: as `Cluster.search`.
+            n_threads: as `Cluster.search`.
+            inflight: as `Cluster.search`.
+            timeout_s: the longest time for the whole search.
+                None sets no limit for the walk, and 5 s for all answers over RPC.
+            allow_partial: return a partial answer if shards that are asked over RPC fail.
+                A READ that fails raises an error in any case.
+                Only one graph is walked around a shard that has no owner left.
             filters: as `Cluster.search`.
-            allow_partial: return what there is when shards that are asked over RPC fail. A READ that fails raises anyway,
-                but for one graph, which is walked around a shard that has no owner left.
 
         Raises:
-            PartialResultError: as `ScatterGather.search`. Others as `Cluster.search`.
+            PartialResultError: as `ScatterGather.search`.
+            InvalidInputError: there is no cluster to search. Others as `Cluster.search`.
         """
         if self._cluster is None:
-            raise InvalidInputError("this CoTraRdma has no cluster to search, only a region to expose")
+            raise InvalidInputError("this CoTraRdma has no cluster to search: it only exposes a region")
         if self._cluster.one_graph:
-            return self._walk_one_graph(
-                queries, k, ef, beam, n_threads, inflight, timeout_s, filters, allow_partial=allow_partial
-            )
+            search = partial(self._cluster.search, inflight=inflight, timeout_s=timeout_s, filters=filters)
+            result = _of_one_walk(search(queries, k, ef, beam, n_threads, allow_partial=True))
+            if not allow_partial:
+                result.require_whole()
+            return result
         begin = time.perf_counter()
-        asking = None
-        if self._fallback is not None and self._asked:
-            bitmaps = {}
-            for place, at in enumerate(self._asked):
-                bitmap = None if filters is None else pack_filter(filters[at], self._cluster.counts[at])
-                if bitmap is not None:
-                    bitmaps[self._fallback.shards[place].vshard_id] = bitmap
-            patience = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
-            asking = self._fallback.start_gather(queries, k, ef, beam, timeout_s=patience, filters=bitmaps)
+        asking = self._start_asking(queries, k, ef, beam, timeout_s, filters)
         try:
             walked = self._cluster.walk(
                 queries, k, ef, beam, n_threads, inflight=inflight, timeout_s=timeout_s, filters=filters
@@ -147,52 +162,26 @@ class CoTraRdma(VectorShardSeam):
             result.require_whole()
         return result
 
-    def _walk_one_graph(
+    def _start_asking(
         self,
         queries: npt.ArrayLike,
         k: int,
         ef: int,
         beam: int,
-        n_threads: int,
-        inflight: int,
         timeout_s: float | None,
         filters: Sequence[npt.ArrayLike | bytes | None] | None,
-        *,
-        allow_partial: bool,
-    ) -> SeamResult:
-        """One walk over all shards: there is nothing for a fallback to gather, owners that cannot be read expand nodes for it."""
+    ) -> Future[Gathered] | None:
+        """Asks the owners of the shards that cannot be read. Returns None if there is no such shard."""
+        if self._fallback is None or not self._asked:
+            return None
         assert self._cluster is not None
-        found = self._cluster.search(
-            queries,
-            k,
-            ef,
-            beam,
-            n_threads,
-            inflight=inflight,
-            timeout_s=timeout_s,
-            filters=filters,
-            allow_partial=True,
-        )
-        outcomes = []
-        for at in range(len(found.transports)):
-            error = found.failures.get(at)
-            late = isinstance(error, DeadlineError)
-            status = ShardStatus.ANSWERED if error is None else ShardStatus.TIMED_OUT if late else ShardStatus.FAILED
-            reason = "" if error is None else str(error)
-            outcomes.append(ShardOutcome(ShardRef(0, at), status, len(found.ids), reason, error, found.elapsed_s))
-        result = SeamResult(
-            found.ids,
-            found.distances,
-            found.shards,
-            found.stats,
-            found.transports,
-            found.elapsed_s,
-            found.coverage,
-            tuple(outcomes),
-        )
-        if not allow_partial:
-            result.require_whole()
-        return result
+        bitmaps = {}
+        for shard, at in zip(self._fallback.shards, self._asked, strict=True):
+            bitmap = None if filters is None else pack_filter(filters[at], self._cluster.counts[at])
+            if bitmap is not None:
+                bitmaps[shard.vshard_id] = bitmap
+        patience = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+        return self._fallback.start_gather(queries, k, ef, beam, timeout_s=patience, filters=bitmaps)
 
     def _together(
         self,
@@ -200,7 +189,7 @@ class CoTraRdma(VectorShardSeam):
         asked: Gathered | None,
         walked_s: float,
     ) -> Gathered:
-        """The answers of both kinds of shards, in the cluster's order."""
+        """Puts the answers of both kinds of shards together, in the cluster's order."""
         _, n, k = walked[0].shape
         n_shards = len(self._read) + len(self._asked)
         shards = tuple(ShardRef(0, at) for at in range(n_shards))
@@ -217,7 +206,7 @@ class CoTraRdma(VectorShardSeam):
         return Gathered(shards, labels, distances, stats, np.ones((n_shards, n), np.bool_), outcomes)
 
     def close(self) -> None:
-        """Closes the fallback that it made. Idempotent."""
+        """Closes the fallback if this object made it. Idempotent."""
         if self._own and self._fallback is not None:
             self._fallback.close()
 
@@ -226,3 +215,19 @@ class CoTraRdma(VectorShardSeam):
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _of_one_walk(found: SearchResult) -> SeamResult:
+    """Converts the result of one walk over all shards.
+
+    Owners that cannot be read expand nodes for such a walk, so the fallback has nothing to do.
+    """
+    outcomes = []
+    for at in range(len(found.transports)):
+        error = found.failures.get(at)
+        late = isinstance(error, DeadlineError)
+        status = ShardStatus.ANSWERED if error is None else ShardStatus.TIMED_OUT if late else ShardStatus.FAILED
+        reason = "" if error is None else str(error)
+        outcomes.append(ShardOutcome(ShardRef(0, at), status, len(found.ids), reason, error, found.elapsed_s))
+    answers = (found.ids, found.distances, found.shards, found.stats, found.transports)
+    return SeamResult(*answers, found.elapsed_s, found.coverage, tuple(outcomes))

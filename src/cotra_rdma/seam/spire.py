@@ -1,4 +1,4 @@
-"""SPIRE as an algorithm of the seam: shards tell each other where their inverted lists are."""
+"""`Spire` as an algorithm of the seam: shards tell each other where their inverted lists are."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from cotra_rdma.seam.interface import (
 
 
 class Spire(VectorShardSeam):
-    """Tells every peer, once and shard to shard, where this shard's inverted lists are: with the tables of all, a reader
-    knows every list of every shard, and a query takes two one-sided rounds.
+    """Tells every peer once where this shard's inverted lists are.
 
-    Searching by them is `Cluster.search(algorithm="spire")`.
+    With the tables of all shards, a reader knows every list.
+    A query then takes two one-sided rounds.
+    `Cluster.search(algorithm="spire")` searches by the lists.
     """
 
     def __init__(self, shard: ShardRef, table: IvfTable, *, generation: int = 1) -> None:
-        """Speaks for one shard.
+        """Makes the message of one shard.
 
         Args:
-            shard: which.
-            table: its lists; stays the caller's.
-            generation: of the shard's build (`Shard.info.generation`).
+            shard: the shard.
+            table: its lists. The table stays the caller's.
+            generation: the generation of the shard's build (`Shard.info.generation`).
         """
         self._shard = shard
         offsets, sizes = table.offsets, table.sizes
@@ -48,7 +49,12 @@ class Spire(VectorShardSeam):
         ).encode()
 
     async def build_time_exchange(self, peer: ShardRef, dispatch: ShardRpcDispatch) -> None:
-        """Sends this shard's table to `peer`. Raises `BuildExchangeFailed` when it is not taken."""
+        """Sends this shard's table to `peer`.
+
+        Raises:
+            BuildExchangeFailed: the peer does not take the table.
+            TransportError: the peer does not answer.
+        """
         message = ShardMessage(ShardMessageKind.SpireCentroidTable, self._request)
         reply = await self.direct_message(peer, message, dispatch, self._shard.node_id)
         answer = BuildExchangeResponse.decode(reply.payload)

@@ -89,7 +89,9 @@ def check_a_killed_owner_is_a_typed_error_within_3_s(
     shards: list[Path], host: str, device_name: str, queries: Floats
 ) -> None:
     first = start(shards[:1], host, device_name)
-    with cotra_rdma.connect(first[0].addresses, transport="verbs") as cluster:  # what the RPC opens once for all, is open
+    with cotra_rdma.connect(
+        first[0].addresses, transport="verbs"
+    ) as cluster:  # what the RPC opens once for all, is open
         cluster.search(queries[:1], k=K, ef=EF)
     before = objects_of_this_process()
     second = start(shards[1:], host, device_name)
@@ -127,7 +129,9 @@ def check_a_killed_owner_is_a_typed_error_within_3_s(
     deadline = time.monotonic() + 60.0
     more = {"all"}
     while more and time.monotonic() < deadline:  # gRPC closes a connection's socket a little later
-        after = objects_of_this_process()  # of others' queue pairs, that were being taken back before, there may be fewer
+        after = (
+            objects_of_this_process()
+        )  # of others' queue pairs, that were being taken back before, there may be fewer
         more = {name for name, n in after.items() if n > before[name]}
         time.sleep(0.05)
     assert more == set()

@@ -88,7 +88,7 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     np.save(tmp_path / "far.npy", np.full((30, 20), 300))
     with pytest.raises(InvalidInputError, match="do not belong together"):
         DataSet.open(stem, queries=tmp_path / "wide.npy")
-    with pytest.raises(InvalidInputError, match="names row 300 of 300"):
+    with pytest.raises(InvalidInputError, match="names row 300, but there are 300"):
         DataSet.open(stem, ground_truth=tmp_path / "far.npy")
     with pytest.raises(InvalidInputError, match="needs a stem"):
         DataSet.open(base=tmp_path / "wide.npy")

@@ -71,7 +71,7 @@ def test_a_line_is_found_with_its_error() -> None:
 
 @pytest.mark.parametrize("n", [[1000.0, 2000.0], [1000.0, 1000.0, 1000.0]])
 def test_no_line_without_an_error(n: list[float]) -> None:
-    with pytest.raises(InvalidInputError, match="needs 3 numbers of vectors"):
+    with pytest.raises(InvalidInputError, match="needs at least 3 different numbers of vectors"):
         fit_log(n, [1.0] * len(n))
 
 

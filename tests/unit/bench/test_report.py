@@ -91,7 +91,7 @@ def test_a_library_that_is_missing_or_cannot_filter_is_named(monkeypatch: pytest
 def test_a_graph_that_rabitqlib_does_not_have_is_told(tmp_path: Path) -> None:
     pytest.importorskip("rabitqlib")
     check_libraries(["hnswlib", "rabitqlib"], M=32)
-    with pytest.raises(InvalidInputError, match="a multiple of 32 links, not 2 M = 16"):
+    with pytest.raises(InvalidInputError, match="a multiple of 32 links a node, not 2 M = 16"):
         check_libraries(["hnswlib", "rabitqlib"], M=8)
     few = np.random.default_rng(3).normal(size=(32, DIM)).astype(np.float32)
     truth = np.stack([np.argsort(distances("l2", vector, few))[:10] for vector in few])

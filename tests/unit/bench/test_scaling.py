@@ -10,27 +10,23 @@ import pytest
 
 from cotra_rdma._bench.data import DataSet, nearest
 from cotra_rdma._bench.runner import Plan, Point
-from cotra_rdma._bench.scaling.peers import HomeRow, LossRow, peer_targets
-from cotra_rdma._bench.scaling.plot import draw_study
-from cotra_rdma._bench.scaling.prediction import PUBLISHED, Machine, predict_all, variations
-from cotra_rdma._bench.scaling.study import (
-    FABRIC,
-    NO_FABRIC,
+from cotra_rdma._bench.scaling.costs import (
     Check,
     Cost,
-    Scale,
     SizeRow,
-    Study,
     check,
     cost_at,
     cpu_per_read,
     fit_sizes,
-    home_share,
     shards_rows,
-    study,
     targets,
     workload_of,
 )
+from cotra_rdma._bench.scaling.peers import HomeRow, LossRow, peer_targets
+from cotra_rdma._bench.scaling.plot import draw_study
+from cotra_rdma._bench.scaling.prediction import PUBLISHED, Machine, predict_all, variations
+from cotra_rdma._bench.scaling.scale import FABRIC, NO_FABRIC, Scale
+from cotra_rdma._bench.scaling.study import Study, home_share, study
 from cotra_rdma._bench.scaling.tables import scaling_tables
 from cotra_rdma._bench.transports import parse_transport
 from cotra_rdma._build.collection import build_collection
@@ -103,7 +99,7 @@ def test_a_curve_is_read_off_at_the_recall() -> None:
 def test_a_curve_that_begins_above_the_recall_at_the_least_ef() -> None:
     assert cost_at([point(10, 0.96, 11), point(20, 0.98, 20)]).recall == 0.96
     for curve in ([point(20, 0.96, 20), point(40, 0.98, 40)], [point(10, 0.5, 11), point(20, 0.9, 20)]):
-        with pytest.raises(InvalidInputError, match=r"0\.95 is not between them, give another --ef"):
+        with pytest.raises(InvalidInputError, match=r"0\.95 is not between them: give another --ef"):
             cost_at(curve)
 
 
@@ -188,7 +184,7 @@ def test_what_cannot_be_studied(tmp_path: Path) -> None:
         (Scale(fabric="model:rtt=0:gbit=100"), "a model with a round trip"),
         (Scale(n_shards=(1,)), "several numbers of shards"),
         (Scale(n_shards=(2, 4)), "with 1"),
-        (Scale(local_share=0.01), r"a local share of 0\.01 of 16 shards cannot be"),
+        (Scale(local_share=0.01), r"the local share of 16 shards is 1 / 16 to 1, not 0\.01"),
     ):
         with pytest.raises(InvalidInputError, match=reason):
             study(data, scale, Plan(), tmp_path / "none")

@@ -55,7 +55,7 @@ def test_who_can_walk(shard: Path) -> None:
     assert "cotra build --graph global makes one" in alone.stderr
     twice = cotra("serve", shard, shard, "--walk")
     assert twice.exit_code == 1
-    assert "shards of one collection, each once" in twice.stderr
+    assert "shards of one collection, each given once" in twice.stderr
 
 
 def test_version_and_no_arguments() -> None:
@@ -78,7 +78,10 @@ def test_version_and_no_arguments() -> None:
             ("build", __file__, "out", "--shard", "0", "--graph", "global", "--shards", "2", "--peers", "127.0.0.1:1"),
             "1 addresses for 2",
         ),
-        (("build", __file__, "out", "--shard", "1", "--graph", "global", "--peers", "127.0.0.1:1"), "none of 0 to 0"),
+        (
+            ("build", __file__, "out", "--shard", "1", "--graph", "global", "--peers", "127.0.0.1:1"),
+            "not in the range 0 to 0",
+        ),
         (("build", __file__, "out", "--shard", "0", "--peers", "127.0.0.1:1", "--processes", "2"), "--processes"),
         (("build", __file__, "out", "--metric", "manhattan"), "manhattan"),
         (("build", __file__, "out", "--partition", "random"), "random"),
@@ -90,8 +93,8 @@ def test_version_and_no_arguments() -> None:
         (("serve", __file__, "--announce", "0.0.0.0"), "nobody else reaches this host at 0.0.0.0"),
         (("serve", __file__, "--announce", "[::]:7700"), "nobody else reaches this host at [::]"),
         (("serve", __file__, "--announce", "a", "--no-announce"), "contradicts --no-announce"),
-        (("serve", __file__, "--halo", "0.5"), "is for --walk"),
-        (("serve", __file__, "--peer", "a:1"), "is for --walk"),
+        (("serve", __file__, "--halo", "0.5"), "needs --walk"),
+        (("serve", __file__, "--peer", "a:1"), "needs --walk"),
         (("serve", __file__, "--walk", "--peer", "a:1,b"), "'a:1,b' is not HOST:PORT"),
         (("serve", __file__, "--walk", "--halo", "-1"), "--halo"),
         (("serve", __file__, "--transport", "verbs,tcp"), "'tcp' is not one of verbs, shm, rpc"),
@@ -204,7 +207,7 @@ def test_info(shard: Path) -> None:
     """What is in it is tested in test_inspection.py: here is how it is shown."""
     shown = cotra("info", shard.parent)
     assert shown.exit_code == 0
-    for cell in ("200 in 1 shard", "dim 8, l2, M 16, generation 1", "none, as far as is noted"):
+    for cell in ("200 in 1 shard", "dim 8, l2, M 16, generation 1", "none, as far as owners.json says"):
         assert cell in shown.stdout
     report = json.loads(cotra("info", shard.parent, "--json").stdout)
     assert (report["count"], report["balance"], report["cross_share"], report["problems"]) == (200, 1.0, 0.0, [])

@@ -1,1 +1,1 @@
-"""How the cost of a search grows with shards and rows: measured, and predicted."""
+"""How the cost of a search grows with shards and vectors: measured and predicted."""

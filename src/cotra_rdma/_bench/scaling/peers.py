@@ -1,4 +1,4 @@
-"""What peers are worth to each other, measured: how much of a walk stays at a query's home, and what one shard less costs."""
+"""Measures what peers gain from each other: how much of a walk stays at a query's home, and what a lost shard costs."""
 
 from __future__ import annotations
 
@@ -23,21 +23,25 @@ from cotra_rdma._shard.shard import Shard
 from cotra_rdma.datasets import recall
 
 REPEATS = 25
-"""Of a timed comparison, at least."""
+"""The least number of timed comparisons."""
 
 Report = Callable[[int, int], None]
-"""Called with (done, all)."""
+"""Called with what is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True)
 class HomeRow:
-    """Every query answered by its home peer, whose own records are in place and whose halo is as it was at `connect`.
+    """What stays at home if every query is answered by its home peer.
+
+    A peer's own records are in place, and its halo is as it was at `connect`.
 
     Attributes:
-        halo: what was asked for, as a share of the own images. held: what it has, in records, over those of the own shard, on
-            average over the peers. held_bytes: memory that its caches take, for each of the own shard's vectors.
-        recall: at which the shares are, of all queries together. own: the share of all expansions whose record is of the own
-            shard. local: of the own shard or in the halo.
+        halo: the halo that was asked for, as a share of the own images.
+        held: the records in the halo over those of the own shard, on average over the peers.
+        held_bytes: the memory of the caches, for each of the own shard's vectors.
+        recall: the recall of all queries together, at which the shares are measured.
+        own: the share of all expansions whose record is in the own shard.
+        local: the share of all expansions whose record is in the own shard or in the halo.
     """
 
     halo: float
@@ -50,12 +54,19 @@ class HomeRow:
 
 @dataclass(frozen=True, slots=True)
 class LossRow:
-    """The collection without one shard, beside the whole, at equal ef.
+    """The collection without one shard, beside the whole collection at equal ef.
+
+    The ratios are over the whole collection.
+    Those of times are medians of the ratios of two calls that follow each other.
 
     Attributes:
-        shard: which; vectors: that it held. share: of the queries' true k nearest that it held.
-        recall_fall: what recall is less. reads_ratio, time_ratio, cpu_ratio: READs, wall clock and CPU time of this process for
-            the batch, over those of the whole; of times the median of the ratios of calls right after each other.
+        shard: the lost shard.
+        vectors: the vectors that it held.
+        share: the share of the queries' true k nearest vectors that it held.
+        recall_fall: how much the recall falls.
+        reads_ratio: READs of the batch.
+        time_ratio: wall clock of the batch.
+        cpu_ratio: CPU time of this process during the batch.
     """
 
     shard: int
@@ -69,7 +80,15 @@ class LossRow:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What one graph should keep to, `bound` ("<=" or ">=") a limit, and whether it does."""
+    """A target that one graph should keep to.
+
+    Attributes:
+        what: what is measured.
+        bound: "<=" or ">=".
+        limit: the limit.
+        measured: the measurement.
+        met: whether it keeps to the limit.
+    """
 
     what: str
     bound: str
@@ -79,12 +98,12 @@ class Target:
 
     @classmethod
     def at_most(cls, what: str, limit: float, measured: float) -> Target:
-        """Met up to the limit."""
+        """Makes a target that is met up to the limit."""
         return cls(what, "<=", limit, measured, measured <= limit)
 
     @classmethod
     def at_least(cls, what: str, limit: float, measured: float) -> Target:
-        """Met from the limit on."""
+        """Makes a target that is met from the limit on."""
         return cls(what, ">=", limit, measured, measured >= limit)
 
 
@@ -101,7 +120,13 @@ class Owners:
             self._stack = stack.pop_all()
 
     def connect(self, place: int = 0, owners: Sequence[Owner] | None = None, halo: float = 0.0) -> Cluster:
-        """A reader of all shards; with `owners`, those in one's place: none, or what this process holds."""
+        """Connects to all shards.
+
+        Args:
+            place: the shard whose owners are replaced.
+            owners: the owners of that shard: none, or what this process holds. None replaces nothing.
+            halo: as `connect`.
+        """
         of: list[Sequence[Owner]] = [[address] for address in self.addresses]
         if owners is not None:
             of[place] = owners
@@ -117,15 +142,18 @@ class Owners:
 def measure_homes(
     owners: Owners, data: DataSet, plan: Plan, efs: Sequence[int], halos: Sequence[float], wanted: float, report: Report
 ) -> tuple[list[HomeRow], float]:
-    """A row for each halo at the recall `wanted`, linear between `efs` (ascending; the nearest where it is outside of them);
-    and how many queries the peer has that is home to most, over the mean.
+    """Measures what stays at home with each halo, at the recall `wanted`.
 
-    A cluster is made anew for each ef: a cache that was walked through holds what its queries read.
+    The figures are linear between `efs`, which ascend, and those of the nearest ef if the recall is outside of them.
+    A cluster is made anew for each ef, because a cache that was walked through holds what its queries read.
+
+    Returns:
+        A row for each halo, and the queries of the peer that is home to most over the mean.
     """
     homes = owners.whole.homes(data.queries)
     loads = np.bincount(homes, minlength=len(owners.paths))
     here = np.flatnonzero(loads).tolist()
-    counts = np.zeros((len(halos), len(efs), 4))  # of all queries: right answers, own, cached, all expansions
+    counts = np.zeros((len(halos), len(efs), 4))  # over all queries: right answers, own, cached and all expansions
     held = np.zeros((len(halos), 2))  # records and bytes
     done = 0
     for home in here:
@@ -153,7 +181,10 @@ def measure_homes(
 
 
 def measure_losses(owners: Owners, data: DataSet, plan: Plan, ef: int, report: Report) -> list[LossRow]:
-    """Each shard missing once, for a reader who was told: no owner, partial answers allowed."""
+    """Measures the loss of each shard in turn.
+
+    The reader knows that the shard has no owner, and allows partial answers.
+    """
     truth = data.ground_truth[:, : plan.k]
     repeats = max(REPEATS, plan.repeats)
 
@@ -186,14 +217,14 @@ def measure_losses(owners: Owners, data: DataSet, plan: Plan, ef: int, report: R
 
 
 def _times(search: Callable[[Cluster], SearchResult], cluster: Cluster) -> tuple[float, float]:
-    """Wall clock and CPU time of this process, in seconds."""
+    """Measures the wall clock and this process's CPU time of a search, in seconds."""
     begin, cpu_begin = time.perf_counter(), time.process_time()
     search(cluster)
     return time.perf_counter() - begin, time.process_time() - cpu_begin
 
 
 def peer_targets(homes: Sequence[HomeRow], losses: Sequence[LossRow]) -> list[Target]:
-    """Those of routed queries, with each halo, and of a lost shard."""
+    """Makes the targets of routed queries, one for each halo, and of a lost shard."""
     n = len(losses)
     names = [f"and a halo of {row.halo:g}" if row.halo else "alone" for row in homes]
     return [

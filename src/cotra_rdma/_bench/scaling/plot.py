@@ -1,4 +1,4 @@
-"""A scaling study as a picture: two measured halves, two predicted ones."""
+"""A scaling study as a picture of four plots: two of measurements and two of predictions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COLORS = {ROUTED: "C0", ONE_GRAPH: "C1", SCATTER_GATHER: "C3"}
 
 
 def draw_study(study: Study, path: str | os.PathLike[str]) -> None:
-    """Writes it: .svg (text stays text), .png or .pdf."""
+    """Draws the study to a .svg, in which text stays text, or to a .png or .pdf."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,14 +47,14 @@ def draw_study(study: Study, path: str | os.PathLike[str]) -> None:
         axes.grid(visible=True, which="major", alpha=0.3)
         axes.legend(fontsize="x-small")
     figure.suptitle(f"{study.dataset}, recall@{study.workload.k} {study.recall}".replace("$", r"\$"))
-    with matplotlib.rc_context(  # text stays text; the same study, the same bytes
+    with matplotlib.rc_context(  # text stays text, and the same study gives the same bytes
         {"svg.fonttype": "none", "svg.hashsalt": "cotra", "font.sans-serif": ["DejaVu Sans"]}
     ):
         figure.savefig(path, metadata={"Date": None} if os.fspath(path).lower().endswith(".svg") else None)
 
 
 def _draw_shards(study: Study, axes: Axes) -> None:
-    """READs and distances over those of one shard, by shards."""
+    """Draws READs and distances over those of one shard, by shards."""
     one = study.rows[0]
     for one_graph, color in ((True, "C0"), (False, "C3")):
         rows = [row for row in study.rows if row.one_graph == one_graph or row is one]
@@ -69,7 +69,7 @@ def _draw_shards(study: Study, axes: Axes) -> None:
 
 
 def _draw_vectors(study: Study, axes: Axes) -> None:
-    """READs and rounds by vectors: measured, the fit, and two standard errors beside it."""
+    """Draws READs and rounds by vectors: the measurements, the fit, and two standard errors on each side."""
     n = np.geomspace(study.sizes[0].vectors, VECTORS[-1], 16)
     fits = (("READs", study.workload.expansions, "reads", "C0"), ("rounds", study.workload.rounds, "rounds", "C2"))
     for name, fit, field, color in fits:
@@ -84,7 +84,7 @@ def _draw_vectors(study: Study, axes: Axes) -> None:
 
 
 def _draw_machines(study: Study, axes: Axes) -> None:
-    """Throughput over one machine's, by machines; beside it what was published."""
+    """Draws throughput over that of one machine, by machines, beside what was published."""
     n, one = VECTORS[1], _qps(study, ONE_GRAPH, 1)
     axes.plot(MACHINES, MACHINES, ":", color="grey", label="linear")
     fabric = parse_transport(study.fabric)[1]
@@ -101,7 +101,7 @@ def _draw_machines(study: Study, axes: Axes) -> None:
 
 
 def _draw_others(study: Study, axes: Axes) -> None:
-    """Throughput over scatter-gather's on as many machines."""
+    """Draws throughput over that of scatter-gather on as many machines."""
     for system in (ROUTED, ONE_GRAPH):
         ratios = [_qps(study, system, m) / _qps(study, SCATTER_GATHER, m) for m in MACHINES]
         axes.plot(MACHINES, ratios, ".-", color=_COLORS[system], label=system)
@@ -113,7 +113,7 @@ def _draw_others(study: Study, axes: Axes) -> None:
 
 
 def _qps(study: Study, system: str, machines: int) -> float:
-    """As predicted, with the vectors that are drawn."""
+    """Returns the predicted QPS with the number of vectors that is drawn."""
     wanted = (system, machines, VECTORS[1])
     return next(row.qps for row in study.predictions if (row.system, row.machines, row.vectors) == wanted)
 
@@ -121,13 +121,14 @@ def _qps(study: Study, system: str, machines: int) -> float:
 def _draw_published(axes: Axes, lines: Sequence[Published]) -> None:
     for at, line in enumerate(lines):
         middle = (line.low + line.high) / 2
+        vectors = f", {line.vectors:.0e}".replace("+", "") if line.vectors else ""
         axes.errorbar(
             [line.machines * 1.04**at],
             [middle],
             yerr=[[middle - line.low], [line.high - middle]],
             capsize=4,
             color=f"C{5 + at}",
-            label=f"{line.system} / {line.than}{f', {line.vectors:.0e}'.replace('+', '') if line.vectors else ''}, published",
+            label=f"{line.system} / {line.than}{vectors}, published",
         )
 
 
@@ -137,6 +138,6 @@ def _doublings(axes: Axes, numbers: Sequence[int]) -> None:
 
 
 def _ratios(axes: Axes) -> None:
-    """Doublings as plain numbers."""
+    """Shows ratios as plain numbers on a logarithmic axis."""
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")

@@ -1,8 +1,9 @@
-"""What a collection over many machines would do: throughput and latency from what a query was measured to need.
+"""Predicts the throughput and latency of many machines from what a query was measured to need.
 
-A model, not a measurement. Every machine owns a shard and answers an equal share of the queries; its throughput is that of the
-resource that runs out first: cores, the NIC's messages, the link's bytes. `docs/scaling.md` names each assumption and says how
-far the model is off where it can be checked.
+This is a model, not a measurement.
+Every machine owns a shard and answers an equal share of the queries.
+Its throughput is that of the resource that runs out first: cores, the NIC's messages, or the link's bytes.
+`docs/scaling.md` names each assumption, and says how far the model is off where it can be checked.
 """
 
 from __future__ import annotations
@@ -22,21 +23,28 @@ VECTORS = (10**8, 10**9, 10**10)
 ONE_GRAPH, ROUTED, SCATTER_GATHER = "one graph", "one graph, routed", "scatter-gather"
 SYSTEMS = (ROUTED, ONE_GRAPH, SCATTER_GATHER)
 
-# Bytes around a message's payload. Ethernet with preamble, FCS and gap 38 (IEEE 802.3), IPv4 20 (RFC 791), UDP 8 (RFC 768);
-# BTH 12, ICRC 4, and RETH 16 of a READ's request or AETH 4 of its answer (InfiniBand Architecture Specification, volume 1,
-# chapter 9, and annex A17, RoCEv2). One packet a READ: an MTU of 4,096.
+# The bytes around a message's payload:
+# Ethernet with preamble, FCS and gap 38 (IEEE 802.3), IPv4 20 (RFC 791), UDP 8 (RFC 768), BTH 12, ICRC 4,
+# and RETH 16 in a READ's request or AETH 4 in its answer.
+# Source: InfiniBand Architecture Specification, volume 1, chapter 9, and annex A17, RoCEv2.
+# A READ is one packet, with an MTU of 4,096.
 _PACKET_BYTES = 38 + 20 + 8
 READ_REQUEST_BYTES = _PACKET_BYTES + 12 + 16 + 4
 READ_ANSWER_BYTES = _PACKET_BYTES + 12 + 4 + 4
-HIT_BYTES = 16  # of an answer by message: an id and a distance, and what tells them apart
+HIT_BYTES = 16  # the bytes of an answer in a message: an id, a distance and their framing
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """value = at_one + per_doubling * log2(n), by least squares over `count` points.
+    """The line value = at_one + per_doubling * log2(n), by least squares.
 
-    error: standard deviation of what the line leaves, with count - 2 degrees of freedom. mean, spread: of the points' log2(n),
-    the latter as the sum of squares: how sure the line is far away from them.
+    Attributes:
+        at_one: the value at n = 1.
+        per_doubling: what a doubling of n adds.
+        error: the standard deviation of the residuals, with count - 2 degrees of freedom.
+        count: the number of points.
+        mean: the mean of the points' log2(n).
+        spread: the sum of the squared distances of the points' log2(n) from the mean.
     """
 
     at_one: float
@@ -47,20 +55,27 @@ class Fit:
     spread: float
 
     def at(self, n: float, errors: float = 0.0) -> float:
-        """The value at n, plus so many standard errors of a new point there; never below 1."""
+        """Returns the value at n plus so many standard errors of a new point there. It is at least 1."""
         return max(1.0, self.at_one + self.per_doubling * math.log2(n) + errors * self.standard_error(n))
 
     def standard_error(self, n: float) -> float:
-        """Of a new point at n, were the line true (Draper and Smith, Applied Regression Analysis, section 1.4)."""
+        """Returns the standard error of a new point at n, if the line is true.
+
+        Source: Draper and Smith, Applied Regression Analysis, section 1.4.
+        """
         return self.error * math.sqrt(1 + 1 / self.count + (math.log2(n) - self.mean) ** 2 / self.spread)
 
 
 def fit_log(n: Sequence[float], values: Sequence[float]) -> Fit:
-    """The line through values at numbers of vectors. Raises `InvalidInputError` for fewer than 3 points, or all at one n."""
+    """Fits the line to values at numbers of vectors.
+
+    Raises:
+        InvalidInputError: there are fewer than 3 points, or all are at one n.
+    """
     x, y = np.log2(np.asarray(n, np.float64)), np.asarray(values, np.float64)
     spread = float(np.square(x - x.mean()).sum())
     if len(x) < 3 or spread == 0:
-        raise InvalidInputError(f"a line with an error needs 3 numbers of vectors, not {len(set(x))}")
+        raise InvalidInputError(f"a fit needs at least 3 different numbers of vectors, not {len(set(x))}")
     slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
     start = float(y.mean() - slope * x.mean())
     error = math.sqrt(float(np.square(y - start - slope * x).sum()) / (len(x) - 2))
@@ -69,18 +84,26 @@ def fit_log(n: Sequence[float], values: Sequence[float]) -> Fit:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a query needs at the recall wanted, and a vector's bytes; all measured.
+    """What a query needs at the recall that is wanted, and the bytes of a vector. All of it was measured.
 
     Attributes:
-        expansions: records that a walk looks at, by number of vectors; rounds: of READs, likewise.
-        cpu_single_s, cpu_fixed_s: CPU time of a query beside its expansions, in one shard and in several.
-        cpu_expansion_s: of one expansion, its record at hand. cpu_read_s: what posting and completing a READ adds.
-        record_bytes: of a READ. links: places for neighbours in it.
-        vector_bytes: of an image, for each of its vectors. kept_bytes: of the upper layers, which every reader keeps of all
-            shards, for each vector of the collection. halo_bytes: of records of others that a home keeps, for each of its own.
-        independent: expansions of a walk of one of several independent shards, over `expansions` of as many vectors.
-        remote_per_doubling: share of a routed query's expansions that leave its home machine, for each doubling of the machines.
-        dim, k: of a query and its answer.
+        expansions: the records that a walk expands, by the number of vectors.
+        rounds: the rounds of READs, by the number of vectors.
+        cpu_single_s: the CPU time of a query in one shard, without its expansions.
+        cpu_fixed_s: the CPU time of a query in several shards, without its expansions.
+        cpu_expansion_s: the CPU time of an expansion whose record is in memory.
+        cpu_read_s: the CPU time that posting and completing a READ adds.
+        record_bytes: the bytes of a READ.
+        links: the places for neighbours in a record.
+        vector_bytes: the bytes of an image, for each of its vectors.
+        kept_bytes: the bytes of upper layers that each reader keeps of all shards, for each vector of the collection.
+        halo_bytes: the bytes of others' records that a home keeps, for each of its own vectors.
+        independent: the expansions of a walk in one of several independent shards, over `expansions` of as many
+            vectors.
+        remote_per_doubling: the share of a routed query's expansions that leave its home, for each doubling of
+            machines.
+        dim: the dimension of a query.
+        k: the answers to a query.
     """
 
     expansions: Fit
@@ -100,22 +123,35 @@ class Workload:
     k: int
 
     def remote_share(self, machines: int, *, routed: bool) -> float:
-        """The part of a query's expansions that are another machine's: READs. Not routed: of m machines, 1 - 1 / m."""
+        """Returns the part of a query's expansions whose record another machine holds, so that they need a READ.
+
+        Args:
+            machines: the number of machines, m.
+            routed: whether queries are routed to their homes. If not, the part is 1 - 1 / m.
+        """
         anywhere = 1 - 1 / machines
         return min(anywhere, self.remote_per_doubling * math.log2(machines)) if routed else anywhere
 
     def number_bytes(self, vectors: float) -> int:
-        """What a record grows by where one graph has more nodes than the format's numbers: 8 bytes each in place of 4."""
+        """Returns how much a record grows if one graph has more nodes than 4-byte numbers can name.
+
+        They then have 8 bytes.
+        """
         return 4 * self.links if vectors > MAX_NODES else 0
 
     def expanding_s(self, machines: int, expansions: float) -> float:
-        """CPU time of a query that is answered without READs."""
+        """Returns the CPU time of a query that needs no READs."""
         return (self.cpu_fixed_s if machines > 1 else self.cpu_single_s) + expansions * self.cpu_expansion_s
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One of equal machines: cores that search, and bytes of memory for shard and upper layers."""
+    """One of several equal machines.
+
+    Attributes:
+        cores: the cores that search.
+        memory_bytes: the memory for a shard and upper layers.
+    """
 
     cores: int = 16
     memory_bytes: float = 512e9
@@ -123,12 +159,18 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Of one system over machines of one kind, together.
+    """What equal machines do together with one system.
 
     Attributes:
-        qps: queries a second of all machines; limit: what bounds it: "CPU", "messages", "bandwidth".
-        latency_s: of a query alone: rounds, their round trips, CPU time, bytes on the link.
-        reads: over the fabric, a query. memory_bytes: of a machine; fits: whether it has as many.
+        system: one of `SYSTEMS`.
+        machines: the number of machines.
+        vectors: the number of vectors.
+        qps: the queries a second of all machines.
+        limit: what bounds them: "CPU", "messages" or "bandwidth".
+        latency_s: the latency of a query alone: its round trips, its CPU time and its bytes on the link.
+        reads: the READs of a query over the fabric.
+        memory_bytes: the memory that a machine needs.
+        fits: whether a machine has as much.
     """
 
     system: str
@@ -145,11 +187,14 @@ class Prediction:
 def throughput(
     cores: float, cpu_s: float, fabric: FabricModel, messages: float = 0.0, link_bytes: float = 0.0
 ) -> tuple[float, str]:
-    """Queries a second of one machine, and what bounds them.
+    """Computes the queries a second of one machine, and what bounds them.
 
     Args:
-        cpu_s: CPU seconds of a query. messages: that its NIC handles for each query, sent, answered and served.
-        link_bytes: for each query, in the direction of the link that carries more.
+        cores: the cores that search.
+        cpu_s: the CPU seconds of a query.
+        fabric: the limits of the NIC and the link; 0 for no limit.
+        messages: the messages that the NIC sends, answers and serves for each query.
+        link_bytes: the bytes for each query, in the direction of the link that carries more.
     """
     limits = {"CPU": cores / cpu_s}
     if messages and fabric.reads_per_s:
@@ -170,27 +215,39 @@ def predict(
     *,
     errors: float = 0.0,
 ) -> Prediction:
-    """What `machines` of a kind do together with so many vectors; `errors`: with so many standard errors more of expansions and
-    rounds than the fits say.
+    """Predicts what equal machines do together.
 
-    Raises `InvalidInputError` for a system that is none of `SYSTEMS`, no machine, or fewer vectors than machines.
+    Args:
+        system: one of `SYSTEMS`.
+        workload: what a query needs.
+        machine: one machine.
+        fabric: the NIC and the link of a machine.
+        machines: the number of machines.
+        vectors: the number of vectors.
+        errors: so many standard errors are added to the expansions and rounds of the fits.
+
+    Raises:
+        InvalidInputError: the system is unknown, there is no machine, or there are fewer vectors than machines.
     """
     if system not in SYSTEMS or machines < 1 or vectors < machines:
-        raise InvalidInputError(f"no prediction for {system!r} with {machines} machines and {vectors:g} vectors")
+        raise InvalidInputError(
+            f"there is no prediction for {system!r} with {machines} machines and {vectors:g} vectors"
+        )
     if system == SCATTER_GATHER:
         return _scatter_gather(workload, machine, fabric, machines, vectors, errors)
     expansions = workload.expansions.at(vectors, errors)
     reads = expansions * workload.remote_share(machines, routed=system == ROUTED)
     cpu_s = workload.expanding_s(machines, expansions) + reads * workload.cpu_read_s
     record_bytes = workload.record_bytes + workload.number_bytes(vectors)
-    # With equal loads a machine serves as many READs as it starts: twice the messages; each way requests and answers.
+    # With equal loads, a machine serves as many READs as it starts. So it has twice the messages,
+    # and each direction carries requests and answers.
     link_bytes = reads * (record_bytes + READ_REQUEST_BYTES + READ_ANSWER_BYTES)
     qps, limit = throughput(machine.cores, cpu_s, fabric, 2 * reads, link_bytes)
     latency_s = cpu_s
     if machines > 1:
         latency_s += workload.rounds.at(vectors, errors) * fabric.round_trip_s
         latency_s += reads * (record_bytes + READ_ANSWER_BYTES) / fabric.bytes_per_s if fabric.bytes_per_s else 0.0
-    kept = workload.kept_bytes * vectors if machines > 1 else 0.0  # one machine has them in its image
+    kept = workload.kept_bytes * vectors if machines > 1 else 0.0  # a single machine has them in its image
     halo = workload.halo_bytes if system == ROUTED and machines > 1 else 0.0
     memory = vectors / machines * (workload.vector_bytes + workload.number_bytes(vectors) + halo) + kept
     fits = memory <= machine.memory_bytes
@@ -200,7 +257,11 @@ def predict(
 def _scatter_gather(
     workload: Workload, machine: Machine, fabric: FabricModel, machines: int, vectors: float, errors: float
 ) -> Prediction:
-    """Every machine walks its own graph for every query; one message there and one back. A message costs no CPU time here."""
+    """Predicts scatter-gather: every machine walks its own graph for every query.
+
+    Each machine gets one message and sends one back.
+    Messages cost no CPU time here.
+    """
     own = vectors / machines
     factor = workload.independent if machines > 1 else 1.0
     cpu_s = workload.expanding_s(1, factor * workload.expansions.at(own, errors))
@@ -214,7 +275,7 @@ def _scatter_gather(
 
 
 def predict_all(workload: Workload, machine: Machine, fabric: FabricModel) -> list[Prediction]:
-    """All of `VECTORS`, `MACHINES` and `SYSTEMS`."""
+    """Predicts all of `VECTORS`, `MACHINES` and `SYSTEMS`."""
     return [
         predict(system, workload, machine, fabric, machines, vectors)
         for vectors in VECTORS
@@ -227,13 +288,19 @@ FASTER = "a NIC of 10 times the messages, 4 times the bandwidth"
 
 
 def faster(fabric: FabricModel) -> FabricModel:
-    """See `FASTER`."""
+    """Returns the fabric that `FASTER` describes."""
     return replace(fabric, reads_per_s=10 * fabric.reads_per_s, bytes_per_s=4 * fabric.bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Variation:
-    """One assumption changed: the prediction, and its throughput over that of one machine under the same assumptions."""
+    """A prediction with one assumption changed.
+
+    Attributes:
+        what: the assumption.
+        prediction: the prediction.
+        speedup: its throughput over that of one machine under the same assumptions.
+    """
 
     what: str
     prediction: Prediction
@@ -249,8 +316,16 @@ def variations(
     *,
     busiest: float = 1.0,
 ) -> list[Variation]:
-    """What the prediction for a routed graph becomes where one assumption is another; `busiest`: the load of the machine that has
-    most, over the mean."""
+    """Predicts a routed graph with one assumption changed at a time.
+
+    Args:
+        workload: what a query needs.
+        machine: one machine.
+        fabric: the NIC and the link of a machine.
+        machines: the number of machines.
+        vectors: the number of vectors.
+        busiest: the load of the machine that has most, over the mean.
+    """
     apart = replace(fabric, reads_per_s=2 * fabric.reads_per_s)
     cases = [
         ("as assumed", ROUTED, workload, machine, fabric, 0.0),
@@ -290,7 +365,17 @@ def _doubled(workload: Workload) -> Workload:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A figure of others: throughput of so many machines over that of `than`, from `low` to `high` over their data sets."""
+    """A figure that others published: the throughput of some machines over that of `than`.
+
+    Attributes:
+        system: the name of the system.
+        machines: the number of machines.
+        than: what the throughput is compared to.
+        vectors: the number of vectors; None if it is not told.
+        low: the smallest ratio over the data sets.
+        high: the largest ratio over the data sets.
+        source: the paper.
+    """
 
     system: str
     machines: int
@@ -308,4 +393,4 @@ PUBLISHED = (
     Published("BatANN", 10, "scatter-gather", 1e8, 6.21, 6.49, _BATANN),
     Published("BatANN", 10, "scatter-gather", 1e9, 2.5, 5.1, _BATANN),
 )
-"""At 0.95 recall@10 (BatANN: 0.95 recall), each on its own machines: what the abstracts say, no more."""
+"""What the abstracts say, at recall@10 0.95 (BatANN: recall 0.95), each on its own machines."""

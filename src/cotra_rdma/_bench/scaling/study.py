@@ -1,18 +1,33 @@
-"""`cotra bench --scaling`: one graph and independent shards at several numbers of shards, how cost grows with the number of
-vectors, and what both say about many machines."""
+"""The study of `cotra bench --scaling`.
+
+It measures one graph and independent shards at several numbers of shards, and how cost grows with the vectors.
+From both it predicts what many machines would do.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from cotra_rdma._bench.data import DataSet, Queries
 from cotra_rdma._bench.libraries import Progress
+from cotra_rdma._bench.opening import Split, open_systems
 from cotra_rdma._bench.runner import Plan, Point, run
+from cotra_rdma._bench.scaling.costs import (
+    Check,
+    ShardsRow,
+    SizeRow,
+    check,
+    cost_at,
+    is_graph,
+    shards_rows,
+    targets,
+    workload_of,
+)
 from cotra_rdma._bench.scaling.peers import (
     HomeRow,
     LossRow,
@@ -22,98 +37,41 @@ from cotra_rdma._bench.scaling.peers import (
     measure_losses,
     peer_targets,
 )
-from cotra_rdma._bench.scaling.prediction import (
-    Fit,
-    Machine,
-    Prediction,
-    Variation,
-    Workload,
-    fit_log,
-    predict_all,
-    throughput,
-    variations,
-)
-from cotra_rdma._bench.summary import at_recall, curves
-from cotra_rdma._bench.systems import Algorithm, Split, open_systems
+from cotra_rdma._bench.scaling.prediction import Machine, Prediction, Variation, Workload, predict_all, variations
+from cotra_rdma._bench.scaling.scale import NO_FABRIC, RECALL, Scale
+from cotra_rdma._bench.systems import Algorithm
 from cotra_rdma._bench.transports import parse_transport
 from cotra_rdma._collection.manifest import shard_paths
-from cotra_rdma._native.channel import Channel, FabricModel
+from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.image import ImageInfo
 from cotra_rdma._native.view import View
 from cotra_rdma._shard.shard import Shard
-from cotra_rdma.errors import InvalidInputError
 
-FABRIC = "model:rtt=2us:gbit=100:mreads=10"
-NO_FABRIC = "model:rtt=0"
-"""The modelled fabric's bookkeeping without its limits: what posting and completing a READ costs the CPU."""
-RECALL = 0.95
 SIZES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """What a query needs at the recall wanted, on average; `recall` is what it has, more where the least ef finds more already.
-
-    cpu_us: CPU time of the searching process, over shared memory. qps, p50_us: as `Point`, there.
-    """
-
-    recall: float
-    reads: float
-    rounds: float
-    bytes: float
-    distances: float
-    cpu_us: float
-    qps: float
-    p50_us: float
-
-
-@dataclass(frozen=True, slots=True)
-class ShardsRow:
-    """A number of shards, as one graph (one shard is one) or independent.
+class Study:
+    """The results of a study.
 
     Attributes:
-        recall_lost: at equal ef, what hnswlib's one index of everything finds more, at most; at that ef.
-        home_share: the part of all READs that go to the shard which most of their query's go to; of one graph.
-        fabric: the same over the modelled fabric; bookkeeping: over one without limits. Of one graph.
+        dataset: the name of the data set.
+        transport: the path to the shards.
+        fabric: the modelled fabric.
+        recall: the recall of all figures.
+        rows: the cost by shards.
+        sizes: the cost by vectors.
+        homes: what stays at a query's home, in one graph of the most shards.
+        busiest: the queries of the peer that is home to most, over the mean.
+        losses: what one lost shard costs, in one graph of the most shards.
+        targets: what one graph should keep to.
+        workload: what goes into the predictions.
+        checks: the model beside measurements.
+        machine: the machine of the predictions.
+        predictions: the predictions.
+        variations: the predictions with one assumption changed.
     """
-
-    shards: int
-    one_graph: bool
-    cost: Cost
-    recall_lost: float
-    recall_lost_at_ef: int
-    home_share: float | None
-    fabric: Cost | None
-    bookkeeping: Cost | None
-
-
-@dataclass(frozen=True, slots=True)
-class SizeRow:
-    """So many of the vectors in one shard."""
-
-    vectors: int
-    cost: Cost
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The model beside a measurement of one thread that reads everything over the modelled fabric.
-
-    qps: queries for each second of CPU time: of a thread that polls, what it would do were the CPU its own.
-    """
-
-    shards: int
-    qps_predicted: float
-    qps: float
-    latency_us_predicted: float
-    latency_us: float
-
-
-@dataclass(frozen=True, slots=True)
-class Study:
-    """All of it. homes, losses: of one graph of the most shards. busiest: queries of the peer that is home to most, over the
-    mean."""
 
     dataset: str
     transport: str
@@ -132,40 +90,23 @@ class Study:
     variations: list[Variation]
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """What to study. `n_shards`: ascending, the first one 1. halos: ascending, the first one 0; the prediction takes the last.
-    local_share: the part of a routed query's expansions that stay at its home, at the most shards; None: measured."""
-
-    n_shards: Sequence[int] = (1, 2, 4, 8, 16)
-    transport: str = "shm"
-    fabric: str = FABRIC
-    machine: Machine = field(default_factory=Machine)
-    halos: Sequence[float] = (0.0, 0.25, 0.5)
-    local_share: float | None = None
-
-    def check(self, data: DataSet) -> None:
-        """Raises `InvalidInputError` before a long measurement."""
-        kind, fabric = parse_transport(self.fabric)
-        if fabric is None or fabric.round_trip_s == 0 or parse_transport(self.transport)[0] not in ("shm", "verbs"):
-            raise InvalidInputError(
-                f"a scaling study needs shm or verbs, and a model with a round trip, not {self.transport} and {kind}"
-            )
-        if len(self.n_shards) < 2 or self.n_shards[0] != 1:
-            raise InvalidInputError("a scaling study compares several numbers of shards with 1")
-        if data.vectors.count < 1000:
-            raise InvalidInputError(f"{data.vectors.count} vectors are too few to see anything grow: 1,000 at least")
-        if self.local_share is not None and not 1 / self.n_shards[-1] <= self.local_share <= 1:
-            raise InvalidInputError(f"a local share of {self.local_share} of {self.n_shards[-1]} shards cannot be")
-
-
 def study(
     data: DataSet, scale: Scale, plan: Plan, cache: Path, progress: Progress = lambda what, done, total: None
 ) -> tuple[Study, list[Point]]:
-    """Measures and predicts; the points are those of all shards, in one interleaved run.
+    """Measures and predicts.
+
+    Args:
+        data: the data set.
+        scale: what to study.
+        plan: the settings to sweep.
+        cache: the directory for built graphs.
+        progress: called with what is done, how much of it, and how much there is.
+
+    Returns:
+        The study, and the points of all shards, which were measured in one interleaved run.
 
     Raises:
-        InvalidInputError: as `Scale.check`; a sweep of ef that does not reach the recall.
+        InvalidInputError: as `Scale.check`, or the sweep of ef does not reach the recall.
     """
     scale.check(data)
 
@@ -215,8 +156,11 @@ def study(
 
 
 def home_share(directory: Path, queries: Queries, plan: Plan, ef: int) -> float:
-    """The part of all READs that go to the shard which most of their query's go to: what the best peer for each query would find
-    in its own shard, were it known beforehand. Counted by each shard's channel, in this process, over memory."""
+    """Measures the part of all READs that go to the shard to which most READs of their query go.
+
+    That is what the best peer for each query would find in its own shard, if it were known beforehand.
+    Each shard's channel counts its READs, in this process and over memory.
+    """
     with contextlib.ExitStack() as stack:
         arenas = [stack.enter_context(Shard.open(path, verify=False)).arena for path in shard_paths([directory])]
         channels = [stack.enter_context(Channel.shm(arena)) for arena in arenas]
@@ -230,60 +174,21 @@ def home_share(directory: Path, queries: Queries, plan: Plan, ef: int) -> float:
     return float(reads.max(axis=1).sum() / max(reads.sum(), 1))
 
 
-def cost_at(curve: Sequence[Point]) -> Cost:
-    """A curve at `RECALL`, linear between two points. Where the least ef, which is k, finds more: that point.
-
-    Raises `InvalidInputError` where the sweep does not reach it.
-    """
-    names = ("reads", "rounds", "bytes", "distances")
-    values = {name: [getattr(point, f"{name}_per_query") for point in curve] for name in names}
-    values |= {"cpu_us": [point.cpu_us_per_query for point in curve], "qps": [point.qps for point in curve]}
-    values |= {"p50_us": [point.p50_us for point in curve], "recall": [point.recall for point in curve]}
-    found = {name: at_recall(curve, RECALL, column) for name, column in values.items()}
-    if None in found.values():
-        first = curve[0]
-        if not (first.recall > RECALL and first.ef == first.k):
-            raise InvalidInputError(
-                f"{first.shards} shards of {first.n} vectors have recall {first.recall:.3f} at ef {first.ef} and "
-                f"{curve[-1].recall:.3f} at {curve[-1].ef}: {RECALL} is not between them, give another --ef"
-            )
-        found = {name: column[0] for name, column in values.items()}
-    return Cost(**{name: float(value) for name, value in found.items() if value is not None})
-
-
-def shards_rows(points: Sequence[Point], scale: Scale, home_shares: Mapping[int, float]) -> list[ShardsRow]:
-    """A row for each number of shards as one graph, then for each of independent ones."""
-    known = {(key.shards, _is_graph(key.shards, key.algorithm), key.transport): c for key, c in curves(points).items()}
-    reference = {point.ef: point.recall for point in points if point.transport is None}
-    rows = []
-    for one_graph in (True, False):
-        for n in scale.n_shards if one_graph else scale.n_shards[1:]:
-            curve = known[n, one_graph, scale.transport]
-            lost, at_ef = max((reference[point.ef] - point.recall, point.ef) for point in curve)
-            fabric, bookkeeping = (
-                cost_at(known[n, True, path]) if one_graph else None for path in (scale.fabric, NO_FABRIC)
-            )
-            share = home_shares[n] if one_graph else None
-            rows.append(ShardsRow(n, one_graph, cost_at(curve), lost, at_ef, share, fabric, bookkeeping))
-    return rows
-
-
-def _is_graph(shards: int, algorithm: str | None) -> bool:
-    return shards == 1 or (algorithm or "").endswith("one graph")
-
-
 def _efs_around(points: Sequence[Point], scale: Scale) -> list[int]:
-    """The least ef of the sweep at which one graph of the most shards has the recall, and the one before."""
+    """Returns the least ef at which one graph of the most shards has the recall, and before it the next smaller ef."""
     n = scale.n_shards[-1]
-    ours = [p for p in points if p.shards == n and p.transport == scale.transport and _is_graph(n, p.algorithm)]
+    ours = [p for p in points if p.shards == n and p.transport == scale.transport and is_graph(n, p.algorithm)]
     efs = sorted(point.ef for point in ours)
     at = efs.index(min((point.ef for point in ours if point.recall >= RECALL), default=efs[-1]))
     return efs[max(0, at - 1) : at + 1]
 
 
 def _sizes(data: DataSet, plan: Plan, cache: Path, progress: Progress) -> list[SizeRow]:
-    """One shard, mapped in this process, of every 16th vector, every 8th and so on: where a file is sorted, its beginning says
-    little of the rest. Counts do not vary, and CPU times are not fitted: each is measured once."""
+    """Measures the cost of one shard in this process, with every 16th vector, every 8th, and so on up to all.
+
+    If a file is sorted, its beginning says little of the rest, so the vectors are taken from all of it.
+    Counts do not vary and CPU times are not fitted, so each size is measured once.
+    """
     once = replace(plan, threads=(1,), repeats=1)
     rows = []
     for halvings in range(SIZES - 1, -1, -1):
@@ -292,94 +197,6 @@ def _sizes(data: DataSet, plan: Plan, cache: Path, progress: Progress) -> list[S
             points = run(part, systems, once, lambda done, total: progress("measuring sizes", done, total))
         rows.append(SizeRow(part.vectors.count, cost_at(points)))
     return rows
-
-
-def fit_sizes(sizes: Sequence[SizeRow]) -> tuple[Fit, Fit]:
-    """READs and rounds by vectors. Sizes whose least ef finds more than was wanted say too much, and are left out where three
-    others remain."""
-    fair = [row for row in sizes if row.cost.recall <= RECALL + 1e-9]
-    used = fair if len(fair) >= 3 else sizes
-    n = [row.vectors for row in used]
-    return fit_log(n, [row.cost.reads for row in used]), fit_log(n, [row.cost.rounds for row in used])
-
-
-def workload_of(
-    points: Sequence[Point],
-    scale: Scale,
-    plan: Plan,
-    rows: Sequence[ShardsRow],
-    sizes: Sequence[SizeRow],
-    infos: Sequence[ImageInfo],
-    home: HomeRow,
-) -> Workload:
-    """What a query needs, from all that was measured; `infos`: of the shards of the largest graph; `home`: routed there."""
-    reads, rounds = fit_sizes(sizes)
-    graphs = {row.shards: row for row in rows if row.one_graph}
-    alone = {row.shards: row for row in rows if not row.one_graph}
-    most = scale.n_shards[-1]
-    single, widest = graphs[1], graphs[most]
-    assert widest.bookkeeping is not None
-    ours = [p for p in points if p.transport == scale.transport and _is_graph(p.shards, p.algorithm)]
-    expansion_us = cpu_per_read([[p for p in ours if p.shards == n] for n in scale.n_shards])
-    count = sum(info.count for info in infos)
-    local = home.local if scale.local_share is None else scale.local_share
-    return Workload(
-        expansions=reads,
-        rounds=rounds,
-        cpu_single_s=max(0.0, single.cost.cpu_us - expansion_us * single.cost.reads) * 1e-6,
-        cpu_fixed_s=max(0.0, widest.cost.cpu_us - expansion_us * widest.cost.reads) * 1e-6,
-        cpu_expansion_s=expansion_us * 1e-6,
-        cpu_read_s=max(0.0, widest.bookkeeping.cpu_us - widest.cost.cpu_us) * 1e-6 / widest.cost.reads,
-        record_bytes=infos[0].record_bytes,
-        links=-(-infos[0].degree // 32) * 32,
-        vector_bytes=sum(info.image_bytes - info.ivf_bytes for info in infos) / count,
-        kept_bytes=sum(info.nav_bytes for info in infos) / count,
-        halo_bytes=home.held_bytes,
-        independent=alone[most].cost.reads / most / reads.at(count / most),
-        remote_per_doubling=(1 - local) / float(np.log2(most)),
-        dim=infos[0].dim,
-        k=plan.k,
-    )
-
-
-def cpu_per_read(curves_: Sequence[Sequence[Point]]) -> float:
-    """CPU time of one more READ in us: the slope that curves over ef have in common, each with a constant of its own.
-
-    Where a disturbed run gives none above 0: all CPU time over all READs.
-    """
-    above, below, cpu, reads = 0.0, 0.0, 0.0, 0.0
-    for curve in curves_:
-        x = np.array([point.reads_per_query for point in curve], np.float64)
-        y = np.array([point.cpu_us_per_query for point in curve])
-        above += float(((x - x.mean()) * (y - y.mean())).sum())
-        below += float(np.square(x - x.mean()).sum())
-        cpu, reads = cpu + float(y.sum()), reads + float(x.sum())
-    return above / below if above > 0 and below > 0 else cpu / reads
-
-
-def check(row: ShardsRow, workload: Workload, fabric: FabricModel) -> Check:
-    """One thread, no shard of its own, a NIC of its own for each shard: what the modelled fabric of this process is."""
-    assert row.fabric is not None
-    cpu_s = workload.expanding_s(row.shards, row.cost.reads) + row.cost.reads * workload.cpu_read_s
-    messages, link_bytes = row.cost.reads / row.shards, row.cost.bytes / row.shards
-    qps, _ = throughput(1, cpu_s, fabric, messages, link_bytes)
-    transfer_s = link_bytes / fabric.bytes_per_s if fabric.bytes_per_s else 0.0
-    latency_s = cpu_s + row.cost.rounds * fabric.round_trip_s + transfer_s
-    return Check(row.shards, qps, 1e6 / row.fabric.cpu_us, 1e6 * latency_s, row.fabric.p50_us)
-
-
-def targets(rows: Sequence[ShardsRow]) -> list[Target]:
-    """Those of one graph that counts can tell, at the most shards."""
-    graphs = {row.shards: row for row in rows if row.one_graph}
-    most = max(graphs)
-    ours, one = graphs[most], graphs[1]
-    alone = next(row for row in rows if not row.one_graph and row.shards == most)
-    return [
-        Target.at_most(f"READs at {most} shards / at 1", 1.2, ours.cost.reads / one.cost.reads),
-        Target.at_most(f"distances at {most} shards / independent", 0.35, ours.cost.distances / alone.cost.distances),
-        Target.at_most(f"rounds at {most} shards / at 1", 1.1, ours.cost.rounds / one.cost.rounds),
-        Target.at_most(f"recall lost to hnswlib at equal ef, {most} shards", 0.01, ours.recall_lost),
-    ]
 
 
 def _infos(directory: Path) -> list[ImageInfo]:

@@ -19,7 +19,7 @@ from cotra_rdma._bench.transports import parse_transport
 
 
 def scaling_tables(study: Study) -> list[Table]:
-    """All of them, in the order in which they are shown."""
+    """Makes all tables, in the order in which they are shown."""
     return [
         shards_table(study),
         homes_table(study),
@@ -35,7 +35,7 @@ def scaling_tables(study: Study) -> list[Table]:
 
 
 def shards_table(study: Study) -> Table:
-    """What was measured at each number of shards."""
+    """Makes the table of what was measured at each number of shards."""
     columns = [">shards", "graph", ">recall", ">READs", ">rounds", ">distances", ">KiB", ">CPU us", ">QPS"]
     columns += [">QPS, fabric", ">p50 us, fabric", ">home share", ">recall lost", ">at ef"]
     rows = [
@@ -61,7 +61,7 @@ def shards_table(study: Study) -> Table:
 
 
 def homes_table(study: Study) -> Table:
-    """What stays at home when queries are routed there."""
+    """Makes the table of what stays at home if queries are routed there."""
     columns = [">halo", ">records, of own", ">KiB, own vector", ">recall", ">own", ">own and halo"]
     rows = [
         (
@@ -79,7 +79,7 @@ def homes_table(study: Study) -> Table:
 
 
 def losses_table(study: Study) -> Table:
-    """Each shard missing once."""
+    """Makes the table of lost shards, with a row for each."""
     columns = [">without shard", ">vectors", ">neighbours it has", ">recall falls", ">READs", ">CPU", ">wall clock"]
     rows = [
         (
@@ -97,7 +97,7 @@ def losses_table(study: Study) -> Table:
 
 
 def sizes_table(study: Study) -> Table:
-    """How cost grows with vectors in one shard, beside what the fit says."""
+    """Makes the table of cost by vectors in one shard, beside the fit."""
     columns = [">vectors", ">recall", ">READs", ">fit", ">rounds", ">fit", ">distances", ">CPU us"]
     reads, rounds = study.workload.expansions, study.workload.rounds
     measured = [
@@ -126,7 +126,7 @@ def _with_error(fit: Fit, n: float, digits: int) -> str:
 
 
 def workload_table(study: Study) -> Table:
-    """What goes into the prediction."""
+    """Makes the table of what goes into the predictions."""
     needs = study.workload
     rows = [
         ("READs", f"{needs.expansions.at_one:.2f} + {needs.expansions.per_doubling:.3f} log2 n"),
@@ -145,7 +145,7 @@ def workload_table(study: Study) -> Table:
 
 
 def checks_table(study: Study) -> Table:
-    """The model beside what it can be checked against."""
+    """Makes the table of the model beside measurements."""
     columns = [">shards", ">QPS, model", ">QPS, measured", ">model/measured"]
     columns += [">latency us, model", ">p50 us, measured", ">model/measured"]
     rows = [
@@ -164,7 +164,10 @@ def checks_table(study: Study) -> Table:
 
 
 def predictions_tables(study: Study) -> list[Table]:
-    """One for each number of vectors: speed-ups are over one machine, whether it could hold them or not."""
+    """Makes a table for each number of vectors.
+
+    A speed-up is over one machine, whether it could hold the vectors or not.
+    """
     known = {(row.system, row.machines, row.vectors): row for row in study.predictions}
     columns = [">machines", ">GB each", "fits", ">routed: million QPS", ">x 1", "bound by", ">READs", ">latency us"]
     columns += [">any peer: x 1", "bound by", ">scatter-gather: x 1", "bound by", ">latency us"]
@@ -200,7 +203,7 @@ def _speedup(row: Prediction, one: float) -> tuple[str, str]:
 
 
 def variations_table(study: Study) -> Table:
-    """How the prediction moves with an assumption."""
+    """Makes the table of predictions with one assumption changed."""
     columns = ["16 machines, 1,000,000,000 vectors", ">million QPS", ">x 1", "bound by", ">latency us"]
     rows = [
         (
@@ -216,7 +219,10 @@ def variations_table(study: Study) -> Table:
 
 
 def published_table(study: Study) -> Table:
-    """What others measured, beside the prediction for as many machines and, where that is told, vectors."""
+    """Makes the table of what others measured.
+
+    Beside it is the prediction for as many machines and, if that is known, as many vectors.
+    """
     fabric = parse_transport(study.fabric)[1]
     assert fabric is not None
     rows = []
@@ -234,7 +240,7 @@ def published_table(study: Study) -> Table:
 
 
 def targets_table(study: Study) -> Table:
-    """Whether one graph does what it should."""
+    """Makes the table of targets."""
     rows = [
         (row.what, f"{row.bound} {row.limit:g}", f"{row.measured:.3f}", "yes" if row.met else "no")
         for row in study.targets
