@@ -51,5 +51,5 @@ def test_a_version_beside_itself(tmp_path: Path) -> None:
 def test_what_is_no_environment_is_named(tmp_path: Path) -> None:
     found = against_base(tmp_path, "--b", tmp_path, "--cache", tmp_path / "cache")
     assert found.returncode == 2
-    assert f"{tmp_path} is no virtual environment" in found.stderr
+    assert f"{tmp_path} is not a virtual environment" in found.stderr
     assert against_base(tmp_path, "--sets", "deep1b").returncode == 2

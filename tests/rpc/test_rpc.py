@@ -159,6 +159,11 @@ def test_a_connection_that_breaks_fails_the_call_and_is_made_anew() -> None:
                 assert join(client.call(envelope(name), 5000).payload) == name
 
 
+def test_connections_that_failed_are_closed_while_their_errors_are_kept() -> None:
+    done = subprocess.run([sys.executable, "-c", _KEEPS_ERRORS], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def raw(server: RpcServer, method: str, *messages: bytes) -> bytes:
     """A call of gRPC's own, with any bytes."""
     with grpc.insecure_channel(server.address) as channel:
@@ -504,4 +509,27 @@ call = channel.unary_unary(sys.argv[2], None, None)
 calls = [call.future(VShardEnvelope(2, 50, 0, 0, 0, b"x").encode(), timeout=600) for _ in range(60)]
 print("asked", flush=True)
 import time; time.sleep(600)
+"""
+
+_KEEPS_ERRORS = """
+import os, time
+from cotra_rdma import TransportError
+from cotra_rdma.protocol.envelope import VShardEnvelope
+from cotra_rdma.protocol.rpc_client import RpcClient
+
+def files():
+    return len(os.listdir("/proc/self/fd"))
+
+before, kept = files(), []
+with RpcClient("127.0.0.1:1") as client:
+    for _ in range(3):
+        try:
+            client.call(VShardEnvelope(2, 50, 0, 0, 0, b"x"))
+        except TransportError as error:
+            kept.append(error)
+deadline = time.monotonic() + 30
+while files() > before and time.monotonic() < deadline:  # gRPC ends its own some time after the last connection
+    time.sleep(0.05)
+assert len(kept) == 3
+assert files() <= before, [before, files()]
 """

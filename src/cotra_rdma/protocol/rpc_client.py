@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -54,6 +56,7 @@ class RpcClient:
         self._credentials = None if tls is None else tls.for_client()
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
+        self._calls: Counter[grpc.Channel] = Counter()  # in progress, of this channel and of those that ended
         self._closed = False
         self._pid = os.getpid()
 
@@ -71,19 +74,19 @@ class RpcClient:
         """
         data, deadline = envelope.encode(), time.monotonic() + timeout_ms / 1000
         for pause_s in pauses():
-            channel = self._connected()
-            send: Any = channel.unary_unary(method_of(envelope.msg_type), None, None)
-            call: Any = send.future(data, timeout=max(deadline - time.monotonic(), 0.001))
-            try:
-                return checked_reply(self._answer_of(call, stop), envelope, self.address)
-            except grpc.FutureCancelledError:
-                raise ClosedError(f"the client of {self.address} is closed") from None
-            except grpc.RpcError:
-                if not was_refused(call) or time.monotonic() + pause_s > deadline:
-                    self._fail(call, channel, timeout_ms)
-            except BaseException:
-                call.cancel()
-                raise
+            with self._connected() as channel:
+                send: Any = channel.unary_unary(method_of(envelope.msg_type), None, None)
+                call: Any = send.future(data, timeout=max(deadline - time.monotonic(), 0.001))
+                try:
+                    return checked_reply(self._answer_of(call, stop), envelope, self.address)
+                except grpc.FutureCancelledError:
+                    raise ClosedError(f"the client of {self.address} is closed") from None
+                except grpc.RpcError:
+                    if not was_refused(call) or time.monotonic() + pause_s > deadline:
+                        self._fail(call, channel, timeout_ms)
+                except BaseException:
+                    call.cancel()
+                    raise
             time.sleep(pause_s)
         raise AssertionError  # pauses never end
 
@@ -96,13 +99,27 @@ class RpcClient:
                 if stop is not None:
                     stop.check()
 
-    def _connected(self) -> grpc.Channel:
+    @contextmanager
+    def _connected(self) -> Iterator[grpc.Channel]:
+        """The channel for one call. One that has ended is closed by the last call on it."""
         with self._lock:
             if self._closed or self._pid != os.getpid():
                 raise ClosedError(f"the client of {self.address} is closed")
             if self._channel is None:
                 self._channel = open_channel(self._target, self._credentials)
-            return self._channel
+            channel = self._channel
+            self._calls[channel] += 1
+        try:
+            yield channel
+        finally:
+            with self._lock:
+                self._calls[channel] -= 1
+                last = not self._calls[channel]
+                if last:
+                    del self._calls[channel]
+                last = last and channel is not self._channel
+            if last and self._pid == os.getpid():
+                channel.close()
 
     def _fail(self, call: Any, channel: grpc.Channel, timeout_ms: int) -> NoReturn:
         code = call.code()
