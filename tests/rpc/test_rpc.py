@@ -160,7 +160,9 @@ def test_a_connection_that_breaks_fails_the_call_and_is_made_anew() -> None:
 
 
 def test_connections_that_failed_are_closed_while_their_errors_are_kept() -> None:
-    done = subprocess.run([sys.executable, "-c", _KEEPS_ERRORS], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _KEEPS_ERRORS], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
