@@ -193,6 +193,8 @@ def mails(addresses: list[str]) -> Iterator[list[NetworkMail]]:
             made.append(NetworkMail(number, addresses, timeout_s=20, part_bytes=1000))
             stack.callback(made[-1].close)
             stack.enter_context(RpcServer(address, made[-1].answer))
+        for mail in made:
+            mail.meet()
         yield made
 
 
@@ -226,6 +228,26 @@ def test_a_builder_that_was_started_anew_is_refused(mails: list[NetworkMail], ad
     again.close()
 
 
+def test_nobody_sends_in_the_name_of_a_builder_that_listens_elsewhere(addresses: list[str]) -> None:
+    """Whoever is first: what counts is who answers at the builder's address."""
+    with ExitStack() as stack:
+        mails = [NetworkMail(number, addresses[:2], timeout_s=20) for number in (0, 1, 0)]
+        for mail in mails:
+            stack.callback(mail.close)
+        for address, mail in zip(addresses, mails[:2], strict=False):
+            stack.enter_context(RpcServer(address, mail.answer))
+        thief = mails[2]
+        with pytest.raises(DeadlineError, match="has not met this builder yet"):
+            thief._call(1, thief._payload("divide", b""), 2.0)
+        mails[0].meet()
+        mails[1].meet()
+        with pytest.raises(PeerError, match="started anew"):
+            thief.send(RowsMessage(b"stolen"), 1)
+        thief.fail(DeadlineError("stolen", shard=0))
+        mails[0].send(RowsMessage(b"own"), 1)
+        assert mails[1].receive(RowsMessage, 0)[0] == RowsMessage(b"own")
+
+
 @pytest.mark.parametrize(
     ("sender", "fields"),
     [
@@ -246,10 +268,10 @@ def test_hostile_messages_are_refused(mails: list[NetworkMail], sender: int, fie
     rows = RowsMessage(b"1234")
     good = {"run": "a", "step": "divide", "part": 0, "parts": 1, "data": msgspec.msgpack.encode(rows)}
     with pytest.raises((FormatError, InvalidInputError)):
-        mails[0].take(BuildExchangeRequest.empty(sender, good | fields))
+        mails[0].take(BuildExchangeRequest.empty(sender, good | {"run": mails[sender % N_SHARDS]._run} | fields))
     with pytest.raises(FormatError):
         mails[0].take(replace(BuildExchangeRequest.empty(1, good), told=None))
-    mails[0].take(BuildExchangeRequest.empty(2, good))
+    mails[0].take(BuildExchangeRequest.empty(2, good | {"run": mails[2]._run}))
     assert mails[0].receive(RowsMessage, 2)[0] == rows
 
 

@@ -247,6 +247,17 @@ def test_doctor_names_the_path_that_works(served: OwnerProcess) -> None:
     (peer,) = (check for check in report["checks"] if check["name"].startswith("peer"))
     assert peer["status"] == "failed"
     assert "shm" in peer["seen"]
+    (owner,) = (check for check in report["checks"] if check["name"].startswith("owner"))
+    assert owner["status"] == "ok"
+    assert re.match(r"answers in \d+ us, and offers shm, rpc$", owner["seen"])
+
+
+@pytest.mark.parametrize(("address", "why"), [("127.0.0.1:1", "nobody listens there"), ("nonsense", "HOST:PORT")])
+def test_doctor_tells_an_owner_that_cannot_be_reached_from_a_path_that_does_not_work(address: str, why: str) -> None:
+    report = json.loads(cotra("doctor", "--peer", address, "--json", status=1).stdout)
+    about = [check for check in report["checks"] if address in check["name"]]
+    assert [(check["name"], check["status"]) for check in about] == [(f"owner {address}", "failed")]
+    assert why in about[0]["seen"]
 
 
 def test_bench(data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 import cotra_rdma
-from cotra_rdma import DeniedError, FormatError, InvalidInputError, Server, Shard, Tls
+from cotra_rdma import BusyError, DeniedError, FormatError, InvalidInputError, Server, Shard, Tls
 from cotra_rdma._owner.policy import Policy, PolicyFile, Rule
 from cotra_rdma.protocol.certificates import make_certificate
 from cotra_rdma.protocol.envelope import VShardEnvelope, VShardMessageType
@@ -35,6 +35,7 @@ Floats = npt.NDArray[np.float32]
         ("[readers.a]\nshards = [true]", "shards = .* is no rule"),
         ("[readers.a]\nqueue_pairs = true", "queue_pairs = .* is no rule"),
         ("[readers.a]\nbuild = 1", "build = .* is no rule"),
+        ("[readers.a]\nbytes_per_s = 0", "bytes_per_s = 0 is no rule"),
         ("[readers.a]\nelse = 1", "else = 1 is no rule"),
     ],
 )
@@ -132,6 +133,26 @@ def test_who_is_taken_out_is_denied_from_then_on_and_nobody_else(
     assert friend.search(words[:1], k=1).ids.tolist() == [[0]]
     with pytest.raises(DeniedError):
         stranger.search(words[:1])
+
+
+def test_who_is_over_its_rate_is_told_to_come_later_and_nobody_else(
+    server: Server, certificates: dict[str, Tls], path: Path, policy: PolicyFile, words: Floats, stack: ExitStack
+) -> None:
+    write(path, policy, "[readers.friend]\nbytes_per_s = 1000\n[readers.stranger]\n")
+    friend, stranger = (
+        stack.enter_context(cotra_rdma.connect(server.address, "rpc", tls=certificates[name]))
+        for name in ("friend", "stranger")
+    )
+
+    def searches_until_refused() -> None:
+        while True:
+            friend.search(words[:100])  # far more than its bytes of two seconds
+
+    with pytest.raises(BusyError, match=r"friend, 127.0.0.1 has moved as many bytes .*: try again in \d+.\d s"):
+        searches_until_refused()
+    assert stranger.search(words[:1], k=1).ids.tolist() == [[0]]
+    write(path, policy, "[readers.friend]\n")
+    assert friend.search(words[:1], k=1).ids.tolist() == [[0]]
 
 
 def test_tables_of_builders_are_for_those_who_may_build(

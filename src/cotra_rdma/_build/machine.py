@@ -110,6 +110,7 @@ def build_on_machine(
         rpc = stack.enter_context(RpcServer(address, mail.answer, tls=tls))
         try:
             spec = BuildSpec(vectors.count, vectors.dim, len(peers), params, publication.generation)
+            mail.meet()
             spec = _agree(spec, vectors, mail, shard)
             builder = ShardBuilder(spec, shard, vectors, mail, publication.aside, progress)
             if shard == 0:

@@ -1,6 +1,8 @@
 """How builders on different machines exchange messages, and how a builder notices that another one is gone.
 
 Messages travel in envelopes of types 54 and 55 (docs/reference/wire.md).
+Builders meet first: each asks every other one, at its address, for the random name of its run.
+It takes a message of that run only, so nobody else can send one in a builder's name.
 A message is sent again until the receiver acknowledges it; the receiver ignores a message that it already has.
 A builder that waits for a message regularly asks the sender whether it is alive.
 It gives up if the sender is silent for too long.
@@ -20,7 +22,15 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from cotra_rdma._build.mail import AnyMessage, EvidenceMessage, M, Message, RowsMessage, step_of
-from cotra_rdma.errors import CotraError, DeadlineError, FormatError, InvalidInputError, PeerError, TransportError
+from cotra_rdma.errors import (
+    BusyError,
+    CotraError,
+    DeadlineError,
+    FormatError,
+    InvalidInputError,
+    PeerError,
+    TransportError,
+)
 from cotra_rdma.protocol.address import parse_address
 from cotra_rdma.protocol.envelope import WIRE_VERSION, VShardEnvelope, VShardMessageType, decode_array, encode_array
 from cotra_rdma.protocol.rpc_client import RpcClient
@@ -35,6 +45,7 @@ _ASK_S = 1.0  # between two questions to a builder whose message is awaited
 _RETRY_S = 0.05  # between two attempts to reach a builder that refuses connections
 _LAST_WORD_MS = 500
 _ALIVE, _FAILED = "alive", "failed"
+_TAKEN, _REFUSED, _NOT_MET = 0, 1, 2  # codes of answers
 _LAST = ("link", "calibrate")
 _RECEIVED_ONCE = (RowsMessage, EvidenceMessage)  # large messages, which are dropped when they are received
 
@@ -100,7 +111,7 @@ class NetworkMail:
         self._changed = threading.Condition()
         self._incoming: dict[tuple[str, int], _Incoming] = {}
         self._whole: dict[tuple[str, int], tuple[Message, CentroidTable]] = {}
-        self._runs: dict[int, str] = {}
+        self._runs: dict[int, str] = {}  # of builders that were met
         self._last_contact = [time.monotonic()] * len(self._addresses)
         self._failure: PeerError | None = None
         self._clients: dict[int, RpcClient] = {}
@@ -115,6 +126,7 @@ class NetworkMail:
 
         Raises:
             InvalidInputError: the sender is not another builder of this build, or it was restarted.
+            BusyError: the sender was not met yet; it may send the part again.
             FormatError: the part is malformed.
         """
         sender = request.shard
@@ -130,10 +142,13 @@ class NetworkMail:
         if not 0 <= part.part < part.parts <= _MAX_PARTS:
             raise FormatError(f"a message of shard {sender} cannot have a part {part.part} of {part.parts}")
         with self._changed:
-            if self._runs.setdefault(sender, part.run) != part.run:
-                raise InvalidInputError(
-                    f"{self._name(sender)} was started anew in the middle of a build: start all builders anew"
-                )
+            run = self._runs.get(sender)
+            if run is None:
+                if part.step == _ALIVE:
+                    return
+                raise BusyError(f"{self._name(sender)} was not met yet")
+            if part.run != run:
+                raise InvalidInputError(self._started_anew(sender))
             self._last_contact[sender] = time.monotonic()
             if part.step == _FAILED:
                 why = decode_array(part.data, _Failure, f"the failure of {self._name(sender)}")
@@ -142,6 +157,9 @@ class NetworkMail:
             elif part.step != _ALIVE and (part.step, sender) not in self._whole:
                 self._add_part(part, sender, request.table)
             self._changed.notify_all()
+
+    def _started_anew(self, number: int) -> str:
+        return f"{self._name(number)} was started anew in the middle of a build: start all builders anew"
 
     def _add_part(self, part: _Part, sender: int, table: CentroidTable) -> None:
         """Adds a part to its message, and decodes the message if all parts are there."""
@@ -167,11 +185,13 @@ class NetworkMail:
         """
         if request.msg_type != VShardMessageType.VECTOR_BUILD_EXCHANGE_REQUEST:
             raise FormatError(f"a builder that serves no shard yet takes no message of type {request.msg_type}")
-        response = BuildExchangeResponse()
+        response = BuildExchangeResponse(_TAKEN, self._run)
         try:
             self.take(BuildExchangeRequest.decode(request.payload))
+        except BusyError:
+            response = BuildExchangeResponse(_NOT_MET, self._run)
         except CotraError as error:
-            response = BuildExchangeResponse(1, str(error))
+            response = BuildExchangeResponse(_REFUSED, str(error))
         return VShardEnvelope(
             WIRE_VERSION,
             request.msg_type.response,
@@ -235,6 +255,18 @@ class NetworkMail:
             return replace(table, told=content).encode()
         return BuildExchangeRequest.empty(self._number, content).encode()
 
+    def meet(self) -> None:
+        """Waits for all other builders to listen, and learns their runs.
+
+        Raises:
+            DeadlineError: a builder could not be reached for too long.
+        """
+        payload = self._payload(_ALIVE, b"")
+        for receiver in range(len(self._addresses)):
+            while receiver != self._number and receiver not in self._runs:
+                self._delivered(receiver, payload)
+                self._check_silence(receiver)
+
     def send(self, message: Message, to: int | None = None, table: BuildExchangeRequest | None = None) -> None:
         """Delivers a message to one builder, or to all. See `Mail`.
 
@@ -254,8 +286,6 @@ class NetworkMail:
                 payload = self._payload(step, piece, part, parts, table)
                 while not self._delivered(receiver, payload) and not self._is_done(receiver, step):
                     self._check_silence(receiver)
-                    with self._changed:  # a builder that does not listen yet refuses at once
-                        self._changed.wait_for(lambda: self._failure, _RETRY_S)
 
     def _is_done(self, receiver: int, step: str) -> bool:
         """Returns whether a receiver that does not answer has ended well.
@@ -270,10 +300,13 @@ class NetworkMail:
                 raise self._failure
 
     def _delivered(self, receiver: int, payload: bytes) -> bool:
+        """Calls a builder once, and waits a little if it did not take the payload."""
         self._check_failure()
         try:
             self._call(receiver, payload, _CALL_S)
         except DeadlineError:
+            with self._changed:  # a builder that does not listen yet refuses at once
+                self._changed.wait_for(lambda: self._failure, _RETRY_S)
             return False
         return True
 
@@ -281,7 +314,7 @@ class NetworkMail:
         """Sends a payload and waits for the acknowledgement.
 
         Raises:
-            DeadlineError: there was no answer in time.
+            DeadlineError: there was no answer in time, or the receiver has not met this builder yet.
             PeerError: the receiver refused the payload.
         """
         client = self._clients.pop(receiver, None) or RpcClient(self._addresses[receiver], tls=self._tls)
@@ -295,10 +328,15 @@ class NetworkMail:
             raise DeadlineError(f"{self._name(receiver)}: {error}", shard=receiver) from error
         self._clients[receiver] = client
         response = BuildExchangeResponse.decode(reply.payload)
-        if response.code:
+        if response.code == _REFUSED:
             raise PeerError(f"{self._name(receiver)}: {response.message}", shard=receiver)
         with self._changed:
             self._last_contact[receiver] = time.monotonic()
+            run = response.message  # "" once it serves its shard: it met all others before
+            if run and self._runs.setdefault(receiver, run) != run:
+                raise PeerError(self._started_anew(receiver), shard=receiver)
+        if response.code == _NOT_MET:
+            raise DeadlineError(f"{self._name(receiver)} has not met this builder yet", shard=receiver)
 
     def fail(self, why: BaseException) -> None:
         """Sends all others the reason why this builder gives up.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cotra_rdma._collection.owner_probe import ask_owners
 from cotra_rdma._diagnose.host import INSTALL_LIBIBVERBS, REBUILD, ROCE_MTU, Check, Host, Status
 from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.channel import Channel
@@ -23,7 +24,7 @@ from cotra_rdma._native.verbs import (
     library,
 )
 from cotra_rdma._reader.connect import connect
-from cotra_rdma.errors import CotraError, InvalidInputError, VerbsUnavailableError
+from cotra_rdma.errors import CotraError, VerbsUnavailableError
 from cotra_rdma.protocol.tls import Tls
 
 READ_BYTES = 1024
@@ -224,8 +225,26 @@ def _ip(peer_host: str | None) -> str | None:
         return None
 
 
-def peer_check(
+def peer_checks(
     address: str, device: str | None, gid_index: int | None, timeout_s: float, tls: Tls | None = None
+) -> Iterator[Check]:
+    """Checks whether an owner answers, and then whether its region can be read over verbs."""
+    (owner,) = ask_owners([address], timeout_s, tls)
+    name = f"owner {address}"
+    if owner.serves is None:
+        remedy = "run cotra serve there, open its port, and show it a certificate if it wants one (--tls-cert)"
+        yield Check(name, Status.FAILED, owner.problem, remedy)
+        return
+    yield Check(
+        name,
+        Status.OK,
+        f"answers in {owner.latency_s * 1e6:.0f} us, and offers {', '.join(owner.transports) or 'nothing to you'}",
+    )
+    yield _read_of_peer_check(address, device, gid_index, timeout_s, tls)
+
+
+def _read_of_peer_check(
+    address: str, device: str | None, gid_index: int | None, timeout_s: float, tls: Tls | None
 ) -> Check:
     """Makes real READs of 1 KiB of an owner's region over verbs. If they fail, it names the path that works."""
     name = f"peer {address}"
@@ -233,20 +252,15 @@ def peer_check(
         with connect(address, "verbs", device=device, gid_index=gid_index, timeout_s=timeout_s, tls=tls) as cluster:
             (latencies,) = cluster.ping(READS, READ_BYTES)
         return Check(name, Status.OK, f"{READ_BYTES} bytes, {np.median(latencies) / 1e3:.1f} us typical")
-    except InvalidInputError as error:
-        return Check(name, Status.FAILED, str(error), "--peer HOST:PORT")
     except CotraError as error:
         why = str(error)
+    here = "no verbs on this side" in why or isinstance(_own_fault(device), CotraError)
+    remedy = "see the lines above, which are about this side" if here else "run cotra doctor on the owner's machine"
     try:
         with connect(address, timeout_s=timeout_s, tls=tls) as cluster:
-            here = "no verbs on this side" in why or isinstance(_own_fault(device), CotraError)
-            remedy = (
-                "see the lines above, which are about this side" if here else "run cotra doctor on the owner's machine"
-            )
             return Check(name, Status.FAILED, f"{why}; {cluster.transports[0]} works", remedy)
     except CotraError:
-        remedy = "run cotra serve there, open its port, and show it a certificate if it wants one (--tls-cert)"
-        return Check(name, Status.FAILED, why, remedy)
+        return Check(name, Status.FAILED, f"{why}; no other path works", remedy)
 
 
 def _own_fault(device: str | None) -> CotraError | None:

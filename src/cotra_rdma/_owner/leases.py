@@ -24,15 +24,20 @@ MAX_NAME = 64
 """Characters of a reader's name."""
 
 
+class _Reader(NamedTuple):
+    name: str
+    names: tuple[str, ...]  # in its certificate
+
+
 class _Held(NamedTuple):
-    reader: str
-    names: tuple[str, ...]
+    reader: _Reader
     queue_pair: QueuePair
 
 
 class Leases:
     """Queue pairs by number, each held by a reader.
 
+    A reader is told by its name and by the names in its certificate, so nobody else can renew or release what it holds.
     A thread takes back what silent readers hold.
     Any thread may call the methods.
     """
@@ -49,7 +54,7 @@ class Leases:
         self._lease_s, self._clock = lease_s, clock
         self._held: dict[int, _Held] = {}
         self._numbers = itertools.count(1)
-        self._heard: dict[str, float] = {}  # of readers that hold any
+        self._heard: dict[_Reader, float] = {}  # of readers that hold any
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._take_back_regularly, name="cotra-leases", daemon=True)
@@ -92,29 +97,31 @@ class Leases:
         with self._lock:
             if self._stop.is_set() or len(self._held) >= MAX_QUEUE_PAIRS:
                 raise InvalidInputError(f"no more than {MAX_QUEUE_PAIRS} queue pairs at once")
-            if sum(held.reader == reader for held in self._held.values()) >= MAX_A_READER:
+            if sum(held.reader == (reader, names) for held in self._held.values()) >= MAX_A_READER:
                 raise InvalidInputError(f"no more than {MAX_A_READER} queue pairs of one reader at once")
-            if names and sum(held.names == names for held in self._held.values()) >= most:
+            if names and sum(held.reader.names == names for held in self._held.values()) >= most:
                 raise InvalidInputError(f"no more than {most} queue pairs of {', '.join(names)} at once")
             queue_pair = connect()
             number = next(self._numbers)
-            self._held[number] = _Held(reader, names, queue_pair)
-            self._heard[reader] = self._clock()
+            who = _Reader(reader, names)
+            self._held[number] = _Held(who, queue_pair)
+            self._heard[who] = self._clock()
         return number, queue_pair
 
-    def renew(self, reader: str) -> None:
-        """Notes that a reader lives."""
+    def renew(self, reader: str, names: tuple[str, ...] = ()) -> None:
+        """Notes that a reader lives. `names` are those in its certificate."""
+        who = _Reader(reader, names)
         with self._lock:
-            if reader in self._heard:
-                self._heard[reader] = self._clock()
+            if who in self._heard:
+                self._heard[who] = self._clock()
 
-    def release(self, reader: str, number: int) -> None:
-        """Closes one of a reader's queue pairs; number 0: all of them."""
-        self._close_those(lambda at, held: held.reader == reader and number in (0, at))
+    def release(self, reader: str, number: int, names: tuple[str, ...] = ()) -> None:
+        """Closes one of a reader's queue pairs; number 0: all of them. `names` are those in its certificate."""
+        self._close_those(lambda at, held: held.reader == (reader, names) and number in (0, at))
 
     def revoke(self, may_stay: Callable[[tuple[str, ...]], bool]) -> None:
         """Closes the queue pairs of identities that may not have any: their next READ fails."""
-        closed = self._close_those(lambda _at, held: not may_stay(held.names))
+        closed = self._close_those(lambda _at, held: not may_stay(held.reader.names))
         if closed:
             log.info("%d queue pairs were taken from readers that may not have them any more", closed)
 

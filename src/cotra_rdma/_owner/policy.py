@@ -20,6 +20,7 @@ ANY = "*"
 _LOOK_S = 0.05
 _MAX_BYTES = 1 << 20
 _TRANSPORTS = ("verbs", "shm", "rpc")
+_LEAST = {"queue_pairs": 0, "bytes_per_s": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,14 @@ class Rule:
         shards: which, by their numbers in the collection; None for all.
         queue_pairs: how many it may hold at once.
         build: whether it may send builders' messages.
+        bytes_per_s: how many bytes of requests and answers it may move over RPC; None for any number.
     """
 
     transports: frozenset[str] = frozenset(_TRANSPORTS)
     shards: frozenset[int] | None = None
     queue_pairs: int = 1024
     build: bool = False
+    bytes_per_s: int | None = None
 
     @classmethod
     def of(cls, name: str, raw: object) -> Rule:
@@ -57,7 +60,9 @@ def _is_rule(key: str, value: object) -> bool:
         return isinstance(value, list) and all(item in _TRANSPORTS for item in value)
     if key == "shards":
         return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-    return (key == "queue_pairs" and type(value) is int and value >= 0) or (key == "build" and type(value) is bool)
+    if key == "build":
+        return type(value) is bool
+    return key in _LEAST and type(value) is int and value >= _LEAST[key]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from cotra_rdma._owner.expander import Expander
 from cotra_rdma._owner.leases import LEASE_S, MAX_NAME, Leases
 from cotra_rdma._owner.offer import Offer
 from cotra_rdma._owner.policy import PolicyFile, Rule
+from cotra_rdma._owner.rates import Rates
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import (
     ClosedError,
@@ -210,6 +211,7 @@ class Server:
         self._offer: Offer | None = None
         self._retired: list[tuple[float, Offer]] = []  # until when leases of theirs may last
         self._leases = Leases(then=self._close_retired)
+        self._rates = Rates()
         self._lock = threading.Lock()
         self._let_go = threading.Condition()
         self.unavailable: dict[str, str] = {name: "not offered" for name in TRANSPORTS if name not in transports}
@@ -425,13 +427,22 @@ class Server:
     def _handle(self, request: VShardEnvelope) -> VShardEnvelope | Later | Steps:
         with self._lock:
             self._counts[request.msg_type] += 1
-        self._check_policy()
+        rate, names = self._check_policy().bytes_per_s, asker_names.get()
+
+        def answer(payload: Payload) -> VShardEnvelope:
+            made = _answer(request, payload)
+            if rate is not None:
+                self._rates.charge(names, request.payload_len + made.payload_len, rate)
+            return made
+
+        if rate is not None:
+            self._rates.check(names)
         made = self._answers[request.msg_type](request)
         if callable(made):
-            return lambda: _answer(request, made())
+            return lambda: answer(made())
         if isinstance(made, Iterator):
-            return (None if step is None else _answer(request, step) for step in made)
-        return _answer(request, made)
+            return (None if step is None else answer(step) for step in made)
+        return answer(made)
 
     def _describe_coarsely(self, request: VShardEnvelope) -> bytes:
         try:
@@ -570,7 +581,7 @@ class Server:
             offer = self._offer_of(wanted.image)
             if not 0 < len(wanted.peer) <= MAX_NAME:
                 raise InvalidInputError(f"a reader's name has 1 to {MAX_NAME} characters, not {len(wanted.peer)}")
-            self._leases.renew(wanted.peer)
+            self._leases.renew(wanted.peer, asker_names.get())
             transport = _TRANSPORT_OF.get(wanted.want)
             if transport is not None:
                 self._check_policy(transport)
@@ -581,7 +592,7 @@ class Server:
             if wanted.want == WANT_VIEW:
                 return self._offer_view(offer, wanted.offset)
             if wanted.want == WANT_RELEASE:
-                self._leases.release(wanted.peer, wanted.number)
+                self._leases.release(wanted.peer, wanted.number, asker_names.get())
             elif wanted.want not in (WANT_CAPABILITIES, WANT_LEASE):
                 raise InvalidInputError(f"want {wanted.want} is unknown")
             return self._describe(offer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -169,8 +171,25 @@ def _saved(index: hnswlib.Index) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="cotra-", dir=directory) as scratch:
         state = Path(scratch) / "state"
         index.save_index(os.fspath(state))
+        _check_saved(state, index.index_file_size())
         del index  # else this generator would keep the index alive until the file is packed
         yield state
+
+
+def _check_saved(state: Path, n_bytes: int) -> None:
+    """Raises `OSError` if a saved index is not whole: `save_index` is silent about a disk that is full."""
+    there = state.stat().st_size if state.exists() else 0
+    if there == n_bytes:
+        return
+    directory = state.parent.parent
+    usage = shutil.disk_usage(directory)
+    code = errno.ENOSPC if usage.free < n_bytes - there else errno.EIO
+    raise OSError(
+        code,
+        f"{os.strerror(code)}: the index takes {n_bytes:,} bytes for a while, and {there:,} could be written; "
+        "set TMPDIR to a directory with more space",
+        os.fspath(directory),
+    )
 
 
 class _Packer(Handle):

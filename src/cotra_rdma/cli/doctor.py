@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from cotra_rdma._diagnose.host import Check, Host, Status, host_checks, usable
-from cotra_rdma._diagnose.verbs import peer_check, verbs_checks
+from cotra_rdma._diagnose.verbs import peer_checks, verbs_checks
 from cotra_rdma.cli import output
 from cotra_rdma.cli.options import (
     Device,
@@ -39,7 +39,7 @@ Peer = Annotated[
     typer.Option(
         metavar="ADDRESS",
         show_default=False,
-        help="HOST:PORT of an owner: also make real READs of 1 KiB of its memory.",
+        help="HOST:PORT of an owner: also ask whether it answers, and make real READs of 1 KiB of its memory.",
     ),
 ]
 
@@ -61,7 +61,7 @@ def doctor(
     host = Host()
     checks = [*verbs_checks(host, device, gid_index, peer), *host_checks(host)]
     if peer is not None:
-        checks.append(peer_check(peer, device, gid_index, timeout, tls_of(tls_cert, tls_key, tls_ca)))
+        checks += peer_checks(peer, device, gid_index, timeout, tls_of(tls_cert, tls_key, tls_ca))
     report(checks, as_json=as_json)
 
 

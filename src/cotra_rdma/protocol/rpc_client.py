@@ -188,7 +188,7 @@ def error_of(code: grpc.StatusCode, details: str, address: str, timeout_ms: int)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
         return BusyError(f"{address}: {details}")
     if code is grpc.StatusCode.CANCELLED:
-        return TransportError(f"{address} gave the request up: {details}")
+        return BusyError(f"{address} gave the request up: it has too much to do, or the request took too long")
     if code is grpc.StatusCode.PERMISSION_DENIED:
         return DeniedError(f"{address}: {details}")
     return PeerError(f"{address}: {details}")

@@ -49,6 +49,21 @@ def test_a_reader_gives_back_one_or_all() -> None:
         held.lease("c", made(pairs))
 
 
+def test_a_certificate_is_part_of_a_readers_name() -> None:
+    now = 0.0
+    held, pairs = Leases(lease_s=60.0, clock=lambda: now), []
+    mine, theirs = ("mine",), ("theirs",)
+    number, _ = held.lease("a", made(pairs), mine)
+    held.release("a", number, theirs)
+    held.release("a", 0)
+    assert len(held) == 1
+    now = 40.0
+    held.renew("a", theirs)
+    now = 61.0
+    held.take_back()
+    assert len(held) == 0  # nobody else could renew it
+
+
 def test_silent_readers_lose_theirs() -> None:
     now = 0.0
     held, pairs = Leases(lease_s=60.0, clock=lambda: now), []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -582,6 +584,34 @@ def test_saving_is_whole_or_not_at_all(small: Shard, tmp_path: Path, monkeypatch
     assert os.listdir(tmp_path) == ["shard"]
     with pytest.raises(FileNotFoundError):
         small.save(tmp_path / "no" / "directory")
+
+
+def test_an_index_that_the_disk_does_not_hold_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _NO_SPACE],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "set TMPDIR to a directory with more space" in done.stdout
+    assert str(tmp_path) in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+_NO_SPACE = """
+import resource, signal
+import numpy as np
+from cotra_rdma import Shard
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))  # as a disk that is full: writes end early
+try:
+    Shard.build(np.random.default_rng(1).standard_normal((3000, 16)).astype(np.float32))
+except OSError as error:
+    print(error)
+"""
 
 
 def test_closed(words: Floats, tmp_path: Path) -> None:
