@@ -1,4 +1,4 @@
-"""`Offer`: one image as an owner gives it to readers, from the moment that it is published until the last reader has let go."""
+"""`Offer`: one image that an owner publishes, until no lease on it is left."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 
 class Offer:
-    """The pinned copy of a shard's image, and the ways to it.
+    """A shard's image in pinned memory, and what gives readers access to it.
 
     Attributes:
-        shard: the caller's.
-        coarse: what is told of the shard from afar: a payload of type 53, or None.
-        registration: the memory region for RDMA READs; None without a device.
-        handover: of the memory to processes of this host; None where shared memory is not offered.
-        expander: what works for readers over RPC; None where that is not offered.
-        released: called when nobody uses the shard here any more.
+        shard: the shard. It is the caller's.
+        coarse: the shard's coarse table, as a payload of type 53, or None.
+        registration: the memory region for RDMA READs, or None without a device.
+        handover: hands the memory to processes on this host. None if shared memory is not offered.
+        expander: expands nodes for readers. None if RPC is not offered.
+        released: called after `close`, when the shard is no longer used here. None calls nothing.
     """
 
     def __init__(
@@ -42,10 +42,14 @@ class Offer:
         """Pins the image, and publishes it.
 
         Args:
-            shard: stays the caller's.
-            coarse: what is told of the shard from afar.
-            device: registers the memory; None where RDMA is not offered.
-            shared_memory, rpc: whether these are offered.
+            shard: the shard. It stays the caller's.
+            coarse: the shard's coarse table, as a payload of type 53, or None.
+            device: registers the memory. It stays the caller's. None offers no RDMA.
+            shared_memory: whether shared memory is offered.
+            rpc: whether expansions over RPC are offered.
+
+        Raises:
+            CotraError: the memory cannot be pinned, registered or handed over.
         """
         self.shard, self.coarse = shard, coarse
         self.released: Callable[[], object] | None = None
@@ -68,12 +72,12 @@ class Offer:
 
     @property
     def identity(self) -> ImageIdentity:
-        """Of the image."""
+        """The identity of the image."""
         return self.shard.info.identity
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """While a request works with it, `close` waits."""
+        """Makes `close` wait until the block ends. A request enters it while it uses the image."""
         with self._idle:
             self._n_users += 1
         try:
@@ -84,7 +88,10 @@ class Offer:
                 self._idle.notify_all()
 
     def close(self) -> None:
-        """Deregisters the memory: READs of it fail from then on. Waits for requests that work with it. Idempotent."""
+        """Deregisters the memory. READs of it fail from then on. Idempotent.
+
+        It waits for requests that use the image.
+        """
         with self._idle:
             self._idle.wait_for(lambda: not self._n_users)
         self._close_parts()

@@ -1,4 +1,4 @@
-"""`serve`: an owner. It packs a shard into one pinned region, publishes it, and answers the control plane and RPC searches."""
+"""`serve` and `Server`: an owner publishes a shard's memory, and answers the control plane and searches over RPC."""
 
 from __future__ import annotations
 
@@ -84,20 +84,25 @@ log = logging.getLogger(__name__)
 TRANSPORTS = ("verbs", "shm", "rpc")
 
 _MESSAGE_BYTES = 5 << 20
-"""A request, beside a filter, at most."""
+"""The most bytes of a request, without its filter."""
 _STEP_EF = 1 << 15
-"""The sum of ef over the queries that are searched at a time: as many expansions, about, and as many microseconds."""
+"""The largest sum of ef over the queries of one step. It is about the number of expansions, and of microseconds."""
 _MAX_EF = 1 << 21
-"""The same of all queries of a request."""
+"""The largest sum of ef over the queries of a request."""
 _ANSWER_BYTES = 12  # an id and a distance
 _MAX_ANSWER_BYTES = 32 << 20
 _TRANSPORT_OF = {WANT_QUEUE_PAIR: "verbs", WANT_SHARED_MEMORY: "shm", WANT_VIEW: "rpc"}
 _Made = Payload | Callable[[], Payload] | Iterator[Payload | None]
-"""What answers a request: see `rpc_server.Handler`."""
+"""The payload of an answer, or what makes it: see `rpc_server.Handler`."""
 
 Exchange = Callable[[BuildExchangeRequest], object]
-"""What takes the table that a peer sends at build time: from any of the server's threads, several at once maybe. What it
-returns is not looked at; what it raises is told to the peer, which may send the table again. A list's `append` will do."""
+"""Takes the table that a builder sends (type 54).
+
+Any of the server's threads calls it, and several may call it at once.
+What it returns is ignored.
+What it raises is the answer to the builder, which may send the table again.
+A list's `append` is enough.
+"""
 
 
 def serve(
@@ -116,30 +121,38 @@ def serve(
     policy: PolicyFile | None = None,
     number: int | None = None,
 ) -> Server:
-    """Serves a shard until the server is closed (it is a context manager).
+    """Serves a shard until the server is closed.
 
     Args:
-        shard: stays the caller's; close it after the server.
-        address: HOST:PORT to listen on; port 0 takes a free one, which `server.address` tells. RPC is the control plane, so
-            it always listens.
-        transports: what peers may use: "verbs", "shm", "rpc"; None: all of these. One that cannot be had here is left out, and
-            explained in `server.unavailable`; where it was named it is also a warning in the log.
-        device, gid_index: of verbs; None for the first active device, and the GID that ranks best for each peer.
-        tls: the certificate of this owner, and whom it lets in; None: everybody.
-        queue_pair: options of the queue pairs towards peers, time-outs say.
-        n_workers: threads that answer requests.
-        coarse: the answer to peers that ask how this shard looks from afar (type 52): an object with `centroids`
-            [n_lists, dim], `sizes` [n_lists] and `radii` [n_lists], or a whole payload of type 53 as bytes. None: peers are
-            told that there is none.
-        exchange: called with the table that a peer sends at build time (type 54). None: peers are told that it is not taken.
-        rpc: listens already, and answers for this server from now on; it is closed with it. None: `address` is listened on.
-        policy: who may do what, by the names in certificates; it stays the caller's. None: whoever is let in may do all.
-        number: of the shard in its collection, which rules may be about.
+        shard: the shard. It stays the caller's, and must be closed after the server.
+        address: HOST:PORT to listen on. Port 0 takes a free port, and `Server.address` has it. The server always listens,
+            because RPC is also the control plane.
+        transports: what readers may use: some of "verbs", "shm" and "rpc". None offers all. A transport that cannot be had
+            here is left out, and `Server.unavailable` says why. If it was named, a warning is logged too.
+        device: the name of the RDMA device. None takes the first active one.
+        gid_index: the index of the GID. None takes for each reader the GID that ranks best.
+        tls: the certificate of this owner, and the authority whose readers it lets in. None lets everybody in.
+        queue_pair: options of the queue pairs, such as time-outs.
+        n_workers: the number of threads that answer requests.
+        coarse: the shard's coarse table, for readers that ask for it (type 52). It is an object with `centroids`
+            [n_lists, dim], `sizes` [n_lists] and `radii` [n_lists], or a whole payload of type 53 as bytes. If it is None,
+            readers are told that there is none.
+        exchange: called with each table that a builder sends (type 54). If it is None, such tables are refused.
+        rpc: an RPC server that listens already. It answers for this server from now on, and is closed with it. `address` is
+            then ignored. None listens on `address`.
+        policy: who may do what, by the names in certificates. It stays the caller's. None allows everything to whoever is
+            let in.
+        number: the number of the shard in its collection, which rules of `policy` name. None is for a shard of no
+            collection.
+
+    Returns:
+        The server. Close it, or use it as a context manager.
 
     Raises:
-        InvalidInputError: an unknown transport, a bad address, or a coarse table with values that do not fit.
-        FormatError: `coarse` is bytes, and no payload of type 53. TransportError: the address cannot be listened on.
-        VerbsUnavailableError: `device` was asked for by name and cannot be had.
+        InvalidInputError: an unknown transport, a bad address, or values in `coarse` that do not fit.
+        FormatError: `coarse` is bytes, and they are not a payload of type 53.
+        TransportError: the server cannot listen on the address.
+        VerbsUnavailableError: `device` was named and cannot be had, or no transport can be had.
     """
     return Server(
         shard,
@@ -166,7 +179,13 @@ def _coarse_payload(coarse: Any) -> bytes | None:
 
 
 class Server:
-    """A shard being served; made by `serve`."""
+    """An owner: a shard that is being served. It is made by `serve`, and is a context manager.
+
+    Any thread may call the methods.
+
+    Attributes:
+        unavailable: why a transport is not offered, by the name of the transport.
+    """
 
     def __init__(
         self,
@@ -196,7 +215,7 @@ class Server:
         self._counts: Counter[VShardMessageType] = Counter()
         self._pid = os.getpid()
         self._cluster: Cluster | None = None
-        self._searching: Counter[Cluster] = Counter()  # searches in progress over each
+        self._searching: Counter[Cluster] = Counter()  # for each cluster, the searches in progress over it
         self._answers: dict[VShardMessageType, Callable[[VShardEnvelope], _Made]] = {
             VShardMessageType.VECTOR_SCATTER_REQUEST: self._search,
             VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST: self._describe_coarsely,
@@ -208,7 +227,7 @@ class Server:
         self._options = options if gid_index is None else replace(options, gid_index=gid_index)
         self._device: Device | None = None
         self._offer: Offer | None = None
-        self._retired: list[tuple[float, Offer]] = []  # until when leases of theirs may last
+        self._retired: list[tuple[float, Offer]] = []  # each with the time at which the last lease on it ends
         self._leases = Leases(then=self._close_retired)
         self._lock = threading.Lock()
         self._let_go = threading.Condition()
@@ -225,7 +244,7 @@ class Server:
                 self._offer = self._make_offer(shard, coarse)
             if not self.transports:
                 raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
-            limits = Limits(request_bytes=_MESSAGE_BYTES + shard.info.count // 8)  # a filter fits beside the queries
+            limits = Limits(request_bytes=_MESSAGE_BYTES + shard.info.count // 8)  # a filter has a bit for each row
             self._rpc = rpc or RpcServer(address, self._handle, tls=tls, n_workers=n_workers, limits=limits)
             self._rpc.handler = self._handle
             self._leases.start()
@@ -240,10 +259,14 @@ class Server:
         return Offer(shard, coarse, self._device, shared_memory="shm" in offered, rpc="rpc" in offered)
 
     def _open_verbs(self, name: str | None, level: int) -> None:
-        """`level`: of the log's line where it cannot be had."""
+        """Opens the device. If it cannot be had and was not named, logs why with `level`.
+
+        Raises:
+            CotraError: the device was named and cannot be had.
+        """
         try:
             self._device = Device(name)
-            QueuePair(self._device, self._options).close()  # a port and a GID there are
+            QueuePair(self._device, self._options).close()  # fails if there is no active port, or no GID
         except CotraError as error:
             if name is not None or isinstance(error, InvalidInputError):
                 raise
@@ -257,7 +280,10 @@ class Server:
         self._device = None
 
     def _options_towards(self, gid: bytes) -> QueuePairOptions:
-        """The options of a queue pair towards a reader with this GID: it tells the address, which ranks our own GIDs."""
+        """Returns the options of a queue pair towards a reader with this GID.
+
+        The GID holds the reader's address, by which this side's GIDs are ranked.
+        """
         address = ipaddress.IPv6Address(gid) if len(gid) == 16 else None
         if self._options.peer_address is not None or not address or not int(address):
             return self._options
@@ -273,21 +299,24 @@ class Server:
 
     @property
     def shard(self) -> Shard:
-        """The shard that it serves; the caller's."""
+        """The shard that is served now. It is the caller's."""
         return self._offered_now.shard
 
     def replace(self, shard: Shard, coarse: Any = None, *, released: Callable[[], object] | None = None) -> None:
         """Serves another image of the shard from now on, at the same address.
 
-        Readers notice at their next request, or when they renew their lease, and follow: `Cluster.follow`.
-        What they have of the image before it lasts as long as a lease, 60 s: searches in progress end on it.
+        Readers notice at their next request, or when they renew their lease, and follow (`Cluster.follow`).
+        The image before it stays published for a lease, which is 60 s, so that searches in progress can end on it.
 
         Args:
-            shard: with the dim and metric of the one before. It stays the caller's.
+            shard: the new image. It has the dimension and the metric of the shard before. It stays the caller's.
             coarse: as for `serve`.
-            released: called, by any thread, when this server does not use the shard before any more; it may be closed then.
+            released: called when this server no longer uses the shard before, which may then be closed. Any thread may call
+                it.
 
-        Raises `InvalidInputError` for another dim or metric, and `ClosedError`.
+        Raises:
+            InvalidInputError: the dimension or the metric is another one.
+            ClosedError: the server is closed.
         """
         now = self._offered_now
         if (shard.dim, shard.metric) != (now.shard.dim, now.shard.metric):
@@ -302,7 +331,7 @@ class Server:
         log.info("%s serves %s from now on, and served %s", self.address, offer.identity, before.identity)
 
     def _close_retired(self) -> None:
-        """Lets images go whose readers' leases are over."""
+        """Closes the images that no lease holds any more."""
         with self._lock:
             over = [offer for until, offer in self._retired if until < time.monotonic()]
             self._retired = [(until, offer) for until, offer in self._retired if offer not in over]
@@ -311,52 +340,52 @@ class Server:
 
     @property
     def coarse(self) -> bytes | None:
-        """What it tells of the shard from afar: a payload of type 53."""
+        """The shard's coarse table, as a payload of type 53, or None."""
         return self._offered_now.coarse
 
     @property
     def address(self) -> str:
-        """HOST:PORT that peers connect to."""
+        """HOST:PORT that readers connect to."""
         return self._rpc.address
 
     @property
     def transports(self) -> tuple[str, ...]:
-        """The transports that peers can have; why another cannot be had is in `unavailable`."""
+        """The transports that are offered. `unavailable` says why another is not."""
         return tuple(name for name in TRANSPORTS if name not in self.unavailable)
 
     def exposed_region(self) -> MemoryRegion | None:
-        """The region that peers READ, or None where no verbs device exists (NodeDB's seam: callers fall back to RPC)."""
+        """Returns the memory region that readers READ, or None if verbs is not offered. Callers of NodeDB's seam then use RPC."""
         registration = self._offered_now.registration
         return None if registration is None else registration.region
 
     @property
     def n_queue_pairs(self) -> int:
-        """Queue pairs that peers hold."""
+        """The number of queue pairs that readers hold."""
         return len(self._leases)
 
     @property
     def request_counts(self) -> Mapping[VShardMessageType, int]:
-        """How many requests of each type came in so far."""
+        """The number of requests so far, by type."""
         with self._lock:
             return dict(self._counts)
 
     @property
     def seen(self) -> Seen:
-        """What came in over RPC so far, in numbers."""
+        """Counters of the RPC server: requests, durations and bytes so far."""
         return self._rpc.seen
 
     @property
     def n_reaped(self) -> int:
-        """Queue pairs that were taken back from silent readers."""
+        """The number of queue pairs that were taken from silent readers so far."""
         return self._leases.n_reaped
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes new requests."""
+        """Whether the server takes new requests."""
         return self._offer is not None and not self._rpc.is_draining
 
     def gauges(self) -> dict[str, int]:
-        """Numbers of this moment, by the names of their metrics."""
+        """Returns numbers of this moment, by the names of their metrics without the prefix `cotra_`."""
         return {
             "requests_in_progress": self.n_at_work,
             "requests_waiting": self._rpc.n_waiting,
@@ -369,13 +398,22 @@ class Server:
 
     @property
     def n_at_work(self) -> int:
-        """Requests that were not answered yet. Those whose reader is gone are stopped, where they are searches, and go."""
+        """The number of requests in progress. A search whose reader is gone is stopped, and then no longer counted."""
         return self._rpc.n_at_work
 
     def search_with(self, cluster: Cluster | None) -> None:
-        """From now on, answers searches of the whole collection as well, by `cluster`: this process's connection to all of its
-        shards; None ends that. It stays the caller's. Returns when no search is in progress over the one before: that one may
-        then be closed, as may the last one after the server."""
+        """Answers searches of the whole collection too, from now on.
+
+        It returns when no search is in progress over the cluster before, which may then be closed.
+
+        Args:
+            cluster: this process's cluster of all shards of the collection. It stays the caller's, and must be closed after
+                the server. None refuses such searches from now on.
+
+        Raises:
+            InvalidInputError: the cluster has another dimension or metric than the shard.
+            ClosedError: the server is closed.
+        """
         if cluster is not None and (cluster.dim, cluster.metric) != (self.shard.dim, self.shard.metric):
             raise InvalidInputError(
                 f"a shard of {self.shard.metric}[{self.shard.dim}] in a collection of {cluster.metric}[{cluster.dim}]"
@@ -386,7 +424,11 @@ class Server:
 
     @contextmanager
     def _held_cluster(self) -> Iterator[Cluster]:
-        """What a search of the whole collection is made over. Raises `InvalidInputError` where there is none."""
+        """Lends the cluster for one search of the whole collection.
+
+        Raises:
+            InvalidInputError: there is none.
+        """
         with self._let_go:
             cluster = self._cluster
             if cluster is None:
@@ -401,14 +443,18 @@ class Server:
                     del self._searching[cluster]
                     self._let_go.notify_all()
 
-    # ---- who may ----
+    # ---- the policy ----
 
     def _check_policy(self, transport: str | None = None) -> Rule:
-        """The rule of who asks. Raises `DeniedError`."""
+        """Returns the rule of the reader that asks.
+
+        Raises:
+            DeniedError: it may not read this shard, or not by `transport`.
+        """
         return Rule() if self._policy is None else self._policy.check(asker_names.get(), self._number, transport)
 
     def _revoke(self) -> None:
-        """The policy changed: takes queue pairs from those that may not have them any more."""
+        """Closes the queue pairs that readers may not have any more. It is called after each change of the policy."""
 
         def may_stay(names: tuple[str, ...]) -> bool:
             assert self._policy is not None
@@ -454,13 +500,16 @@ class Server:
             return BuildExchangeResponse().encode()
         except CotraError as error:
             return BuildExchangeResponse(FAILED, str(error)).encode()
-        except Exception as error:  # the callback is not ours, and a peer that waits is owed an answer
+        except Exception as error:  # the callback may raise anything, and the builder waits for an answer
             log.exception("%s: the exchange callback failed", self.address)
             return BuildExchangeResponse(FAILED, f"{type(error).__name__}: {error}").encode()
 
     def _offer_of(self, wanted: ImageIdentity | None) -> Offer:
-        """What a request is about: the image that is served now, or one before it that readers may have still. Raises
-        `StaleShardError` for any other."""
+        """Returns the offer of the image that a request is about. None stands for the image that is served now.
+
+        Raises:
+            StaleShardError: it is neither the image that is served now, nor one before it that leases may last on.
+        """
         with self._lock:
             offer = self._offered_now
             there = [offer, *(before for _, before in self._retired)]
@@ -486,7 +535,7 @@ class Server:
             return SearchResponse.failed(_code_of(error), _message_of(error)).encode()
 
     def _search_in_steps(self, offer: Offer, wanted: SearchRequest) -> Iterator[Payload | None]:
-        """Searches some queries at a time, so that others' searches wait for none of many."""
+        """Searches some queries at a time. Between the steps, the thread can answer other requests."""
         try:
             queries = wanted.queries.reshape(-1, offer.shard.dim)
             step = max(1, _STEP_EF // max(wanted.ef_search, 1))
@@ -515,7 +564,10 @@ class Server:
             yield SearchResponse.failed(_code_of(error), _message_of(error)).encode()
 
     def _search_collection(self, wanted: SearchRequest, dim: int) -> Payload:
-        """The search is this process's own: what it asks of other owners is about their shards, so none routes it on."""
+        """Searches the whole collection by this process's cluster.
+
+        The cluster asks each other owner about that owner's shard only, so no owner passes the search on.
+        """
         try:
             if wanted.filter_bitmap is not None:
                 raise InvalidInputError(
@@ -611,7 +663,7 @@ class Server:
         )
 
     def _reasons(self) -> dict[str, str]:
-        """For each transport why who asks cannot have it; "" where it can."""
+        """For each transport, returns why the reader that asks cannot have it, or "" if it can."""
         allowed = self._check_policy().transports
         return {
             name: self.unavailable.get(name, "" if name in allowed else "not allowed by the owner's policy")
@@ -664,14 +716,19 @@ class Server:
         self._device = None
 
     def drain(self, grace_s: float) -> None:
-        """Refuses new requests, and waits until those in progress are answered, `grace_s` seconds at most; what is left then is
-        ended. READs go on. Another thread may call it with less meanwhile."""
+        """Refuses new requests, and waits until those in progress are answered. READs go on.
+
+        Another thread may call it meanwhile, with a shorter wait.
+
+        Args:
+            grace_s: the most seconds to wait. Requests that are in progress after that are ended.
+        """
         self._rpc.drain(grace_s)
 
     def close(self) -> None:
-        """Stops listening, takes back the queue pairs and deregisters the region: peers' READs fail from then on. Idempotent.
+        """Stops listening, closes the queue pairs and deregisters the region. Readers' READs fail from then on. Idempotent.
 
-        In a child of `fork` it closes nothing: all is the parent's.
+        In a child of `fork` it closes nothing, because everything is the parent's.
         """
         if os.getpid() != self._pid:
             return
@@ -686,14 +743,22 @@ class Server:
 
 
 def _expander_of(offer: Offer) -> Expander:
-    """What works for readers that ask over RPC."""
+    """Returns the expander of an image.
+
+    Raises:
+        InvalidInputError: the owner does not offer rpc.
+    """
     if offer.expander is None:
         raise InvalidInputError("this owner does not offer rpc")
     return offer.expander
 
 
 def _check_cost(n_queries: int, wanted: SearchRequest) -> None:
-    """Raises `InvalidInputError` for a request that would take too long, or whose answer would be too large."""
+    """Checks that a request does not take too long, and that its answer is not too large.
+
+    Raises:
+        InvalidInputError: it does, or is.
+    """
     if n_queries * wanted.ef_search > _MAX_EF:
         raise InvalidInputError(
             f"{n_queries} queries with ef {wanted.ef_search} are too many at once: ask for {_MAX_EF} in all at most"
@@ -714,7 +779,11 @@ def _message_of(error: Exception) -> str:
 
 
 def _filters_of(images: Sequence[int], filters: dict[int, bytes | None]) -> list[bytes | None]:
-    """The filter of each image. Raises `StaleShardError` where one has none: its rows must not be returned unfiltered."""
+    """Returns the filter of each image, in the order of `images`.
+
+    Raises:
+        StaleShardError: an image has no filter. Its rows must not be returned unfiltered.
+    """
     if not set(images) <= set(filters):
         raise StaleShardError("the filters are of other images than those that this owner is connected to")
     return [filters[image] for image in images]

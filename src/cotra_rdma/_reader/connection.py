@@ -1,4 +1,4 @@
-"""One shard as a reader sees it: its control connection, the path that was chosen to it, and how to open channels on it."""
+"""`Connection`: a reader's side of one shard: the control connection, the path that was chosen, and how channels are opened."""
 
 from __future__ import annotations
 
@@ -69,21 +69,40 @@ from cotra_rdma.protocol.tls import Tls
 log = logging.getLogger(__name__)
 
 READ = ("verbs", "shm")
-"""The paths over which another process's memory is read."""
+"""The paths by which a reader READs another process's memory."""
 ONE_SIDED = ("own", *READ)
-"""The paths that need nothing of an owner's process: this process's own memory, READs, a mapping."""
+"""The paths that need no work of the owner's process. "own" is memory of the reader's process."""
 LOST = "lost"
-"""In the place of a path, where a shard has no owner left."""
+"""Stands in place of a path if a shard has no owner left."""
 _RELEASE_TIMEOUT_MS = 300
 _SLOT_BYTES = 4096
-_LIST_SLOT_BYTES = 16384  # as many of a list's blocks as fit are one READ
-_PROBES = 32
+_LIST_SLOT_BYTES = 16384  # one READ takes as many of a list's blocks as fit a slot
+_PROBES = 32  # READs in each measurement of a link
 _MAX_DIM = 4096
 _MAX_RECORD_BYTES = 1 << 20
 
 
 class Connection:
-    """One of a shard's owners. `transport` is the path to it that is in use, `passed_over` says why the better ones are not."""
+    """A connection to one owner of a shard.
+
+    Attributes:
+        index: the position of the shard in the cluster.
+        address: HOST:PORT of the owner.
+        transport: the path that is in use; "" before `choose`.
+        passed_over: why a better path is not in use, by the name of that path.
+        capabilities: what the owner said at connect: the shard, the transports, the memory region.
+        shard: the shard's sizes, as the owner announced them.
+        image: names the image that the owner served at connect. Whoever sets `shard` sets it too.
+        view: the shard's header and navigation section, or None if the shard is only asked over RPC.
+        lists: the shard's list table, or None.
+        cache: the record cache of the shard, or None.
+        coarse: the shard's coarse table, or None if the owner has none.
+        calibration: the calibration of the shard's collection, or None.
+        number: the shard's number in its collection, or None if the owner does not say.
+        link: what the path costs, as measured at connect.
+        is_local: whether this process owns the shard.
+        is_dropped: whether the engine pool keeps no engine over this connection any more.
+    """
 
     def __init__(
         self,
@@ -95,6 +114,21 @@ class Connection:
         options: QueuePairOptions,
         fabric: FabricModel | None,
     ) -> None:
+        """Makes the control connection, and asks for the shard's sizes and its coarse table. `choose` then chooses the path.
+
+        Args:
+            index: the position of the shard in the cluster.
+            address: HOST:PORT of the owner.
+            tls: this reader's certificate, or None for a plain connection.
+            timeout_ms: the time-out of each call to the owner.
+            options: the options of this side's queue pairs.
+            fabric: the model that every READ goes through, or None.
+
+        Raises:
+            TransportError: the owner cannot be reached.
+            PeerError: the owner refused, or is of a version that does not name its image.
+            FormatError: an answer is malformed.
+        """
         self._begin(index, address, timeout_ms, fabric)
         self._client = RpcClient(address, tls=tls)
         self._options = options
@@ -123,10 +157,8 @@ class Connection:
 
     _client: RpcClient | None
     is_local = False
-    """Whether this process owns the shard itself."""
     link: Link
     image: ImageIdentity
-    """Of the image that the owner served when this reader came; set by whoever sets `shard`."""
 
     def _begin(self, index: int, address: str, timeout_ms: int, fabric: FabricModel | None = None) -> None:
         self.index = index
@@ -138,7 +170,7 @@ class Connection:
         self.cache: RecordCache | None = None
         self.coarse: CoarseTable | None = None
         self.calibration: Calibration | None = None
-        self.number: int | None = None  # in its collection
+        self.number: int | None = None
         self.link = Link(math.inf, 0.0, 0.0, math.inf)
         self._timeout_ms = timeout_ms
         self._until = math.inf  # on time.monotonic's clock
@@ -149,7 +181,7 @@ class Connection:
         self._arena: Arena | None = None
         self._first: tuple[Channel, ExitStack] | None = None
         self._gone = False
-        self.is_dropped = False  # no engine over it is kept
+        self.is_dropped = False
         self._slot_bytes = _SLOT_BYTES
 
     def __str__(self) -> str:
@@ -159,7 +191,7 @@ class Connection:
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:
-        """All calls in the block together take as long as one may."""
+        """Bounds all calls in the block together by the time-out of one call."""
         before, self._until = self._until, min(self._until, time.monotonic() + self._timeout_ms / 1000)
         try:
             yield
@@ -203,12 +235,21 @@ class Connection:
         return self._timeout_ms if left_s == math.inf else max(1, min(self._timeout_ms, round(left_s * 1000)))
 
     def _check_code(self, code: int, message: str) -> None:
-        """Raises what an answer with this code says."""
+        """Checks the code of an answer.
+
+        Raises:
+            StaleShardError: the code says that the owner serves another image.
+            PeerError: the code is any other error.
+        """
         if code:
             raise (StaleShardError if code == STALE else PeerError)(f"{self}: {message}", shard=self.index)
 
     def _check_image(self, image: ImageIdentity | None) -> None:
-        """Raises `StaleShardError` unless an answer is about the image that this reader asked about."""
+        """Checks that an answer is about the image that this reader asked about.
+
+        Raises:
+            StaleShardError: it is not.
+        """
         if image != self.image:
             raise self._stale(image)
 
@@ -219,7 +260,7 @@ class Connection:
         )
 
     def _ask_coarse(self) -> None:
-        """The shard from afar, where its owner tells: what Compass chooses by."""
+        """Asks for the coarse table, which Compass needs. Not every owner has one."""
         request = CoarseRouteRequest().encode()
         reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._left_ms())
         self._take_coarse(reply.payload)
@@ -240,9 +281,18 @@ class Connection:
     # ---- choosing the path ----
 
     def choose(self, wanted: str, device: Device | None, no_device: str) -> None:
-        """Takes the path that was asked for, or for "auto" the best that works: verbs, shm, rpc.
+        """Chooses the path, and opens the shard's view if the path is one-sided.
 
-        Raises what is wrong when a path was asked for by name.
+        Args:
+            wanted: "verbs", "shm" or "rpc". "auto" takes the first of these that works.
+            device: this side's device, or None if there is none.
+            no_device: why there is none, for an error message.
+
+        Raises:
+            VerbsUnavailableError: "verbs" was wanted and cannot be had.
+            TransportError: the wanted path does not work, or no path does.
+            FormatError: the shard's header or upper layers are malformed.
+            InvalidInputError: an option does not fit the shard.
         """
         with self._in_time():
             self._choose(wanted, device, no_device)
@@ -289,12 +339,16 @@ class Connection:
             raise
         if self.lists is None:
             self._first = (channel, stack)
-        else:  # made now, for a search must not need the owner
+        else:  # the slots are larger now; a new channel is opened here because a search must not need the owner
             stack.close()
             self._first = self.open_channel()
 
     def _read_view(self, channel: Channel) -> None:
-        """Reads what is kept of the shard, and times some READs."""
+        """Reads the view and the list table, and measures the link by some READs.
+
+        Raises:
+            StaleShardError: the header is not that of the announced shard.
+        """
         self.view = View.open(channel, timeout_s=self._timeout_ms / 1000)
         info, told = self.view.info, self.shard
         if any(getattr(info, name) != value for name, value in fields_of(told).items()):
@@ -306,33 +360,46 @@ class Connection:
 
     @property
     def owner(self) -> Any:
-        """What this peer was made of: an address, or what this process holds."""
+        """What `Replicas` was given for this owner: its address, or a shard or server of this process."""
         return self.address
 
     def take_over(self, failed: Connection) -> None:
-        """Goes on with what was kept of another owner's records, which are the same."""
+        """Takes the record cache of another owner's connection. Both owners hold the same records."""
         if self.cache is None and self.transport != "own":
             self.cache, failed.cache = failed.cache, None
 
     def open_source(self, slots: int = 0) -> tuple[Source, ExitStack]:
-        """How one engine comes by the records, and the stack that closes it: a channel where they can be READ, with so many slots
-        (0: as many as usual)."""
+        """Opens the source of records for one engine.
+
+        Args:
+            slots: as for `open_channel`.
+
+        Returns:
+            A channel, or None if the shard cannot be read; and the stack that closes it, which is the caller's.
+
+        Raises:
+            TransportError: as for `open_channel`.
+        """
         return self.open_channel(slots) if self.transport in ONE_SIDED else (None, ExitStack())
 
     @property
     def info(self) -> ImageInfo | None:
-        """The image's header; None for a shard that is only asked over RPC."""
+        """The image's header, or None if the shard is only asked over RPC."""
         return None if self.view is None else self.view.info
 
     @property
     def memory(self) -> Arena | None:
-        """The owner's memory, mapped here; None where it is not of this host."""
+        """The owner's memory, mapped into this process. It is None unless the path is "shm"."""
         return self._arena
 
     # ---- one-sided ----
 
     def make_cache(self, budget_bytes: int) -> None:
-        """Keeps the records that walks read most often, in so many bytes. Raises `InvalidInputError` where they hold none."""
+        """Makes a record cache of `budget_bytes` bytes.
+
+        Raises:
+            InvalidInputError: so few bytes hold no record.
+        """
         assert self.view is not None
         try:
             self.cache = RecordCache.create(self.view, budget_bytes)
@@ -340,7 +407,18 @@ class Connection:
             raise InvalidInputError(f"{self}: {error}", shard=self.index) from None
 
     def open_channel(self, slots: int = 0) -> tuple[Channel, ExitStack]:
-        """A new channel for one engine, and the stack that closes it and all it hangs on. `slots`: READs at once, 0 as usual."""
+        """Opens a channel for one engine.
+
+        Args:
+            slots: the number of READs in progress at once. 0 chooses it by the transport.
+
+        Returns:
+            The channel, and the stack that closes it with all that it needs. The stack is the caller's to close.
+
+        Raises:
+            TransportError: the owner cannot be reached, or has no queue pair for this reader.
+            VerbsUnavailableError: this side's device makes no queue pair.
+        """
         if self._first is not None and not slots:
             first, self._first = self._first, None
             return first
@@ -367,7 +445,7 @@ class Connection:
         return stack.enter_context(Channel.verbs(queue_pair, region, slots=slots, slot_bytes=slot_bytes))
 
     def _release(self, number: int) -> None:
-        """Best effort: an owner that is gone holds nothing, and one that missed it takes the queue pair back with the lease."""
+        """Releases a queue pair at the owner. A failure does no harm: the owner destroys the queue pair when the lease ends."""
         if self._gone:
             return
         try:
@@ -377,16 +455,32 @@ class Connection:
             self._gone = True
 
     def renew(self) -> None:
-        """Keeps the queue pairs that the owner holds for this reader."""
+        """Renews this reader's lease, which keeps its queue pairs at the owner.
+
+        Raises:
+            StaleShardError: the owner serves another image than at connect.
+            TransportError: the owner cannot be reached.
+        """
         self._ask(WANT_LEASE)
 
     # ---- RPC ----
 
     def search(self, batch: Batch) -> Answer:
-        """The owner searches; one message for the batch (several where one would be too large).
+        """Has the owner search its shard. The batch is one message, or several if one would be too large.
 
         Args:
-            job: its filters and mask are those of this shard alone.
+            batch: its filters and its mask are of this shard alone.
+
+        Returns:
+            ids int64[n_queries, k] (-1 in empty places), distances float32[n_queries, k] (inf there), and
+            `STATS_DTYPE`[n_queries].
+
+        Raises:
+            StaleShardError: the owner serves another image.
+            PeerError: the owner refused.
+            OutOfTimeError: the batch's time was over before the owner was late.
+            TransportError: the owner is gone or late.
+            FormatError: an answer is malformed, or does not fit the request.
         """
         asked = np.arange(len(batch.queries)) if batch.mask is None else np.flatnonzero(batch.mask[:, 0])
         labels = np.full((len(batch.queries), batch.k), -1, np.int64)
@@ -429,20 +523,23 @@ class Connection:
             raise FormatError(f"{self}: {error}", shard=self.index) from None
         if answer.incomplete is not None:
             stats["incomplete"] = answer.incomplete
-        # What the owner read in its own memory crossed no wire: this side made one round of one message.
+        # What the owner read in its own memory crossed no network. The reader sent one message, which is one round.
         stats["reads"], stats["rounds"] = 0, 1
         stats["read_bytes"] = (len(request) + reply.payload_len) // len(queries)
-        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's: nobody has an answer before that
+        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole message's: no query is answered before its end
         return answer.labels, answer.distances, stats
 
     def search_all(self, batch: Batch, images: Sequence[int] = ()) -> CollectionAnswer:
-        """The owner searches the whole collection, as it sees it; messages as of `search`.
+        """Has the owner search the whole collection. The messages are as in `search`.
 
         Args:
-            job: without mask.
-            images: the checksum of the image of each shard that the job has a filter for.
+            batch: has no mask.
+            images: if the batch has filters, the checksum of the image that each of them is for.
 
-        Raises `PeerError` where the owner has no connection to the other shards, or is of an earlier version.
+        Raises:
+            InvalidInputError: the batch has a mask.
+            PeerError: the owner has no connection to the other shards, or is of an earlier version.
+            OutOfTimeError, TransportError, FormatError: as for `search`.
         """
         if batch.mask is not None:
             raise InvalidInputError("a search that a peer makes of the whole collection takes no mask")
@@ -480,16 +577,23 @@ class Connection:
             stats = unpack_stats(answer.stats, len(queries), told.more_stats)
         except FormatError as error:
             raise FormatError(f"{self}: {error}", shard=self.index) from None
-        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's, as in `search`
+        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole message's, as in `search`
         images = tuple(told.images.tolist())
         return CollectionAnswer(answer.labels, answer.distances, told.shards, images, stats, told.failures)
 
-    # ---- pushed expansions: of a shard that cannot be read ----
+    # ---- remote expansions, for a shard that cannot be read ----
 
     def load_view(self) -> View:
-        """Header and upper layers over RPC, in pieces; the caller closes the view.
+        """Loads the header and the upper layers over RPC, in pieces.
 
-        Raises `PeerError` where the owner does not offer it, `FormatError` and `ChecksumError` for what is not the shard's.
+        Returns:
+            The view. It is the caller's to close.
+
+        Raises:
+            PeerError: the owner does not offer its view.
+            FormatError, ChecksumError: the pieces are not a valid view.
+            StaleShardError: the view is not that of the announced shard.
+            TransportError: the owner cannot be reached.
         """
         with self._in_time():
             data = self._load_pieces()
@@ -518,16 +622,25 @@ class Connection:
         timeout_s: float,
         stop: Stop | None = None,
     ) -> Expansions:
-        """The owner expands nodes; one message for the round (several where one would be too large).
+        """Has the owner expand nodes. The round is one message, or several if one would be too large.
+
+        `view` must have been set by `load_view`.
 
         Args:
-            queries: float32[n_queries, dim], of which those travel that occur in `pushes`.
-            pushes: `PUSH_DTYPE`[n]; those of one query follow each other.
-            timeout_s: for each message.
-            stop: ends the wait for it.
+            queries: float32[n_queries, dim]. Only the queries that `pushes` names are sent.
+            pushes: `PUSH_DTYPE`[n]. The pushes of one query follow each other.
+            timeout_s: the time-out of each message.
+            stop: ends the wait for an answer.
 
-        Raises `TransportError` where the owner is gone, `PeerError` where it refuses, `FormatError` for an answer that does not
-        fit. The view must be there (`load_view`).
+        Returns:
+            The expansions, in the order of `pushes`.
+
+        Raises:
+            TransportError: the owner is gone or late.
+            PeerError: the owner refused.
+            StaleShardError: the owner serves another image.
+            FormatError: an answer is malformed, or does not fit the pushes.
+            SearchCancelledError: `stop` was set.
         """
         assert self.view is not None
         degree = self.view.info.degree
@@ -553,7 +666,7 @@ class Connection:
         return answer.told
 
     def close(self) -> None:
-        """Closes everything; engines that were opened on it must be closed before."""
+        """Closes the connection and all that it holds. Engines over it must be closed before."""
         if self._first is not None:
             self._first[1].close()
         for part in (self.lists, self.cache, self.view, self._arena):
@@ -562,13 +675,13 @@ class Connection:
         self.retire()
 
     def retire(self) -> None:
-        """Lets the owner go. What other threads' searches still read through stays until they let go of it."""
+        """Closes the control connection. What searches in other threads still read through stays open until `close`."""
         if self._client is not None:
             self._client.close()
 
 
 def _measure(channel: Channel) -> dict[str, float]:
-    """What a channel can do: fields of `Link`."""
+    """Measures a channel by some READs of the region's first bytes. Returns fields of `Link`."""
     short = min(1024, channel.info.region_bytes)
     long = min(channel.info.slot_bytes, channel.info.region_bytes)
     depth = min(16, channel.info.slots)
@@ -584,7 +697,11 @@ def _measure(channel: Channel) -> dict[str, float]:
 
 
 def _check_announced(connection: Connection, shard: ShardFields) -> None:
-    """Raises `FormatError` for numbers that no image has, before anything is made of them."""
+    """Checks the sizes that an owner announced, before anything is allocated by them.
+
+    Raises:
+        FormatError: no image has such sizes.
+    """
     for name, least, most in (
         ("dim", 1, _MAX_DIM),
         ("count", 0, 2**32),
@@ -599,7 +716,11 @@ def _check_announced(connection: Connection, shard: ShardFields) -> None:
 
 
 def check_alike(connections: list[Connection]) -> None:
-    """Raises `InvalidInputError` when shards differ in what a search needs alike."""
+    """Checks that all shards have the same dimension and the same metric.
+
+    Raises:
+        InvalidInputError: they differ.
+    """
     for connection in connections[1:]:
         first = connections[0]
         for what in ("dim", "metric"):
