@@ -272,11 +272,11 @@ class Connection:
             self.coarse = CoarseTable(
                 table.centroids.astype(np.float32), table.sizes.astype(np.int64), table.radii.astype(np.float32)
             )
-            told = answer.collection or {}
-            if isinstance(told.get("shard"), int):
-                self.number = told["shard"]
-            if told.get("calibration") is not None:
-                self.calibration = Calibration.from_json(told["calibration"])
+            collection = answer.collection or {}
+            if isinstance(collection.get("shard"), int):
+                self.number = collection["shard"]
+            if collection.get("calibration") is not None:
+                self.calibration = Calibration.from_json(collection["calibration"])
 
     # ---- choosing the path ----
 
@@ -350,8 +350,8 @@ class Connection:
             StaleShardError: the header is not that of the announced shard.
         """
         self.view = View.open(channel, timeout_s=self._timeout_ms / 1000)
-        info, told = self.view.info, self.shard
-        if any(getattr(info, name) != value for name, value in fields_of(told).items()):
+        info = self.view.info
+        if any(getattr(info, name) != value for name, value in fields_of(self.shard).items()):
             raise self._stale(info.identity)
         self.link = replace(self.link, **_measure(channel))
         if info.ivf_bytes:
@@ -569,17 +569,17 @@ class Connection:
         request = wanted.encode()
         begin = time.perf_counter_ns()
         reply = self._call_to_search(batch, request)
-        told = CollectionResponse.decode(reply.payload)
-        answer = told.answer
+        response = CollectionResponse.decode(reply.payload)
+        answer = response.answer
         self._check_code(answer.code, answer.message)
         try:
             answer.check(len(queries), batch.k)
-            stats = unpack_stats(answer.stats, len(queries), told.more_stats)
+            stats = unpack_stats(answer.stats, len(queries), response.more_stats)
         except FormatError as error:
             raise FormatError(f"{self}: {error}", shard=self.index) from None
         stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole message's, as in `search`
-        images = tuple(told.images.tolist())
-        return CollectionAnswer(answer.labels, answer.distances, told.shards, images, stats, told.failures)
+        images = tuple(response.images.tolist())
+        return CollectionAnswer(answer.labels, answer.distances, response.shards, images, stats, response.failures)
 
     # ---- remote expansions, for a shard that cannot be read ----
 

@@ -157,11 +157,11 @@ class Searcher:
         links = [connection.link for connection in connections]
         if plan.asked:
             method, beam = "asked", batch.beam
-            told = partial(needs_of_asking, links, answers[0][1][2], searches, seconds)
+            needs = partial(needs_of_asking, links, answers[0][1][2], searches, seconds)
         else:
             method, beam = ("lists", 0) if plan.lists else ("walk", batch.beam)
-            told = partial(needs_of_reading, links, answers[0][1][2], searches, seconds, min(n_threads, n))
-        self._planner.experience.note(method, batch.k, batch.ef, beam, told if n <= _FEW else told())
+            needs = partial(needs_of_reading, links, answers[0][1][2], searches, seconds, min(n_threads, n))
+        self._planner.experience.note(method, batch.k, batch.ef, beam, needs if n <= _FEW else needs())
 
 
 def _error_of(result: SearchResult, n_shards: int) -> CotraError:
