@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._core.constants import METRICS
 from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.remote_expansion import Expansions
-from cotra_rdma._core.stats import STATS_DTYPE, unpack_stats
 from cotra_rdma._core.stop import Stop
 from cotra_rdma._native import memfd_handover as handover
 from cotra_rdma._native.arena import Arena
@@ -29,41 +26,31 @@ from cotra_rdma._native.list_engine import IvfTable
 from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma._native.view import View
-from cotra_rdma._reader.batch import Answer, Batch, CollectionAnswer, OutOfTimeError
+from cotra_rdma._reader.batch import Answer, Batch, CollectionAnswer
 from cotra_rdma._reader.cost_model import Link
+from cotra_rdma._reader.owner_calls import OwnerCalls, stale_error
 from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
 from cotra_rdma.errors import (
     CotraError,
-    DeadlineError,
     FormatError,
     InvalidInputError,
-    PeerError,
     StaleShardError,
     TransportError,
     VerbsUnavailableError,
 )
-from cotra_rdma.protocol.collection_search import CollectionResponse
-from cotra_rdma.protocol.envelope import STALE, WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.envelope import Payload, fields_of
 from cotra_rdma.protocol.regions import (
-    WANT_CAPABILITIES,
     WANT_LEASE,
     WANT_QUEUE_PAIR,
     WANT_RELEASE,
     WANT_SHARED_MEMORY,
-    WANT_VIEW,
     QueuePairFields,
-    RegionRequest,
     RegionResponse,
     ShardFields,
     as_fields,
-    decode_region_response,
-    encode_region,
 )
-from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, split_pushes
-from cotra_rdma.protocol.rpc_client import RpcClient
-from cotra_rdma.protocol.search import WHOLE_COLLECTION, SearchRequest, SearchResponse, queries_per_message
-from cotra_rdma.protocol.tables import CoarseRouteRequest, CoarseRouteResponse
+from cotra_rdma.protocol.tables import CoarseRouteResponse
 from cotra_rdma.protocol.tls import Tls
 
 log = logging.getLogger(__name__)
@@ -78,8 +65,6 @@ _RELEASE_TIMEOUT_MS = 300
 _SLOT_BYTES = 4096
 _LIST_SLOT_BYTES = 16384  # one READ takes as many of a list's blocks as fit a slot
 _PROBES = 32  # READs in each measurement of a link
-_MAX_DIM = 4096
-_MAX_RECORD_BYTES = 1 << 20
 
 
 class Connection:
@@ -130,34 +115,24 @@ class Connection:
             FormatError: an answer is malformed.
         """
         self._begin(index, address, timeout_ms, fabric)
-        self._client = RpcClient(address, tls=tls)
+        self._calls = calls = OwnerCalls(index, address, tls=tls, timeout_ms=timeout_ms)
         self._options = options
         try:
-            with self._in_time():
-                self._introduce()
+            with calls.in_time():
+                self.capabilities = calls.introduce()
+                self.shard, self.image = calls.shard, calls.image
+                begin = time.perf_counter()
+                self._take_coarse(calls.coarse_table())
+                self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
         except BaseException:
             self.close()
             raise
 
-    def _introduce(self) -> None:
-        self.capabilities = self._ask(WANT_CAPABILITIES)
-        shard = self.capabilities.shard
-        if shard is None:
-            raise FormatError(f"{self}: the answer does not describe the shard")
-        if shard.identity is None:
-            raise PeerError(
-                f"{self}: its owner is of an earlier version, which does not tell its image from others: update it",
-                shard=self.index,
-            )
-        _check_announced(self, shard)
-        self.shard, self.image = shard, shard.identity
-        begin = time.perf_counter()
-        self._ask_coarse()
-        self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
-
-    _client: RpcClient | None
+    _calls: OwnerCalls | None
     is_local = False
     link: Link
+    capabilities: RegionResponse
+    shard: ShardFields
     image: ImageIdentity
 
     def _begin(self, index: int, address: str, timeout_ms: int, fabric: FabricModel | None = None) -> None:
@@ -173,10 +148,8 @@ class Connection:
         self.number: int | None = None
         self.link = Link(math.inf, 0.0, 0.0, math.inf)
         self._timeout_ms = timeout_ms
-        self._until = math.inf  # on time.monotonic's clock
         self._fabric = fabric
-        self._name = secrets.token_hex(8)
-        self._client = None
+        self._calls = None
         self._device: Device | None = None
         self._arena: Arena | None = None
         self._first: tuple[Channel, ExitStack] | None = None
@@ -187,83 +160,14 @@ class Connection:
     def __str__(self) -> str:
         return f"shard {self.index} ({self.address})"
 
-    # ---- calls ----
-
-    @contextmanager
-    def _in_time(self) -> Iterator[None]:
-        """Bounds all calls in the block together by the time-out of one call."""
-        before, self._until = self._until, min(self._until, time.monotonic() + self._timeout_ms / 1000)
-        try:
-            yield
-        finally:
-            self._until = before
-
-    def _call(
-        self, kind: VShardMessageType, payload: Payload, timeout_ms: int, stop: Stop | None = None
-    ) -> VShardEnvelope:
-        envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self.index, payload)
-        try:
-            assert self._client is not None
-            return self._client.call(envelope, timeout_ms, stop)
-        except TransportError as error:
-            hint = "" if hasattr(self, "shard") else " (is it an owner of cotra-rdma, and does it want a certificate?)"
-            hint = "" if "nobody listens" in str(error) else hint
-            what = str(error).removeprefix(self.address).lstrip()
-            raise type(error)(f"{self}{'' if what.startswith(':') else ' '}{what}{hint}", shard=self.index) from None
-
-    def _ask(
-        self,
-        want: int,
-        queue_pair: QueuePairFields | None = None,
-        number: int = 0,
-        timeout_ms: int | None = None,
-        offset: int = 0,
-    ) -> RegionResponse:
-        image = self.image if want in (WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_VIEW) else None
-        request = RegionRequest(want, self._name, queue_pair, number, offset, image)
-        reply = self._call(
-            VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._left_ms()
-        )
-        answer = decode_region_response(reply.payload)
-        self._check_code(answer.code, answer.message)
-        if hasattr(self, "image") and answer.shard != self.shard:
-            raise self._stale(answer.shard.identity if answer.shard else None)
-        return answer
-
-    def _left_ms(self) -> int:
-        left_s = self._until - time.monotonic()
-        return self._timeout_ms if left_s == math.inf else max(1, min(self._timeout_ms, round(left_s * 1000)))
-
-    def _check_code(self, code: int, message: str) -> None:
-        """Checks the code of an answer.
-
-        Raises:
-            StaleShardError: the code says that the owner serves another image.
-            PeerError: the code is any other error.
-        """
-        if code:
-            raise (StaleShardError if code == STALE else PeerError)(f"{self}: {message}", shard=self.index)
-
-    def _check_image(self, image: ImageIdentity | None) -> None:
-        """Checks that an answer is about the image that this reader asked about.
-
-        Raises:
-            StaleShardError: it is not.
-        """
-        if image != self.image:
-            raise self._stale(image)
+    @property
+    def calls(self) -> OwnerCalls:
+        """The calls to the owner. A shard of this process has none."""
+        assert self._calls is not None
+        return self._calls
 
     def _stale(self, image: ImageIdentity | None) -> StaleShardError:
-        serves = "an image that it does not name" if image is None else image
-        return StaleShardError(
-            f"{self} serves {serves}, and had {self.image} when this reader connected", shard=self.index
-        )
-
-    def _ask_coarse(self) -> None:
-        """Asks for the coarse table, which Compass needs. Not every owner has one."""
-        request = CoarseRouteRequest().encode()
-        reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._left_ms())
-        self._take_coarse(reply.payload)
+        return stale_error(self, self.index, image, self.image)
 
     def _take_coarse(self, payload: Payload) -> None:
         answer = CoarseRouteResponse.decode(payload)
@@ -294,7 +198,7 @@ class Connection:
             FormatError: the shard's header or upper layers are malformed.
             InvalidInputError: an option does not fit the shard.
         """
-        with self._in_time():
+        with self.calls.in_time():
             self._choose(wanted, device, no_device)
 
     def _choose(self, wanted: str, device: Device | None, no_device: str) -> None:
@@ -325,7 +229,7 @@ class Connection:
         raise TransportError(f"{self}: no transport works: {self.passed_over}", shard=self.index)
 
     def _map(self) -> None:
-        offer = self._ask(WANT_SHARED_MEMORY).shared_memory
+        offer = self.calls.ask(WANT_SHARED_MEMORY).shared_memory
         if offer is None or offer.boot_id != handover.boot_id():
             raise TransportError(f"{self} is on another host", shard=self.index)
         self._arena = handover.receive(offer.socket, offer.length)
@@ -436,7 +340,7 @@ class Connection:
     def _open_verbs(self, stack: ExitStack, slots: int, slot_bytes: int) -> Channel:
         assert self._device is not None
         queue_pair = stack.enter_context(QueuePair(self._device, self._options))
-        answer = self._ask(WANT_QUEUE_PAIR, as_fields(QueuePairFields, queue_pair.local))
+        answer = self.calls.ask(WANT_QUEUE_PAIR, as_fields(QueuePairFields, queue_pair.local))
         stack.callback(self._release, answer.number)
         if answer.queue_pair is None or answer.region is None:
             raise FormatError(f"{self}: the answer has no queue pair", shard=self.index)
@@ -449,7 +353,7 @@ class Connection:
         if self._gone:
             return
         try:
-            self._ask(WANT_RELEASE, number=number, timeout_ms=_RELEASE_TIMEOUT_MS)
+            self.calls.ask(WANT_RELEASE, number=number, timeout_ms=_RELEASE_TIMEOUT_MS)
         except CotraError as error:
             log.debug("%s: its queue pair was not released: %s", self, error)
             self._gone = True
@@ -461,159 +365,38 @@ class Connection:
             StaleShardError: the owner serves another image than at connect.
             TransportError: the owner cannot be reached.
         """
-        self._ask(WANT_LEASE)
+        self.calls.ask(WANT_LEASE)
 
     # ---- RPC ----
 
     def search(self, batch: Batch) -> Answer:
-        """Has the owner search its shard. The batch is one message, or several if one would be too large.
-
-        Args:
-            batch: its filters and its mask are of this shard alone.
-
-        Returns:
-            ids int64[n_queries, k] (-1 in empty places), distances float32[n_queries, k] (inf there), and
-            `STATS_DTYPE`[n_queries].
-
-        Raises:
-            StaleShardError: the owner serves another image.
-            PeerError: the owner refused.
-            OutOfTimeError: the batch's time was over before the owner was late.
-            TransportError: the owner is gone or late.
-            FormatError: an answer is malformed, or does not fit the request.
-        """
-        asked = np.arange(len(batch.queries)) if batch.mask is None else np.flatnonzero(batch.mask[:, 0])
-        labels = np.full((len(batch.queries), batch.k), -1, np.int64)
-        distances = np.full(labels.shape, np.inf, np.float32)
-        stats = np.zeros(len(batch.queries), STATS_DTYPE)
-        filtered = batch.filters is not None and batch.filters[0] is not None
-        rows = queries_per_message(batch.queries.shape[1], batch.k, batch.ef, filtered=filtered)
-        for begin in range(0, len(asked), rows):
-            part = asked[begin : begin + rows]
-            labels[part], distances[part], stats[part] = self._search_part(batch, batch.queries[part])
-            batch.stop.note(len(part))
-        batch.stop.note(len(batch.queries) - len(asked))
-        return labels, distances, stats
-
-    def _call_to_search(self, batch: Batch, request: bytes) -> VShardEnvelope:
-        wait_s = batch.wait_s()
-        try:
-            return self._call(
-                VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(wait_s * 1000)), batch.stop
-            )
-        except DeadlineError:
-            if batch.is_cut_short(wait_s):
-                raise OutOfTimeError from None
-            raise
-
-    def _search_part(self, batch: Batch, queries: npt.NDArray[np.float32]) -> Answer:
-        bitmap = None if batch.filters is None else batch.filters[0]
-        request = SearchRequest(
-            "", queries, batch.k, batch.ef, bitmap, batch.beam, most=batch.most or 0, image=self.image
-        ).encode()
-        begin = time.perf_counter_ns()
-        reply = self._call_to_search(batch, request)
-        answer = SearchResponse.decode(reply.payload)
-        self._check_code(answer.code, answer.message)
-        self._check_image(answer.image)
-        try:
-            answer.check(len(queries), batch.k)
-            stats = unpack_stats(answer.stats, len(queries))
-        except FormatError as error:
-            raise FormatError(f"{self}: {error}", shard=self.index) from None
-        if answer.incomplete is not None:
-            stats["incomplete"] = answer.incomplete
-        # What the owner read in its own memory crossed no network. The reader sent one message, which is one round.
-        stats["reads"], stats["rounds"] = 0, 1
-        stats["read_bytes"] = (len(request) + reply.payload_len) // len(queries)
-        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole message's: no query is answered before its end
-        return answer.labels, answer.distances, stats
+        """Has the owner search its shard, as `OwnerCalls.search` does."""
+        return self.calls.search(batch)
 
     def search_all(self, batch: Batch, images: Sequence[int] = ()) -> CollectionAnswer:
-        """Has the owner search the whole collection. The messages are as in `search`.
-
-        Args:
-            batch: has no mask.
-            images: if the batch has filters, the checksum of the image that each of them is for.
-
-        Raises:
-            InvalidInputError: the batch has a mask.
-            PeerError: the owner has no connection to the other shards, or is of an earlier version.
-            OutOfTimeError, TransportError, FormatError: as for `search`.
-        """
-        if batch.mask is not None:
-            raise InvalidInputError("a search that a peer makes of the whole collection takes no mask")
-        filters = None if batch.filters is None else tuple(zip(images, batch.filters, strict=True))
-        rows = queries_per_message(batch.queries.shape[1], batch.k, batch.ef, filtered=filters is not None)
-        starts = range(0, max(len(batch.queries), 1), rows)
-        parts = []
-        for begin in starts:
-            part = batch.queries[begin : begin + rows]
-            parts.append(self._search_all_part(batch, part, filters))
-            batch.stop.note(len(part))
-        if any(part.images != parts[0].images for part in parts):
-            raise FormatError(f"{self}: its shards changed during the search", shard=self.index)
-        failures = {shard: why for part in parts for shard, why in part.failures.items()}
-        columns = zip(*((part.labels, part.distances, part.shards, part.stats) for part in parts), strict=True)
-        labels, distances, shards, stats = (np.concatenate(column) for column in columns)
-        return CollectionAnswer(labels, distances, shards, parts[0].images, stats, failures)
-
-    def _search_all_part(
-        self,
-        batch: Batch,
-        queries: npt.NDArray[np.float32],
-        filters: tuple[tuple[int, bytes | None], ...] | None,
-    ) -> CollectionAnswer:
-        scope = WHOLE_COLLECTION
-        wanted = SearchRequest("", queries, batch.k, batch.ef, None, batch.beam, scope, batch.most or 0, filters)
-        request = wanted.encode()
-        begin = time.perf_counter_ns()
-        reply = self._call_to_search(batch, request)
-        response = CollectionResponse.decode(reply.payload)
-        answer = response.answer
-        self._check_code(answer.code, answer.message)
-        try:
-            answer.check(len(queries), batch.k)
-            stats = unpack_stats(answer.stats, len(queries), response.more_stats)
-        except FormatError as error:
-            raise FormatError(f"{self}: {error}", shard=self.index) from None
-        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole message's, as in `search`
-        images = tuple(response.images.tolist())
-        return CollectionAnswer(answer.labels, answer.distances, response.shards, images, stats, response.failures)
-
-    # ---- remote expansions, for a shard that cannot be read ----
+        """Has the owner search the whole collection, as `OwnerCalls.search_all` does."""
+        return self.calls.search_all(batch, images)
 
     def load_view(self) -> View:
-        """Loads the header and the upper layers over RPC, in pieces.
+        """Loads the header and the upper layers over RPC.
 
         Returns:
             The view. It is the caller's to close.
 
         Raises:
             PeerError: the owner does not offer its view.
-            FormatError, ChecksumError: the pieces are not a valid view.
+            FormatError, ChecksumError: what came is not a valid view.
             StaleShardError: the view is not that of the announced shard.
             TransportError: the owner cannot be reached.
         """
-        with self._in_time():
-            data = self._load_pieces()
+        with self.calls.in_time():
+            data = self.calls.load_view()
         view = View.load(data)
         info = view.info
         if any(getattr(info, name) != value for name, value in fields_of(self.shard).items()):
             view.close()
             raise self._stale(info.identity)
         return view
-
-    def _load_pieces(self) -> bytearray:
-        data, length = bytearray(), 0
-        while not data or len(data) < length:
-            piece = self._ask(WANT_VIEW, offset=len(data)).view
-            length = length or (piece.length if piece is not None else 0)
-            left = length - len(data)
-            if piece is None or piece.length != length or not 0 < len(piece.data) <= left <= self.shard.image_bytes:
-                raise FormatError(f"{self}: a piece that does not fit its upper layers", shard=self.index)
-            data += piece.data
-        return data
 
     def expand(
         self,
@@ -622,48 +405,9 @@ class Connection:
         timeout_s: float,
         stop: Stop | None = None,
     ) -> Expansions:
-        """Has the owner expand nodes. The round is one message, or several if one would be too large.
-
-        `view` must have been set by `load_view`.
-
-        Args:
-            queries: float32[n_queries, dim]. Only the queries that `pushes` names are sent.
-            pushes: `PUSH_DTYPE`[n]. The pushes of one query follow each other.
-            timeout_s: the time-out of each message.
-            stop: ends the wait for an answer.
-
-        Returns:
-            The expansions, in the order of `pushes`.
-
-        Raises:
-            TransportError: the owner is gone or late.
-            PeerError: the owner refused.
-            StaleShardError: the owner serves another image.
-            FormatError: an answer is malformed, or does not fit the pushes.
-            SearchCancelledError: `stop` was set.
-        """
+        """Has the owner expand nodes, as `OwnerCalls.expand` does. `view` must have been set by `load_view`."""
         assert self.view is not None
-        degree = self.view.info.degree
-        parts = [
-            self._expand_part(ExpandRequest.of(queries, pushes[part], self.image), degree, timeout_s, stop)
-            for part in split_pushes(pushes, queries.shape[1], degree)
-        ]
-        return Expansions.joined(parts)
-
-    def _expand_part(self, request: ExpandRequest, degree: int, timeout_s: float, stop: Stop | None) -> Expansions:
-        kind = VShardMessageType.VECTOR_EXPAND_REQUEST
-        reply = self._call(kind, request.encode(), max(1, round(timeout_s * 1000)), stop)
-        answer = ExpandResponse.decode(reply.payload)
-        self._check_code(answer.code, answer.message)
-        self._check_image(answer.image)
-        found = answer.told.found
-        if len(found) != len(request.pushes) or (found["count"] > degree).any():
-            raise FormatError(
-                f"{self}: {len(found)} expansions of up to {found['count'].max(initial=0)} neighbours to "
-                f"{len(request.pushes)} nodes of {degree}",
-                shard=self.index,
-            )
-        return answer.told
+        return self.calls.expand(queries, pushes, self.view.info.degree, timeout_s, stop)
 
     def close(self) -> None:
         """Closes the connection and all that it holds. Engines over it must be closed before."""
@@ -676,8 +420,8 @@ class Connection:
 
     def retire(self) -> None:
         """Closes the control connection. What searches in other threads still read through stays open until `close`."""
-        if self._client is not None:
-            self._client.close()
+        if self._calls is not None:
+            self._calls.close()
 
 
 def _measure(channel: Channel) -> dict[str, float]:
@@ -694,25 +438,6 @@ def _measure(channel: Channel) -> dict[str, float]:
         "reads_per_s": _PROBES / max(many_s, 1e-9),
         "bytes_per_s": _PROBES * long / max(long_s, 1e-9),
     }
-
-
-def _check_announced(connection: Connection, shard: ShardFields) -> None:
-    """Checks the sizes that an owner announced, before anything is allocated by them.
-
-    Raises:
-        FormatError: no image has such sizes.
-    """
-    for name, least, most in (
-        ("dim", 1, _MAX_DIM),
-        ("count", 0, 2**32),
-        ("record_bytes", 1, _MAX_RECORD_BYTES),
-        ("image_bytes", 1, 2**56),
-        ("generation", 0, 2**64 - 1),
-    ):
-        if not least <= getattr(shard, name) <= most:
-            raise FormatError(f"{connection}: it announces {name} {getattr(shard, name)}", shard=connection.index)
-    if shard.metric not in METRICS:
-        raise FormatError(f"{connection}: it announces the metric {shard.metric[:20]!r}", shard=connection.index)
 
 
 def check_alike(connections: list[Connection]) -> None:
