@@ -36,7 +36,7 @@ from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.verbs import QueuePairOptions
 from cotra_rdma._native.view import View
-from cotra_rdma._owner import server as server_module
+from cotra_rdma._owner import answers
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._owner.expander import Expander
 from cotra_rdma._reader.batch import Batch
@@ -382,7 +382,7 @@ class TestViews:
         self, shard: Shard, peer: Connection, queries: Floats, monkeypatch: pytest.MonkeyPatch, piece: int | None
     ) -> None:
         if piece is not None:
-            monkeypatch.setattr(server_module, "VIEW_PIECE_BYTES", piece)
+            monkeypatch.setattr(answers, "VIEW_PIECE_BYTES", piece)
         with Channel.shm(shard.arena, slot_bytes=4096) as channel, View.open(channel) as read, peer.load_view() as view:
             assert (view.info, view.nbytes) == (read.info, read.nbytes)
             with Engine.create([view], [channel]) as one, Engine.create([read], [channel]) as other:

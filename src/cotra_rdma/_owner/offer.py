@@ -1,9 +1,10 @@
-"""`Offer`: one image that an owner publishes, until no lease on it is left."""
+"""`Offer`: one image that an owner publishes. `Offers`: all of them, until no lease on them is left."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,8 +13,9 @@ from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.memfd_handover import HandOver
 from cotra_rdma._native.verbs import Device, MemoryRegistration
 from cotra_rdma._owner.expander import Expander
+from cotra_rdma._owner.leases import LEASE_S
 from cotra_rdma._shard.shard import Shard
-from cotra_rdma.errors import MemlockError
+from cotra_rdma.errors import ClosedError, MemlockError, StaleShardError
 
 log = logging.getLogger(__name__)
 
@@ -111,3 +113,89 @@ def _pinned(shard: Shard) -> Arena:
     except MemlockError as error:
         log.info("the region is not locked: %s", error)
         return shard.pinned(lock=False)
+
+
+class Offers:
+    """The images that an owner publishes: the one that it serves now, and those before it that leases may last on.
+
+    Any thread may use it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._now: Offer | None = None
+        self._retired: list[tuple[float, Offer]] = []  # each with the time at which the last lease on it ends
+
+    def __len__(self) -> int:
+        """The number of images that are published."""
+        return 1 + len(self._retired)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an image is served."""
+        return self._now is not None
+
+    @property
+    def now(self) -> Offer:
+        """The image that is served now.
+
+        Raises:
+            ClosedError: none is.
+        """
+        if self._now is None:
+            raise ClosedError("the server is closed")
+        return self._now
+
+    def of(self, wanted: ImageIdentity | None) -> Offer:
+        """Returns the offer of the image that a request is about. None stands for the image that is served now.
+
+        Raises:
+            StaleShardError: it is neither the image that is served now, nor one before it that leases may last on.
+            ClosedError: no image is served.
+        """
+        with self._lock:
+            offer = self.now
+            there = [offer, *(before for _, before in self._retired)]
+        for each in there:
+            if wanted in (None, each.identity):
+                return each
+        raise StaleShardError(f"this owner serves {offer.identity}, and the request is about {wanted}")
+
+    def begin(self, offer: Offer) -> None:
+        """Serves the first image."""
+        self._now = offer
+
+    def replace(self, offer: Offer, released: Callable[[], object] | None) -> Offer:
+        """Serves another image from now on.
+
+        Args:
+            offer: the image.
+            released: called when the image before is no longer used.
+
+        Returns:
+            The image before, which stays published until the leases on it are over.
+
+        Raises:
+            ClosedError: no image is served.
+        """
+        with self._lock:
+            before, self._now = self.now, offer
+            before.released = released
+            self._retired.append((time.monotonic() + LEASE_S, before))
+        return before
+
+    def close_retired(self) -> None:
+        """Closes the images that no lease holds any more."""
+        with self._lock:
+            over = [offer for until, offer in self._retired if until < time.monotonic()]
+            self._retired = [(until, offer) for until, offer in self._retired if offer not in over]
+        for offer in over:
+            offer.close()
+
+    def close(self) -> None:
+        """Closes all images. Idempotent."""
+        with self._lock:
+            offers = [offer for _, offer in self._retired] + ([self._now] if self._now is not None else [])
+            self._retired, self._now = [], None
+        for offer in offers:
+            offer.close()

@@ -16,10 +16,11 @@ import typer
 
 from cotra_rdma._collection.manifest import place_of, shard_paths
 from cotra_rdma._collection.owners_file import is_address
+from cotra_rdma._owner.answers import TRANSPORTS
 from cotra_rdma._owner.metrics import MetricsServer
 from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
 from cotra_rdma._owner.policy import PolicyFile
-from cotra_rdma._owner.server import TRANSPORTS, Server
+from cotra_rdma._owner.server import Server
 from cotra_rdma._owner.server import serve as serve_shard
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.cli import output
