@@ -1,7 +1,11 @@
-"""Vector search in a peer's memory: HNSW graphs walked by one-sided RDMA READs, with shared-memory and RPC fallbacks.
+"""Searches vectors in the memory of other processes. HNSW graphs are walked by one-sided RDMA READs.
 
-A name without an underscore is public: here, in `cotra_rdma.lowlevel`, `cotra_rdma.datasets`, `cotra_rdma.errors`,
-`cotra_rdma.protocol` and `cotra_rdma.seam`. Packages whose names begin with an underscore may change in any release.
+Without RDMA, the same calls read shared memory, or ask owners over RPC.
+
+A name without an underscore is public.
+That holds here, and in `cotra_rdma.lowlevel`, `cotra_rdma.datasets`, `cotra_rdma.errors`, `cotra_rdma.protocol` and
+`cotra_rdma.seam`.
+Packages whose names begin with an underscore may change in any release.
 """
 
 from __future__ import annotations
@@ -109,7 +113,7 @@ __all__ = [
     "serve",
 ]
 
-# Each is imported when it is first used: a program pays for what it needs.
+# Each name is imported when it is first used, so that a program pays only for what it needs.
 _HOMES = {
     "_build.collection": ("build_collection",),
     "_build.machine": ("build_on_machine",),

@@ -82,7 +82,7 @@ class DeadlineError(TransportError, TimeoutError):
 
 
 class BusyError(TransportError):
-    """An owner has too much to do to take this request now; it may be sent again, a little later."""
+    """An owner has too much to do to take this request now. The request may be sent again, a little later."""
 
 
 class BoundsError(CotraError, IndexError):
@@ -98,7 +98,7 @@ class SearchCancelledError(CotraError):
 
 
 class StaleShardError(FormatError):
-    """A record is of another generation than the header: the shard was built again. Connect again."""
+    """The shard was built again: an owner serves another image, or a record is of another generation. Connect again."""
 
 
 class PeerError(CotraError):

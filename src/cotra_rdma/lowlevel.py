@@ -1,7 +1,8 @@
-"""The parts that searches are made of, for those who build their own: memory, ways to read it, and engines over them.
+"""The parts of a search, for programs that build their own: memory, channels that READ it, and engines over channels.
 
-Whatever a peer wrote is validated before it is used, here as everywhere.
-Objects may be closed in any order; most are context managers.
+What another process wrote is validated before it is used.
+Objects may be closed in any order.
+Most are context managers.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def test_what_is_refused_says_which_limit(owner: OwnerProcess, words: Floats) ->
         cotra_rdma.connect(owner.addresses[0], transport="rpc") as cluster,
         pytest.raises(cotra_rdma.PeerError, match="are too many at once: ask for 2097152 in all"),
     ):
-        cluster._connections[0]._search_part(batch_of(words[:3], 2**20), words[:3])
+        cluster._connections[0].calls._search_part(batch_of(words[:3], 2**20), words[:3])
 
 
 def batch_of(queries: Floats, ef: int) -> Batch:

@@ -20,7 +20,7 @@ GENEROUS_S = 60.0
 
 def answer_of(server: Server, request: VShardEnvelope) -> VShardEnvelope:
     """What a server answers, however it makes that."""
-    made = server._handle(request)
+    made = server._answers.handle(request)
     if callable(made):
         made = made()
     return made if isinstance(made, VShardEnvelope) else next(step for step in made if step is not None)

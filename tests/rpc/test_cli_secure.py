@@ -164,7 +164,7 @@ def test_a_signal_lets_work_in_progress_end_and_a_second_one_does_not(
         ThreadPoolExecutor(1) as pool,
     ):
         before = cpu_ticks(owner.pid)
-        search = pool.submit(cluster._connections[0]._search_part, batch, queries)
+        search = pool.submit(cluster._connections[0].calls._search_part, batch, queries)
         waited(lambda: cpu_ticks(owner.pid) > before + 5)
         for _ in range(signals):
             owner.send_signal(signal.SIGTERM)

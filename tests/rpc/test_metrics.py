@@ -57,7 +57,7 @@ def test_requests_are_counted(server: Server, words: Floats) -> None:
             for _ in range(3):
                 cluster.search(words[:4])
             with pytest.raises(cotra_rdma.PeerError):
-                cluster._connections[0]._ask(77)
+                cluster._connections[0].calls.ask(77)
         found = samples(metrics.address)
     kind = "VECTOR_SCATTER_REQUEST"
     assert found["cotra_requests_total", "OK", kind] == 3

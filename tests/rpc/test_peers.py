@@ -400,7 +400,7 @@ def test_a_home_that_answers_what_is_none(
     asked = []
 
     def handle(request: VShardEnvelope) -> VShardEnvelope:
-        reply = servers[1]._handle(request)
+        reply = servers[1]._answers.handle(request)
         reply = reply() if callable(reply) else reply  # a search of all shards has a thread of its own
         if request.msg_type == VShardMessageType.VECTOR_SCATTER_REQUEST:
             asked.append(request)

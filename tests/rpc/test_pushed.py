@@ -36,7 +36,7 @@ from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import Engine
 from cotra_rdma._native.verbs import QueuePairOptions
 from cotra_rdma._native.view import View
-from cotra_rdma._owner import server as server_module
+from cotra_rdma._owner import answers
 from cotra_rdma._owner.child_process import OwnerProcess
 from cotra_rdma._owner.expander import Expander
 from cotra_rdma._reader.batch import Batch
@@ -192,7 +192,7 @@ class TestExpansions:
     ) -> None:
         pushes = some_pushes(2, 2, 2000)
         pushes["query"] = 0, 1
-        reply = peer._call(EXPAND, request_of(queries[:2], pushes, peer.image).encode(), 5000)
+        reply = peer.calls.call(EXPAND, request_of(queries[:2], pushes, peer.image).encode(), 5000)
         answer = ExpandResponse.decode(reply.payload)
         assert answer.code == 1
         assert len(answer.told.found) == 0
@@ -201,7 +201,7 @@ class TestExpansions:
 
     @pytest.mark.parametrize("payload", [b"", b"\xc0", b"\x94\xa0\x01", b"\xdd\xff\xff\xff\xff"])
     def test_garbage_is_refused(self, peer: Connection, payload: bytes) -> None:
-        answer = ExpandResponse.decode(peer._call(EXPAND, payload, 5000).payload)
+        answer = ExpandResponse.decode(peer.calls.call(EXPAND, payload, 5000).payload)
         assert (answer.code, answer.message.partition(":")[0]) == (1, "FormatError")
 
     def test_bad_input_of_this_side(self, peer: Connection, queries: Floats) -> None:
@@ -382,7 +382,7 @@ class TestViews:
         self, shard: Shard, peer: Connection, queries: Floats, monkeypatch: pytest.MonkeyPatch, piece: int | None
     ) -> None:
         if piece is not None:
-            monkeypatch.setattr(server_module, "VIEW_PIECE_BYTES", piece)
+            monkeypatch.setattr(answers, "VIEW_PIECE_BYTES", piece)
         with Channel.shm(shard.arena, slot_bytes=4096) as channel, View.open(channel) as read, peer.load_view() as view:
             assert (view.info, view.nbytes) == (read.info, read.nbytes)
             with Engine.create([view], [channel]) as one, Engine.create([read], [channel]) as other:
@@ -515,7 +515,7 @@ class TestWholeCollection:
             with pytest.raises(PeerError, match="a filter"):
                 peer.search_all(job_of(queries, filters=(b"\0", None)), cluster.images)
             request = SearchRequest("", queries[:1], 10, 50, bytes(250), scope=1).encode()
-            reply = peer._call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, 5000)
+            reply = peer.calls.call(VShardMessageType.VECTOR_SCATTER_REQUEST, request, 5000)
             assert "a filter is for the rows of one shard" in SearchResponse.decode(reply.payload).message
             with pytest.raises(PeerError, match="ef must be a whole number"):
                 peer.search_all(job_of(queries, ef=2**31))

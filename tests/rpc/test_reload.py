@@ -129,10 +129,10 @@ class TestReplace:
         assert early.search(words[0], k=1).distances[0, 0] < 1e-3  # what it has mapped is there still
         late = stack.enter_context(cotra_rdma.connect(server.address, "shm"))
         assert late.search(words[N], k=1).distances[0, 0] < 1e-3
-        server._close_retired()
+        server._offers.close_retired()
         assert released == []
-        server._retired = [(0.0, offer) for _, offer in server._retired]  # as if a lease had passed
-        server._close_retired()
+        server._offers._retired = [(0.0, offer) for _, offer in server._offers._retired]  # as if a lease had passed
+        server._offers.close_retired()
         assert released == ["old"]
 
     def test_another_dim_or_metric(self, server: Server, words: Floats) -> None:

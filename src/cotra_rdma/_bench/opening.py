@@ -15,7 +15,7 @@ from cotra_rdma._bench.systems import Algorithm, Collective, Local, Remote, owne
 from cotra_rdma._bench.transports import MIXED, parse_transport
 from cotra_rdma._build.collection import build_collection
 from cotra_rdma._collection.manifest import shard_paths
-from cotra_rdma._owner.server import TRANSPORTS
+from cotra_rdma._owner.answers import TRANSPORTS
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.errors import FormatError, InvalidInputError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from cotra_rdma._native.channel import FabricModel
-from cotra_rdma._owner.server import TRANSPORTS
+from cotra_rdma._owner.answers import TRANSPORTS
 from cotra_rdma.errors import InvalidInputError
 
 MIXED = "shm+rpc"

@@ -1,4 +1,4 @@
-"""The queue pairs that readers hold at an owner, and how long they keep them."""
+"""`Leases`: the queue pairs that readers hold at an owner, and how long each reader keeps them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cotra_rdma.errors import InvalidInputError
 log = logging.getLogger(__name__)
 
 LEASE_S = 60.0
-"""A reader that is silent for so long loses its queue pairs."""
+"""The length of a lease, in seconds. A reader that is silent for longer loses its queue pairs."""
 MAX_QUEUE_PAIRS = 1024
-"""At once, of all readers together."""
+"""The most queue pairs that all readers together hold."""
 MAX_A_READER = 320
-"""The same of one reader: its threads have one each at most."""
+"""The most queue pairs that one reader holds. Each of its threads has one."""
 MAX_NAME = 64
-"""Characters of a reader's name."""
+"""The most characters of a reader's name."""
 
 
 class _Reader(NamedTuple):
@@ -48,7 +48,13 @@ class Leases:
         clock: Callable[[], float] = time.monotonic,
         then: Callable[[], object] | None = None,
     ) -> None:
-        """`clock` gives seconds. `then` is called by the thread each time that it has looked for silent readers."""
+        """Prepares the thread. `start` starts it.
+
+        Args:
+            lease_s: the length of a lease, in seconds.
+            clock: returns the time in seconds.
+            then: called by the thread each time after it looked for silent readers.
+        """
         self._then = then
         self.n_reaped = 0
         self._lease_s, self._clock = lease_s, clock
@@ -64,13 +70,13 @@ class Leases:
         self._thread.start()
 
     def __len__(self) -> int:
-        """Queue pairs that are held."""
+        """The number of queue pairs that are held."""
         with self._lock:
             return len(self._held)
 
     @property
     def n_readers(self) -> int:
-        """Readers that hold any."""
+        """The number of readers that hold a queue pair."""
         with self._lock:
             return len(self._heard)
 
@@ -81,18 +87,19 @@ class Leases:
         names: tuple[str, ...] = (),
         most: int = MAX_QUEUE_PAIRS,
     ) -> tuple[int, QueuePair]:
-        """Has a queue pair made and connected for a reader.
+        """Makes a queue pair for a reader, and holds it.
 
         Args:
-            reader: its name.
-            connect: makes the queue pair.
-            names: in its certificate.
-            most: that an identity with these names may hold.
+            reader: the name of the reader.
+            connect: makes and connects the queue pair.
+            names: the names in the reader's certificate.
+            most: the most queue pairs that an identity with these names may hold.
 
         Returns:
-            Its number, and the queue pair, which stays this object's.
+            The number of the queue pair, and the queue pair, which stays this object's.
 
-        Raises `InvalidInputError` where there are too many, or after `close`.
+        Raises:
+            InvalidInputError: there are too many queue pairs, or `close` was called.
         """
         with self._lock:
             if self._stop.is_set() or len(self._held) >= MAX_QUEUE_PAIRS:
@@ -109,18 +116,25 @@ class Leases:
         return number, queue_pair
 
     def renew(self, reader: str, names: tuple[str, ...] = ()) -> None:
-        """Notes that a reader lives. `names` are those in its certificate."""
+        """Renews the lease of a reader, if it holds queue pairs. `names` are those in its certificate."""
         who = _Reader(reader, names)
         with self._lock:
             if who in self._heard:
                 self._heard[who] = self._clock()
 
     def release(self, reader: str, number: int, names: tuple[str, ...] = ()) -> None:
-        """Closes one of a reader's queue pairs; number 0: all of them. `names` are those in its certificate."""
+        """Closes the queue pair of a reader with this number. Number 0 closes all of the reader's.
+
+        `names` are those in its certificate.
+        """
         self._close_those(lambda at, held: held.reader == (reader, names) and number in (0, at))
 
     def revoke(self, may_stay: Callable[[tuple[str, ...]], bool]) -> None:
-        """Closes the queue pairs of identities that may not have any: their next READ fails."""
+        """Closes the queue pairs of identities that may not have any. Their next READ fails.
+
+        Args:
+            may_stay: takes the names in a certificate, and returns whether that identity may have queue pairs.
+        """
         closed = self._close_those(lambda _at, held: not may_stay(held.reader.names))
         if closed:
             log.info("%d queue pairs were taken from readers that may not have them any more", closed)
@@ -134,7 +148,7 @@ class Leases:
         self._close_those(lambda _at, _held: True)
 
     def take_back(self) -> None:
-        """Closes what silent readers hold. The thread does it four times a lease."""
+        """Closes the queue pairs of silent readers. The thread calls it four times a lease."""
         with self._lock:
             silent = {reader for reader, heard in self._heard.items() if self._clock() - heard > self._lease_s}
         if silent:

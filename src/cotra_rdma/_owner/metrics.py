@@ -1,4 +1,4 @@
-"""What can be seen of an owner from outside: metrics for Prometheus, health and readiness, over HTTP."""
+"""`MetricsServer`: an owner's metrics for Prometheus, its health and its readiness, over HTTP."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ if TYPE_CHECKING:
 
 
 class MetricsServer:
-    """Answers `/metrics`, `/healthz` and `/readyz` for the servers of one process. A context manager.
+    """Answers `/metrics`, `/healthz` and `/readyz` for the servers of one process. It is a context manager.
 
-    `/healthz` is 200 as long as the process answers, and `/readyz` as long as all servers take new requests, 503 then.
+    `/healthz` is 200 as long as the process answers.
+    `/readyz` is 200 as long as all servers take new requests, and 503 afterwards.
+
+    Attributes:
+        address: HOST:PORT that it listens on.
     """
 
     def __init__(self, address: str, servers: Sequence[Server]) -> None:
         """Listens at once.
 
         Args:
-            address: HOST:PORT; port 0 takes a free one.
-            servers: stay the caller's.
+            address: HOST:PORT to listen on. Port 0 takes a free port.
+            servers: the servers. They stay the caller's.
 
         Raises:
-            TransportError: the address cannot be listened on.
-            InvalidInputError: a bad address, or the package `prometheus-client` is missing.
+            TransportError: it cannot listen on the address.
+            InvalidInputError: the address is malformed, or the package `prometheus-client` is missing.
         """
         try:
             from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -63,7 +67,7 @@ class MetricsServer:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Says nothing: who scrapes asks all the time."""
+                """Logs nothing, because a scraper asks every few seconds."""
 
         host, port = parse_address(address)
         Handler.timeout = 5.0
@@ -90,13 +94,13 @@ class MetricsServer:
 
 
 class _Collector:
-    """Reads what servers have counted when somebody asks: a request costs nothing more than the counting."""
+    """Turns the servers' counters into metrics when somebody asks, so that a request costs only the counting."""
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self._servers = servers
 
     def collect(self) -> Iterator[Metric]:
-        """As prometheus_client's collectors."""
+        """Yields all metrics, as a collector of prometheus_client does."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         requests = CounterMetricFamily(
@@ -119,7 +123,7 @@ class _Collector:
                 ("readers_with_leases", "Readers that hold queue pairs."),
                 (
                     "images",
-                    "Images that are published: the one that is served, and those before it that leases may last of.",
+                    "Images that are published: the one that is served, and those before it that leases may still hold.",
                 ),
                 ("ready", "1 as long as new requests are taken."),
             )

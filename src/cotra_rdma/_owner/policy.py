@@ -1,4 +1,4 @@
-"""Who may do what at an owner: a file of rules by the names in certificates, read again when it changes."""
+"""`PolicyFile`: a file that says what each name in a certificate may do at an owner. It is read again when it changes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Rule:
     """What one identity may do.
 
     Attributes:
-        transports: how it may reach shards.
-        shards: which, by their numbers in the collection; None for all.
-        queue_pairs: how many it may hold at once.
+        transports: the transports that it may use.
+        shards: the shards that it may read, by their numbers in the collection. None allows all.
+        queue_pairs: the most queue pairs that it may hold at once.
         build: whether it may send builders' messages.
         bytes_per_s: how many bytes of requests and answers it may move over RPC; None for any number.
     """
@@ -43,7 +43,15 @@ class Rule:
 
     @classmethod
     def of(cls, name: str, raw: object) -> Rule:
-        """Reads a table of the file. Raises `FormatError`, which names the rule and the key."""
+        """Makes a rule of a table of the file.
+
+        Args:
+            name: the name of the table, for an error message.
+            raw: the table.
+
+        Raises:
+            FormatError: it is malformed. The message names the rule and the key.
+        """
         if not isinstance(raw, dict):
             raise FormatError(f"readers.{name}: is no table")
         made: dict[str, Any] = {}
@@ -55,7 +63,7 @@ class Rule:
 
 
 def _is_rule(key: str, value: object) -> bool:
-    """Whether a rule may have this."""
+    """Returns whether a rule may have this key with this value."""
     if key == "transports":
         return isinstance(value, list) and all(item in _TRANSPORTS for item in value)
     if key == "shards":
@@ -67,16 +75,21 @@ def _is_rule(key: str, value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Rules by name."""
+    """The rules of all identities.
+
+    Attributes:
+        rules: the rules by name. The name is one of a certificate's, or "*".
+    """
 
     rules: Mapping[str, Rule] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
-        """Reads a TOML file: a table `readers.NAME` for each name, with the attributes of `Rule`.
+        """Reads a TOML file. It has a table `readers.NAME` for each name, with the attributes of `Rule`.
 
         Raises:
-            FormatError: it is malformed. OSError: it cannot be read.
+            FormatError: the file is malformed.
+            OSError: the file cannot be read.
         """
         data = Path(path).read_bytes()
         try:
@@ -90,7 +103,16 @@ class Policy:
             raise FormatError(f"{os.fspath(path)}: {error}") from None
 
     def rule_of(self, names: Sequence[str]) -> Rule | None:
-        """The rule of an identity: of the first of its names that has one, else that of "*"; None where it may do nothing."""
+        """Returns the rule of an identity.
+
+        It is the rule of the first name that has one, or else the rule of "*".
+
+        Args:
+            names: the names in the identity's certificate.
+
+        Returns:
+            The rule, or None if the identity may do nothing.
+        """
         for name in names:
             if name in self.rules and name != ANY:
                 return self.rules[name]
@@ -98,13 +120,19 @@ class Policy:
 
 
 class PolicyFile:
-    """A policy that follows its file. A context manager; a thread looks 20 times a second.
+    """A policy that follows its file. It is a context manager.
 
-    A file that is malformed, or gone, changes nothing, and is logged.
+    A thread looks at the file 20 times a second.
+    If the file is malformed or gone, the policy stays as it was, and a warning is logged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Reads it. Raises `FormatError` for a malformed file, and `InvalidInputError` where it cannot be read."""
+        """Reads the file, and starts the thread.
+
+        Raises:
+            FormatError: the file is malformed.
+            InvalidInputError: the file cannot be read.
+        """
         self._path = Path(path)
         self._changed: list[Callable[[], object]] = []
         self._seen = self._status()
@@ -139,22 +167,26 @@ class PolicyFile:
                 changed()
 
     def when_changed(self, then: Callable[[], object]) -> None:
-        """Calls `then` after each change, in the thread that looks."""
+        """Has `then` called after each change, in the thread that looks at the file."""
         self._changed.append(then)
 
     def rule_of(self, names: Sequence[str]) -> Rule | None:
-        """As `Policy.rule_of`, of the file as it is now."""
+        """Returns the rule of an identity now, as `Policy.rule_of` does."""
         return self._policy.rule_of(names)
 
     def check(self, names: Sequence[str], number: int | None, transport: str | None = None) -> Rule:
-        """The rule of an identity.
+        """Checks what an identity asks for.
 
         Args:
-            names: in its certificate.
-            number: of the shard in its collection, or None.
-            transport: that is asked for; None for what every reader may ask.
+            names: the names in the identity's certificate.
+            number: the number of the shard in its collection, or None if it has none.
+            transport: the transport that is asked for. None is for what every reader may ask.
 
-        Raises `DeniedError` where it may not.
+        Returns:
+            The rule of the identity.
+
+        Raises:
+            DeniedError: the identity may not read the shard, or not by that transport.
         """
         rule, who = self.rule_of(names), ", ".join(names) or "nobody"
         if rule is None or (rule.shards is not None and number not in rule.shards):

@@ -1,4 +1,4 @@
-"""`connect`: a reader of one or more shards. Each shard is read over the best path to it, and the answers are merged."""
+"""`Cluster`: a reader of one or more shards. It searches each shard over the best path to it, and merges the answers."""
 
 from __future__ import annotations
 
@@ -40,15 +40,28 @@ log = logging.getLogger(__name__)
 
 
 class Cluster:
-    """A connection to shards; made by `connect`. Searches may come from many threads at once.
+    """A reader of shards, made by `connect`. It is a context manager.
+
+    Several threads may search at once.
 
     Attributes:
-        dim, metric: of the vectors.
-        one_graph: whether its shards, several, are of one graph, and those that have an owner are walked together.
+        dim: the dimension of the vectors.
+        metric: "l2", "ip" or "cosine".
+        one_graph: whether there are several shards and they are one graph. One walk then goes through all shards that have
+            an owner.
     """
 
     def __init__(self, connect: Callable[[SessionHooks], Session], connector: Connector, *, follow: bool) -> None:
-        """`connect`: connects to what owners serve now. `connector`: what it uses for that; it is closed with the cluster."""
+        """Connects.
+
+        Args:
+            connect: makes a session over the images that the owners serve now.
+            connector: what `connect` uses. The cluster closes it.
+            follow: whether a search follows owners to another image.
+
+        Raises:
+            CotraError: as `connect` raises it.
+        """
         self._lock = threading.Lock()
         self._ending, self._following = threading.Lock(), threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -75,15 +88,22 @@ class Cluster:
 
     @property
     def _connections(self) -> list[Connection]:
-        """The owner of each shard that is in use now."""
+        """For each shard, the connection to the owner that is in use now."""
         return self._session.replicas.connections
 
     # ---- owners that come and go ----
 
     def revive(self) -> list[str]:
-        """Tries owners that failed, or were not there at `connect`, again now; the addresses of those that are back.
+        """Tries again to connect to owners that failed, or that were away at `connect`.
 
-        A thread does it every few seconds as long as any is away. Raises `ClosedError` once closed."""
+        A thread of the cluster does the same every 5 s while an owner is away.
+
+        Returns:
+            The addresses of the owners that are back.
+
+        Raises:
+            ClosedError: the cluster is closed.
+        """
         with self._searching(1) as session:  # `close` waits for it, too
             back = session.revive()
             is_stale = bool(session.replicas.renewed & session.replicas.lost.keys())
@@ -92,24 +112,29 @@ class Cluster:
         return back
 
     def renew_leases(self) -> None:
-        """Keeps the queue pairs that owners hold for this reader. A thread does it, as long as the cluster is open."""
+        """Renews the lease at each owner, which keeps this reader's queue pairs.
+
+        A thread of the cluster does the same every 15 s while the cluster is open.
+        """
         self._session.upkeep.renew_leases()
 
     def follow(self) -> None:
-        """Connects to the images that owners serve now, and searches those from the next search on.
+        """Connects to the images that the owners serve now. The next search searches those.
 
-        Searches in progress end on the images that they began with. A search does it by itself where it finds that an owner
-        serves another image, unless `connect` was told not to. Filters are for the rows of an image: see `search`.
+        A search that is in progress ends on the images that it began with.
+        A search follows by itself when an owner serves another image, unless `connect(follow=False)` was called.
+        Filters are for the rows of one image: see `images` of `search`.
+        If this raises, the cluster searches the same images as before.
 
         Raises:
-            StaleShardError: the owners cannot be followed: another number of shards, another dim or metric, or a rebuild that
-                is not over. TransportError and those of `connect`: a shard cannot be reached. The cluster stays as it was.
-            ClosedError: the cluster was closed.
+            StaleShardError: the number of shards, the dimension or the metric is another one, or a rebuild is not over.
+            TransportError: a shard cannot be reached. `connect` lists the other errors of a new connection.
+            ClosedError: the cluster is closed.
         """
         self._follow(self._session)
 
     def _follow(self, stale: Session) -> None:
-        """Puts a new session in the place of one; nothing where another thread did."""
+        """Puts a new session in the place of `stale`. Does nothing if another thread has done so."""
         self._check_process()
         with self._following:
             with self._lock:
@@ -131,7 +156,7 @@ class Cluster:
             stale.close()
 
     def _follow_later(self) -> None:
-        """The same, for threads that nobody waits for: what does not work now is tried again."""
+        """Follows, for a thread of the cluster. It only logs a failure, because that thread tries again."""
         if not self._follows:
             return
         try:
@@ -153,64 +178,80 @@ class Cluster:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The address of the owner in use of each shard, in order; "own" for one that this process holds and does not serve."""
+        """For each shard, the address of the owner in use. "own" is a shard that this process holds and does not serve."""
         return tuple(connection.address for connection in self._connections)
 
     @property
     def transports(self) -> tuple[str, ...]:
-        """For each shard the path to the owner in use: "own" memory, "verbs", "shm", "rpc"; "lost" where it has none left."""
+        """For each shard, the path to the owner in use: "own" (this process's memory), "verbs", "shm" or "rpc".
+
+        "lost" is a shard that has no owner left.
+        """
         return tuple(connection.transport for connection in self._connections)
 
     @property
     def passed_over(self) -> tuple[dict[str, str], ...]:
-        """For each shard why a better path was not taken, by its name."""
+        """For each shard, why each better path is not in use, by the name of that path."""
         return tuple(connection.passed_over for connection in self._connections)
 
     @property
     def lost(self) -> dict[int, CotraError]:
-        """The shards that have no owner left, and why."""
+        """Why a shard has no owner left, by the position of the shard."""
         return dict(self._session.replicas.lost)
 
     def __len__(self) -> int:
-        """Vectors in all shards."""
+        """The number of vectors in all shards."""
         return sum(connection.shard.count for connection in self._connections)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The local rows of each shard, deleted ones included: the bits of a filter."""
+        """The number of rows of each shard, deleted rows included. A filter has one bit for each row."""
         return tuple(connection.shard.count for connection in self._connections)
 
     @property
     def regions(self) -> tuple[MemoryRegion | None, ...]:
-        """The region that each shard's owner exposes to RDMA READs, or None where it has no verbs device."""
+        """For each shard, the memory region that its owner exposes to RDMA READs, or None if the owner offers no verbs."""
         told = [connection.capabilities.region for connection in self._connections]
         return tuple(None if region is None else MemoryRegion(**fields_of(region)) for region in told)
 
     @property
     def images(self) -> tuple[int, ...]:
-        """The checksum of each shard's image, which names the shard whatever its place here; 0 where it was never reached."""
+        """The checksum of each shard's image, as an unsigned 64-bit number. It is 0 for a shard that was never reached.
+
+        The checksum names the shard, whatever its position in this cluster.
+        """
         return self._session.replicas.images
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes that this reader keeps of the shards: headers and upper layers, and the cache of `cache_bytes`."""
+        """The bytes that this reader keeps of the shards: views (headers and upper layers) and record caches."""
         views = sum(connection.view.nbytes for connection in self._connections if connection.view is not None)
         return views + sum(cache.nbytes for cache in self.record_caches if cache is not None)
 
     @property
     def record_caches(self) -> tuple[CacheInfo | None, ...]:
-        """The cache of each shard's records; None for a shard without."""
+        """For each shard, its record cache in numbers, or None if it has no cache."""
         return self._session.caches.infos
 
     def clear_caches(self) -> None:
-        """Forgets all cached records, and how often each was asked for: as after `connect`."""
+        """Empties the record caches, and forgets how often each record was asked for."""
         for connection in self._connections:
             if connection.cache is not None:
                 connection.cache.clear()
 
     def ping(self, n_reads: int = 100, n_bytes: int = 1024) -> tuple[npt.NDArray[np.uint64], ...]:
-        """The latency of `n_reads` READs of each shard's first bytes, one after the other, in ns: uint64[n_reads] for each
-        shard; empty for one that is only asked over RPC. Raises `TransportError`."""
+        """Measures READs of each shard's first bytes, one after the other.
+
+        Args:
+            n_reads: the number of READs of each shard.
+            n_bytes: the length of a READ.
+
+        Returns:
+            For each shard, the latencies in ns, uint64[n_reads]. The array is empty for a shard that is only asked over RPC.
+
+        Raises:
+            TransportError: a READ failed, or a channel cannot be opened.
+        """
         latencies = []
         for connection in self._connections:
             if connection.transport not in ONE_SIDED:
@@ -223,9 +264,15 @@ class Cluster:
 
     @contextmanager
     def channel(self, shard: int) -> Iterator[Channel]:
-        """A channel of its own to the region of one shard, for one thread; closed at the end, before the cluster is.
+        """Opens a channel to the memory region of one shard, for one thread.
 
-        Raises `TransportError` for a shard that is only asked over RPC.
+        The block's end closes the channel. It must end before the cluster is closed.
+
+        Args:
+            shard: the position of the shard.
+
+        Raises:
+            TransportError: the shard is only asked over RPC, or the channel cannot be opened.
         """
         connection = self._connections[shard]
         if connection.transport not in ONE_SIDED:
@@ -260,71 +307,82 @@ class Cluster:
         progress: Progress | None = None,
         stop: Stop | None = None,
     ) -> SearchResult:
-        """The k nearest vectors of each query, over all shards.
+        """Finds the k nearest vectors of each query, over all shards.
 
-        Each shard is searched by itself, and the answers are merged by distance, then shard, then id; an id that several
-        shards hold is returned once. Shards of one graph (`cotra build --graph global`; `one_graph`) that can be read are
-        searched together, by one walk a query, whose READs go to whichever shard holds the next node. So are those whose owners
-        can only be asked: they expand nodes for it ("push").
+        Independent shards are walked one by one.
+        Their answers are merged by distance, then shard, then id.
+        An id that several shards hold is returned once.
 
-        Where an owner fails in the middle, the search goes on over another of the same shard, and where there is none without
-        the shard.
+        Shards of one graph (`one_graph`, `cotra build --graph global`) are searched by one walk for each query.
+        Its READs go to whichever shard holds the next node.
+        If a shard cannot be read, its owner expands nodes for the walk.
+        `SearchResult.transports` then says "push" for that shard.
 
-        Ctrl-C ends a search that was called in Python's main thread, however many threads share it: the owners and the other
-        threads are told, and `KeyboardInterrupt` is raised. `stop` ends one in any thread. The cluster can be used as before.
+        If an owner fails during the search, the search goes on over another owner of the same shard.
+        If there is no other owner, `allow_partial` says what happens.
+
+        Ctrl-C ends a search that Python's main thread called, also if other threads share it.
+        Owners and threads that work for the search are stopped, and `KeyboardInterrupt` is raised.
+        `stop` ends a search in any thread.
+        The cluster can be used afterwards.
 
         Args:
-            queries: float32[n_queries, dim] or float32[dim].
-            k: answers for each query, k <= ef. With fewer vectors than k, places stay empty (-1, inf).
-            ef: how far each shard's walk looks beyond the k-th answer: a larger one finds more, with more READs. For
-                "spire" the lists that are read, over all shards.
-            beam: nodes expanded a round at most: a wider one needs fewer rounds. Not for "spire".
-            n_threads: threads that share the queries, each with its own queue pairs.
-            inflight: queries in progress at once in each thread; 0: chosen for the transport.
-            timeout_s: how long the whole search may take, whatever it waits for. What it waits for at one time has less, where it
-                can go on without it: half of the time that is left. None: as long as it goes on; a READ, and an owner's answer
-                to one message, are waited for 5 s.
-            filters: for each shard which of its rows may be returned: None (all), bool[count], or a bitmap (bit i of byte
-                i // 8, lowest first, is local row i). Under a selective filter more of the graph is walked, or just the
-                rows that it lets through are read.
-            shards: bool[n_queries, n_shards]: which shards each query is for; None: all.
-            allow_partial: leave out a shard that has no owner left, and say so in the result, in place of raising; also the
-                last one, whatever the algorithm: the result then has a coverage of 0, and what was found before. None: where
-                the shards are one graph, of which the rest is as good as before; but where none is left, that is an error.
-            algorithm: "cotra" reads the graphs of the shards that can be read, and asks the owners of the others; "home" sends
-                each query to the owner of most of its neighbourhood, which walks the whole graph, its own records in place
-                (`Server.search_with`); what a home does not answer is walked here, and where all refuse that is an error,
-                but for filters and bounds, which owners of earlier versions refuse. With `shards` the walk is made here, and
-                the result's algorithm is "cotra";
-                "scatter-gather" asks all owners; "spire" reads inverted lists, in two rounds (`Shard.build(n_lists=)`).
-                "compass" in front of them ("compass", "compass+scatter-gather", "compass+spire") leaves out of each query
-                the shards that have nothing for it (`cotra build --partition kmeans`). "auto" takes what the cost model
-                says is quickest, and Compass where leaving shards out pays and was measured: without filters, and for k
-                no larger than at the build (10). Which it was is in the result. It compares times, not recall, and
-                learns, so its answers may differ from call to call; those of all others never do.
-            target_recall: of Compass: the recall to keep, of that which asking every shard has; k above 10 loses more. Under
-                filters Compass asks all shards that have a row to return. Where the shards that it chose have fewer than k
-                answers, the others are asked, too.
-            owner_cpu: whether "auto" may let owners search whose memory could be read.
-            explain: have the cost model's predictions in the result, for any algorithm.
-            max_expansions: records that a walk expands at most, though it would find more: a bound for what a query costs,
-                whatever the data and the filter. Of shards with graphs of their own each has a walk. The result says which
-                queries that ended (`incomplete`), and `coverage` does not count them. None: as many as it takes. Not for
-                "spire".
-            images: the images that the filters are for, as `Cluster.images` told them when the filters were made. None: those of
-                `connect`. Where the cluster searches others by now, filters are refused.
-            progress: hears of queries that were answered, some times a second.
-            stop: what another thread may end the search by.
+            queries: float32[n_queries, dim] or float32[dim]. Other types of real numbers are converted.
+            k: the number of answers for each query, at most `ef`. If there are fewer vectors, places stay empty (-1, inf).
+            ef: the length of the list of nearest nodes that decides when a walk ends. A larger `ef` finds more, with more
+                READs. For "spire", it is the number of inverted lists that a query reads, over all shards.
+            beam: the most nodes that a walk expands in one round. A wider beam needs fewer rounds. "spire" ignores it.
+            n_threads: the number of threads that share the queries. Each has its own queue pairs.
+            inflight: the number of queries in progress at once in each thread. 0 chooses it by the transport.
+            timeout_s: the most seconds that the whole search may take. A wait that the search can go on without gets half of
+                the time that is left. None sets no bound for the search. Each READ, and each answer of an owner, then has
+                5 s.
+            filters: for each shard, the rows that may be in an answer: None (all), bool[count], or a bitmap (bit i % 8 of
+                byte i // 8, counted from the lowest, is row i). Under a selective filter, a walk goes further, or reads only
+                the rows that the filter lets through.
+            shards: bool[n_queries, n_shards]: the shards that each query asks. None asks all.
+            allow_partial: whether to leave out a shard that has no owner left, in place of raising. If every shard is left
+                out, the result has coverage 0 and holds what was found before. None stands for True if the shards are one
+                graph, and for False otherwise; but it raises if no shard is left.
+            algorithm: one of these. The result says what was done.
+
+                - "cotra" reads the graphs of the shards that can be read, and asks the owners of the others.
+                - "home" sends each query to the owner that holds most of its neighbourhood. That owner walks the whole
+                  graph, and uses its own records in place (`Server.search_with`). This process walks for the queries that no
+                  home answers. If all homes refuse, that is an error, except for filters and bounds, which owners of earlier
+                  versions refuse. With `shards`, this process walks, and the result says "cotra".
+                - "scatter-gather" asks all owners to search their shards.
+                - "spire" reads inverted lists in two rounds (`Shard.build(n_lists=)`).
+                - "compass", "compass+scatter-gather" and "compass+spire" first leave out of each query the shards that are
+                  unlikely to hold its neighbours (`cotra build --partition kmeans`).
+                - "auto" takes the way that the cost model predicts to be the quickest. It takes Compass if that leaves out
+                  enough shards, without filters, and for k up to the calibration's (10). It compares times, not recall. It
+                  learns from each search, so its answers may differ from call to call. Those of the others never do.
+            target_recall: the recall that Compass has to keep, as a share of the recall of asking every shard. A k above 10
+                loses more. With filters, Compass asks all shards that have a row to return. If the chosen shards have fewer
+                than k answers, the others are asked too.
+            owner_cpu: whether "auto" may ask owners to search shards that could be read.
+            explain: whether the result has the cost model's predictions for any algorithm, not only for "auto".
+            max_expansions: the most records that a walk may expand. It bounds what a query costs, whatever the data and the
+                filter. Each independent shard has a walk of its own. `SearchResult.incomplete` says which queries the bound
+                ended, and `coverage` does not count them. None sets no bound. It is not for "spire".
+            images: the images that the filters are for: `Cluster.images`, read when the filters were made. None stands for
+                the images of `connect`. If the cluster searches other images by now, filters are refused.
+            progress: called with the number of answered queries, some times a second.
+            stop: another thread may call its `set`, which ends the search.
+
+        Returns:
+            The answers, and how they were found.
 
         Raises:
-            InvalidInputError: a wrong dim, NaN or infinity, k > ef, a filter of another length. TransportError and those
-            below it: a shard failed; the error's `shard` tells which. It is a `PartialResultError`, with what the others
-            answered in its `result`, where that is to be had: when the shard was asked over RPC.
-            DeadlineError: the search was not over within `timeout_s`; it names a shard where that one kept it waiting.
+            InvalidInputError: an argument is out of its range, of another shape, or holds NaN or infinity.
+            TransportError: a shard failed. The error's `shard` says which.
+            PartialResultError: some shards failed, and others answered. Its `result` holds those answers.
+            DeadlineError: the search was not over within `timeout_s`. It names a shard if that shard was waited for.
             SearchCancelledError: `stop` was set.
-            StaleShardError: an owner serves another image than when this cluster connected, and cannot be followed: `follow`
-                says why. Or there are filters, and they are for the rows of the old image: make them for the new one, after
-                `follow`.
+            StaleShardError: an owner serves another image than at connect, and cannot be followed, as `follow` explains. Or
+                the filters are for another image. Then call `follow`, and make filters for the new images.
+            ClosedError: the cluster is closed.
         """
         stop, begin = stop or Stop(), time.perf_counter()
 
@@ -354,11 +412,11 @@ class Cluster:
         except DeadlineError as error:
             raise stop.late(error, timeout_s) from None
         except BaseException:
-            stop.set()  # for all that still works for it
+            stop.set()  # other threads may still work for this search
             raise
 
     def _search(self, make: Callable[[Session], Batch], options: Options, *, may_follow: bool) -> SearchResult:
-        """Searches. Where an owner serves another image, follows it, if it may, and searches once more."""
+        """Searches. If an owner serves another image and `may_follow` is set, follows it and searches once more."""
         behind: SearchResult | CotraError
         with self._searching(options.n_threads) as session:
             try:
@@ -379,10 +437,18 @@ class Cluster:
         return self._search(make, options, may_follow=False)
 
     def homes(self, queries: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The shard whose owner `search(algorithm="home")` sends each query to: int64[n_queries], positions as in `addresses`.
+        """Finds the home of each query: the shard whose owner `search(algorithm="home")` sends it to.
 
-        Raises `InvalidInputError` for wrong queries, shards that are not one graph, or not the whole of a collection with
-        coarse tables.
+        Args:
+            queries: float32[n_queries, dim] or float32[dim].
+
+        Returns:
+            int64[n_queries]: positions of shards, as in `addresses`.
+
+        Raises:
+            InvalidInputError: the queries are malformed, the shards are not one graph, or they have no coarse tables.
+            TransportError: no shard has an owner.
+            ClosedError: the cluster is closed.
         """
         with self._searching(1) as session:
             batch = make_batch(queries, self.dim, session.counts, k=1, ef=1, beam=1, stop=Stop())
@@ -401,13 +467,14 @@ class Cluster:
         filters: Sequence[npt.ArrayLike | bytes | None] | None = None,
         images: Sequence[int] | None = None,
     ) -> Answer:
-        """The one-sided part of `search`, by shard and not merged, for algorithms that merge it with other answers.
+        """Walks the shards that can be read, and does not merge their answers.
 
-        Arguments and errors as `search`.
+        It is for algorithms that merge these answers with others.
+        The arguments and the errors are those of `search`.
 
         Returns:
-            labels int64[n_read, n_queries, k] (-1 where there are fewer) and distances float32 likewise (inf there) of the
-            shards that are read over verbs or shm, in their order; and one `STATS_DTYPE` record for each query.
+            ids int64[n_read, n_queries, k] (-1 in empty places), distances float32[n_read, n_queries, k] (inf there), and
+            `STATS_DTYPE`[n_queries]. n_read counts the shards whose path is one-sided. They keep their order.
         """
         with self._searching(n_threads) as session:
             stop = Stop()
@@ -439,10 +506,15 @@ class Cluster:
 
     @contextmanager
     def _searching(self, n_threads: int) -> Iterator[Session]:
-        """A search, from begin to end: `close` waits for it. Raises `ClosedError` once closed."""
+        """Counts a search as in progress until the block ends, so that `close` waits for it.
+
+        Raises:
+            ClosedError: the cluster is closed.
+            InvalidInputError: `n_threads` is out of its range.
+        """
         if not 1 <= n_threads <= MAX_THREADS:
             raise InvalidInputError(f"n_threads must be in [1, {MAX_THREADS}], not {n_threads}")
-        self._check_process()  # another thread of the parent's may hold the lock for ever
+        self._check_process()  # before the lock: after a fork, a thread of the parent may hold the lock for ever
         with self._lock:
             self._check_open()
             self._n_searches += 1
@@ -464,7 +536,11 @@ class Cluster:
     # ---- hnswlib's own calls ----
 
     def set_ef(self, ef: int) -> None:
-        """ef for `knn_query`, as hnswlib's `set_ef`."""
+        """Sets the `ef` of `knn_query`, as hnswlib's `Index.set_ef` does.
+
+        Raises:
+            InvalidInputError: `ef` is below 1.
+        """
         if ef < 1:
             raise InvalidInputError(f"ef must be at least 1, not {ef}")
         self._ef = ef
@@ -472,10 +548,21 @@ class Cluster:
     def knn_query(
         self, data: npt.ArrayLike, k: int = 1, num_threads: int = 1
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
-        """hnswlib's `Index.knn_query`: labels uint64[n_queries, k] and distances float32[n_queries, k].
+        """Searches as hnswlib's `Index.knn_query` does.
 
-        ef is what `set_ef` set, at least k; 64 or k before. Raises `InvalidInputError` when a query has fewer than k
-        answers, as hnswlib does.
+        `ef` is what `set_ef` set, or 64, and at least k.
+
+        Args:
+            data: the queries, float32[n_queries, dim] or float32[dim].
+            k: the number of answers for each query.
+            num_threads: `n_threads` of `search`.
+
+        Returns:
+            ids uint64[n_queries, k] and distances float32[n_queries, k].
+
+        Raises:
+            InvalidInputError: a query has fewer than k answers. hnswlib raises an error then too.
+            CotraError: the other errors of `search`.
         """
         result = self.search(data, k, max(self._ef or 64, k), n_threads=num_threads)
         if (result.ids < 0).any():
@@ -485,9 +572,13 @@ class Cluster:
     # ---- the end ----
 
     def close(self) -> None:
-        """Closes engines, then connections. Searches in progress in other threads are waited for (a `Stop` ends one); those
-        that come later raise `ClosedError`. Idempotent; one that was interrupted is done by the next. In a child of `fork` it
-        closes nothing: all is the parent's."""
+        """Closes engines, then connections. Idempotent.
+
+        It waits for searches that other threads have in progress. A `Stop` ends such a search.
+        A search that begins later raises `ClosedError`.
+        If a call of `close` is interrupted, the next call finishes its work.
+        In a child of `fork` it closes nothing, because everything is the parent's.
+        """
         if os.getpid() != self._pid:
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""`connect`: from addresses to a cluster."""
+"""`connect`: makes a `Cluster` from the addresses of owners."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._reader.connector import Connector
 from cotra_rdma._reader.replicas import Owner
 from cotra_rdma._reader.session import Session, SessionHooks
-from cotra_rdma.errors import (
-    InvalidInputError,
-)
+from cotra_rdma.errors import InvalidInputError
 from cotra_rdma.protocol.tls import Tls
 
 TRANSPORTS = ("auto", "verbs", "shm", "rpc")
@@ -43,33 +41,43 @@ def connect(
     """Connects to the owners of shards, and reads each shard's header and upper layers once.
 
     Args:
-        addresses: for each shard the HOST:PORT of its server, or several of them, whose owners hold the same image: the nearest
-            is used, and another takes over where it fails. Their order numbers the shards. In place of an address, a `Shard`
-            that this process holds, or a `Server` of it: its records are used in place, without READs. A path: the shards of
-            the collection there, whose owners its `owners.json` names (`cotra serve`); the files themselves need not be there.
-        transport: "auto" takes verbs, else shm on the same host, else rpc, for each shard by itself; which, and why not a
-            better one, is in `Cluster.transports` and `Cluster.passed_over`, and logged once. A name is binding.
-        device, gid_index: of verbs on this side; None for the first active device and the GID that ranks best.
-        tls: this reader's certificate, and whom it believes; None where the owners want none.
-        timeout_s: for each call of the control plane.
-        fabric: adds a modelled fabric to every one-sided READ.
-        queue_pair: options of the queue pairs, time-outs say.
-        cache_bytes: a bound for the memory in which the cluster keeps records that its walks read most often, beside
-            headers and upper layers; 0 keeps none. All threads share it; each shard that is read has a part, by its size.
-            It changes how much is read, and no answer. Of no use over shm, where a READ is a pointer.
-        halo: where this process holds shards of one graph: records of the other shards that they link to most are read now and
-            kept in a cache, so that walks near the border stay at home; as a share of the bytes of the own images.
-        allow_partial: go on without shards that no owner can be reached of, as long as there is one.
-        collection: whose shards these are, in its order: owners of another generation are not used. None: nothing is checked
-            but what shards must have alike; for a path it is the collection there.
-        follow: what a search does where owners serve other images than at this call, for their shards were built again. True: it
-            connects to those, and searches them (`Cluster.follow`). False: it raises `StaleShardError`.
+        addresses: the owners of each shard, in the order that numbers the shards. For each shard, it is one of these:
+
+            - HOST:PORT of its owner.
+            - A `Shard` that this process holds, or a `Server` of it. Its records are used in place, without READs.
+            - A sequence of these, whose owners hold the same image. The nearest is used. Another takes over if it fails.
+
+            A path in place of all this stands for the collection there. `owners.json` in it names the owners, as
+            `cotra serve` writes it. The shard files need not be there.
+        transport: "verbs", "shm" or "rpc" allows this path only. "auto" chooses for each shard: verbs, else shm on the same
+            host, else rpc. `Cluster.transports` and `Cluster.passed_over` say what was chosen and why.
+        device: the name of this side's RDMA device. None takes the first active one.
+        gid_index: the index of this side's GID. None takes the GID that ranks best for each owner.
+        tls: this reader's certificate, and the authority that it trusts. None if the owners want no certificate.
+        timeout_s: the time-out in seconds of each call to an owner that is not a search.
+        fabric: a model that delays every one-sided READ, for measurements. None adds nothing.
+        queue_pair: options of this side's queue pairs, such as time-outs.
+        cache_bytes: the most bytes of records that the cluster keeps, beside headers and upper layers. It keeps the records
+            that its walks read most often. All threads share them, and each shard has a part by its size. The cache changes
+            how much is read, never an answer. It is of no use over shm, where a READ is a pointer. 0 keeps none.
+        halo: for a process that holds shards of one graph. It is the size of a cache, as a share of the bytes of these
+            shards' images. The cache is filled at once, with the records of other shards that these shards link to most.
+            It takes the place of `cache_bytes`.
+        allow_partial: whether to go on without a shard if none of its owners can be reached. One shard has to be reached.
+        collection: the collection of these shards, in its order. Owners of another generation are then not used. None checks
+            only that the shards go together. For a path, it is the collection there.
+        follow: what a search does if owners serve other images than at this call, after a rebuild. True connects to them and
+            searches them, as `Cluster.follow` does. False raises `StaleShardError`.
+
+    Returns:
+        The cluster. Close it, or use it as a context manager.
 
     Raises:
         TransportError: a shard cannot be reached.
-        VerbsUnavailableError: verbs was asked for and cannot be had; the message says why.
-        InvalidInputError: shards differ in dim or metric, owners of one shard hold different images, or a shard's part of
-            `cache_bytes` holds no record.
+        VerbsUnavailableError: "verbs" was asked for and cannot be had. The message says why.
+        InvalidInputError: an argument is out of its range, shards differ in dimension or metric, owners of one shard hold
+            different images, or a shard's part of `cache_bytes` holds no record.
+        FormatError: an owner's answer, an image or a file of the collection is malformed.
     """
     check_timeout(timeout_s)
     if cache_bytes < 0:
@@ -98,7 +106,7 @@ def connect(
 def _owners_of(
     addresses: Owner | os.PathLike[str] | Sequence[Owner | Sequence[Owner]], collection: Collection | None
 ) -> tuple[list[list[Owner]], Collection | None]:
-    """The owners of each shard, and the collection that they are of. A path is read anew each time."""
+    """Returns the owners of each shard, and their collection if it is known. A path is read again at each call."""
     if isinstance(addresses, os.PathLike):
         collection = Collection.load(collection_directory(addresses), shard_files=False)
         addresses = addresses_of(addresses)

@@ -1,24 +1,21 @@
-"""One shard as a reader sees it: its control connection, the path that was chosen to it, and how to open channels on it."""
+"""`Connection`: a reader's side of one shard: the control connection, the path that was chosen, and how channels are opened."""
 
 from __future__ import annotations
 
 import logging
 import math
-import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cotra_rdma._core.constants import METRICS
 from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.remote_expansion import Expansions
-from cotra_rdma._core.stats import STATS_DTYPE, unpack_stats
 from cotra_rdma._core.stop import Stop
 from cotra_rdma._native import memfd_handover as handover
 from cotra_rdma._native.arena import Arena
@@ -29,61 +26,68 @@ from cotra_rdma._native.list_engine import IvfTable
 from cotra_rdma._native.record_cache import RecordCache
 from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma._native.view import View
-from cotra_rdma._reader.batch import Answer, Batch, CollectionAnswer, OutOfTimeError
+from cotra_rdma._reader.batch import Answer, Batch, CollectionAnswer
 from cotra_rdma._reader.cost_model import Link
+from cotra_rdma._reader.owner_calls import OwnerCalls, stale_error
 from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
 from cotra_rdma.errors import (
     CotraError,
-    DeadlineError,
     FormatError,
     InvalidInputError,
-    PeerError,
     StaleShardError,
     TransportError,
     VerbsUnavailableError,
 )
-from cotra_rdma.protocol.collection_search import CollectionResponse
-from cotra_rdma.protocol.envelope import STALE, WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
+from cotra_rdma.protocol.envelope import Payload, fields_of
 from cotra_rdma.protocol.regions import (
-    WANT_CAPABILITIES,
     WANT_LEASE,
     WANT_QUEUE_PAIR,
     WANT_RELEASE,
     WANT_SHARED_MEMORY,
-    WANT_VIEW,
     QueuePairFields,
-    RegionRequest,
     RegionResponse,
     ShardFields,
     as_fields,
-    decode_region_response,
-    encode_region,
 )
-from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, split_pushes
-from cotra_rdma.protocol.rpc_client import RpcClient
-from cotra_rdma.protocol.search import WHOLE_COLLECTION, SearchRequest, SearchResponse, queries_per_message
-from cotra_rdma.protocol.tables import CoarseRouteRequest, CoarseRouteResponse
+from cotra_rdma.protocol.tables import CoarseRouteResponse
 from cotra_rdma.protocol.tls import Tls
 
 log = logging.getLogger(__name__)
 
 READ = ("verbs", "shm")
-"""The paths over which another process's memory is read."""
+"""The paths by which a reader READs another process's memory."""
 ONE_SIDED = ("own", *READ)
-"""The paths that need nothing of an owner's process: this process's own memory, READs, a mapping."""
+"""The paths that need no work of the owner's process. "own" is memory of the reader's process."""
 LOST = "lost"
-"""In the place of a path, where a shard has no owner left."""
+"""Stands in place of a path if a shard has no owner left."""
 _RELEASE_TIMEOUT_MS = 300
 _SLOT_BYTES = 4096
-_LIST_SLOT_BYTES = 16384  # as many of a list's blocks as fit are one READ
-_PROBES = 32
-_MAX_DIM = 4096
-_MAX_RECORD_BYTES = 1 << 20
+_LIST_SLOT_BYTES = 16384  # one READ takes as many of a list's blocks as fit a slot
+_PROBES = 32  # READs in each measurement of a link
 
 
 class Connection:
-    """One of a shard's owners. `transport` is the path to it that is in use, `passed_over` says why the better ones are not."""
+    """A connection to one owner of a shard.
+
+    Attributes:
+        index: the position of the shard in the cluster.
+        address: HOST:PORT of the owner.
+        transport: the path that is in use; "" before `choose`.
+        passed_over: why a better path is not in use, by the name of that path.
+        capabilities: what the owner said at connect: the shard, the transports, the memory region.
+        shard: the shard's sizes, as the owner announced them.
+        image: names the image that the owner served at connect. Whoever sets `shard` sets it too.
+        view: the shard's header and navigation section, or None if the shard is only asked over RPC.
+        lists: the shard's list table, or None.
+        cache: the record cache of the shard, or None.
+        coarse: the shard's coarse table, or None if the owner has none.
+        calibration: the calibration of the shard's collection, or None.
+        number: the shard's number in its collection, or None if the owner does not say.
+        link: what the path costs, as measured at connect.
+        is_local: whether this process owns the shard.
+        is_dropped: whether the engine pool keeps no engine over this connection any more.
+    """
 
     def __init__(
         self,
@@ -95,38 +99,41 @@ class Connection:
         options: QueuePairOptions,
         fabric: FabricModel | None,
     ) -> None:
+        """Makes the control connection, and asks for the shard's sizes and its coarse table. `choose` then chooses the path.
+
+        Args:
+            index: the position of the shard in the cluster.
+            address: HOST:PORT of the owner.
+            tls: this reader's certificate, or None for a plain connection.
+            timeout_ms: the time-out of each call to the owner.
+            options: the options of this side's queue pairs.
+            fabric: the model that every READ goes through, or None.
+
+        Raises:
+            TransportError: the owner cannot be reached.
+            PeerError: the owner refused, or is of a version that does not name its image.
+            FormatError: an answer is malformed.
+        """
         self._begin(index, address, timeout_ms, fabric)
-        self._client = RpcClient(address, tls=tls)
+        self._calls = calls = OwnerCalls(index, address, tls=tls, timeout_ms=timeout_ms)
         self._options = options
         try:
-            with self._in_time():
-                self._introduce()
+            with calls.in_time():
+                self.capabilities = calls.introduce()
+                self.shard, self.image = calls.shard, calls.image
+                begin = time.perf_counter()
+                self._take_coarse(calls.coarse_table())
+                self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
         except BaseException:
             self.close()
             raise
 
-    def _introduce(self) -> None:
-        self.capabilities = self._ask(WANT_CAPABILITIES)
-        shard = self.capabilities.shard
-        if shard is None:
-            raise FormatError(f"{self}: the answer does not describe the shard")
-        if shard.identity is None:
-            raise PeerError(
-                f"{self}: its owner is of an earlier version, which does not tell its image from others: update it",
-                shard=self.index,
-            )
-        _check_announced(self, shard)
-        self.shard, self.image = shard, shard.identity
-        begin = time.perf_counter()
-        self._ask_coarse()
-        self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
-
-    _client: RpcClient | None
+    _calls: OwnerCalls | None
     is_local = False
-    """Whether this process owns the shard itself."""
     link: Link
+    capabilities: RegionResponse
+    shard: ShardFields
     image: ImageIdentity
-    """Of the image that the owner served when this reader came; set by whoever sets `shard`."""
 
     def _begin(self, index: int, address: str, timeout_ms: int, fabric: FabricModel | None = None) -> None:
         self.index = index
@@ -138,91 +145,29 @@ class Connection:
         self.cache: RecordCache | None = None
         self.coarse: CoarseTable | None = None
         self.calibration: Calibration | None = None
-        self.number: int | None = None  # in its collection
+        self.number: int | None = None
         self.link = Link(math.inf, 0.0, 0.0, math.inf)
         self._timeout_ms = timeout_ms
-        self._until = math.inf  # on time.monotonic's clock
         self._fabric = fabric
-        self._name = secrets.token_hex(8)
-        self._client = None
+        self._calls = None
         self._device: Device | None = None
         self._arena: Arena | None = None
         self._first: tuple[Channel, ExitStack] | None = None
         self._gone = False
-        self.is_dropped = False  # no engine over it is kept
+        self.is_dropped = False
         self._slot_bytes = _SLOT_BYTES
 
     def __str__(self) -> str:
         return f"shard {self.index} ({self.address})"
 
-    # ---- calls ----
-
-    @contextmanager
-    def _in_time(self) -> Iterator[None]:
-        """All calls in the block together take as long as one may."""
-        before, self._until = self._until, min(self._until, time.monotonic() + self._timeout_ms / 1000)
-        try:
-            yield
-        finally:
-            self._until = before
-
-    def _call(
-        self, kind: VShardMessageType, payload: Payload, timeout_ms: int, stop: Stop | None = None
-    ) -> VShardEnvelope:
-        envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self.index, payload)
-        try:
-            assert self._client is not None
-            return self._client.call(envelope, timeout_ms, stop)
-        except TransportError as error:
-            hint = "" if hasattr(self, "shard") else " (is it an owner of cotra-rdma, and does it want a certificate?)"
-            hint = "" if "nobody listens" in str(error) else hint
-            what = str(error).removeprefix(self.address).lstrip()
-            raise type(error)(f"{self}{'' if what.startswith(':') else ' '}{what}{hint}", shard=self.index) from None
-
-    def _ask(
-        self,
-        want: int,
-        queue_pair: QueuePairFields | None = None,
-        number: int = 0,
-        timeout_ms: int | None = None,
-        offset: int = 0,
-    ) -> RegionResponse:
-        image = self.image if want in (WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_VIEW) else None
-        request = RegionRequest(want, self._name, queue_pair, number, offset, image)
-        reply = self._call(
-            VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._left_ms()
-        )
-        answer = decode_region_response(reply.payload)
-        self._check_code(answer.code, answer.message)
-        if hasattr(self, "image") and answer.shard != self.shard:
-            raise self._stale(answer.shard.identity if answer.shard else None)
-        return answer
-
-    def _left_ms(self) -> int:
-        left_s = self._until - time.monotonic()
-        return self._timeout_ms if left_s == math.inf else max(1, min(self._timeout_ms, round(left_s * 1000)))
-
-    def _check_code(self, code: int, message: str) -> None:
-        """Raises what an answer with this code says."""
-        if code:
-            raise (StaleShardError if code == STALE else PeerError)(f"{self}: {message}", shard=self.index)
-
-    def _check_image(self, image: ImageIdentity | None) -> None:
-        """Raises `StaleShardError` unless an answer is about the image that this reader asked about."""
-        if image != self.image:
-            raise self._stale(image)
+    @property
+    def calls(self) -> OwnerCalls:
+        """The calls to the owner. A shard of this process has none."""
+        assert self._calls is not None
+        return self._calls
 
     def _stale(self, image: ImageIdentity | None) -> StaleShardError:
-        serves = "an image that it does not name" if image is None else image
-        return StaleShardError(
-            f"{self} serves {serves}, and had {self.image} when this reader connected", shard=self.index
-        )
-
-    def _ask_coarse(self) -> None:
-        """The shard from afar, where its owner tells: what Compass chooses by."""
-        request = CoarseRouteRequest().encode()
-        reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._left_ms())
-        self._take_coarse(reply.payload)
+        return stale_error(self, self.index, image, self.image)
 
     def _take_coarse(self, payload: Payload) -> None:
         answer = CoarseRouteResponse.decode(payload)
@@ -231,20 +176,29 @@ class Connection:
             self.coarse = CoarseTable(
                 table.centroids.astype(np.float32), table.sizes.astype(np.int64), table.radii.astype(np.float32)
             )
-            told = answer.collection or {}
-            if isinstance(told.get("shard"), int):
-                self.number = told["shard"]
-            if told.get("calibration") is not None:
-                self.calibration = Calibration.from_json(told["calibration"])
+            collection = answer.collection or {}
+            if isinstance(collection.get("shard"), int):
+                self.number = collection["shard"]
+            if collection.get("calibration") is not None:
+                self.calibration = Calibration.from_json(collection["calibration"])
 
     # ---- choosing the path ----
 
     def choose(self, wanted: str, device: Device | None, no_device: str) -> None:
-        """Takes the path that was asked for, or for "auto" the best that works: verbs, shm, rpc.
+        """Chooses the path, and opens the shard's view if the path is one-sided.
 
-        Raises what is wrong when a path was asked for by name.
+        Args:
+            wanted: "verbs", "shm" or "rpc". "auto" takes the first of these that works.
+            device: this side's device, or None if there is none.
+            no_device: why there is none, for an error message.
+
+        Raises:
+            VerbsUnavailableError: "verbs" was wanted and cannot be had.
+            TransportError: the wanted path does not work, or no path does.
+            FormatError: the shard's header or upper layers are malformed.
+            InvalidInputError: an option does not fit the shard.
         """
-        with self._in_time():
+        with self.calls.in_time():
             self._choose(wanted, device, no_device)
 
     def _choose(self, wanted: str, device: Device | None, no_device: str) -> None:
@@ -275,7 +229,7 @@ class Connection:
         raise TransportError(f"{self}: no transport works: {self.passed_over}", shard=self.index)
 
     def _map(self) -> None:
-        offer = self._ask(WANT_SHARED_MEMORY).shared_memory
+        offer = self.calls.ask(WANT_SHARED_MEMORY).shared_memory
         if offer is None or offer.boot_id != handover.boot_id():
             raise TransportError(f"{self} is on another host", shard=self.index)
         self._arena = handover.receive(offer.socket, offer.length)
@@ -289,15 +243,19 @@ class Connection:
             raise
         if self.lists is None:
             self._first = (channel, stack)
-        else:  # made now, for a search must not need the owner
+        else:  # the slots are larger now; a new channel is opened here because a search must not need the owner
             stack.close()
             self._first = self.open_channel()
 
     def _read_view(self, channel: Channel) -> None:
-        """Reads what is kept of the shard, and times some READs."""
+        """Reads the view and the list table, and measures the link by some READs.
+
+        Raises:
+            StaleShardError: the header is not that of the announced shard.
+        """
         self.view = View.open(channel, timeout_s=self._timeout_ms / 1000)
-        info, told = self.view.info, self.shard
-        if any(getattr(info, name) != value for name, value in fields_of(told).items()):
+        info = self.view.info
+        if any(getattr(info, name) != value for name, value in fields_of(self.shard).items()):
             raise self._stale(info.identity)
         self.link = replace(self.link, **_measure(channel))
         if info.ivf_bytes:
@@ -306,33 +264,46 @@ class Connection:
 
     @property
     def owner(self) -> Any:
-        """What this peer was made of: an address, or what this process holds."""
+        """What `Replicas` was given for this owner: its address, or a shard or server of this process."""
         return self.address
 
     def take_over(self, failed: Connection) -> None:
-        """Goes on with what was kept of another owner's records, which are the same."""
+        """Takes the record cache of another owner's connection. Both owners hold the same records."""
         if self.cache is None and self.transport != "own":
             self.cache, failed.cache = failed.cache, None
 
     def open_source(self, slots: int = 0) -> tuple[Source, ExitStack]:
-        """How one engine comes by the records, and the stack that closes it: a channel where they can be READ, with so many slots
-        (0: as many as usual)."""
+        """Opens the source of records for one engine.
+
+        Args:
+            slots: as for `open_channel`.
+
+        Returns:
+            A channel, or None if the shard cannot be read; and the stack that closes it, which is the caller's.
+
+        Raises:
+            TransportError: as for `open_channel`.
+        """
         return self.open_channel(slots) if self.transport in ONE_SIDED else (None, ExitStack())
 
     @property
     def info(self) -> ImageInfo | None:
-        """The image's header; None for a shard that is only asked over RPC."""
+        """The image's header, or None if the shard is only asked over RPC."""
         return None if self.view is None else self.view.info
 
     @property
     def memory(self) -> Arena | None:
-        """The owner's memory, mapped here; None where it is not of this host."""
+        """The owner's memory, mapped into this process. It is None unless the path is "shm"."""
         return self._arena
 
     # ---- one-sided ----
 
     def make_cache(self, budget_bytes: int) -> None:
-        """Keeps the records that walks read most often, in so many bytes. Raises `InvalidInputError` where they hold none."""
+        """Makes a record cache of `budget_bytes` bytes.
+
+        Raises:
+            InvalidInputError: so few bytes hold no record.
+        """
         assert self.view is not None
         try:
             self.cache = RecordCache.create(self.view, budget_bytes)
@@ -340,7 +311,18 @@ class Connection:
             raise InvalidInputError(f"{self}: {error}", shard=self.index) from None
 
     def open_channel(self, slots: int = 0) -> tuple[Channel, ExitStack]:
-        """A new channel for one engine, and the stack that closes it and all it hangs on. `slots`: READs at once, 0 as usual."""
+        """Opens a channel for one engine.
+
+        Args:
+            slots: the number of READs in progress at once. 0 chooses it by the transport.
+
+        Returns:
+            The channel, and the stack that closes it with all that it needs. The stack is the caller's to close.
+
+        Raises:
+            TransportError: the owner cannot be reached, or has no queue pair for this reader.
+            VerbsUnavailableError: this side's device makes no queue pair.
+        """
         if self._first is not None and not slots:
             first, self._first = self._first, None
             return first
@@ -358,7 +340,7 @@ class Connection:
     def _open_verbs(self, stack: ExitStack, slots: int, slot_bytes: int) -> Channel:
         assert self._device is not None
         queue_pair = stack.enter_context(QueuePair(self._device, self._options))
-        answer = self._ask(WANT_QUEUE_PAIR, as_fields(QueuePairFields, queue_pair.local))
+        answer = self.calls.ask(WANT_QUEUE_PAIR, as_fields(QueuePairFields, queue_pair.local))
         stack.callback(self._release, answer.number)
         if answer.queue_pair is None or answer.region is None:
             raise FormatError(f"{self}: the answer has no queue pair", shard=self.index)
@@ -367,149 +349,54 @@ class Connection:
         return stack.enter_context(Channel.verbs(queue_pair, region, slots=slots, slot_bytes=slot_bytes))
 
     def _release(self, number: int) -> None:
-        """Best effort: an owner that is gone holds nothing, and one that missed it takes the queue pair back with the lease."""
+        """Releases a queue pair at the owner. A failure does no harm: the owner destroys the queue pair when the lease ends."""
         if self._gone:
             return
         try:
-            self._ask(WANT_RELEASE, number=number, timeout_ms=_RELEASE_TIMEOUT_MS)
+            self.calls.ask(WANT_RELEASE, number=number, timeout_ms=_RELEASE_TIMEOUT_MS)
         except CotraError as error:
             log.debug("%s: its queue pair was not released: %s", self, error)
             self._gone = True
 
     def renew(self) -> None:
-        """Keeps the queue pairs that the owner holds for this reader."""
-        self._ask(WANT_LEASE)
+        """Renews this reader's lease, which keeps its queue pairs at the owner.
+
+        Raises:
+            StaleShardError: the owner serves another image than at connect.
+            TransportError: the owner cannot be reached.
+        """
+        self.calls.ask(WANT_LEASE)
 
     # ---- RPC ----
 
     def search(self, batch: Batch) -> Answer:
-        """The owner searches; one message for the batch (several where one would be too large).
-
-        Args:
-            job: its filters and mask are those of this shard alone.
-        """
-        asked = np.arange(len(batch.queries)) if batch.mask is None else np.flatnonzero(batch.mask[:, 0])
-        labels = np.full((len(batch.queries), batch.k), -1, np.int64)
-        distances = np.full(labels.shape, np.inf, np.float32)
-        stats = np.zeros(len(batch.queries), STATS_DTYPE)
-        filtered = batch.filters is not None and batch.filters[0] is not None
-        rows = queries_per_message(batch.queries.shape[1], batch.k, batch.ef, filtered=filtered)
-        for begin in range(0, len(asked), rows):
-            part = asked[begin : begin + rows]
-            labels[part], distances[part], stats[part] = self._search_part(batch, batch.queries[part])
-            batch.stop.note(len(part))
-        batch.stop.note(len(batch.queries) - len(asked))
-        return labels, distances, stats
-
-    def _call_to_search(self, batch: Batch, request: bytes) -> VShardEnvelope:
-        wait_s = batch.wait_s()
-        try:
-            return self._call(
-                VShardMessageType.VECTOR_SCATTER_REQUEST, request, max(1, round(wait_s * 1000)), batch.stop
-            )
-        except DeadlineError:
-            if batch.is_cut_short(wait_s):
-                raise OutOfTimeError from None
-            raise
-
-    def _search_part(self, batch: Batch, queries: npt.NDArray[np.float32]) -> Answer:
-        bitmap = None if batch.filters is None else batch.filters[0]
-        request = SearchRequest(
-            "", queries, batch.k, batch.ef, bitmap, batch.beam, most=batch.most or 0, image=self.image
-        ).encode()
-        begin = time.perf_counter_ns()
-        reply = self._call_to_search(batch, request)
-        answer = SearchResponse.decode(reply.payload)
-        self._check_code(answer.code, answer.message)
-        self._check_image(answer.image)
-        try:
-            answer.check(len(queries), batch.k)
-            stats = unpack_stats(answer.stats, len(queries))
-        except FormatError as error:
-            raise FormatError(f"{self}: {error}", shard=self.index) from None
-        if answer.incomplete is not None:
-            stats["incomplete"] = answer.incomplete
-        # What the owner read in its own memory crossed no wire: this side made one round of one message.
-        stats["reads"], stats["rounds"] = 0, 1
-        stats["read_bytes"] = (len(request) + reply.payload_len) // len(queries)
-        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's: nobody has an answer before that
-        return answer.labels, answer.distances, stats
+        """Has the owner search its shard, as `OwnerCalls.search` does."""
+        return self.calls.search(batch)
 
     def search_all(self, batch: Batch, images: Sequence[int] = ()) -> CollectionAnswer:
-        """The owner searches the whole collection, as it sees it; messages as of `search`.
-
-        Args:
-            job: without mask.
-            images: the checksum of the image of each shard that the job has a filter for.
-
-        Raises `PeerError` where the owner has no connection to the other shards, or is of an earlier version.
-        """
-        if batch.mask is not None:
-            raise InvalidInputError("a search that a peer makes of the whole collection takes no mask")
-        filters = None if batch.filters is None else tuple(zip(images, batch.filters, strict=True))
-        rows = queries_per_message(batch.queries.shape[1], batch.k, batch.ef, filtered=filters is not None)
-        starts = range(0, max(len(batch.queries), 1), rows)
-        parts = []
-        for begin in starts:
-            part = batch.queries[begin : begin + rows]
-            parts.append(self._search_all_part(batch, part, filters))
-            batch.stop.note(len(part))
-        if any(part.images != parts[0].images for part in parts):
-            raise FormatError(f"{self}: its shards changed during the search", shard=self.index)
-        failures = {shard: why for part in parts for shard, why in part.failures.items()}
-        columns = zip(*((part.labels, part.distances, part.shards, part.stats) for part in parts), strict=True)
-        labels, distances, shards, stats = (np.concatenate(column) for column in columns)
-        return CollectionAnswer(labels, distances, shards, parts[0].images, stats, failures)
-
-    def _search_all_part(
-        self,
-        batch: Batch,
-        queries: npt.NDArray[np.float32],
-        filters: tuple[tuple[int, bytes | None], ...] | None,
-    ) -> CollectionAnswer:
-        scope = WHOLE_COLLECTION
-        wanted = SearchRequest("", queries, batch.k, batch.ef, None, batch.beam, scope, batch.most or 0, filters)
-        request = wanted.encode()
-        begin = time.perf_counter_ns()
-        reply = self._call_to_search(batch, request)
-        told = CollectionResponse.decode(reply.payload)
-        answer = told.answer
-        self._check_code(answer.code, answer.message)
-        try:
-            answer.check(len(queries), batch.k)
-            stats = unpack_stats(answer.stats, len(queries), told.more_stats)
-        except FormatError as error:
-            raise FormatError(f"{self}: {error}", shard=self.index) from None
-        stats["latency_ns"] = time.perf_counter_ns() - begin  # the whole batch's, as in `search`
-        images = tuple(told.images.tolist())
-        return CollectionAnswer(answer.labels, answer.distances, told.shards, images, stats, told.failures)
-
-    # ---- pushed expansions: of a shard that cannot be read ----
+        """Has the owner search the whole collection, as `OwnerCalls.search_all` does."""
+        return self.calls.search_all(batch, images)
 
     def load_view(self) -> View:
-        """Header and upper layers over RPC, in pieces; the caller closes the view.
+        """Loads the header and the upper layers over RPC.
 
-        Raises `PeerError` where the owner does not offer it, `FormatError` and `ChecksumError` for what is not the shard's.
+        Returns:
+            The view. It is the caller's to close.
+
+        Raises:
+            PeerError: the owner does not offer its view.
+            FormatError, ChecksumError: what came is not a valid view.
+            StaleShardError: the view is not that of the announced shard.
+            TransportError: the owner cannot be reached.
         """
-        with self._in_time():
-            data = self._load_pieces()
+        with self.calls.in_time():
+            data = self.calls.load_view()
         view = View.load(data)
         info = view.info
         if any(getattr(info, name) != value for name, value in fields_of(self.shard).items()):
             view.close()
             raise self._stale(info.identity)
         return view
-
-    def _load_pieces(self) -> bytearray:
-        data, length = bytearray(), 0
-        while not data or len(data) < length:
-            piece = self._ask(WANT_VIEW, offset=len(data)).view
-            length = length or (piece.length if piece is not None else 0)
-            left = length - len(data)
-            if piece is None or piece.length != length or not 0 < len(piece.data) <= left <= self.shard.image_bytes:
-                raise FormatError(f"{self}: a piece that does not fit its upper layers", shard=self.index)
-            data += piece.data
-        return data
 
     def expand(
         self,
@@ -518,42 +405,12 @@ class Connection:
         timeout_s: float,
         stop: Stop | None = None,
     ) -> Expansions:
-        """The owner expands nodes; one message for the round (several where one would be too large).
-
-        Args:
-            queries: float32[n_queries, dim], of which those travel that occur in `pushes`.
-            pushes: `PUSH_DTYPE`[n]; those of one query follow each other.
-            timeout_s: for each message.
-            stop: ends the wait for it.
-
-        Raises `TransportError` where the owner is gone, `PeerError` where it refuses, `FormatError` for an answer that does not
-        fit. The view must be there (`load_view`).
-        """
+        """Has the owner expand nodes, as `OwnerCalls.expand` does. `view` must have been set by `load_view`."""
         assert self.view is not None
-        degree = self.view.info.degree
-        parts = [
-            self._expand_part(ExpandRequest.of(queries, pushes[part], self.image), degree, timeout_s, stop)
-            for part in split_pushes(pushes, queries.shape[1], degree)
-        ]
-        return Expansions.joined(parts)
-
-    def _expand_part(self, request: ExpandRequest, degree: int, timeout_s: float, stop: Stop | None) -> Expansions:
-        kind = VShardMessageType.VECTOR_EXPAND_REQUEST
-        reply = self._call(kind, request.encode(), max(1, round(timeout_s * 1000)), stop)
-        answer = ExpandResponse.decode(reply.payload)
-        self._check_code(answer.code, answer.message)
-        self._check_image(answer.image)
-        found = answer.told.found
-        if len(found) != len(request.pushes) or (found["count"] > degree).any():
-            raise FormatError(
-                f"{self}: {len(found)} expansions of up to {found['count'].max(initial=0)} neighbours to "
-                f"{len(request.pushes)} nodes of {degree}",
-                shard=self.index,
-            )
-        return answer.told
+        return self.calls.expand(queries, pushes, self.view.info.degree, timeout_s, stop)
 
     def close(self) -> None:
-        """Closes everything; engines that were opened on it must be closed before."""
+        """Closes the connection and all that it holds. Engines over it must be closed before."""
         if self._first is not None:
             self._first[1].close()
         for part in (self.lists, self.cache, self.view, self._arena):
@@ -562,13 +419,13 @@ class Connection:
         self.retire()
 
     def retire(self) -> None:
-        """Lets the owner go. What other threads' searches still read through stays until they let go of it."""
-        if self._client is not None:
-            self._client.close()
+        """Closes the control connection. What searches in other threads still read through stays open until `close`."""
+        if self._calls is not None:
+            self._calls.close()
 
 
 def _measure(channel: Channel) -> dict[str, float]:
-    """What a channel can do: fields of `Link`."""
+    """Measures a channel by some READs of the region's first bytes. Returns fields of `Link`."""
     short = min(1024, channel.info.region_bytes)
     long = min(channel.info.slot_bytes, channel.info.region_bytes)
     depth = min(16, channel.info.slots)
@@ -583,23 +440,12 @@ def _measure(channel: Channel) -> dict[str, float]:
     }
 
 
-def _check_announced(connection: Connection, shard: ShardFields) -> None:
-    """Raises `FormatError` for numbers that no image has, before anything is made of them."""
-    for name, least, most in (
-        ("dim", 1, _MAX_DIM),
-        ("count", 0, 2**32),
-        ("record_bytes", 1, _MAX_RECORD_BYTES),
-        ("image_bytes", 1, 2**56),
-        ("generation", 0, 2**64 - 1),
-    ):
-        if not least <= getattr(shard, name) <= most:
-            raise FormatError(f"{connection}: it announces {name} {getattr(shard, name)}", shard=connection.index)
-    if shard.metric not in METRICS:
-        raise FormatError(f"{connection}: it announces the metric {shard.metric[:20]!r}", shard=connection.index)
-
-
 def check_alike(connections: list[Connection]) -> None:
-    """Raises `InvalidInputError` when shards differ in what a search needs alike."""
+    """Checks that all shards have the same dimension and the same metric.
+
+    Raises:
+        InvalidInputError: they differ.
+    """
     for connection in connections[1:]:
         first = connections[0]
         for what in ("dim", "metric"):

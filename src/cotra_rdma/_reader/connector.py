@@ -1,4 +1,4 @@
-"""How a cluster reaches owners: what `connect` was told, and this side's device."""
+"""`Connector`: connects to owners with the options of `connect`, and holds this side's device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from cotra_rdma.protocol.tls import Tls
 log = logging.getLogger(__name__)
 
 Misfit = Callable[[int, ShardFields], str]
-"""Why what an owner serves is not the shard at a position; "" where it is."""
+"""Returns why what an owner serves is not the shard at a position, or "" if it is."""
 
 
 @dataclass(slots=True)
 class Connector:
-    """Options as `connect` takes them; the device is opened when the first owner offers one."""
+    """Connects to owners, and chooses the path to each.
+
+    The attributes are the options of `connect`.
+    The device is opened when the first owner offers verbs.
+    """
 
     transport: str
     device: str | None
@@ -39,7 +43,20 @@ class Connector:
     _tried: bool = field(default=False)
 
     def connect(self, shard: int, owner: Owner, misfit: Misfit | None = None) -> Connection:
-        """The control connection to an owner of the shard at a position. Raises `TransportError`, also for a misfit."""
+        """Makes the control connection to an owner.
+
+        Args:
+            shard: the position of the shard in the cluster.
+            owner: an address, or a shard or server of this process.
+            misfit: checks what the owner serves. None checks nothing.
+
+        Returns:
+            The connection. It is the caller's to close.
+
+        Raises:
+            TransportError: the owner cannot be reached, or serves something else than the shard.
+            PeerError, FormatError: as for `Connection`.
+        """
         timeout_ms = max(1, round(self.timeout_s * 1000))
         if not isinstance(owner, str):
             return LocalConnection(shard, owner, timeout_ms=timeout_ms)
@@ -53,7 +70,11 @@ class Connector:
         return connection
 
     def open_device(self, connections: Sequence[Connection]) -> None:
-        """Opens this side's device where any of the owners offers verbs. Raises where it was asked for and cannot be had."""
+        """Opens this side's device, if one of the owners offers verbs or if verbs was asked for. It tries once.
+
+        Raises:
+            CotraError: the device cannot be opened, and was asked for by name or by `transport="verbs"`.
+        """
         offered = any(connection.capabilities.transports.get("verbs") == "" for connection in connections)
         if self._tried or self.transport not in ("auto", "verbs") or (not offered and self.transport == "auto"):
             return
@@ -66,7 +87,13 @@ class Connector:
             self._no_device = str(error)
 
     def choose(self, connection: Connection) -> None:
-        """Takes the best path to an owner, and what a walk needs of a shard of a graph over many that cannot be read."""
+        """Chooses the best path to an owner.
+
+        If a shard of one graph cannot be read, its view is loaded over RPC, because the walk needs the upper layers.
+
+        Raises:
+            CotraError: as for `Connection.choose`.
+        """
         self.open_device([connection])
         connection.choose(self.transport, self._device, self._no_device)
         if connection.transport == "rpc" and connection.shard.graph_id:
@@ -78,13 +105,17 @@ class Connector:
                 log.info("%s: its owner searches the shard by itself: %s", connection, error)
 
     def close(self) -> None:
-        """Closes the device, after all that hangs on it."""
+        """Closes the device. Connections that use it must be closed before."""
         if self._device is not None:
             self._device.close()
 
 
 def _ip_of(address: str) -> str | None:
-    """The IP address that a shard is reached at, for the choice of the GID."""
+    """Returns the IP address of an owner, by which this side's GIDs are ranked.
+
+    Raises:
+        TransportError: the host's name cannot be resolved.
+    """
     host, port = parse_address(address)
     try:
         return str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]).partition("%")[0]

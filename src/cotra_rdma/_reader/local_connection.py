@@ -1,4 +1,4 @@
-"""A shard that this process owns, as a reader in the same process sees it: its records are used in place, without READs."""
+"""`LocalConnection`: a connection to a shard of this process, whose records are used in place, without READs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cotra_rdma.protocol.regions import RegionResponse, ShardFields, as_fields
 
 
 class Serving(Protocol):
-    """A server of this process (`server.Server`)."""
+    """What a `LocalConnection` needs of a server of this process. `Server` has it."""
 
     @property
     def address(self) -> str:
@@ -23,23 +23,29 @@ class Serving(Protocol):
 
     @property
     def shard(self) -> Shard:
-        """What it serves."""
+        """The shard that is served now."""
 
     @property
     def coarse(self) -> bytes | None:
-        """What it tells of the shard from afar: a payload of type 53."""
+        """The coarse table, as a payload of type 53, or None."""
 
 
 Owned = Shard | Serving
 
 
 class LocalConnection(Connection):
-    """A shard that this process owns itself: its records are used in place."""
+    """A connection to a shard of this process."""
 
     is_local = True
 
     def __init__(self, index: int, owner: Owned, *, timeout_ms: int) -> None:
-        """`owner` stays the caller's, and must outlive it."""
+        """Makes the connection. It calls nobody.
+
+        Args:
+            index: the position of the shard in the cluster.
+            owner: the shard, or a server of it. It stays the caller's, and must outlive the connection.
+            timeout_ms: the time-out of reading the view.
+        """
         self._owner = owner
         self._held = owner if isinstance(owner, Shard) else owner.shard
         self._begin(index, "own" if isinstance(owner, Shard) else owner.address, timeout_ms)
@@ -52,18 +58,18 @@ class LocalConnection(Connection):
 
     @property
     def owner(self) -> Owned:
-        """The shard, or the server of it."""
+        """The shard, or the server of it, as given."""
         return self._owner
 
     def choose(self, wanted: str, device: Device | None, no_device: str) -> None:
-        """Takes the only path there is, whatever is wanted."""
+        """Reads the view in place, and sets the path "own", which is the only one. The arguments are ignored."""
         channel, parts = self.open_channel()
         with parts:
             self._read_view(channel)
         self.transport = "own"
 
     def open_channel(self, slots: int = 0) -> tuple[Channel, ExitStack]:
-        """A channel over the own memory, for what reads and does not walk."""
+        """Opens a channel over the shard's memory, for calls that READ. A walk uses `open_source` instead."""
         with ExitStack() as stack:
             slot_bytes = max(self._slot_bytes, self.shard.record_bytes)
             return stack.enter_context(
@@ -71,10 +77,14 @@ class LocalConnection(Connection):
             ), stack.pop_all()
 
     def open_source(self, slots: int = 0) -> tuple[Source, ExitStack]:
-        """The memory itself."""
+        """Returns the shard's memory, which an engine uses in place."""
         return self._held.arena, ExitStack()
 
     def renew(self) -> None:
-        """Nothing is leased. Raises `StaleShardError` where the server has another image by now."""
+        """Renews nothing, because nothing is leased.
+
+        Raises:
+            StaleShardError: the server serves another image by now.
+        """
         if not isinstance(self._owner, Shard) and self._owner.shard.info.identity != self.image:
             raise self._stale(self._owner.shard.info.identity)

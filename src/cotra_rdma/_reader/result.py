@@ -1,4 +1,4 @@
-"""`SearchResult`: what a cluster's search gives."""
+"""`SearchResult`: the answers of `Cluster.search`, and how they were found."""
 
 from __future__ import annotations
 
@@ -16,25 +16,40 @@ class SearchResult:
     """The answers to a batch of queries.
 
     Attributes:
-        ids: int64[n_queries, k], nearest first; -1 where there are fewer.
-        distances: float32[n_queries, k], inf there.
-        shards: int32[n_queries, k]: the position of the shard of each, in the order given to `connect`; -1 there.
-        stats: `cotra_rdma._core.stats.STATS_DTYPE`[n_queries]: reads, rounds (of the shard with most), expansions, cache_hits
-            (upper-layer nodes looked at without a READ), cached_records (taken from a cache in place of as many READs), own
-            (records of this process's own shards, used in place), pushed (nodes that owners expanded), read_bytes (messages
-            of pushes included), latency_ns; all else summed over the shards.
-        transports: for each shard what was really used: "own" memory, "verbs", "shm", "push" (its owner expanded nodes for the
-            walk), "rpc" (its owner searched), "home" (its owner searched the collection), "peers" (the owners of others did, and
-            reached it), or "lost" (it has no owner left).
-        elapsed_s: of the whole call, in seconds.
-        coverage: the share of the shards that the answer is of, times the share of the queries that are not `incomplete`: 1.0
-            unless shards are missing, or `max_expansions` ended a walk.
-        failures: the shards that are missing, and why. What was read of one before it failed is kept.
-        asked: int32[n_queries]: how many shards each query was for.
-        algorithm: what was done: "cotra", "compass+spire"...
-        predictions: what the cost model expected of each way, the one taken first; empty where it was not asked.
-        images: the checksum of each shard's image that was searched, as `Cluster.images`: the rows of filters are theirs.
-        homes: int32[n_queries]: the shard whose owner walked each query; -1 where this process did. None: of "home" only.
+        ids: int64[n_queries, k], nearest first. Places without an answer hold -1.
+        distances: float32[n_queries, k], ascending. Places without an answer hold inf.
+        shards: int32[n_queries, k]: the position of each answer's shard, in the order of `connect`. -1 without an answer.
+        stats: `lowlevel.STATS_DTYPE`[n_queries], summed over the shards. `rounds` and `latency_ns` are of the slowest shard.
+
+            - reads: records that were READ.
+            - rounds: rounds of READs.
+            - expansions: nodes that were expanded.
+            - cache_hits: nodes of the upper layers that were looked at, which needs no READ.
+            - cached_records: records taken from a cache, each in place of a READ.
+            - own: records of this process's own shards, used in place.
+            - pushed: nodes that owners expanded for a walk.
+            - read_bytes: bytes of READs, and of the messages of pushes.
+            - latency_ns: from the query's begin to its end.
+        transports: for each shard, the path that was really used:
+
+            - "own": this process's own memory.
+            - "verbs", "shm": READs.
+            - "push": the owner expanded nodes for the walk.
+            - "rpc": the owner searched its shard.
+            - "home": the owner searched the collection.
+            - "peers": the homes of the queries reached this shard.
+            - "lost": the shard has no owner left.
+        elapsed_s: the duration of the call in seconds.
+        coverage: the share of the shards that answered, times the share of the queries that are not `incomplete`. It is below
+            1.0 only if shards are missing or `max_expansions` ended a walk.
+        failures: why a shard is missing, by its position. Answers that it gave before it failed are kept.
+        asked: int32[n_queries]: the number of shards that each query asked.
+        algorithm: what was done, such as "cotra" or "compass+spire".
+        predictions: what the cost model predicted for each way. The way that was taken is first. It is empty if the cost model
+            was not asked.
+        images: the checksum of each shard's image that was searched, as in `Cluster.images`.
+        homes: int32[n_queries]: the shard whose owner walked each query, or -1 if this process walked. It is None unless the
+            algorithm is "home".
     """
 
     ids: npt.NDArray[np.int64]
@@ -53,18 +68,21 @@ class SearchResult:
 
     @property
     def incomplete(self) -> npt.NDArray[np.bool_]:
-        """bool[n_queries]: whether `max_expansions` ended a walk of the query: then there may be nearer rows, or more."""
+        """bool[n_queries]: whether `max_expansions` ended a walk of the query. There may then be nearer rows, or more."""
         return np.asarray(self.stats["incomplete"] > 0)
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """The shards that the answer is without."""
+        """The positions of the shards that did not answer, ascending."""
         return tuple(sorted(self.failures))
 
     @property
     def local_share(self) -> float:
-        """The share of all expansions whose record was in the memory of who walked: its own shards', or a cache's; NaN where none
-        was expanded."""
+        """The share of all expansions whose record was in the memory of the process that walked.
+
+        Such a record is of its own shard, or of a cache.
+        It is NaN if nothing was expanded.
+        """
         here = sum(int(self.stats[name].sum()) for name in ("own", "cached_records"))
         total = int(self.stats["expansions"].sum())
         return here / total if total else float("nan")

@@ -1,4 +1,4 @@
-"""Carries out a search: plans it, has the plan executed, and makes the result of what came back."""
+"""`Searcher`: makes the plan of a search, has it executed, and makes the result."""
 
 from __future__ import annotations
 
@@ -20,16 +20,13 @@ from cotra_rdma._reader.home_search import HomeSearch
 from cotra_rdma._reader.planner import Plan, Planner
 from cotra_rdma._reader.replicas import Replicas
 from cotra_rdma._reader.result import SearchResult
-from cotra_rdma.errors import (
-    CotraError,
-    PartialResultError,
-)
+from cotra_rdma.errors import CotraError, PartialResultError
 
-_FEW = 1024  # queries whose stats may be kept until somebody asks about them
+_FEW = 1024  # the cost model keeps the stats of so few queries, and evaluates them when it is asked
 
 
 class Options(NamedTuple):
-    """How a batch is to be searched: the arguments of `Cluster.search` that are not about the queries."""
+    """How to search a batch. The attributes are arguments of `Cluster.search`."""
 
     n_threads: int
     allow_partial: bool | None
@@ -45,14 +42,25 @@ class Searcher:
     def __init__(
         self, replicas: Replicas, planner: Planner, executor: SearchExecutor, homes: HomeSearch, *, one_graph: bool
     ) -> None:
-        """`one_graph`: whether the shards are of one graph, so that an answer without one of them is as good as before."""
+        """Searches with these parts of a session.
+
+        Args:
+            replicas: the connections to the shards.
+            planner: makes the plans.
+            executor: executes plans.
+            homes: executes plans of "home".
+            one_graph: whether the shards are one graph. An answer without one of them is then no error by default.
+        """
         self._replicas, self._planner = replicas, planner
         self._executor, self._homes, self._one_graph = executor, homes, one_graph
 
     def search(self, batch: Batch, options: Options) -> SearchResult:
-        """Searches. Where the shards that Compass chose have too few answers to a query, it asks the others, too.
+        """Searches a batch.
 
-        Raises: as `Cluster.search`.
+        If the shards that Compass chose have fewer than k answers to a query, the other shards are asked too.
+
+        Raises:
+            CotraError: as for `Cluster.search`.
         """
         result = self._search(batch, options)
         if not result.algorithm.startswith("compass"):
@@ -105,7 +113,7 @@ class Searcher:
         return result
 
     def _fill(self, result: SearchResult, batch: Batch, options: Options) -> SearchResult:
-        """Asks all shards for queries to which those that Compass chose have too few answers."""
+        """Asks all shards for the queries to which the shards that Compass chose have fewer than k answers."""
         most = len(result.transports) if batch.mask is None else batch.mask.sum(axis=1)
         short = np.flatnonzero((result.ids[:, -1] < 0) & (result.asked < most))
         if not len(short):
@@ -128,7 +136,10 @@ class Searcher:
     def _note(
         self, plan: Plan, batch: Batch, answers: list[tuple[list[int], Answer]], n_threads: int, seconds: float
     ) -> None:
-        """Tells the cost model what a shard needed: after searches of one kind only, for others say less, and of all shards."""
+        """Tells the cost model what a search needed of a shard.
+
+        It tells nothing if the search had several paths, pushes, filters or a bound: such needs do not predict other searches.
+        """
         n, connections = len(batch.queries), self._replicas.connections
         if plan.pushed or batch.filters is not None or batch.most is not None or not answers or not n:
             return
@@ -139,26 +150,26 @@ class Searcher:
         ):
             return
         searches = n * len(connections) if batch.mask is None else int(batch.mask.sum())
-        if plan.lists:  # a query reads as many lists however many shards it is for
+        if plan.lists:  # the number of lists that a query reads does not depend on the number of its shards
             searches = n
         if not searches:
             return
         links = [connection.link for connection in connections]
         if plan.asked:
             method, beam = "asked", batch.beam
-            told = partial(needs_of_asking, links, answers[0][1][2], searches, seconds)
+            needs = partial(needs_of_asking, links, answers[0][1][2], searches, seconds)
         else:
             method, beam = ("lists", 0) if plan.lists else ("walk", batch.beam)
-            told = partial(needs_of_reading, links, answers[0][1][2], searches, seconds, min(n_threads, n))
-        self._planner.experience.note(method, batch.k, batch.ef, beam, told if n <= _FEW else told())
+            needs = partial(needs_of_reading, links, answers[0][1][2], searches, seconds, min(n_threads, n))
+        self._planner.experience.note(method, batch.k, batch.ef, beam, needs if n <= _FEW else needs())
 
 
 def _error_of(result: SearchResult, n_shards: int) -> CotraError:
-    """What a search raises that may not be without some shards."""
+    """Returns the error of a search that may not leave out shards."""
     failures = result.failures
     first = failures[min(failures)]
     if len(failures) == n_shards:
-        return first.with_traceback(None)  # it is the one of all searches, and would grow with each
+        return first.with_traceback(None)  # all searches raise this object, and each would add to its traceback
     why = "; ".join(str(failures[shard]) for shard in sorted(failures))
     error = PartialResultError(f"{len(failures)} of {n_shards} shards failed: {why}", result, shard=first.shard)
     error.__cause__ = first
@@ -166,6 +177,6 @@ def _error_of(result: SearchResult, n_shards: int) -> CotraError:
 
 
 def _coverage(n_shards: int, failures: Mapping[int, CotraError], stats: npt.NDArray[np.void]) -> float:
-    """The share of the shards that answered, times the share of the queries of which no bound ended a walk."""
+    """Returns the share of the shards that answered, times the share of the queries whose walks no bound ended."""
     cut_short = float((stats["incomplete"] > 0).mean()) if len(stats) else 0.0
     return (n_shards - len(failures)) / n_shards * (1 - cut_short)

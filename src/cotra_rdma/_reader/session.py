@@ -1,4 +1,4 @@
-"""`Session`: connections to one image of each shard, and all that hangs on them."""
+"""`Session`: the connections to one image of each shard, and what a cluster searches with over them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cotra_rdma.errors import ClosedError, CotraError, StaleShardError, Transpor
 
 
 class SessionHooks(NamedTuple):
-    """What a session has of its cluster.
+    """What a session gets from its cluster.
 
     Attributes:
-        threads: the cluster's.
-        revive: has owners that are away tried; a bound method, which is held weakly.
-        follow: called where an owner serves another image than before; likewise.
+        threads: the cluster's threads.
+        revive: tries owners that are away. It is a bound method, and held weakly.
+        follow: called if an owner serves another image than before. It is a bound method, and held weakly.
     """
 
     threads: Threads
@@ -37,12 +37,14 @@ class SessionHooks(NamedTuple):
 class Session:
     """What a cluster searches with, from `connect` until owners serve other images.
 
-    A cluster that follows its owners to new images makes another session, and closes this one after its last search.
+    A cluster that follows its owners to new images makes another session.
+    It closes this one after the last search over it.
 
     Attributes:
-        dim, metric: of the vectors.
-        one_graph: whether its shards, several, are of one graph.
-        n_searches: searches in progress; the cluster counts them.
+        dim: the dimension of the vectors.
+        metric: "l2", "ip" or "cosine".
+        one_graph: whether there are several shards and they are one graph.
+        n_searches: the number of searches in progress. The cluster counts them.
     """
 
     def __init__(
@@ -59,11 +61,14 @@ class Session:
         """Connects.
 
         Args:
-            owners: for each shard its owners.
-            connector: how they are reached; the caller's to close.
-            misfit: tells owners that serve another shard than they should; they are as owners that cannot be reached.
-            hooks: of the cluster.
+            owners: for each shard, its owners.
+            connector: connects to owners. It is the caller's to close.
+            misfit: checks what an owner serves. An owner that serves another shard counts as one that cannot be reached.
+            hooks: what the cluster gives.
             cache_bytes, halo, allow_partial: as for `connect`.
+
+        Raises:
+            CotraError: as for `connect`.
         """
         threads = hooks.threads
         self.n_searches = 0
@@ -108,7 +113,7 @@ class Session:
         return self.replicas.replace(failed, error, give_up=give_up, tried=tried)
 
     def _forget(self, gone: Connection) -> None:
-        """What there was of an owner that is not used any more."""
+        """Removes what the session kept of an owner that is no longer used."""
         if self._planner is not None:
             self._planner.refresh()
         self.engines.drop(gone)
@@ -118,18 +123,26 @@ class Session:
             self._caches.equip_late(connection)
 
     def revive(self) -> list[str]:
-        """Tries owners that are away; the addresses of those that are back. Raises `ClosedError` once it is being closed."""
+        """Tries owners that are away. Returns the addresses of those that are back.
+
+        Raises:
+            ClosedError: the session is being closed.
+        """
         return self.replicas.revive(self._between_owners)
 
     def _between_owners(self) -> None:
-        """Before each owner that is tried again, which takes long where it is silent: leases and `close` do not wait for all."""
+        """Renews leases, and ends `revive` if the session is being closed.
+
+        It is called before each owner that is tried again.
+        A silent owner takes long, and neither leases nor `close` can wait for many of them.
+        """
         if self._is_closing:
             raise ClosedError("the cluster is closed")
         self.upkeep.renew_if_due()
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The local rows of each shard."""
+        """The number of rows of each shard."""
         return tuple(connection.shard.count for connection in self.replicas.connections)
 
     # ---- other images ----
@@ -142,7 +155,11 @@ class Session:
         )
 
     def check_images(self, images: Sequence[int]) -> None:
-        """Raises `StaleShardError` unless this session searches these images; a 0 on either side is not known."""
+        """Checks that this session searches these images. A checksum of 0 is unknown, and agrees with any other.
+
+        Raises:
+            StaleShardError: it searches others.
+        """
         ours = self.replicas.images
         if len(images) != len(ours) or any(a != b for a, b in zip(images, ours, strict=True) if a and b):
             raise StaleShardError(
@@ -150,9 +167,12 @@ class Session:
             )
 
     def check_follows(self, before: Session) -> None:
-        """Raises `StaleShardError` unless this session can go on in the place of the one before it.
+        """Checks that this session can take the place of the one before it.
 
-        Shards of one build go on together: some of them from the old build and some from the new one would be no index.
+        The shards of one build change together: a mixture of two builds would be no index.
+
+        Raises:
+            StaleShardError: it cannot.
         """
         a, b = before.replicas.connections, self.replicas.connections
         if (before.dim, before.metric, len(a), before.one_graph) != (self.dim, self.metric, len(b), self.one_graph):
@@ -167,11 +187,11 @@ class Session:
             )
 
     def begin_close(self) -> None:
-        """Ends what `revive` does, so that nobody waits for owners that are away."""
+        """Makes a `revive` in progress end at the next owner, so that `close` need not wait for it."""
         self._is_closing = True
 
     def close(self) -> None:
-        """Closes engines, then connections; no search may be in progress."""
+        """Closes engines, then connections. No search may be in progress. Idempotent."""
         self._is_closing = True
         if self._upkeep is not None:
             self._upkeep.stop()

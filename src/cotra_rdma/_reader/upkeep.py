@@ -1,4 +1,4 @@
-"""What a session does beside searching: it renews leases, and looks for owners that are away."""
+"""`Upkeep`: a session's thread, which renews leases and tries owners that are away."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from concurrent.futures import Executor
 
 from cotra_rdma._reader.connection import Connection
 from cotra_rdma._reader.replicas import Replicas
-from cotra_rdma.errors import (
-    ClosedError,
-    CotraError,
-    StaleShardError,
-)
+from cotra_rdma.errors import ClosedError, CotraError, StaleShardError
 
 log = logging.getLogger(__name__)
 
 LEASE_RENEWAL_S = 15.0
+"""The interval between renewals, in seconds. It is a quarter of an owner's lease."""
 LOOK_S = 5.0
+"""The interval at which owners that are away are tried, in seconds."""
 
 
 class Upkeep:
     """Renews leases every `LEASE_RENEWAL_S`, and tries owners that are away every `LOOK_S`, in a thread of its own.
 
-    Whoever holds this object keeps the thread going: a cluster that nobody holds any more lets its leases run out.
+    The thread holds this object weakly, and ends when the object is collected.
+    So the leases of a cluster that was never closed run out once nobody holds the cluster.
     """
 
     def __init__(
@@ -36,14 +35,14 @@ class Upkeep:
         follow: Callable[[], object],
         callers: Callable[[], Executor],
     ) -> None:
-        """Starts nothing yet.
+        """Prepares the thread. `start` starts it.
 
         Args:
-            replicas: whose owners are looked after.
-            revive: tries owners that are away; it raises `ClosedError` once the cluster is closed. It is held weakly, as a bound
-                method of the cluster.
-            follow: called where an owner serves another image than before; likewise.
-            callers: gives the threads that wait for owners.
+            replicas: the owners.
+            revive: tries owners that are away. It raises `ClosedError` once the cluster is closed. It is a bound method of
+                the cluster, and held weakly.
+            follow: called if an owner serves another image than before. It is a bound method of the cluster, and held weakly.
+            callers: returns the threads that wait for owners.
         """
         self._replicas, self._callers = replicas, callers
         self._revive, self._follow = weakref.WeakMethod(revive), weakref.WeakMethod(follow)
@@ -53,7 +52,7 @@ class Upkeep:
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Starts the thread, unless it runs, or was stopped."""
+        """Starts the thread, unless it runs or was stopped."""
         with self._lock:
             if self.thread is not None or self._stop.is_set():
                 return
@@ -70,7 +69,7 @@ class Upkeep:
             self.thread.join()
 
     def renew_if_due(self) -> None:
-        """Renews leases, where that is `LEASE_RENEWAL_S` ago."""
+        """Renews the leases if the last renewal was `LEASE_RENEWAL_S` ago."""
         with self._lock:
             if time.monotonic() - self._renewed < LEASE_RENEWAL_S:
                 return
@@ -78,14 +77,14 @@ class Upkeep:
         self.renew_leases()
 
     def renew_leases(self) -> None:
-        """Keeps what owners hold for this reader, and sees whether they serve the same images still; of all owners at once."""
+        """Renews the lease at all owners at once. Follows them if one serves another image than before."""
         if any(list(self._callers().map(_renew, self._replicas.connections))):
             follow = self._follow()
             if follow is not None:
                 follow()
 
     def look(self) -> None:
-        """What the thread does every `LOOK_S`, whatever comes of it: nobody else does."""
+        """Renews leases and tries owners that are away. Errors are logged, because the thread must go on."""
         revive = self._revive()
         for task in (self.renew_if_due, revive or (lambda: None)):
             try:
@@ -97,13 +96,13 @@ class Upkeep:
 
 
 def _renew(connection: Connection) -> bool:
-    """Whether its owner serves another image than before."""
+    """Renews the lease at one owner. Returns whether that owner serves another image than before."""
     try:
         connection.renew()
     except StaleShardError as error:
         log.info("%s", error)
         return True
-    except CotraError as error:  # a search will tell
+    except CotraError as error:  # the next search meets the same error, and reports it
         log.debug("%s: its lease was not renewed: %s", connection, error)
     return False
 

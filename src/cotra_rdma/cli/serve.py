@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-import select
-import signal
-import socket
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
@@ -18,12 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from cotra_rdma._collection.manifest import MANIFEST, Collection, coarse_of, place_of, shard_paths
-from cotra_rdma._collection.owners_file import is_address, misfit
+from cotra_rdma._collection.manifest import place_of, shard_paths
+from cotra_rdma._collection.owners_file import is_address
+from cotra_rdma._owner.answers import TRANSPORTS
 from cotra_rdma._owner.metrics import MetricsServer
 from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
 from cotra_rdma._owner.policy import PolicyFile
-from cotra_rdma._owner.server import TRANSPORTS, Server
+from cotra_rdma._owner.server import Server
 from cotra_rdma._owner.server import serve as serve_shard
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.cli import output
@@ -39,14 +36,14 @@ from cotra_rdma.cli.options import (
     tls_of,
     transports,
 )
-from cotra_rdma.errors import CotraError, FormatError, InvalidInputError
-from cotra_rdma.protocol.regions import ShardFields, as_fields
-from cotra_rdma.protocol.tables import CentroidTable, CoarseRouteResponse
+from cotra_rdma.cli.reload import Reload, check_fits, coarse_payload
+from cotra_rdma.cli.stop_signals import StopSignals
+from cotra_rdma.errors import InvalidInputError
 
 log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
-"""Between two looks, whether the collection was built again."""
+"""The interval, in seconds, at which it looks whether the collection was built again."""
 
 EPILOG = """**Examples**
 
@@ -228,7 +225,7 @@ def serve(
         log.warning("served without TLS: whoever reaches %s may read the shards", listen)
     if policy is not None and tls is None:
         raise typer.BadParameter("is about the names in certificates: give --tls-cert too", param_hint="--policy")
-    with _StopSignals() as stop, contextlib.ExitStack() as stack:
+    with StopSignals() as stop, contextlib.ExitStack() as stack:
         rules = None if policy is None else stack.enter_context(PolicyFile(policy))
         served, servers = [], []
         paths = shard_paths(shards, None if shard is None else list(dict.fromkeys(shard)))
@@ -246,8 +243,8 @@ def serve(
             )
         for position, path in enumerate(paths):
             opened = stack.enter_context(Shard.open(path))
-            _check_fits(path, opened)
-            coarse = _coarse(path)
+            check_fits(path, opened)
+            coarse = coarse_payload(path)
             address = f"{host}:{port + position if port else 0}"
             server = stack.enter_context(
                 serve_shard(
@@ -276,134 +273,16 @@ def serve(
         if peering is not None:
             peering.start(dict(zip(numbers, servers, strict=True)))
         stack.callback(_drain, servers, grace)
-        reload = _Reload(stack, paths, servers)
+        reload = Reload(stack, paths, servers)
         while not stop.wait(until_stdin_closes, _LOOK_S):
             if stop.take_hangup() or reload.is_due():
                 reload.now()
 
 
-class _StopSignals:
-    """Ends the block at SIGTERM or SIGINT by `typer.Exit(0)`, so that everything the block opened is closed.
-
-    A second signal ends the wait for requests in progress. Those that follow are ignored.
-
-    The wake-up socket notices a signal that arrives just before the wait begins.
-    """
-
-    def __enter__(self) -> _StopSignals:
-        self._n_signals = 0
-        self._hung_up = False
-        self._wakes, self._wake = socket.socketpair()
-        self._wake.setblocking(False)
-        signal.set_wakeup_fd(self._wake.fileno())
-        self._old = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        self._before = signal.signal(signal.SIGHUP, self._hang_up)
-        return self
-
-    def _hang_up(self, _number: int, _frame: object) -> None:
-        self._hung_up = True
-
-    def take_hangup(self) -> bool:
-        """Whether SIGHUP came since the last call."""
-        hung_up, self._hung_up = self._hung_up, False
-        return hung_up
-
-    def _stop(self, _number: int, _frame: object) -> None:
-        self._n_signals += 1
-        if self._n_signals == 2:
-            for number in self._old:
-                signal.signal(number, signal.SIG_IGN)
-        raise typer.Exit(0)
-
-    def wait(self, until_stdin_closes: bool, seconds: float) -> bool:
-        """Waits for a signal, the end of stdin, or so long. Whether it was the end of stdin."""
-        stdin = [sys.stdin] if until_stdin_closes else []
-        ready = select.select([self._wakes, *stdin], [], [], seconds)[0]
-        if self._wakes in ready:
-            self._wakes.recv(4096)
-        return bool(set(stdin) & set(ready))
-
-    def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(-1)
-        for number, old in self._old.items():
-            signal.signal(number, old)
-        signal.signal(signal.SIGHUP, self._before)
-        self._wake.close()
-        self._wakes.close()
-
-
 def _number_of(path: Path) -> int | None:
-    """The number of a shard in its collection; None where it is in none."""
+    """Returns the number of a shard in its collection, or None if it is of no collection."""
     place = place_of(path)
     return None if place is None else place[1]
-
-
-class _Reload:
-    """Takes a collection up that was built again: each shard goes on at its address with its new image."""
-
-    def __init__(self, stack: contextlib.ExitStack, paths: Sequence[Path], servers: Sequence[Server]) -> None:
-        """`stack` closes what this opens; of `paths` those that are of a collection."""
-        self._stack = stack
-        places = [place_of(path) for path in paths]
-        self._served = [
-            (path.parent, place[1], server)
-            for path, place, server in zip(paths, places, servers, strict=True)
-            if place is not None
-        ]
-        self._seen = self._manifests()
-
-    def _manifests(self) -> list[tuple[int, int] | None]:
-        found: list[tuple[int, int] | None] = []
-        for directory in dict.fromkeys(directory for directory, _, _ in self._served):
-            try:
-                status = (directory / MANIFEST).stat()
-            except OSError:
-                found.append(None)
-                continue
-            found.append((status.st_ino, status.st_mtime_ns))
-        return found
-
-    def is_due(self) -> bool:
-        """Whether a manifest was replaced."""
-        return None not in (now := self._manifests()) and now != self._seen
-
-    def now(self) -> None:
-        """Reads the manifests, and has servers of other images replace theirs.
-
-        What goes wrong is logged, and served as before.
-        """
-        self._seen = self._manifests()
-        for directory, number, server in self._served:
-            try:
-                self._take_up(directory, number, server)
-            except (CotraError, OSError) as error:
-                log.warning("%s goes on with the image that it has: %s", server.address, error)
-
-    def _take_up(self, directory: Path, number: int, server: Server) -> None:
-        collection = Collection.load(directory, shard_files=False)
-        if number >= len(collection.shards):
-            raise InvalidInputError(
-                f"the collection has {len(collection.shards)} shards now, and this is shard {number}"
-            )
-        path = directory / collection.shards[number].name
-        if server.shard.info.image_checksum == collection.shards[number].image_checksum:
-            return
-        opened = Shard.open(path)
-        try:
-            _check_fits(path, opened)
-            server.replace(opened, _coarse(path), released=server.shard.close)
-        except BaseException:
-            opened.close()
-            raise
-        self._stack.callback(opened.close)
-        log.warning("%s serves generation %d of %s from now on", server.address, collection.generation, path)
-
-
-def _check_fits(path: Path, shard: Shard) -> None:
-    """Raises `FormatError` for a file that holds another shard than the manifest beside it says."""
-    place = place_of(path)
-    if place is not None and (why := misfit(*place, as_fields(ShardFields, shard.info))):
-        raise FormatError(f"{path}: holds {why}")
 
 
 def _drain(servers: Sequence[Server], grace_s: float) -> None:
@@ -453,15 +332,6 @@ def _tell_walks(walks: Walks, *, as_json: bool) -> None:
         return
     paths = (f"{at} {path}" for at, path in enumerate(walks))
     output.out.print(f"Walks shards: {', '.join(paths)}.", soft_wrap=True)
-
-
-def _coarse(path: Path) -> bytes | None:
-    """Returns the message that describes a shard of a collection, by which readers decide whether to ask it."""
-    found = coarse_of(path)
-    if found is None:
-        return None
-    table, collection = found
-    return CoarseRouteResponse(0, "", CentroidTable.of(table, "float16"), collection).encode()
 
 
 def _describe(path: Path, shard: Shard, server: Server) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""What owners and readers say to each other: the envelope, its payloads byte for byte, and RPC. Needs no C."""
+"""The messages of owners, readers and builders: the envelope, its payloads byte for byte, and RPC. It needs no C.
+
+docs/reference/wire.md describes the bytes.
+"""
 
 import os
 
-os.environ.setdefault(
-    "GRPC_VERBOSITY", "NONE"
-)  # what goes wrong is in our errors and our log; set it to see gRPC's own
+# Our errors and our log say what went wrong. Whoever wants gRPC's own log sets this variable.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

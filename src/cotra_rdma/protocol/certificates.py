@@ -1,4 +1,4 @@
-"""Certificates for tests and small clusters: an authority in a directory, and what it signs."""
+"""Makes certificates for tests and small clusters, signed by an authority whose files lie in a directory."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate, CertificateBuilder, Name
 
 AUTHORITY = "ca"
-"""The name of the authority's files: `ca.pem` is for everybody, `ca.key` for nobody else."""
+"""The name of the authority's files. Everybody gets `ca.pem`. `ca.key` is secret."""
 _AUTHORITY_DAYS = 3650
 
 
 def make_certificate(
     directory: str | os.PathLike[str], name: str, hosts: Sequence[str] = (), *, days: int = 365
 ) -> Tls:
-    """Makes a certificate, signed by the authority of the directory, which is made where there is none.
+    """Makes a certificate, signed by the authority of the directory. The first call makes the authority.
 
     Args:
-        directory: gets NAME.pem and NAME.key, and, the first time, ca.pem and ca.key.
-        name: whom the certificate is for; a policy file names it.
-        hosts: the host names and IP addresses at which an owner is reached. Readers refuse an owner at any other.
-        days: how long it is good for.
+        directory: the directory that gets NAME.pem and NAME.key, and at the first call ca.pem and ca.key.
+        name: the name that the certificate is for. A policy file has its rules by this name.
+        hosts: the host names and IP addresses at which an owner is reached. Readers refuse an owner at any other address.
+        days: the number of days for which the certificate is valid.
 
     Returns:
-        The files, as `serve` and `connect` take them.
+        The paths of the files, for `serve` and `connect`.
 
     Raises:
-        InvalidInputError: a name that is no file name, or that there is a certificate of already; or the package
-            `cryptography` is missing.
+        InvalidInputError: `name` cannot be the name of a file, or has a certificate already; `days` is out of its range; the
+            authority's files cannot be read; or the package `cryptography` is missing.
     """
     try:
         from cryptography import x509
@@ -85,7 +85,7 @@ def make_certificate(
 
 
 def _authority(folder: Path) -> tuple[EllipticCurvePrivateKey, Certificate]:
-    """The authority of a directory; it is made where there is none."""
+    """Reads the key and the certificate of the directory's authority. Makes them if there are none."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -136,6 +136,6 @@ def _pem_of(key: EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Writes a new file, which nobody else can read before it has its mode."""
+    """Writes a new file. It has its mode from the start, so nobody can read a key in between."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
         file.write(content)

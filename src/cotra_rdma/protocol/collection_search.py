@@ -1,7 +1,4 @@
-"""The answer (51) to a search of the whole collection, which an owner makes for who routed its queries there.
-
-The page is docs/reference/wire.md.
-"""
+"""The answer to a search of the whole collection (type 51), which a home makes for a reader."""
 
 from __future__ import annotations
 
@@ -21,15 +18,15 @@ _EXTENSION_FIELDS = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CollectionResponse:
-    """Type 51, and after its array another one: [images bin, shards bin, more_stats bin, failures map].
+    """Type 51, followed by a second array: [images bin, shards bin, more_stats bin, failures map].
 
     Attributes:
-        answer: merged over the shards.
-        images: uint64[n_shards]: the checksum of each shard's image, which names it: the owner's order of the shards need not be
-            that of who asks. 0 where the owner does not know it.
-        shards: int32[n, k]: the place in `images` of the shard of each answer; -1 in empty places.
-        more_stats: what `STATS_DTYPE` has beyond `OWNER_STATS_DTYPE`, [n], as raw bytes (16 each).
-        failures: the places of shards that did not answer, and why.
+        answer: the answers, merged over the shards.
+        images: uint64[n_shards]: the checksum of each shard's image. It names the shard, because the owner may have the shards
+            in another order than the reader. 0 is a checksum that the owner does not know.
+        shards: int32[n, k]: the position in `images` of each answer's shard. -1 is an empty place.
+        more_stats: the raw bytes of `MORE_STATS_DTYPE`[n], 16 bytes each.
+        failures: why a shard did not answer, by its position in `images`.
     """
 
     answer: SearchResponse
@@ -39,14 +36,18 @@ class CollectionResponse:
     failures: dict[int, str]
 
     def encode(self) -> tuple[Buffer, ...]:
-        """The payload in parts."""
+        """Writes the payload in parts. Large fields are not copied."""
         fields = [array_prefix(_EXTENSION_FIELDS), binary(np.ascontiguousarray(self.images, "<u8"))]
         fields += [binary(np.ascontiguousarray(self.shards, "<i4")), bin_prefix(len(self.more_stats))]
         return (*self.answer.encode(), b"".join(fields), self.more_stats, encode_array(self.failures))
 
     @classmethod
     def decode(cls, payload: Payload) -> CollectionResponse:
-        """Reads a payload; an error's has no second array. Raises `FormatError`."""
+        """Reads a payload. An answer with an error has no second array.
+
+        Raises:
+            FormatError: the payload is malformed.
+        """
         what = "search response of a collection"
         reader = Reader(payload, what)
         answer = SearchResponse.read(reader)

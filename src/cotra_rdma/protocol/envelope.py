@@ -1,6 +1,6 @@
-"""NodeDB's wire: `VShardEnvelope` byte for byte, and what the parts of the payloads share. The page is docs/reference/wire.md.
+"""`VShardEnvelope`: the frame of NodeDB's messages, byte for byte, and what their payloads share.
 
-Nothing here knows a socket or the compiled module. The payloads themselves are in `messages`.
+The payloads are in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from cotra_rdma.errors import FormatError, InvalidInputError
 
 WIRE_VERSION = 2
 FAILED, STALE = 1, 2
-"""Codes of an answer that is an error: STALE where the request is about another image than the owner serves."""
+"""The codes of an answer that is an error. STALE means that the request is about another image than the owner serves."""
 MAX_PAYLOAD_BYTES = 64 << 20
+"""The most bytes of a payload."""
 
 _HEADER = struct.Struct("<HHQQII")
 HEADER_BYTES = _HEADER.size  # 28
 
 Buffer = bytes | memoryview
-# One buffer, or several whose concatenation is the payload: large replies are sent and received without joining them.
 Payload = Buffer | tuple[Buffer, ...]
+"""A payload as one buffer, or as several that follow each other. Large answers need not be copied into one."""
 
 
 class VShardMessageType(enum.IntEnum):
-    """The message types of the vector seam; 58 and 59 are this project's. A response is its request plus one."""
+    """The message types of the vector seam. Types 58 and 59 are this project's own.
+
+    The number of an answer is that of its request plus one.
+    """
 
     VECTOR_SCATTER_REQUEST = 50
     VECTOR_SCATTER_RESPONSE = 51
@@ -44,7 +48,7 @@ class VShardMessageType(enum.IntEnum):
 
     @property
     def is_request(self) -> bool:
-        """Whether it asks for an answer."""
+        """Whether the message asks for an answer."""
         return self % 2 == 0
 
     @property
@@ -55,15 +59,18 @@ class VShardMessageType(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class VShardEnvelope:
-    """One message: little-endian `version u16 | msg_type u16 | source_node u64 | target_node u64 | vshard_id u32 |
-    payload_len u32 | payload`.
+    """One message.
+
+    Its bytes are `version u16 | msg_type u16 | source_node u64 | target_node u64 | vshard_id u32 | payload_len u32 | payload`,
+    all little-endian.
 
     Attributes:
-        version: WIRE_VERSION.
-        msg_type: a `VShardMessageType`.
-        source_node, target_node: NodeDB's node numbers (u64); 0 where a side has none.
-        vshard_id: the shard that it concerns (u32).
-        payload: bytes. From `rpc` it may be a memoryview, or a tuple of them that are to be read one after the other.
+        version: the version of the wire, `WIRE_VERSION`.
+        msg_type: the type of the message.
+        source_node: NodeDB's number of the sender (u64), or 0 if it has none.
+        target_node: NodeDB's number of the receiver (u64), or 0 if it has none.
+        vshard_id: the shard that the message is about (u32).
+        payload: the payload. In a message that was received, its buffers are views of the received bytes.
     """
 
     version: int
@@ -79,9 +86,10 @@ class VShardEnvelope:
         return sum(map(len, self.payload)) if isinstance(self.payload, tuple) else len(self.payload)
 
     def frames(self) -> list[Buffer]:
-        """The message as buffers whose concatenation is `encode()`; the payload's later parts are not copied.
+        """Writes the message as buffers that follow each other. Only the first part of the payload is copied.
 
-        Raises `InvalidInputError` when a field does not fit its place.
+        Raises:
+            InvalidInputError: a field does not fit its place, or the payload is too long.
         """
         length = self.payload_len
         if self.version != WIRE_VERSION:
@@ -98,17 +106,29 @@ class VShardEnvelope:
         return [header + first, *rest]
 
     def encode(self) -> bytes:
-        """The message as bytes."""
+        """Writes the message as bytes.
+
+        Raises:
+            InvalidInputError: as for `frames`.
+        """
         return b"".join(self.frames())
 
     @classmethod
     def decode(cls, data: Buffer) -> VShardEnvelope:
-        """Reads one whole message. Raises `FormatError` for short or oversized input, and an unknown version or type."""
+        """Reads one whole message.
+
+        Raises:
+            FormatError: the message is too short or too long, or its version or type is unknown.
+        """
         return cls.from_frames([data])
 
     @classmethod
     def from_frames(cls, frames: Sequence[Buffer]) -> VShardEnvelope:
-        """Reads a message from buffers whose concatenation it is, without copying a memoryview's payload."""
+        """Reads one whole message from buffers that follow each other. A memoryview's bytes are not copied.
+
+        Raises:
+            FormatError: as for `decode`.
+        """
         first, total = frames[0], sum(map(len, frames))
         if len(first) < HEADER_BYTES:
             raise FormatError(f"envelope: {len(first)} bytes are too few for a header of {HEADER_BYTES}")
@@ -130,7 +150,7 @@ _KNOWN_TYPES = frozenset(VShardMessageType)
 
 
 def join(payload: Payload) -> Buffer:
-    """The payload as one buffer; copied only when it came in parts."""
+    """Returns the payload as one buffer. It copies only if there are several."""
     return b"".join(payload) if isinstance(payload, tuple) else payload
 
 
@@ -138,22 +158,27 @@ T = TypeVar("T")
 
 
 def decode_array(data: Buffer, kind: type[T], what: str) -> T:
-    """One MessagePack array as `kind`; `FormatError` when it is anything else."""
+    """Reads one MessagePack array as `kind`.
+
+    Args:
+        data: all bytes of the array.
+        kind: the type to make.
+        what: the name of the message, for an error.
+
+    Raises:
+        FormatError: the bytes are anything else.
+    """
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (
-        msgspec.DecodeError,
-        UnicodeDecodeError,
-        RecursionError,
-    ) as error:  # the last: arrays in arrays in arrays ...
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # arrays in arrays in arrays recurse
         raise FormatError(f"{what}: {error}") from error
 
 
 def encode_array(value: Any) -> bytes:
-    """A value as MessagePack, integers in their smallest encoding."""
+    """Writes a value as MessagePack. Integers have their smallest encoding."""
     return msgspec.msgpack.encode(value)
 
 
 def fields_of(value: msgspec.Struct) -> dict[str, Any]:
-    """A wire struct's fields by name."""
+    """Returns the fields of a wire struct by name."""
     return {name: getattr(value, name) for name in value.__struct_fields__}

@@ -1,8 +1,9 @@
-"""`FairShares`: whose request an owner works on next, so that nobody's requests keep everybody else waiting.
+"""`FairShares`: chooses the request that an owner works on next, so that one connection cannot keep the others waiting.
 
 Each connection has a *virtual time*: the seconds that the owner has spent on it.
-Who has the least is served first, as processes are by a fair scheduler.
-A connection that is new, or comes back, begins at the least virtual time of the others: it is neither in debt nor in credit.
+The connection with the least virtual time is served first, as a fair scheduler does with processes.
+A connection that is new, or that comes back, begins at the least virtual time of the others.
+So it has neither an advantage nor a disadvantage.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from contextlib import contextmanager
 from cotra_rdma.errors import BusyError
 
 _MARGIN_S = 0.1
-"""How much more a connection must have had than another one, before its request is given up for the other's."""
+"""A request is given up for another connection's only if its own connection has had this many seconds more."""
 
 
 class _Connection:
-    """What is known of a connection that has requests."""
+    """The account of one connection."""
 
     __slots__ = ("n_requests", "spent_s")
 
@@ -37,15 +38,19 @@ class Request:
         self._shares, self.connection, self.give_up = shares, connection, give_up
         self.granted = threading.Event()
         self.is_given_up = self.is_running = False
-        self.since: float | None = None  # when it began to be read
+        self.since: float | None = None  # when its reading began; None before and after the reading
 
     def begin_work(self) -> None:
-        """It was read whole: from now on only turns cost its connection anything."""
+        """Says that the request was read. From now on, only its turns are charged to its connection."""
         self._shares._charge_reading(self)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Has one of the workers, once nobody is waiting who has had less. Raises `BusyError` where it was given up."""
+        """Waits for a worker, and holds it until the block ends. Connections that have had less go first.
+
+        Raises:
+            BusyError: the request was given up.
+        """
         self._shares._take(self)
         begin = self._shares._clock()
         try:
@@ -54,37 +59,47 @@ class Request:
             self._shares._give_back(self, self._shares._clock() - begin)
 
     def cancel(self) -> None:
-        """Ends its waiting: who asked is gone."""
+        """Ends the request's wait, because nobody waits for its answer. A request that runs goes on."""
         self._shares._cancel(self)
 
 
 class FairShares:
-    """Requests that are being read and worked on: a bounded number at once, and fewer that run. Any thread may use it."""
+    """Admits requests, and gives them workers. The number of admitted requests is bounded, and so is that of workers.
+
+    Any thread may use it.
+    """
 
     def __init__(self, n_workers: int, n_requests: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`n_workers` requests run at once, and `n_requests` are in memory. `clock` gives seconds."""
+        """Begins without requests.
+
+        Args:
+            n_workers: the most requests that run at once.
+            n_requests: the most requests that are admitted at once, and so are in memory.
+            clock: returns the time in seconds.
+        """
         self._n_workers, self._n_requests, self._clock = n_workers, n_requests, clock
         self._lock = threading.Lock()
         self._connections: dict[str, _Connection] = {}
         self._floor_s = 0.0
-        self._inside: list[Request] = []
-        self._outside: list[Request] = []  # not read yet
-        self._waiting: list[Request] = []  # for a worker
+        self._inside: list[Request] = []  # admitted
+        self._outside: list[Request] = []  # not admitted, and so not read yet
+        self._waiting: list[Request] = []  # admitted, and waiting for a worker
         self._n_running = 0
 
     def __len__(self) -> int:
-        """Requests that are not answered yet, those included that are not read yet."""
+        """The number of requests that are not answered yet, including those that are not read yet."""
         return len(self._inside) + len(self._outside)
 
     @contextmanager
     def admit(self, name: str, give_up: Callable[[], object]) -> Iterator[Request]:
-        """Lets a request of a connection in, to be read: at once, or when there is room for it.
+        """Waits until there is room for a request, and admits it until the block ends.
 
         Args:
-            name: of the connection.
-            give_up: ends the request. It is called where another connection has had much less.
+            name: the name of the request's connection.
+            give_up: ends the request. It is called if a connection that has had much less needs the room.
 
-        Raises `BusyError` where it was given up.
+        Raises:
+            BusyError: the request was given up.
         """
         with self._lock:
             connection = self._connections.get(name)
@@ -113,8 +128,11 @@ class FairShares:
             self.look()
 
     def look(self) -> None:
-        """Lets in whoever there is room for. While others wait it should be called some times a second: whose request takes long
-        to be read has had more with each call."""
+        """Admits the requests that there is room for.
+
+        It should be called some times a second while requests wait outside.
+        Reading counts as time that a connection has had, so a request that is read slowly is given up in the end.
+        """
         given_up = []
         with self._lock:
             now = self._clock()
@@ -132,7 +150,7 @@ class FairShares:
                     if worst is None or self._spent(worst, now) < self._spent(request, now) + _MARGIN_S:
                         continue
                     self._inside.remove(worst)
-                    if worst.since is not None:  # what waits for a worker hears of it by itself
+                    if worst.since is not None:  # it is being read; one that waits for a worker is woken by `_end`
                         given_up.append(worst)
                     self._end(worst)
                 self._outside.remove(request)
@@ -144,12 +162,12 @@ class FairShares:
 
     @property
     def n_outside(self) -> int:
-        """Requests that wait to be read."""
+        """The number of requests that wait to be admitted."""
         return len(self._outside)
 
     @property
     def is_crowded(self) -> bool:
-        """Whether any request waits to be read."""
+        """Whether a request waits to be admitted."""
         return bool(self._outside)
 
     # ---- workers ----

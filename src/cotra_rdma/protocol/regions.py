@@ -1,4 +1,4 @@
-"""Memory regions and what leads to them: types 56 and 57, byte for byte."""
+"""The control plane: memory regions, queue pairs, leases and views. Types 56 and 57, byte for byte."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ WANT_CAPABILITIES, WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_RELEASE, WANT_LEASE
 _U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 VIEW_PIECE_BYTES = 4 << 20
-"""Of a view's bytes in one message, at most."""
+"""The most bytes of a view in one message."""
 
 
 class QueuePairFields(msgspec.Struct, array_like=True, frozen=True):
-    """`verbs.QueuePairAttributes` on the wire."""
+    """`QueuePairAttributes` on the wire."""
 
     gid: bytes
     qp_number: int
@@ -37,11 +37,11 @@ class RegionFields(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ShardFields(msgspec.Struct, array_like=True, frozen=True):
-    """What a reader must know of a shard before it reads it. Owners of earlier versions end with `record_bytes`.
+    """What a reader must know of a shard before it reads it: fields of the image's header.
 
-    Attributes:
-        graph_id, graph_base, graph_count: as in the image's header.
-        image_checksum: likewise. None: not told; readers refuse such an owner, for they could not tell a restart.
+    Owners of earlier versions end with `record_bytes`.
+    They do not send `image_checksum`, which is then None.
+    Readers refuse them, because without it a reader cannot notice that the shard was built again.
     """
 
     dim: int
@@ -57,14 +57,20 @@ class ShardFields(msgspec.Struct, array_like=True, frozen=True):
 
     @property
     def identity(self) -> ImageIdentity | None:
-        """What tells the image from every other; None where the owner does not tell it."""
+        """The image's identity, or None if the owner does not send the checksum."""
         return (
             None if self.image_checksum is None else ImageIdentity(self.graph_id, self.generation, self.image_checksum)
         )
 
 
 class SharedMemoryFields(msgspec.Struct, array_like=True, frozen=True):
-    """Where the memfd is handed over: an abstract Unix socket of the host with this boot id."""
+    """Where the owner hands over its memory.
+
+    Attributes:
+        socket: the name of an abstract Unix socket.
+        length: the bytes of the memory.
+        boot_id: the boot id of the owner's host. The socket is of use on that host only.
+    """
 
     socket: str
     length: int
@@ -72,7 +78,12 @@ class SharedMemoryFields(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ViewFields(msgspec.Struct, array_like=True, frozen=True):
-    """A piece of a shard's header and navigation section, which are `length` bytes, one after the other."""
+    """A piece of a shard's header and navigation section.
+
+    Attributes:
+        length: the bytes of both together.
+        data: the piece.
+    """
 
     length: int
     data: bytes
@@ -82,13 +93,13 @@ class RegionRequest(msgspec.Struct, array_like=True, frozen=True):
     """Type 56: [want u32, peer str, queue_pair array | nil, number u64, offset u64, image array | nil].
 
     Attributes:
-        want: 0 capabilities, 1 a queue pair, 2 the shared memory's socket, 3 to release a queue pair (0: all of
-            this reader's), 4 to keep the reader's queue pairs alive, 5 a piece of header and navigation section.
-        peer: a random name that the reader chose for itself; its queue pairs hang on it.
-        queue_pair: with want 1, the reader's attributes.
-        number: with want 3, of which queue pair.
-        offset: with want 5, where the piece begins.
-        image: with want 1, 2 and 5, which image it is about; None: the one that the owner serves now.
+        want: what the reader asks for: 0 capabilities, 1 a queue pair, 2 the socket of the shared memory, 3 the release of a
+            queue pair, 4 the renewal of the lease, 5 a piece of header and navigation section.
+        peer: a random name that the reader chose for itself. The lease is in this name.
+        queue_pair: with want 1, the attributes of the reader's queue pair.
+        number: with want 3, the number of the queue pair. 0 releases all of this reader's.
+        offset: with want 5, where the piece begins, in bytes.
+        image: with want 1, 2 and 5, the image that the request is about. None stands for the image that the owner serves now.
     """
 
     want: int
@@ -100,17 +111,20 @@ class RegionRequest(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
-    """Type 57: [code u32, message str, shard | nil, transports map, region | nil, queue_pair | nil, number u64, shared | nil,
+    """Type 57.
+
+    Its array is [code u32, message str, shard | nil, transports map, region | nil, queue_pair | nil, number u64, shared | nil,
     view | nil].
 
     Attributes:
         code, message: as in `SearchResponse`.
-        shard: of every good answer.
-        transports: name -> "" when it can be had, else why not.
-        region: what exposed_region() gives; nil where no verbs device exists.
-        queue_pair, number: with want 1, the owner's attributes and the queue pair's number.
-        shared_memory: with want 2.
-        view: with want 5.
+        shard: the shard, unless the answer is an error.
+        transports: for each transport, "" if the reader can have it, or why not.
+        region: the memory region, or nil if the owner offers no verbs.
+        queue_pair: with want 1, the attributes of the owner's queue pair.
+        number: with want 1, the number of the owner's queue pair.
+        shared_memory: with want 2, where the memory is handed over.
+        view: with want 5, the piece.
     """
 
     code: int = 0
@@ -124,26 +138,34 @@ class RegionResponse(msgspec.Struct, array_like=True, frozen=True):
     view: ViewFields | None = None
 
 
-# msgspec looks into a type when it first meets it, and two threads that do so at once have crashed it.
+# msgspec inspects a type when it first decodes it. Two threads that did so at once have crashed it, so it is done at import.
 for _kind in (RegionRequest, RegionResponse):
     msgspec.msgpack.Decoder(_kind)
 
 
 def encode_region(message: RegionRequest | RegionResponse) -> bytes:
-    """Type 56 or 57 as a payload."""
+    """Writes a payload of type 56 or 57."""
     return encode_array(message)
 
 
 def decode_region_request(payload: Payload) -> RegionRequest:
-    """Type 56. Raises `FormatError`."""
+    """Reads a payload of type 56.
+
+    Raises:
+        FormatError: the payload is malformed.
+    """
     return decode_array(join(payload), RegionRequest, "region request")
 
 
 def decode_region_response(payload: Payload) -> RegionResponse:
-    """Type 57. Raises `FormatError`."""
+    """Reads a payload of type 57.
+
+    Raises:
+        FormatError: the payload is malformed.
+    """
     return decode_array(join(payload), RegionResponse, "region response")
 
 
 def as_fields(kind: type[Any], value: Any) -> Any:
-    """A wire struct from any object with the same attribute names."""
+    """Makes a wire struct of any object that has attributes of the same names."""
     return kind(**{name: getattr(value, name) for name in kind.__struct_fields__})

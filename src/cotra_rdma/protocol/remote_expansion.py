@@ -1,6 +1,6 @@
-"""The payloads of pushed expansions (58, 59): a round of walks, in which an owner expands the nodes of its shard that they chose.
+"""Remote expansions: types 58 and 59, byte for byte.
 
-The page is docs/reference/wire.md.
+One message carries the pushes of one round of all walks for one shard.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from cotra_rdma.protocol.envelope import MAX_PAYLOAD_BYTES, Buffer, Payload, enc
 from cotra_rdma.protocol.msgpack_io import Reader, array_prefix, bin_prefix, encode_image
 
 _MAX_BATCH_BYTES = 4 << 20
-_NEIGHBOUR_BYTES = 12  # a number, an estimate and its weight
+_NEIGHBOUR_BYTES = 12  # a node's number, an estimate and its weight
 _REQUEST_FIELDS, _RESPONSE_FIELDS = 5, 7
-_ALIGNMENT = 8  # the C shim reads what was received where it lies
-_HEAD_BYTES = 1024  # of an answer that is no error, beside its arrays: generously
+_ALIGNMENT = 8  # the C code reads arrays in place, in the received bytes
+_HEAD_BYTES = 1024  # more than an answer has beside its arrays
 
 
 def split_pushes(pushes: npt.NDArray[np.void], dim: int, degree: int) -> Iterator[slice]:
-    """Parts of a round that are a message each, for one would be too large: one part in ordinary cases.
+    """Splits the pushes of a round into parts that fit a message each. Most rounds are one part.
 
     Args:
-        pushes: `PUSH_DTYPE`[n]; those of one query follow each other.
-        dim: of the queries, each of which is sent with the first of its pushes in a part.
-        degree: neighbours of a node, at most.
+        pushes: `PUSH_DTYPE`[n]. The pushes of one query follow each other.
+        dim: the dimension of the queries. Each part holds the queries of its pushes.
+        degree: the most neighbours of a node.
+
+    Yields:
+        The slice of `pushes` of each part.
     """
     if not len(pushes):
         return
     fresh = np.append(True, pushes["query"][1:] != pushes["query"][:-1])
     asked_bytes = np.cumsum(PUSH_DTYPE.itemsize + 4 * dim * fresh)
-    most = _MAX_BATCH_BYTES // _told_bytes(1, degree)
+    most = _MAX_BATCH_BYTES // _expansion_bytes(1, degree)
     begin = 0
     while begin < len(pushes):
         before = asked_bytes[begin - 1] if begin else 0
@@ -48,12 +51,16 @@ def split_pushes(pushes: npt.NDArray[np.void], dim: int, degree: int) -> Iterato
 
 
 def check_fits(n_pushes: int, degree: int) -> None:
-    """Raises `InvalidInputError` where the answer to so many pushes may not fit a message, before anything is made of them."""
-    if _told_bytes(n_pushes, degree) > MAX_PAYLOAD_BYTES - _HEAD_BYTES:
+    """Checks that the answer to `n_pushes` pushes fits a message, before anything is allocated for it.
+
+    Raises:
+        InvalidInputError: it may not fit.
+    """
+    if _expansion_bytes(n_pushes, degree) > MAX_PAYLOAD_BYTES - _HEAD_BYTES:
         raise InvalidInputError(f"{n_pushes} nodes of {degree} neighbours do not fit one answer: ask for fewer at once")
 
 
-def _told_bytes(n: int, degree: int) -> int:
+def _expansion_bytes(n: int, degree: int) -> int:
     return n * (EXPANSION_DTYPE.itemsize + _NEIGHBOUR_BYTES * degree)
 
 
@@ -62,7 +69,7 @@ def _bytes_of(array: npt.NDArray[Any], dtype: Any) -> memoryview:
 
 
 def _in_parts(head: bytes, *fields: memoryview) -> tuple[Buffer, ...]:
-    """A payload whose large fields are the arrays' own memory."""
+    """Writes a payload whose large fields are not copied."""
     parts: list[Buffer] = [head]
     for field in fields:
         parts += [bin_prefix(len(field)), field]
@@ -70,7 +77,7 @@ def _in_parts(head: bytes, *fields: memoryview) -> tuple[Buffer, ...]:
 
 
 def _take(reader: Reader, dtype: Any, what: str) -> npt.NDArray[Any]:
-    """A bin field as numbers, in memory that C may read: a view of what was received where that is aligned."""
+    """Reads a bin field as an array that C may read. It is a view of the received bytes if they are aligned."""
     field, size = reader.binary(), np.dtype(dtype).itemsize
     if len(field) % size:
         raise FormatError(f"{what}: a field of {len(field)} bytes, of items of {size}")
@@ -83,10 +90,10 @@ class ExpandRequest:
     """Type 58: [collection str, dim u32, queries bin, pushes bin, image array].
 
     Attributes:
-        collection: a name; "" where the owner serves one shard.
-        queries: float32[n_queries, dim]: those that occur in `pushes`.
-        pushes: `PUSH_DTYPE`[n]; those of one query follow each other, or it is slower.
-        image: which image the rows are of.
+        collection: the name of the collection, or "" if the owner serves one shard.
+        queries: float32[n_queries, dim]: the queries that `pushes` names.
+        pushes: `PUSH_DTYPE`[n]. The owner is fastest if the pushes of one query follow each other.
+        image: the image whose rows are to be expanded.
     """
 
     collection: str
@@ -96,9 +103,15 @@ class ExpandRequest:
 
     @classmethod
     def of(cls, queries: npt.NDArray[np.float32], pushes: npt.NDArray[np.void], image: ImageIdentity) -> ExpandRequest:
-        """With those of the queries only that occur in `pushes`, which are numbered anew.
+        """Makes a request that holds only the queries that `pushes` names. They are numbered anew.
 
-        Raises `InvalidInputError` for a push of a query that is not there.
+        Args:
+            queries: float32[n_queries, dim].
+            pushes: `PUSH_DTYPE`[n]. It is not changed.
+            image: the image whose rows are to be expanded.
+
+        Raises:
+            InvalidInputError: a push names a query that is not in `queries`.
         """
         used, numbers = np.unique(pushes["query"], return_inverse=True)
         if len(used) and used[-1] >= len(queries):
@@ -108,16 +121,17 @@ class ExpandRequest:
         return cls("", queries[used], pushes, image)
 
     def encode(self) -> tuple[Buffer, ...]:
-        """The payload in parts."""
+        """Writes the payload in parts. The large fields are not copied."""
         head = array_prefix(_REQUEST_FIELDS) + encode_array(self.collection) + encode_array(self.queries.shape[1])
         parts = _in_parts(head, _bytes_of(self.queries, "<f4"), _bytes_of(self.pushes, PUSH_DTYPE))
         return (*parts, encode_image(self.image))
 
     @classmethod
     def decode(cls, payload: Payload) -> ExpandRequest:
-        """Reads a payload; whether the rows are there, and the queries finite, is for who expands them to check.
+        """Reads a payload. The expander checks that the rows exist and that the queries are finite.
 
-        Raises `FormatError`.
+        Raises:
+            FormatError: the payload is malformed.
         """
         what = "expand request"
         reader = Reader(payload, what)
@@ -144,9 +158,9 @@ class ExpandResponse:
     """Type 59: [code u32, message str, expansions bin, numbers bin, estimates bin, weights bin, image array].
 
     Attributes:
-        code, message: as in `SearchResponse`; with an error the rest is empty.
-        told: what became of the pushes.
-        image: whose rows were expanded; None with an error.
+        code, message: as in `SearchResponse`. With an error, the other fields are empty.
+        told: the expansions, in the order of the pushes.
+        image: the image whose rows were expanded, or None with an error.
     """
 
     code: int
@@ -156,11 +170,11 @@ class ExpandResponse:
 
     @classmethod
     def failed(cls, code: int, message: str) -> ExpandResponse:
-        """An answer that only says what went wrong."""
+        """Makes an answer that only says what went wrong."""
         return cls(code, message, Expansions.none())
 
     def encode(self) -> tuple[Buffer, ...]:
-        """The payload in parts: the large fields are the arrays' own memory."""
+        """Writes the payload in parts. The large fields are not copied."""
         head = array_prefix(_RESPONSE_FIELDS) + encode_array(self.code) + encode_array(self.message)
         told = self.told
         parts = _in_parts(
@@ -174,10 +188,13 @@ class ExpandResponse:
 
     @classmethod
     def decode(cls, payload: Payload) -> ExpandResponse:
-        """Reads a payload. That there are as many expansions as pushes is for who asked to check, and that a number is one of
-        the graph's for the engine.
+        """Reads a payload.
 
-        Raises `FormatError`.
+        The caller must check that there are as many expansions as pushes.
+        The engine checks that each number is one of the graph's nodes.
+
+        Raises:
+            FormatError: the payload is malformed.
         """
         what = "expand response"
         reader = Reader(payload, what)

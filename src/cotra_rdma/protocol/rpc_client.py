@@ -29,13 +29,16 @@ from cotra_rdma.protocol.service import MESSAGE_BYTES, method_of
 from cotra_rdma.protocol.tls import Tls
 
 DEFAULT_TIMEOUT_MS = 5000
-_LOOK_S = 0.02  # between a waiting call's looks, whether it was given up
+_LOOK_S = 0.02  # the interval at which a waiting call checks its `Stop`
 _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
+    (
+        "grpc.use_local_subchannel_pool",
+        1,
+    ),  # gRPC would share a connection between clients, and owners are fair to connections
     ("grpc.enable_http_proxy", 0),
-    ("grpc.keepalive_time_ms", 3000),  # of calls in progress only: a host that vanished is noticed
+    ("grpc.keepalive_time_ms", 3000),  # a call in progress notices that the owner's host vanished
     ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -43,34 +46,53 @@ _OPTIONS = [
 
 
 class RpcClient:
-    """Calls one owner, from many threads at once if they like, over one connection.
+    """Calls one owner over one connection. Several threads may call at once.
 
-    It connects at the first call, and anew at a call that finds the connection ended: once, so that an owner that is gone is an
-    error at once.
+    It connects at the first call.
+    A call that finds the connection ended connects once more, so that an owner that is gone is an error at once.
+
+    Attributes:
+        address: the address of the owner, as given.
     """
 
     def __init__(self, address: str, *, tls: Tls | None = None) -> None:
-        """Opens nothing yet. Raises `InvalidInputError` for a bad address, or files that hold no certificate."""
+        """Prepares the client. The first call connects.
+
+        Args:
+            address: HOST:PORT of the owner.
+            tls: this reader's certificate, or None for a plain connection.
+
+        Raises:
+            InvalidInputError: the address is malformed, or a file holds no certificate.
+        """
         self._target = join_address(*parse_address(address))
         self.address = address
         self._credentials = None if tls is None else tls.for_client()
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
-        self._calls: Counter[grpc.Channel] = Counter()  # in progress, of this channel and of those that ended
+        self._calls: Counter[grpc.Channel] = Counter()  # calls in progress, of this channel and of earlier ones
         self._closed = False
         self._pid = os.getpid()
 
     def call(
         self, envelope: VShardEnvelope, timeout_ms: int = DEFAULT_TIMEOUT_MS, stop: Stop | None = None
     ) -> VShardEnvelope:
-        """Sends a request and waits for its answer. The owner is told of one that is given up.
+        """Sends a request, and waits for its answer. If the wait is given up, the owner is told.
+
+        Args:
+            envelope: the request.
+            timeout_ms: the most milliseconds to wait.
+            stop: ends the wait when it is set.
 
         Raises:
             SearchCancelledError: `stop` was set.
-            TransportError: nobody listens there, or the connection ended during the call. DeadlineError: no answer in time.
-            BusyError: the owner has too much to do. PeerError: it refuses the request.
-            FormatError: the answer is malformed or of another type. ClosedError: the client was closed, or is another
-                process's.
+            TransportError: nobody listens there, or the connection ended during the call.
+            DeadlineError: no answer came in time.
+            BusyError: the owner has too much to do.
+            DeniedError: the owner's policy does not allow the request.
+            PeerError: the owner refused the request.
+            FormatError: the answer is malformed, or of another type.
+            ClosedError: the client is closed, or belongs to the process that this one was forked from.
         """
         data, deadline = envelope.encode(), time.monotonic() + timeout_ms / 1000
         for pause_s in pauses():
@@ -88,7 +110,7 @@ class RpcClient:
                     call.cancel()
                     raise
             time.sleep(pause_s)
-        raise AssertionError  # pauses never end
+        raise AssertionError  # `pauses` never ends
 
     @staticmethod
     def _answer_of(call: Any, stop: Stop | None) -> bytes:
@@ -101,7 +123,7 @@ class RpcClient:
 
     @contextmanager
     def _connected(self) -> Iterator[grpc.Channel]:
-        """The channel for one call. One that has ended is closed by the last call on it."""
+        """Lends the channel for one call. The last call on a channel that has ended closes it."""
         with self._lock:
             if self._closed or self._pid != os.getpid():
                 raise ClosedError(f"the client of {self.address} is closed")
@@ -127,7 +149,7 @@ class RpcClient:
             raise ClosedError(f"the client of {self.address} is closed") from None
         if code is grpc.StatusCode.UNAVAILABLE:
             with self._lock:
-                if self._channel is channel:  # its pause before it tries again is not ours
+                if self._channel is channel:  # a channel pauses before it connects again, and a new one does not
                     self._channel = None
         raise error_of(code, call.details() or "", self.address, timeout_ms) from None
 
@@ -147,14 +169,19 @@ class RpcClient:
 
 
 def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
-    """A channel of gRPC's, as all of this package's are."""
+    """Opens a gRPC channel with this package's options. It connects at the first call.
+
+    Args:
+        target: HOST:PORT.
+        credentials: the reader's credentials, or None for a plain connection.
+    """
     if credentials is None:
         return grpc.insecure_channel(target, _OPTIONS)
     return grpc.secure_channel(target, credentials, _OPTIONS)
 
 
 def was_refused(call: Any) -> bool:
-    """Whether the owner refused a call before it looked at it, for it had too many of this connection already.
+    """Returns whether the owner refused a call before it looked at it, because the connection had too many calls already.
 
     HTTP/2 promises that such a call may be sent again (RFC 9113, section 8.7: REFUSED_STREAM, error code 7).
     gRPC sends it again by itself, but only once.
@@ -164,7 +191,7 @@ def was_refused(call: Any) -> bool:
 
 
 def pauses() -> Iterator[float]:
-    """How long to wait before each further attempt of a call that was refused, in seconds; without an end."""
+    """Yields how many seconds to wait before each further attempt of a call that was refused. It never ends."""
     pause_s = 0.002
     while True:
         yield pause_s
@@ -172,7 +199,11 @@ def pauses() -> Iterator[float]:
 
 
 def checked_reply(answer: bytes, request: VShardEnvelope, address: str) -> VShardEnvelope:
-    """The envelope of an answer. Raises `FormatError` where it is malformed, or answers something else."""
+    """Reads the envelope of an answer.
+
+    Raises:
+        FormatError: the answer is malformed, or answers another type of request.
+    """
     reply = VShardEnvelope.decode(memoryview(answer))
     if reply.msg_type != request.msg_type.response:
         raise FormatError(f"{address} answered type {request.msg_type} with type {reply.msg_type}")
@@ -180,7 +211,7 @@ def checked_reply(answer: bytes, request: VShardEnvelope, address: str) -> VShar
 
 
 def error_of(code: grpc.StatusCode, details: str, address: str, timeout_ms: int) -> Exception:
-    """What a call raises that gRPC ended with this code."""
+    """Makes the error of a call that gRPC ended with this code."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError(f"{address} did not answer within {timeout_ms} ms")
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -195,7 +226,7 @@ def error_of(code: grpc.StatusCode, details: str, address: str, timeout_ms: int)
 
 
 def _plain(details: str) -> str:
-    """gRPC's words for why there is no connection, in ours."""
+    """Says in plain words why there is no connection. An unknown reason stays in gRPC's words."""
     for theirs, ours in (
         ("Connection refused", "nobody listens there"),
         ("Ssl handshake failed", "the TLS handshake failed"),

@@ -1,10 +1,13 @@
-"""`RpcServer`: an owner's side of the RPC. It knows gRPC and envelopes, and nothing of what is in them.
+"""`RpcServer`: an owner's side of the RPC. It knows gRPC and envelopes, and not the payloads in them.
 
-gRPC bounds the bytes of a message before it reads it, tells the deadline of who asks, and says when who asks is gone.
-What it does not do is here: it bounds what all requests and all answers take together, and it is fair to connections.
+gRPC bounds the bytes of a message before it reads the message.
+It also passes on the caller's deadline, and says when the caller is gone.
+This module does what gRPC does not do: it bounds the memory of all requests and all answers together, and is fair to connections.
 
-A request is read when it is let in (`FairShares`), and not before: what was not let in waits in its sender.
-An answer is kept until its receiver has taken it. Where the kept ones are too many bytes, who is owed most loses its own.
+A request is read after it is admitted (`FairShares`), and not before.
+Until then, its bytes wait at its sender.
+An answer is kept until its receiver has taken it.
+If the kept answers are too many bytes, the connection that is owed most loses its answers.
 """
 
 from __future__ import annotations
@@ -39,39 +42,46 @@ from cotra_rdma.protocol.tls import Tls
 log = logging.getLogger(__name__)
 
 Later = Callable[[], VShardEnvelope]
-"""What makes an answer that needs those of other owners. It has workers of its own: were all workers of owners that ask each
-other busy waiting, none would be left to answer."""
+"""Makes an answer that needs the answers of other owners.
+
+Such work has workers of its own.
+Otherwise owners that ask each other could have all their workers waiting, and no worker left to answer.
+"""
 Steps = Iterator[VShardEnvelope | None]
-"""Work in short steps, each of which gives None, but the last one, which gives the answer. Others have a turn in between."""
+"""Does work in short steps. The last step yields the answer, and each other step yields None.
+
+Other requests have their turns between the steps.
+"""
 Handler = Callable[[VShardEnvelope], VShardEnvelope | Later | Steps]
+"""Answers a request, or returns what makes the answer."""
 
 asker_names: ContextVar[tuple[str, ...]] = ContextVar("asker_names", default=())
-"""In a `Handler`, and in what it returns: the names in the certificate of who asks; empty without TLS."""
+"""The names in the caller's certificate, for a `Handler` and for what it returns. Empty without TLS."""
 asker: ContextVar[Stop | None] = ContextVar("asker", default=None)
-"""In a `Handler`, and in what it returns: set when nobody waits for the answer any more."""
+"""A `Stop` for a `Handler` and for what it returns. It is set when nobody waits for the answer any more."""
 
-_THREADS = 512  # that wait, most of them
-_LOOK_S = 0.05
-_WINDOW_BYTES = 256 << 10  # of what may be on its way to a request that was not let in
+_THREADS = 512  # most of them wait
+_LOOK_S = 0.05  # the interval at which the watching thread looks at deadlines and kept answers
+_WINDOW_BYTES = 256 << 10  # the most bytes on their way to a request that is not admitted
 _HANDSHAKE_MS = 5000
-_FILES = 256  # that the process needs for other things
-_SHOWN = 1000  # characters of a reason
-_LOG_S = 1.0  # between two lines about messages that were refused
+_FILES = 256  # open files that the process needs for other things than connections
+_SHOWN = 1000  # the most characters of a reason
+_LOG_S = 1.0  # the least interval between two log lines about refused requests
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an owner spends on requests, at most.
+    """The most that an owner spends on requests.
 
     Attributes:
-        request_bytes: of one request.
-        n_requests: in memory at once, those that are being read included; twice: quick ones, and others.
-        owed_bytes: of answers that were not taken yet, all together.
-        take_s: how long an answer may wait to be taken.
-        read_s: how long a request may take to be read.
-        work_s: how long it may be worked on, where who asks gives no deadline.
-        n_connections: at once; more are refused.
-        idle_s: after which a connection without a request is closed.
+        request_bytes: the bytes of one request.
+        n_requests: the requests in memory at once, including those that are being read. It holds for each method by itself.
+        owed_bytes: the bytes of all answers that were not taken yet.
+        take_s: the seconds that an answer may wait to be taken.
+        read_s: the seconds that the reading of a request may take.
+        work_s: the seconds that the work on a request may take. A caller's deadline may be earlier.
+        n_connections: the connections at once. More are refused.
+        idle_s: the seconds after which a connection without a request is closed.
     """
 
     request_bytes: int = 8 << 20
@@ -85,18 +95,20 @@ class Limits:
 
 
 LATENCY_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Bounds of the buckets in which latencies are counted, in seconds."""
+"""The upper bounds of the buckets in which latencies are counted, in seconds."""
 
 
 @dataclass(slots=True)
 class Seen:
-    """What a server has counted.
+    """The counters of a server.
 
     Attributes:
-        requests: by the name of the message type ("" where it was not read) and gRPC's status.
-        latencies: by type, how many requests took so long, for each of `LATENCY_S` and for longer.
-        seconds: by type, the sum.
-        received_bytes, sent_bytes: of envelopes.
+        requests: the number of requests, by the name of the message type and gRPC's status. The name is "" if the request was
+            not read.
+        latencies: for each type, the number of requests in each bucket of `LATENCY_S`, and in one bucket above them.
+        seconds: for each type, the sum of the latencies.
+        received_bytes: the bytes of all requests.
+        sent_bytes: the bytes of all answers.
     """
 
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -107,7 +119,15 @@ class Seen:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, kind: str, status: str, seconds: float, received: int, sent: int) -> None:
-        """Counts a request."""
+        """Counts a request. Any thread may call it.
+
+        Args:
+            kind: the name of the message type, or "".
+            status: the name of gRPC's status.
+            seconds: the latency.
+            received: the bytes of the request.
+            sent: the bytes of the answer.
+        """
         with self._lock:
             self.requests[kind, status] += 1
             counts = self.latencies.setdefault(kind, [0] * (len(LATENCY_S) + 1))
@@ -118,7 +138,7 @@ class Seen:
 
 
 class _Kept:
-    """Answers that their receivers did not take yet."""
+    """The answers that their receivers did not take yet."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -129,7 +149,11 @@ class _Kept:
         self._bytes = 0
 
     def keep(self, connection: str, n_bytes: int, context: grpc.ServicerContext) -> None:
-        """Notes an answer that is about to be sent. Too many: the calls of who is owed most end, this one too, maybe."""
+        """Adds an answer that is about to be sent.
+
+        If there are too many bytes then, the calls of the connection that is owed most are ended.
+        This call may be one of them.
+        """
         number = next(self._numbers)
         with self._lock:
             self._calls[number] = connection, n_bytes, time.monotonic(), context.cancel
@@ -160,7 +184,7 @@ class _Kept:
                 self._drop(number)
 
     def look(self) -> None:
-        """Ends calls whose answers nobody takes."""
+        """Ends the calls whose answers were not taken for `take_s` seconds."""
         late = time.monotonic() - self._limits.take_s
         with self._lock:
             ends = [self._drop(at) for at, call in list(self._calls.items()) if call[2] < late]
@@ -177,7 +201,7 @@ class _Kept:
 
 @dataclass(slots=True)
 class _Call:
-    """What is counted of one request."""
+    """What is known of one request, for the counters."""
 
     kind: str = ""
     status: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -186,7 +210,17 @@ class _Call:
 
 
 class RpcServer:
-    """Answers envelopes. A request that is malformed gets gRPC's INVALID_ARGUMENT with the reason; nothing ends the server."""
+    """Listens, and answers envelopes. It is a context manager.
+
+    A malformed request gets gRPC's status INVALID_ARGUMENT with the reason.
+    No request ends the server.
+
+    Attributes:
+        address: HOST:PORT that it listens on.
+        handler: answers requests. It may be replaced while the server listens.
+        seen: the counters.
+        is_draining: whether new requests are refused.
+    """
 
     def __init__(
         self,
@@ -200,14 +234,15 @@ class RpcServer:
         """Listens at once.
 
         Args:
-            address: HOST:PORT; port 0 takes a free one.
-            handler: makes the answer to a request; it may be replaced while the server listens.
-            tls: the owner's certificate, and whom it lets in; None: everybody.
-            n_workers: requests that are worked on at once.
-            limits: what requests may cost.
+            address: HOST:PORT to listen on. Port 0 takes a free port.
+            handler: answers requests. Several threads call it at once.
+            tls: the owner's certificate, and the authority whose callers it lets in. None lets everybody in.
+            n_workers: the most requests of a method that are worked on at once.
+            limits: the most that requests may cost. None takes the defaults.
 
         Raises:
-            TransportError: the address cannot be listened on. InvalidInputError: a bad address or certificate.
+            TransportError: it cannot listen on the address.
+            InvalidInputError: the address is malformed, or a certificate cannot be read.
         """
         host, port = parse_address(address)
         self.handler = handler
@@ -347,7 +382,7 @@ class RpcServer:
 
     @contextmanager
     def _deadline(self, seconds: float, end: Callable[[], object]) -> Iterator[None]:
-        """Calls `end` where the block takes longer."""
+        """Calls `end` if the block takes longer than `seconds`."""
         number = next(self._numbers)
         self._deadlines[number] = time.monotonic() + seconds, end
         self._watched.set()
@@ -356,10 +391,10 @@ class RpcServer:
         finally:
             self._deadlines.pop(number, None)
 
-    # ---- beside the requests ----
+    # ---- the watching thread ----
 
     def _look(self) -> None:
-        """What the watching thread does: some times a second, as long as there is any request or answer."""
+        """Ends what is late, every `_LOOK_S` seconds while there is a request or an answer."""
         while self._watched.wait() and not self._closed:
             time.sleep(_LOOK_S)
             now = time.monotonic()
@@ -376,23 +411,26 @@ class RpcServer:
 
     @property
     def n_waiting(self) -> int:
-        """Requests that wait to be read."""
+        """The number of requests that wait to be read."""
         return sum(shares.n_outside for shares in self._shares.values())
 
     @property
     def owed_bytes(self) -> int:
-        """Of answers that were not taken yet."""
+        """The bytes of the answers that were not taken yet."""
         return self._kept.n_bytes
 
     @property
     def n_at_work(self) -> int:
-        """Requests that were not answered yet, those that wait to be read included."""
+        """The number of requests in progress, including those that wait to be read."""
         return sum(map(len, self._shares.values()))
 
     def drain(self, grace_s: float) -> None:
-        """Stops listening. New requests are refused; those in progress have `grace_s` seconds, and are ended then.
+        """Stops listening, and waits for the requests in progress. New requests are refused.
 
-        Another thread may call it with less grace meanwhile.
+        Another thread may call it meanwhile, with a shorter wait.
+
+        Args:
+            grace_s: the most seconds to wait. Requests that are in progress after that are ended.
         """
         self.is_draining = True
         self._server.stop(grace_s or None).wait()
@@ -415,14 +453,14 @@ class RpcServer:
 
 
 def _names_of(context: grpc.ServicerContext) -> tuple[str, ...]:
-    """The names in the certificate that a connection showed: those of its SAN, then its common name."""
+    """Returns the names in a caller's certificate: its subject alternative names, then its common name."""
     shown = context.auth_context()
     values = [*shown.get("x509_subject_alternative_name", ()), *shown.get("x509_common_name", ())]
     return tuple(dict.fromkeys(bytes(value).decode(errors="replace") for value in values))
 
 
 class _Seldom:
-    """Logs at most a line in so many seconds, and how many were left out: who sends nonsense must not fill a disk."""
+    """Logs at most one line in `seconds` seconds, so that a sender of nonsense cannot fill a disk. It counts the others."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -430,7 +468,7 @@ class _Seldom:
         self._left_out = 0
 
     def warning(self, text: str, *values: object) -> None:
-        """As a logger's."""
+        """Logs a warning, as a logger does."""
         now = time.monotonic()
         if now < self._next:
             self._left_out += 1
@@ -447,7 +485,10 @@ def _options(limits: Limits) -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", 100),
         ("grpc.so_reuseport", 0),
-        ("grpc.http2.bdp_probe", 0),  # windows stay small: what was not read is not in this process's memory
+        (
+            "grpc.http2.bdp_probe",
+            0,
+        ),  # the windows must stay small, because unread bytes must not fill this process's memory
         ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
         ("grpc.max_allowed_incoming_connections", max(1, min(limits.n_connections, files - _FILES))),
         ("grpc.max_connection_idle_ms", round(limits.idle_s * 1000)),
@@ -458,7 +499,7 @@ def _options(limits: Limits) -> list[tuple[str, Any]]:
 
 
 def _why_not(host: str, port: int) -> str:
-    """What the kernel says to who wants to listen there; gRPC does not tell."""
+    """Returns why the kernel refuses to listen there, which gRPC does not say, or "" if it does not refuse."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:

@@ -1,4 +1,7 @@
-"""Searches: types 50 and 51, byte for byte. The answer to a search of the whole collection is in `collection_search`."""
+"""Searches: types 50 and 51, byte for byte.
+
+The answer to a search of the whole collection is in `collection_search`.
+"""
 
 from __future__ import annotations
 
@@ -23,38 +26,51 @@ from cotra_rdma.protocol.msgpack_io import (
 
 DEFAULT_BEAM = 8
 OWN_SHARD, WHOLE_COLLECTION = range(2)
-"""What a search is about: the owner's own shard, or the collection as the owner sees it."""
+"""What an owner searches: its own shard, or the whole collection by its own connections."""
 _ANSWER_FIELDS = 7
 
 
 _MAX_BATCH_BYTES = 4 << 20
 _MAX_BATCH_EF = 1 << 18
-"""ef of all queries of a message: as many expansions, about, and as many microseconds. It must be answered in time."""
+"""The largest sum of ef over the queries of a message.
+
+It is about the number of expansions, and of microseconds.
+The owner must answer the message before its time-out.
+"""
 STATS_BYTES = 32
 
 
 def queries_per_message(dim: int, k: int, ef: int, *, filtered: bool) -> int:
-    """How many queries a message of type 50 should hold at most: a large batch goes in several."""
+    """Returns the most queries that a message of type 50 should hold. A larger batch is several messages.
+
+    Args:
+        dim, k, ef: as in the message.
+        filtered: whether the message has filters, which make a walk longer.
+    """
     fits = _MAX_BATCH_BYTES // max(5 * dim, 12 * k + STATS_BYTES)
     return max(1, min(fits, _MAX_BATCH_EF // (16 * ef if filtered else ef)))
 
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """Type 50, NodeDB's VectorScatterPayload: a MessagePack array, then the filter, then (ours) beam, scope and what follows.
+    """Type 50, NodeDB's VectorScatterPayload.
+
+    It is a MessagePack array, then the filter, then an array of this project's own: beam, scope, most, filters and image.
+    The second array ends after the last field that is not the default.
 
     Attributes:
-        collection: a name; "" where the owner serves one shard.
-        queries: float32[n * dim]: one query, or several one after the other; the owner knows dim.
-        top_k, ef_search: as `Cluster.search`'s k and ef.
-        filter_bitmap: bit i (of byte i // 8, lowest first) = local row i may be returned; None for no filter.
-        beam: expansions a round; only written when it is not the default, 8, or the scope follows.
-        scope: `OWN_SHARD`, or `WHOLE_COLLECTION`, which is answered with a `CollectionResponse`.
-        most: records that a walk expands at most; 0: as many as it takes.
-        image: which image the owner has to search; it refuses for another one, and repeats it in its answer. None: whichever it
-            serves.
-        filters: of a search of the whole collection: for each shard the checksum of its image, which names it, and a bitmap as
-            `filter_bitmap`, or None. None: no filter anywhere.
+        collection: the name of the collection, or "" if the owner serves one shard.
+        queries: float32[n * dim]: the queries, one after the other. The owner knows dim.
+        top_k: `k` of `Cluster.search`.
+        ef_search: `ef` of `Cluster.search`.
+        filter_bitmap: a bitmap as `pack_filter` makes it, or None for no filter.
+        beam: the most nodes that a walk expands in one round.
+        scope: `OWN_SHARD`, or `WHOLE_COLLECTION`, whose answer is a `CollectionResponse`.
+        most: the most records that a walk expands. 0 sets no bound.
+        filters: for a search of the whole collection, the filter of each shard: the checksum of its image, which names it, and
+            a bitmap or None. None in place of all this is no filter.
+        image: the image that the owner has to search. The owner refuses if it does not serve that image, and repeats the image
+            in its answer. None stands for the image that it serves now.
     """
 
     collection: str
@@ -69,7 +85,7 @@ class SearchRequest:
     image: ImageIdentity | None = None
 
     def encode(self) -> bytes:
-        """The payload."""
+        """Writes the payload."""
         flat = np.ascontiguousarray(self.queries, np.float32).reshape(-1)
         items = np.empty(len(flat), FLOAT32)
         items["marker"], items["value"] = FLOAT32_MARKER, flat
@@ -104,7 +120,11 @@ class SearchRequest:
 
     @classmethod
     def decode(cls, payload: Payload) -> SearchRequest:
-        """Reads a payload. Raises `FormatError`."""
+        """Reads a payload.
+
+        Raises:
+            FormatError: the payload is malformed.
+        """
         reader = Reader(payload, "search request")
         if reader.array() != 5:
             raise FormatError("search request: an array of 5 was expected")
@@ -144,14 +164,17 @@ def _read_filters(reader: Reader, *, may_be_none: bool) -> tuple[tuple[int, byte
 class SearchResponse:
     """Type 51: [code u32, message str, n u32, k u32, labels bin, distances bin, stats bin].
 
-    After the array follow what the request asked for: where it named an image, an array, the image; where it had `most`, a bin,
-    `incomplete`.
+    If the request named an image, an array follows: `image`.
+    If the request had `most`, a bin field follows: `incomplete`.
 
     Attributes:
-        code: 0; else the request failed, `message` says why, and the rest is empty.
-        labels: int64[n, k], little-endian. distances: float32[n, k]. stats: `engine.OWNER_STATS_DTYPE`[n] as raw bytes (32 each).
-        incomplete: uint32[n], little-endian: walks that `most` ended; None where it was not asked.
-        image: that was searched; None where it was not asked.
+        code: 0, or the code of an error. With an error, the other fields but `message` are empty.
+        message: what went wrong.
+        labels: int64[n, k], little-endian: the ids.
+        distances: float32[n, k], little-endian.
+        stats: the raw bytes of `OWNER_STATS_DTYPE`[n], 32 bytes each.
+        incomplete: uint32[n], little-endian: the walks that `most` ended. None if the request had no `most`.
+        image: the image that was searched. None if the request named none.
     """
 
     code: int
@@ -163,7 +186,7 @@ class SearchResponse:
     image: ImageIdentity | None = None
 
     def encode(self) -> tuple[Buffer, ...]:
-        """The payload in parts: the large fields are the arrays' own memory."""
+        """Writes the payload in parts. The large fields are not copied."""
         n, k = self.labels.shape
         fields: list[Buffer] = [
             np.ascontiguousarray(self.labels, "<i8").reshape(-1).data.cast("B"),
@@ -183,12 +206,16 @@ class SearchResponse:
 
     @classmethod
     def failed(cls, code: int, message: str) -> SearchResponse:
-        """An answer that only says what went wrong."""
+        """Makes an answer that only says what went wrong."""
         return cls(code, message, np.empty((0, 0), np.int64), np.empty((0, 0), np.float32), b"")
 
     @classmethod
     def decode(cls, payload: Payload) -> SearchResponse:
-        """Reads a payload; the arrays are views of it where it came in parts. Raises `FormatError`."""
+        """Reads a payload. The arrays are views of it if each lies in one buffer.
+
+        Raises:
+            FormatError: the payload is malformed.
+        """
         reader = Reader(payload, "search response")
         answer = cls.read(reader)
         if reader.is_array_next():
@@ -199,8 +226,12 @@ class SearchResponse:
         return answer
 
     def check(self, n_queries: int, k: int) -> None:
-        """Raises `FormatError` unless the answer can be merged with others: it is of the right shape, no distance is NaN, and
-        each row is sorted, its empty places (-1, inf) at the end. What an owner sends is not to be trusted."""
+        """Checks that the answer can be merged with others. What an owner sends is not to be trusted.
+
+        Raises:
+            FormatError: the shape is not [n_queries, k], a distance is NaN, a row is not sorted by distance, or its empty places
+                (-1, inf) are not at the end.
+        """
         if self.labels.shape != (n_queries, k):
             raise FormatError(f"an answer of {list(self.labels.shape)} to {n_queries} queries for {k}")
         filled = self.labels >= 0
@@ -212,7 +243,11 @@ class SearchResponse:
 
     @classmethod
     def read(cls, reader: Reader) -> SearchResponse:
-        """Reads the array, after which something may follow. Raises `FormatError`."""
+        """Reads the array. Other items may follow it.
+
+        Raises:
+            FormatError: the array is malformed.
+        """
         if reader.array() != _ANSWER_FIELDS:
             raise FormatError(f"search response: an array of {_ANSWER_FIELDS} was expected")
         code, message, n, k = reader.unsigned(), reader.text(), reader.unsigned(), reader.unsigned()

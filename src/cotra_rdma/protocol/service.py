@@ -1,4 +1,4 @@
-"""What both sides of the RPC must agree on: the names of gRPC's methods, the limits of messages, and the codes of refusals."""
+"""What both sides of the RPC must agree on: the names of gRPC's methods, and the limits of messages."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ from cotra_rdma.protocol.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, VShard
 
 SERVICE = "cotra.Owner"
 CONTROL, WORK = "Control", "Work"
-"""Methods of the service. A request and its answer are one envelope each, as bytes. What is quick goes to `CONTROL`, which has
-threads of its own; all else to `WORK`."""
+"""The methods of the service.
+
+A request and its answer are one envelope each, as bytes.
+Requests that are answered quickly go to `CONTROL`, and the others to `WORK`.
+So searches do not keep the control plane waiting.
+"""
 CONTROL_BYTES = 64 * 1024
-"""A request to `CONTROL`, at most."""
+"""The most bytes of a request to `CONTROL`."""
 MESSAGE_BYTES = MAX_PAYLOAD_BYTES + HEADER_BYTES
-"""An answer, at most."""
+"""The most bytes of an answer."""
 _QUICK = (VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, VShardMessageType.VECTOR_MEM_REGION_REQUEST)
 
 
 def method_of(kind: VShardMessageType) -> str:
-    """The full name of the method that takes a request of this type."""
+    """Returns the full name of the gRPC method for a request of this type."""
     return f"/{SERVICE}/{CONTROL if is_quick(kind) else WORK}"
 
 
 def is_quick(kind: VShardMessageType) -> bool:
-    """Whether a request of this type goes to `CONTROL`."""
+    """Returns whether a request of this type goes to `CONTROL`."""
     return kind in _QUICK

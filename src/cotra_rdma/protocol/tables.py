@@ -1,4 +1,4 @@
-"""Coarse tables and tables of inverted lists: types 52 to 55, byte for byte."""
+"""Coarse tables, and the builders' tables of inverted lists: types 52 to 55, byte for byte."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ CENTROID_TYPES = {"float16": "<f2", "float32": "<f4"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CentroidTable:
-    """The inverted lists of one shard, as its peers see them.
+    """Centroids, sizes and radii of one shard's clusters, as messages carry them.
 
     Attributes:
         centroids: float16[n_lists, dim] or float32[n_lists, dim], finite.
-        sizes: uint32[n_lists]: vectors in each list.
-        radii: float32[n_lists]: the root mean square distance (l2) of a list's vectors from its centroid; finite, at least 0.
+        sizes: uint32[n_lists]: the number of vectors in each cluster.
+        radii: float32[n_lists]: the root mean square distance (l2) of a cluster's vectors from its centroid. It is finite and
+            at least 0.
     """
 
     centroids: npt.NDArray[Any]
@@ -34,13 +35,14 @@ class CentroidTable:
 
     @classmethod
     def of(cls, table: Any, centroid_type: str = "float32") -> CentroidTable:
-        """Makes one of any object with `centroids` [n_lists, dim], `sizes` [n_lists] and `radii` [n_lists].
+        """Makes a table of any object with `centroids` [n_lists, dim], `sizes` [n_lists] and `radii` [n_lists].
 
         Args:
-            table: its arrays may be of any real type.
-            centroid_type: "float32", or "float16" for half the bytes (rounded to 11 bits of mantissa).
+            table: the object. Its arrays may be of any real type.
+            centroid_type: "float32", or "float16" for half the bytes. float16 rounds to 11 bits of mantissa.
 
-        Raises `InvalidInputError` for shapes that disagree and values that do not fit.
+        Raises:
+            InvalidInputError: the shapes disagree, or a value does not fit.
         """
         if centroid_type not in CENTROID_TYPES:
             raise InvalidInputError(f"centroid_type must be float16 or float32, not {centroid_type!r}")
@@ -59,7 +61,7 @@ class CentroidTable:
 
     @classmethod
     def empty(cls) -> CentroidTable:
-        """The table of an answer that only says what went wrong: no lists, of dim 0."""
+        """Makes a table without centroids, of dimension 0, for an answer that only says what went wrong."""
         return cls(np.empty((0, 0), "<f4"), np.empty(0, "<u4"), np.empty(0, "<f4"))
 
     @property
@@ -68,7 +70,7 @@ class CentroidTable:
         return str(self.centroids.dtype.name)
 
     def fault(self) -> str:
-        """What is wrong with it; "" when nothing is."""
+        """Returns what is wrong with the table, or "" if nothing is."""
         if self.centroids.ndim != 2 or not self.sizes.shape == self.radii.shape == self.centroids.shape[:1]:
             shapes = ", ".join(str(list(field.shape)) for field in (self.centroids, self.sizes, self.radii))
             return f"shapes {shapes} are not [n_lists, dim], [n_lists], [n_lists]"
@@ -79,14 +81,18 @@ class CentroidTable:
         return ""
 
     def fields(self) -> list[bytes]:
-        """The part of a payload that 53 and 54 share: dim, n_lists, centroid_type, centroids, sizes, radii."""
+        """Writes the fields that types 53 and 54 share: dim, n_lists, centroid_type, centroids, sizes, radii."""
         n_lists, dim = self.centroids.shape
         numbers = [encode_array(value) for value in (dim, n_lists, self.centroid_type)]
         return [*numbers, *(binary(field) for field in (self.centroids, self.sizes, self.radii))]
 
     @classmethod
     def read(cls, reader: Reader, what: str) -> CentroidTable:
-        """Reads that part. Raises `FormatError`."""
+        """Reads the fields that `fields` writes. `what` is the name of the message, for errors.
+
+        Raises:
+            FormatError: a field is malformed.
+        """
         dim, n_lists, kind = reader.unsigned(), reader.unsigned(), reader.text()
         if kind not in CENTROID_TYPES:
             raise FormatError(f"{what}: centroids of type {kind[:40]!r} are unknown")
@@ -101,17 +107,25 @@ class CentroidTable:
 
 @dataclass(frozen=True, slots=True)
 class CoarseRouteRequest:
-    """Type 52: [collection str]. "" where the owner serves one shard."""
+    """Type 52: [collection str].
+
+    Attributes:
+        collection: the name of the collection, or "" if the owner serves one shard.
+    """
 
     collection: str = ""
 
     def encode(self) -> bytes:
-        """The payload."""
+        """Writes the payload."""
         return array_prefix(_COARSE_REQUEST_FIELDS) + encode_array(self.collection)
 
     @classmethod
     def decode(cls, payload: Payload) -> CoarseRouteRequest:
-        """Reads a payload. Raises `FormatError`."""
+        """Reads a payload.
+
+        Raises:
+            FormatError: the payload is malformed.
+        """
         reader = Reader(payload, "coarse route request")
         if reader.array() != _COARSE_REQUEST_FIELDS:
             raise FormatError(f"coarse route request: an array of {_COARSE_REQUEST_FIELDS} was expected")
@@ -122,14 +136,17 @@ class CoarseRouteRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CoarseRouteResponse:
-    """Type 53: [code u32, message str, dim u32, n_lists u32, centroid_type str, centroids bin, sizes bin, radii bin], and
-    after the array, where the shard is one of a collection, a MessagePack map: "shard", its number in it, and "calibration",
-    what `compass.Calibration.to_json` gives, or nil.
+    """Type 53.
+
+    Its array is [code u32, message str, dim u32, n_lists u32, centroid_type str, centroids bin, sizes bin, radii bin].
+    If the shard is one of a collection, a MessagePack map follows.
+    Its key "shard" is the shard's number in the collection.
+    Its key "calibration" is what `Calibration.to_json` makes, or nil.
 
     Attributes:
-        code, message: as in `SearchResponse`; with an error the table is empty.
-        table: the shard's coarse description.
-        collection: that map, or None.
+        code, message: as in `SearchResponse`. With an error, the table is empty.
+        table: the shard's coarse table.
+        collection: the map, or None.
     """
 
     code: int
@@ -139,18 +156,22 @@ class CoarseRouteResponse:
 
     @classmethod
     def failed(cls, code: int, message: str) -> CoarseRouteResponse:
-        """An answer that only says what went wrong."""
+        """Makes an answer that only says what went wrong."""
         return cls(code, message, CentroidTable.empty())
 
     def encode(self) -> bytes:
-        """The payload."""
+        """Writes the payload."""
         head = [array_prefix(_COARSE_FIELDS), encode_array(self.code), encode_array(self.message)]
         tail = [] if self.collection is None else [encode_array(self.collection)]
         return b"".join([*head, *self.table.fields(), *tail])
 
     @classmethod
     def decode(cls, payload: Payload) -> CoarseRouteResponse:
-        """Reads a payload. Raises `FormatError`."""
+        """Reads a payload.
+
+        Raises:
+            FormatError: the payload is malformed.
+        """
         what = "coarse route response"
         reader = Reader(payload, what)
         if reader.array() != _COARSE_FIELDS:
@@ -162,17 +183,20 @@ class CoarseRouteResponse:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BuildExchangeRequest:
-    """Type 54: [shard u32, dim u32, n_lists u32, centroid_type str, centroids bin, sizes bin, radii bin, offsets bin,
-    lengths bin, region_offset u64, generation u64], and after the array, between the builders of one graph, a MessagePack map.
+    """Type 54.
+
+    Its array is [shard u32, dim u32, n_lists u32, centroid_type str, centroids bin, sizes bin, radii bin, offsets bin,
+    lengths bin, region_offset u64, generation u64].
+    Between the builders of one graph, a MessagePack map follows.
 
     Attributes:
-        shard: the sender's vshard id.
-        table: its centroids, list sizes and radii.
+        shard: the number of the sender's shard.
+        table: the centroids, the sizes and the radii of the sender's inverted lists.
         offsets: uint64[n_lists]: where each list begins, in bytes after `region_offset`.
         lengths: uint32[n_lists]: the bytes of each list.
-        region_offset: where the lists' section begins, in bytes after the start of the sender's region.
-        generation: of the shard's build; another one makes the table stale.
-        told: that map, or None.
+        region_offset: where the section of lists begins, in bytes after the start of the sender's memory region.
+        generation: the generation of the sender's shard. After a rebuild, the table is out of date.
+        told: the map, or None.
     """
 
     shard: int
@@ -185,12 +209,16 @@ class BuildExchangeRequest:
 
     @classmethod
     def empty(cls, shard: int, told: dict[str, Any]) -> BuildExchangeRequest:
-        """A builder's message without a table."""
+        """Makes a builder's message without a table."""
         none = np.empty(0, np.uint64)
         return cls(shard, CentroidTable.empty(), none, none.astype(np.uint32), 0, 0, told)
 
     def encode(self) -> bytes:
-        """The payload. Raises `InvalidInputError` when offsets and lengths do not fit the table."""
+        """Writes the payload.
+
+        Raises:
+            InvalidInputError: offsets or lengths do not fit the table.
+        """
         offsets, lengths = np.ascontiguousarray(self.offsets, "<u8"), np.ascontiguousarray(self.lengths, "<u4")
         if why := _misplaced(self.table, offsets, lengths, self.region_offset):
             raise InvalidInputError(f"build exchange: {why}")
@@ -201,9 +229,10 @@ class BuildExchangeRequest:
 
     @classmethod
     def decode(cls, payload: Payload) -> BuildExchangeRequest:
-        """Reads a payload; that the lists lie inside the region is checked against its length by who READs them.
+        """Reads a payload. Whoever READs the lists must check that they lie inside the sender's region.
 
-        Raises `FormatError`.
+        Raises:
+            FormatError: the payload is malformed.
         """
         what = "build exchange request"
         reader = Reader(payload, what)
@@ -223,13 +252,13 @@ class BuildExchangeRequest:
 def _misplaced(
     table: CentroidTable, offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32], region_offset: int
 ) -> str:
-    """What is wrong with the places of lists; "" when nothing is."""
+    """Returns what is wrong with offsets and lengths of lists, or "" if nothing is."""
     if not offsets.shape == lengths.shape == table.sizes.shape:
         return f"{offsets.size} offsets and {lengths.size} lengths for {table.sizes.size} lists"
     if not 0 <= region_offset < 2**64:
         return f"region_offset {region_offset} does not fit u64"
     room = np.uint64(2**64 - 1 - region_offset)
-    # Compared by subtraction, for the sums could pass 64 bits.
+    # Differences are compared, because the sums could pass 64 bits.
     if (lengths > room).any() or (offsets > room - lengths.astype(np.uint64)).any():
         return "a list passes the end of the address space"
     return ""
@@ -237,18 +266,22 @@ def _misplaced(
 
 @dataclass(frozen=True, slots=True)
 class BuildExchangeResponse:
-    """Type 55: [code u32, message str]."""
+    """Type 55: [code u32, message str]. The attributes are as in `SearchResponse`."""
 
     code: int = 0
     message: str = ""
 
     def encode(self) -> bytes:
-        """The payload."""
+        """Writes the payload."""
         return array_prefix(_EXCHANGE_FIELDS) + encode_array(self.code) + encode_array(self.message)
 
     @classmethod
     def decode(cls, payload: Payload) -> BuildExchangeResponse:
-        """Reads a payload. Raises `FormatError`."""
+        """Reads a payload.
+
+        Raises:
+            FormatError: the payload is malformed.
+        """
         reader = Reader(payload, "build exchange response")
         if reader.array() != _EXCHANGE_FIELDS:
             raise FormatError(f"build exchange response: an array of {_EXCHANGE_FIELDS} was expected")

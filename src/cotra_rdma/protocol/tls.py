@@ -1,4 +1,4 @@
-"""`Tls`: the certificate of one side, and whom it believes."""
+"""`Tls`: the certificate of one side, and the authority that it trusts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Files for mutual TLS: each side shows a certificate, and believes those that the authority signed.
+    """The files for mutual TLS. Each side shows a certificate, and trusts certificates that the authority signed.
 
     Attributes:
-        certificate: PEM file of this side's certificate, with those between it and the authority.
-        key: PEM file of its private key.
-        ca: PEM file of the authority's certificates. Only who has a certificate of it gets in.
+        certificate: the PEM file of this side's certificate, and of the certificates between it and the authority.
+        key: the PEM file of this side's private key.
+        ca: the PEM file of the authority's certificates.
     """
 
     certificate: str | os.PathLike[str]
@@ -31,10 +31,10 @@ class Tls:
     ca: str | os.PathLike[str]
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """The certificate, the key and the authority's certificates, as they are in the files now.
+        """Reads the files: the certificate, the key, and the authority's certificates.
 
         Raises:
-            InvalidInputError: a file cannot be read, or holds no PEM.
+            InvalidInputError: a file cannot be read, or is not a PEM file.
         """
         contents = []
         for what, path in (("certificate", self.certificate), ("key", self.key), ("ca", self.ca)):
@@ -48,17 +48,21 @@ class Tls:
         return contents[0], contents[1], contents[2]
 
     def for_server(self) -> grpc.ServerCredentials:
-        """gRPC's credentials of an owner. Raises `InvalidInputError`."""
+        """Makes an owner's credentials for gRPC. A new connection sees the files as they are then.
+
+        Raises:
+            InvalidInputError: as for `read`.
+        """
         import grpc
 
         last = self.read()
 
         def now() -> grpc.ServerCertificateConfiguration | None:
-            """What a new connection is to see; None: as before."""
+            """Returns what a new connection is to see, or None if nothing changed."""
             nonlocal last
             try:
                 fresh = self.read()
-            except InvalidInputError as error:  # the files are being replaced, maybe
+            except InvalidInputError as error:  # somebody may be replacing the files just now
                 log.warning("the certificate stays as it was: %s", error)
                 return None
             if fresh == last:
@@ -71,7 +75,11 @@ class Tls:
         )
 
     def for_client(self) -> grpc.ChannelCredentials:
-        """gRPC's credentials of a reader. Raises `InvalidInputError`."""
+        """Makes a reader's credentials for gRPC.
+
+        Raises:
+            InvalidInputError: as for `read`.
+        """
         import grpc
 
         certificate, key, ca = self.read()

@@ -3,7 +3,7 @@
 The names and their meaning are those of NodeDB's `VectorShardSeam`.
 An algorithm is a subclass of `VectorShardSeam`.
 It overrides what it does differently; what it does not override is flat scatter-gather.
-It speaks to other shards through a `ShardRpcDispatch`: a `ZmqDispatch`, or one of the caller's own.
+It speaks to other shards through a `ShardRpcDispatch`: a `GrpcDispatch`, or one of the caller's own.
 """
 
 from __future__ import annotations
