@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -159,13 +161,12 @@ def test_a_signal_lets_work_in_progress_end_and_a_second_one_does_not(
     queries = np.tile(words[:1000], (2, 1))  # seconds of work, in one request
     batch = make_batch(queries, queries.shape[1], (1000,), k=10, ef=1000, beam=8, stop=Stop())
     with (
-        serving(index, "--transport", "rpc", "--grace", 120) as (owner, ready),
+        serving(index, "--transport", "rpc", "--grace", 120, "--metrics", "127.0.0.1:0") as (owner, ready),
         cotra_rdma.connect(ready["address"], transport="rpc") as cluster,
         ThreadPoolExecutor(1) as pool,
     ):
-        before = cpu_ticks(owner.pid)
         search = pool.submit(cluster._connections[0].calls._search_part, batch, queries)
-        waited(lambda: cpu_ticks(owner.pid) > before + 5)
+        waited(lambda: n_in_progress(ready["metrics"]) == 1)
         for _ in range(signals):
             owner.send_signal(signal.SIGTERM)
             waited(lambda: refuses(ready["address"]))
@@ -177,10 +178,11 @@ def test_a_signal_lets_work_in_progress_end_and_a_second_one_does_not(
         assert owner.wait() == 0
 
 
-def cpu_ticks(pid: int) -> int:
-    """proc(5): the CPU time of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+def n_in_progress(metrics: str) -> int:
+    """Requests that an owner has not answered yet."""
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=30) as answer:
+        (found,) = re.findall(r"^cotra_requests_in_progress\S* (\d+)", answer.read().decode(), re.MULTILINE)
+    return int(found)
 
 
 def refuses(address: str) -> bool:
