@@ -2,12 +2,12 @@
 
 gRPC bounds the bytes of a message before it reads the message.
 It also passes on the caller's deadline, and says when the caller is gone.
-This module does what gRPC does not do: it bounds the memory of all requests and all answers together, and is fair to connections.
+This module does what gRPC does not do: it bounds the memory of all requests and all answers together, and is fair to senders.
 
 A request is read after it is admitted (`FairShares`), and not before.
 Until then, its bytes wait at its sender.
 An answer is kept until its receiver has taken it.
-If the kept answers are too many bytes, the connection that is owed most loses its answers.
+If the kept answers are too many bytes, the sender that is owed most loses answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import grpc
 
@@ -137,44 +137,63 @@ class Seen:
             self.sent_bytes += sent
 
 
+class _From(NamedTuple):
+    """Where a request comes from, as `FairShares` knows it."""
+
+    sender: str
+    connection: str
+
+    @classmethod
+    def of(cls, context: grpc.ServicerContext, names: tuple[str, ...]) -> _From:
+        """Returns where a call comes from. `names` are those in its certificate."""
+        peer = context.peer()  # "ipv4:10.0.0.1:50123"
+        return cls(", ".join(names) or peer.rpartition(":")[0], peer)
+
+
 class _Kept:
     """The answers that their receivers did not take yet."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._lock = threading.Lock()
-        self._calls: dict[int, tuple[str, int, float, Callable[[], object]]] = {}
-        self._owed: Counter[str] = Counter()
+        self._calls: dict[int, tuple[_From, int, float, Callable[[], object]]] = {}
+        self._owed: Counter[_From] = Counter()
+        self._owed_to_sender: Counter[str] = Counter()
         self._numbers = itertools.count()
         self._bytes = 0
 
-    def keep(self, connection: str, n_bytes: int, context: grpc.ServicerContext) -> None:
+    def keep(self, to: _From, n_bytes: int, context: grpc.ServicerContext) -> None:
         """Adds an answer that is about to be sent.
 
-        If there are too many bytes then, the calls of the connection that is owed most are ended.
-        This call may be one of them.
+        If there are too many bytes then, calls are ended: of the sender that is owed most, those of the connection that is
+        owed most. This call may be one of them.
         """
         number = next(self._numbers)
         with self._lock:
-            self._calls[number] = connection, n_bytes, time.monotonic(), context.cancel
-            self._owed[connection] += n_bytes
+            self._calls[number] = to, n_bytes, time.monotonic(), context.cancel
+            self._owed[to] += n_bytes
+            self._owed_to_sender[to.sender] += n_bytes
             self._bytes += n_bytes
         if not context.add_callback(functools.partial(self._forget, number)):
             self._forget(number)
         ends: list[Callable[[], object]] = []
         with self._lock:
             while self._bytes > self._limits.owed_bytes:
-                most, _ = self._owed.most_common(1)[0]
+                sender, _ = self._owed_to_sender.most_common(1)[0]
+                most = max((to for to in self._owed if to.sender == sender), key=self._owed.__getitem__)
                 for at in [at for at, call in self._calls.items() if call[0] == most]:
                     ends.append(self._drop(at))
         for end in ends:
             end()
 
     def _drop(self, number: int) -> Callable[[], object]:
-        connection, n_bytes, _, end = self._calls.pop(number)
-        self._owed[connection] -= n_bytes
-        if self._owed[connection] <= 0:
-            del self._owed[connection]
+        to, n_bytes, _, end = self._calls.pop(number)
+        self._owed[to] -= n_bytes
+        if not self._owed[to]:
+            del self._owed[to]
+        self._owed_to_sender[to.sender] -= n_bytes
+        if not self._owed_to_sender[to.sender]:
+            del self._owed_to_sender[to.sender]
         self._bytes -= n_bytes
         return end
 
@@ -288,15 +307,16 @@ class RpcServer:
     # ---- a request ----
 
     def _answer(self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        connection, stop, begin = context.peer(), Stop(), time.perf_counter()
-        call = _Call()
+        names, stop, begin = _names_of(context), Stop(), time.perf_counter()
+        came, call = _From.of(context, names), _Call()
         try:
-            with self._shares[method].admit(connection, context.cancel) as request:
+            with self._shares[method].admit(*came, context.cancel) as request:
                 if not context.add_callback(functools.partial(self._gone, request, stop)):
                     raise SearchCancelledError("who asked is gone")
                 envelope = self._read(method, messages, context, call)
                 request.begin_work()
-                reply = b"".join(self._work(envelope, method, request, stop, context, connection))
+                asker_names.set(names)
+                reply = b"".join(self._work(envelope, method, request, stop, context, came))
             if len(reply) > MESSAGE_BYTES:
                 raise BusyError(
                     f"the answer of {len(reply)} bytes passes the limit of {MESSAGE_BYTES}: ask for less at once"
@@ -308,10 +328,10 @@ class RpcServer:
         except BusyError as error:
             call.status, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
         except DeniedError as error:
-            self._seldom.warning("%s: %s was denied a request: %s", self.address, connection, error)
+            self._seldom.warning("%s: %s was denied a request: %s", self.address, came.connection, error)
             call.status, why = grpc.StatusCode.PERMISSION_DENIED, str(error)
         except CotraError as error:
-            self._seldom.warning("%s: a request of %s was refused: %s", self.address, connection, error)
+            self._seldom.warning("%s: a request of %s was refused: %s", self.address, came.connection, error)
             call.status, why = grpc.StatusCode.INVALID_ARGUMENT, f"{type(error).__name__}: {error}"
         except grpc.RpcError:
             call.status, why = grpc.StatusCode.CANCELLED, "the request was not read whole"
@@ -321,7 +341,7 @@ class RpcServer:
         self.seen.note(call.kind, call.status.name, time.perf_counter() - begin, call.received, call.sent)
         if call.status is not grpc.StatusCode.OK:
             context.abort(call.status, why[:_SHOWN])
-        self._kept.keep(connection, len(reply), context)
+        self._kept.keep(came, len(reply), context)
         return reply
 
     def _read(
@@ -350,12 +370,11 @@ class RpcServer:
         request: Request,
         stop: Stop,
         context: grpc.ServicerContext,
-        connection: str,
+        came: _From,
     ) -> list[Any]:
         left_s = context.time_remaining()
         seconds = self._limits.work_s if left_s is None else min(left_s, self._limits.work_s)
         token = asker.set(stop)
-        asker_names.set(_names_of(context))
         try:
             with self._deadline(seconds, functools.partial(self._gone, request, stop)):
                 if method == CONTROL:
@@ -364,7 +383,7 @@ class RpcServer:
                     with request.turn():
                         made = self.handler(envelope)
                 if callable(made):
-                    with self._later.admit(connection, context.cancel) as later, later.turn():
+                    with self._later.admit(*came, context.cancel) as later, later.turn():
                         made = made()
                 if isinstance(made, VShardEnvelope):
                     return made.frames()
