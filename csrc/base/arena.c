@@ -31,7 +31,7 @@ struct cotra_arena {
     uint64_t mapped; /* length rounded up to pages; 0 for wrapped memory */
     uint64_t page;   /* what lengths are rounded up to */
     int fd;
-    int locked, sealed, writable;
+    bool locked, sealed, writable;
     int wants_huge, huge; /* huge pages, as far as whole ones go */
 };
 
@@ -53,7 +53,7 @@ int cotra_arena_lock(cotra_arena *arena, cotra_error *err)
     if (arena->locked)
         return COTRA_OK;
     if (mlock(arena->data, arena->length) == 0) {
-        arena->locked = 1;
+        arena->locked = true;
         return COTRA_OK;
     }
     int error = errno;
@@ -124,7 +124,7 @@ static int map_memfd(cotra_arena *arena, int huge)
     arena->fd = fd;
     arena->page = page;
     arena->mapped = mapped;
-    arena->writable = 1;
+    arena->writable = true;
     return 0;
 close_fd:
     close(fd);
@@ -202,7 +202,7 @@ int cotra_arena_map_fd(int fd, uint64_t length_bytes, uint32_t flags, cotra_aren
         return cotra_fail(err, COTRA_ERR_FORMAT, "the peer's memfd has %lld bytes where %llu were announced",
                           (long long)st.st_size, (unsigned long long)length_bytes);
     int seals = fcntl(fd, F_GET_SEALS);
-    int sealed = seals >= 0 && (seals & F_SEAL_SHRINK);
+    const bool sealed = seals >= 0 && (seals & F_SEAL_SHRINK);
     if ((flags & COTRA_ARENA_SEALED) && !sealed)
         return cotra_fail(err, COTRA_ERR_FORMAT,
                           "the peer's memory is not a memfd sealed against shrinking: its owner could make this "
@@ -280,7 +280,7 @@ int cotra_arena_seal(cotra_arena *arena, cotra_error *err)
     if (fcntl(arena->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0)
         return cotra_fail_errno(err, COTRA_ERR_SYSTEM, errno, "sealing a memfd of %llu bytes",
                                 (unsigned long long)arena->length);
-    arena->sealed = 1;
+    arena->sealed = true;
     return COTRA_OK;
 }
 

@@ -57,7 +57,7 @@ static inline uint32_t cotra_insert_word(uint64_t *words, uint32_t *n, uint32_t 
     return place;
 }
 
-static inline int cotra_ranked_less(const cotra_ranked *a, const cotra_ranked *b)
+static inline bool cotra_ranked_less(const cotra_ranked *a, const cotra_ranked *b)
 {
     return a->major < b->major || (a->major == b->major && a->minor < b->minor);
 }

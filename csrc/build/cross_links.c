@@ -101,14 +101,19 @@ static int work_make(const cotra_relinker *relinker, work *w, uint32_t width, co
     *w = (work){.capacity = info->degree + width, .padded = cotra_padded_dim(info->dim)};
     w->vectors = calloc((size_t)w->capacity * w->padded, sizeof *w->vectors);
     w->own = calloc(w->padded, sizeof *w->own);
-    int status = cotra_code_writer_create(&w->codes, &relinker->rotation, info, &relinker->layout, mean, err);
     w->words = malloc(w->capacity * sizeof *w->words);
     w->numbers = malloc(w->capacity * sizeof *w->numbers);
     w->chosen = malloc(info->degree * sizeof *w->chosen);
-    if (!status && !(w->vectors && w->own && w->words && w->numbers && w->chosen))
-        status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "relinker: no memory");
+    int status = cotra_code_writer_create(&w->codes, &relinker->rotation, info, &relinker->layout, mean, err);
     if (status)
-        work_free(w);
+        goto failed;
+    if (!w->vectors || !w->own || !w->words || !w->numbers || !w->chosen) {
+        status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "relinker: no memory");
+        goto failed;
+    }
+    return COTRA_OK;
+failed:
+    work_free(w);
     return status;
 }
 
@@ -135,7 +140,7 @@ static void take(const cotra_relinker *relinker, work *w, uint32_t number, const
     w->words[place] = word;
 }
 
-static int is_finite(const float *vector, uint32_t dim)
+static bool is_finite(const float *vector, uint32_t dim)
 {
     for (uint32_t i = 0; i < dim; i++)
         if (!(fabsf(vector[i]) <= COTRA_MAX_COMPONENT))

@@ -135,11 +135,13 @@ static int packer_fill(cotra_ivf_packer *packer, const cotra_ivf_params *params,
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "inverted lists: no memory for %llu rows",
                           (unsigned long long)info->count);
     int status = cotra_rotation_create(info->seed, info->dim, &packer->rotation, err);
-    if (!status)
-        status = sort_rows(packer, params->assignment, err);
-    if (!status)
-        status = cotra_arena_grow(packer->arena,
-                                  info->image_bytes + packer->header.table_bytes + packer->header.list_bytes, err);
+    if (status)
+        return status;
+    status = sort_rows(packer, params->assignment, err);
+    if (status)
+        return status;
+    status = cotra_arena_grow(packer->arena, info->image_bytes + packer->header.table_bytes + packer->header.list_bytes,
+                              err);
     if (status)
         return status;
     uint8_t *section = section_of(packer);
@@ -162,8 +164,9 @@ int cotra_ivf_packer_create(cotra_arena *arena, const cotra_ivf_params *params, 
                           "inverted lists: the arena must be an own memfd, neither locked nor sealed yet");
     cotra_image_info info;
     int status = cotra_image_validate(cotra_arena_data(arena), memory.length_bytes, 0, &info, err);
-    if (!status)
-        status = check_params(&info, params, err);
+    if (status)
+        return status;
+    status = check_params(&info, params, err);
     if (status)
         return status;
     cotra_ivf_packer *packer = calloc(1, sizeof *packer);
@@ -319,13 +322,17 @@ int cotra_ivf_packer_encode(cotra_ivf_packer *packer, uint32_t begin, uint32_t e
     const size_t n = packer->info.code_dim;
     float *memory = malloc(5 * n * sizeof *memory);
     uint8_t *levels = malloc(n);
-    int status = memory && levels ? COTRA_OK : cotra_fail(err, COTRA_ERR_NO_MEMORY, "inverted lists: no memory");
-    for (uint32_t list = begin; list < end && !status; list++)
+    int status = COTRA_OK;
+    if (!memory || !levels) {
+        status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "inverted lists: no memory");
+        goto done;
+    }
+    for (uint32_t list = begin; list < end; list++)
         encode_list(packer, list, memory, levels);
+    atomic_fetch_add(&packer->encoded, end - begin);
+done:
     free(memory);
     free(levels);
-    if (!status)
-        atomic_fetch_add(&packer->encoded, end - begin);
     return status;
 }
 

@@ -142,7 +142,7 @@ static int place_element(cotra_packer *packer, uint64_t internal, int64_t *label
 }
 
 /* Whether float16 only rounds a vector, and does not overflow. */
-static int is_near_float16(const float *vector, const cotra_image_info *info)
+static bool is_near_float16(const float *vector, const cotra_image_info *info)
 {
     for (uint32_t i = 0; i < info->dim; i++)
         if (!(fabsf(vector[i]) <= MAX_FLOAT16))
@@ -248,11 +248,12 @@ static int read_upper(cotra_packer *packer, cotra_hnswlib_stream *stream, uint64
         return COTRA_OK;
     uint64_t upper = packer->info.upper_count, capacity = packer->upper_capacity;
     status = reserve((void **)&packer->upper_nodes, &capacity, upper + 1, 4, err);
-    if (!status)
-        status = reserve((void **)&packer->first_row, &packer->upper_capacity, upper + 1, 4, err);
-    if (!status)
-        status =
-            reserve((void **)&packer->rows, &packer->row_capacity, packer->n_rows + levels, 4 * (size_t)width, err);
+    if (status)
+        return status;
+    status = reserve((void **)&packer->first_row, &packer->upper_capacity, upper + 1, 4, err);
+    if (status)
+        return status;
+    status = reserve((void **)&packer->rows, &packer->row_capacity, packer->n_rows + levels, 4 * (size_t)width, err);
     if (status)
         return status;
     packer->upper_nodes[upper] = (uint32_t)node;
@@ -352,6 +353,53 @@ static int renumber(cotra_packer *packer, cotra_error *err)
     return packer->info.upper_count ? sort_upper(packer, err) : COTRA_OK;
 }
 
+/* Where ids are given, hnswlib's labels are rows, and nodes are numbered by them. */
+static int make_numbers(cotra_packer *packer, uint64_t count, cotra_error *err)
+{
+    if (!packer->params.ids)
+        return COTRA_OK;
+    if (packer->params.n_ids != count)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "packer: %llu ids for %llu vectors",
+                          (unsigned long long)packer->params.n_ids, (unsigned long long)count);
+    packer->number = malloc(count * sizeof *packer->number);
+    return packer->number ? COTRA_OK : cotra_fail(err, COTRA_ERR_NO_MEMORY, "packer: no memory");
+}
+
+/* Takes in all nodes, and their mean where none is given. `sums` is [dim], and zero. */
+static int read_stream(cotra_packer *packer, cotra_hnswlib_stream *stream, double *sums, cotra_error *err)
+{
+    int status = make_numbers(packer, stream->count, err);
+    if (status)
+        return status;
+    status =
+        cotra_arena_create(packer->info.nav_offset, packer->params.arena_flags & COTRA_ARENA_HUGE, &packer->arena, err);
+    if (status)
+        return status;
+    for (uint64_t node = 0; node < stream->count; node++) {
+        status = read_element(packer, stream, node, sums, err);
+        if (status)
+            return status;
+    }
+    for (uint64_t node = 0; node < stream->count; node++) {
+        status = read_upper(packer, stream, node, err);
+        if (status)
+            return status;
+    }
+    status = renumber_upper(packer, err);
+    if (status)
+        return status;
+    if (packer->number) {
+        status = renumber(packer, err);
+        if (status)
+            return status;
+    }
+    if (packer->info.upper_count == 0)
+        packer->info.max_level = 0;
+    for (uint32_t i = 0; i < packer->info.dim && packer->own_mean; i++)
+        packer->mean[i] = (float)(sums[i] / (double)packer->info.count);
+    return COTRA_OK;
+}
+
 int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_error *err)
 {
     if (packer->info.count)
@@ -362,29 +410,7 @@ int cotra_packer_read(cotra_packer *packer, int fd, uint64_t timeout_ns, cotra_e
         return status;
     info_make(packer, &stream);
     double *sums = calloc(packer->info.dim, sizeof *sums);
-    status = sums ? COTRA_OK : cotra_fail(err, COTRA_ERR_NO_MEMORY, "packer: no memory");
-    if (!status && packer->params.ids) {
-        if (packer->params.n_ids != stream.count)
-            status = cotra_fail(err, COTRA_ERR_ARGUMENT, "packer: %llu ids for %llu vectors",
-                                (unsigned long long)packer->params.n_ids, (unsigned long long)stream.count);
-        else if (!(packer->number = malloc(stream.count * sizeof *packer->number)))
-            status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "packer: no memory");
-    }
-    if (!status)
-        status = cotra_arena_create(packer->info.nav_offset, packer->params.arena_flags & COTRA_ARENA_HUGE,
-                                    &packer->arena, err);
-    for (uint64_t node = 0; node < stream.count && !status; node++)
-        status = read_element(packer, &stream, node, sums, err);
-    for (uint64_t node = 0; node < stream.count && !status; node++)
-        status = read_upper(packer, &stream, node, err);
-    if (!status)
-        status = renumber_upper(packer, err);
-    if (!status && packer->number)
-        status = renumber(packer, err);
-    if (!status && packer->info.upper_count == 0)
-        packer->info.max_level = 0;
-    for (uint32_t i = 0; i < packer->info.dim && packer->own_mean && !status; i++)
-        packer->mean[i] = (float)(sums[i] / (double)packer->info.count);
+    status = sums ? read_stream(packer, &stream, sums, err) : cotra_fail(err, COTRA_ERR_NO_MEMORY, "packer: no memory");
     free(sums);
     cotra_hnswlib_close(&stream);
     return status;
@@ -402,8 +428,9 @@ int cotra_packer_link(cotra_packer *packer, uint64_t begin, uint64_t end, cotra_
 {
     cotra_linker linker;
     int status = check_range(packer, begin, end, err);
-    if (!status)
-        status = cotra_linker_create(&linker, &packer->info, &packer->layout, record_of(packer, 0), err);
+    if (status)
+        return status;
+    status = cotra_linker_create(&linker, &packer->info, &packer->layout, record_of(packer, 0), err);
     if (status)
         return status;
     for (uint64_t node = begin; node < end; node++)

@@ -40,7 +40,7 @@ typedef struct verbs_channel {
     uint64_t first, acknowledged, next;
     uint64_t drained; /* work requests before it are done with, well or not: the queue pair will not touch their slots
                          again */
-    int open_ended;   /* a chain was taken in part, without its signalled end */
+    bool open_ended;  /* a chain was taken in part, without its signalled end */
     uint64_t failed;  /* the position of the first READ that failed, when base.error says that one did */
     place *ring;      /* [depth] */
     struct ibv_send_wr work[CHAIN];

@@ -298,7 +298,7 @@ void cotra_code_writer_add(cotra_code_writer *writer, uint8_t *record)
 void cotra_code_writer_end(cotra_code_writer *writer, uint8_t *record)
 {
     cotra_record_head *head = (cotra_record_head *)record;
-    const int centred = writer->gap2 > COTRA_CENTRED * COTRA_CENTRED * writer->nearest2;
+    const bool centred = writer->gap2 > COTRA_CENTRED * COTRA_CENTRED * writer->nearest2;
     uint16_t *f0 = (uint16_t *)(record + writer->layout->f0);
     for (uint32_t j = 0; j < writer->count; j++)
         f0[j] = to_bf16(centred ? writer->rest[j] : writer->rest[j] + writer->shift[j]);

@@ -171,12 +171,16 @@ int cotra_image_validate(const void *data, uint64_t length_bytes, int full, cotr
     status = cotra_nav_validate(image + info.nav_offset, &info, err);
     if (status)
         return status;
-    if (full)
+    if (full) {
         status = validate_records(image, &info, err);
-    if (!status && info.ivf_bytes)
+        if (status)
+            return status;
+    }
+    if (info.ivf_bytes) {
         status = cotra_ivf_validate(image, &info, full, err);
-    if (status)
-        return status;
+        if (status)
+            return status;
+    }
     *out = info;
     return COTRA_OK;
 }

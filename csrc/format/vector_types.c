@@ -74,7 +74,7 @@ int cotra_vector_store(uint32_t vector_type, const float *values, uint32_t dim, 
     return exact;
 }
 
-int cotra_is_scaled(const cotra_image_info *info)
+bool cotra_is_scaled(const cotra_image_info *info)
 {
     return info->metric == COTRA_METRIC_COSINE && info->vector_type != COTRA_VECTOR_F32;
 }

@@ -2,6 +2,7 @@
 #ifndef COTRA_FORMAT_VECTOR_TYPES_H
 #define COTRA_FORMAT_VECTOR_TYPES_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 struct cotra_image_info;
@@ -17,7 +18,7 @@ void cotra_vector_load(uint32_t vector_type, const void *vector, uint32_t dim, f
 void cotra_own_load(const struct cotra_image_info *info, const void *vector, float *out);
 /* Whether own vectors are held as the caller had them and not normalised: for cosine, in a type that cannot hold
  * normalised ones. Their distance is then 1 - <q, x> / |x|. */
-int cotra_is_scaled(const struct cotra_image_info *info);
+bool cotra_is_scaled(const struct cotra_image_info *info);
 /* Stores a normalised vector of a scaled type as the shortest one that it may have come from, exactly; returns 0 where
  * there is none. */
 int cotra_scaled_store(const struct cotra_image_info *info, const float *normalised, void *out);

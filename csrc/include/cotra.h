@@ -17,6 +17,7 @@
 #define COTRA_H
 
 #include <stddef.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 /* [cdef-begin] */

@@ -87,7 +87,7 @@ void cotra_query_hop(cotra_query *query, const cotra_view *view, const cotra_rec
         t = norm2 > 0 ? product / norm2 : 0;
         gap2 = query->norm2 - t * product;
     }
-    const int centred = (head->flags & COTRA_NODE_CENTRED) != 0;
+    const bool centred = (head->flags & COTRA_NODE_CENTRED) != 0;
     if (centred)
         gap2 = encode_near(query, view, own, t);
     gap2 = gap2 > 0 ? gap2 : 0;

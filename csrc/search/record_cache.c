@@ -66,7 +66,7 @@ int cotra_cache_create(const cotra_view *view, uint64_t budget_bytes, cotra_cach
     return COTRA_OK;
 }
 
-int cotra_cache_is_of(const cotra_cache *cache, const cotra_image_info *info)
+bool cotra_cache_is_of(const cotra_cache *cache, const cotra_image_info *info)
 {
     return memcmp(&cache->image, info, sizeof *info) == 0;
 }

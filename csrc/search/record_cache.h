@@ -17,7 +17,7 @@
 #include "format/image.h"
 
 /* Whether the cache holds records of this very image. */
-int cotra_cache_is_of(const cotra_cache *cache, const cotra_image_info *info);
+bool cotra_cache_is_of(const cotra_cache *cache, const cotra_image_info *info);
 /* Counts that the node is wanted. Copies its record out and returns 1 where it is there. */
 int cotra_cache_take(cotra_cache *cache, uint32_t node, uint8_t *record);
 /* Offers a record that was read. The bytes may be anybody's and may change meanwhile. */

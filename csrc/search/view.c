@@ -23,13 +23,15 @@ static int read_all(cotra_view *view, cotra_channel *channel, uint64_t timeout_n
         return cotra_fail(err, COTRA_ERR_FORMAT, "not a graph image: a region of %llu bytes",
                           (unsigned long long)channel->region_bytes);
     int status = cotra_channel_read(channel, 0, sizeof header, &header, timeout_ns, err);
-    if (!status)
-        status = cotra_header_validate(&header, channel->region_bytes, &view->info, err);
-    if (!status)
-        status = make_room(view, err);
-    return status
-               ? status
-               : cotra_channel_read(channel, view->info.nav_offset, view->info.nav_bytes, view->nav, timeout_ns, err);
+    if (status)
+        return status;
+    status = cotra_header_validate(&header, channel->region_bytes, &view->info, err);
+    if (status)
+        return status;
+    status = make_room(view, err);
+    if (status)
+        return status;
+    return cotra_channel_read(channel, view->info.nav_offset, view->info.nav_bytes, view->nav, timeout_ns, err);
 }
 
 static int copy_all(cotra_view *view, const uint8_t *data, uint64_t length_bytes, cotra_error *err)
@@ -40,15 +42,17 @@ static int copy_all(cotra_view *view, const uint8_t *data, uint64_t length_bytes
                           (unsigned long long)length_bytes);
     memcpy(&header, data, sizeof header);
     int status = cotra_header_validate(&header, UINT64_MAX, &view->info, err);
-    if (!status && length_bytes - COTRA_HEADER_BYTES != view->info.nav_bytes)
-        status = cotra_fail(err, COTRA_ERR_FORMAT, "a header tells of %llu bytes of upper layers, %llu follow it",
-                            (unsigned long long)view->info.nav_bytes,
-                            (unsigned long long)(length_bytes - COTRA_HEADER_BYTES));
-    if (!status)
-        status = make_room(view, err);
-    if (!status)
-        memcpy(view->nav, data + COTRA_HEADER_BYTES, view->info.nav_bytes);
-    return status;
+    if (status)
+        return status;
+    if (length_bytes - COTRA_HEADER_BYTES != view->info.nav_bytes)
+        return cotra_fail(err, COTRA_ERR_FORMAT, "a header tells of %llu bytes of upper layers, %llu follow it",
+                          (unsigned long long)view->info.nav_bytes,
+                          (unsigned long long)(length_bytes - COTRA_HEADER_BYTES));
+    status = make_room(view, err);
+    if (status)
+        return status;
+    memcpy(view->nav, data + COTRA_HEADER_BYTES, view->info.nav_bytes);
+    return COTRA_OK;
 }
 
 static int measure_vectors(cotra_view *view, cotra_error *err)
@@ -72,8 +76,9 @@ static int measure_vectors(cotra_view *view, cotra_error *err)
 static int settle(cotra_view *view, cotra_error *err)
 {
     int status = cotra_nav_validate(view->nav, &view->info, err);
-    if (!status)
-        status = cotra_rotation_create(view->info.seed, view->info.dim, &view->rotation, err);
+    if (status)
+        return status;
+    status = cotra_rotation_create(view->info.seed, view->info.dim, &view->rotation, err);
     if (status)
         return status;
     cotra_record_layout_make(&view->info, &view->record);
@@ -106,14 +111,16 @@ static int make(cotra_channel *channel, uint64_t timeout_ns, const uint8_t *data
     if (!view)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "view: no memory");
     int status = channel ? read_all(view, channel, timeout_ns, err) : copy_all(view, data, length_bytes, err);
-    if (!status)
-        status = settle(view, err);
-    if (status) {
-        cotra_view_close(view);
-        return status;
-    }
+    if (status)
+        goto failed;
+    status = settle(view, err);
+    if (status)
+        goto failed;
     *out = view;
     return COTRA_OK;
+failed:
+    cotra_view_close(view);
+    return status;
 }
 
 int cotra_view_open(cotra_channel *channel, uint64_t timeout_ns, cotra_view **out, cotra_error *err)

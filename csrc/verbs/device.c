@@ -98,7 +98,7 @@ int cotra_verbs_devices(cotra_device_info *out, uint32_t capacity, uint32_t *cou
     return status;
 }
 
-static int has_active_port(const cotra_device *device)
+static bool has_active_port(const cotra_device *device)
 {
     struct ibv_port_attr port;
     for (uint32_t p = 1; p <= device->info.n_ports; p++)
@@ -220,12 +220,12 @@ static void read_gid_attribute(const cotra_device *device, uint32_t port, const 
 static const uint8_t mapped_prefix[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF};
 static const uint8_t zeros[16];
 
-static int is_ipv4(const uint8_t *address)
+static bool is_ipv4(const uint8_t *address)
 {
     return memcmp(address, mapped_prefix, sizeof mapped_prefix) == 0;
 }
 
-static int is_link_local(const uint8_t *address)
+static bool is_link_local(const uint8_t *address)
 {
     return is_ipv4(address) ? address[12] == 169 && address[13] == 254
                             : address[0] == 0xFE && (address[1] & 0xC0) == 0x80;

@@ -54,19 +54,21 @@ static int choose_gid(cotra_qp *qp, cotra_error *err)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "queue pair: no memory");
     const cotra_qp_options *options = &qp->options;
     int status = cotra_device_gids(qp->device, options->port, options->peer_address, gids, MAX_GIDS, &n, err);
+    if (status)
+        goto done;
     uint32_t at = 0;
-    while (!status && options->gid_index >= 0 && at < n && gids[at].index != (uint32_t)options->gid_index)
+    while (options->gid_index >= 0 && at < n && gids[at].index != (uint32_t)options->gid_index)
         at++;
-    if (!status && at < n)
+    if (at < n)
         qp->gid = gids[at];
-    else if (!status && options->gid_index >= 0)
+    else if (options->gid_index >= 0)
         status = cotra_fail(err, COTRA_ERR_NO_DEVICE,
-                            "port %u of %s has no GID index %d (it has %u GIDs; cotra doctor lists "
-                            "them)",
+                            "port %u of %s has no GID index %d (it has %u GIDs; cotra doctor lists them)",
                             options->port, qp->device->info.name, options->gid_index, n);
-    else if (!status && qp->link_layer == 2)
+    else if (qp->link_layer == 2)
         status = cotra_fail(err, COTRA_ERR_NO_DEVICE, "port %u of %s has no GID: give its network interface an address",
                             options->port, qp->device->info.name);
+done:
     free(gids);
     return status;
 }
@@ -95,8 +97,9 @@ int cotra_qp_create(cotra_device *device, const cotra_qp_options *options, cotra
     qp->options = *options;
     cotra_port_info port;
     int status = check_options(device, &qp->options, err);
-    if (!status)
-        status = cotra_device_port(device, qp->options.port, &port, err);
+    if (status)
+        goto free_qp;
+    status = cotra_device_port(device, qp->options.port, &port, err);
     if (status)
         goto free_qp;
     qp->link_layer = port.link_layer;

@@ -53,7 +53,7 @@ struct cotra_qp {
     cotra_qp_attributes local;
     cotra_gid_info gid;
     uint32_t link_layer;
-    int connected;
+    bool connected;
 };
 
 /* reg_mr with its failures told apart. */

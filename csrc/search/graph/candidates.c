@@ -61,10 +61,14 @@ int cotra_candidates_create(cotra_candidates *all, cotra_error *err)
 {
     memset(all, 0, sizeof *all);
     int status = grow_slots(all, ROOM, err);
-    if (!status)
-        status = grow_seen(all, SEEN, err);
     if (status)
-        cotra_candidates_destroy(all);
+        goto failed;
+    status = grow_seen(all, SEEN, err);
+    if (status)
+        goto failed;
+    return COTRA_OK;
+failed:
+    cotra_candidates_destroy(all);
     return status;
 }
 
@@ -92,14 +96,18 @@ static void prepare(cotra_candidates *all)
 int cotra_candidates_make_room(cotra_candidates *all, cotra_error *err)
 {
     const uint32_t wanted = all->count + COTRA_BLOCK;
-    int status = COTRA_OK;
     if (wanted > (uint32_t)1 << 30)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: a walk of more than 2^30 candidates");
-    if (wanted > all->capacity)
-        status = grow_slots(all, 2 * all->capacity, err);
-    if (!status && wanted > all->seen_mask / 2)
-        status = grow_seen(all, 2 * (all->seen_mask + 1), err);
-    if (!status)
-        prepare(all);
-    return status;
+    if (wanted > all->capacity) {
+        int status = grow_slots(all, 2 * all->capacity, err);
+        if (status)
+            return status;
+    }
+    if (wanted > all->seen_mask / 2) {
+        int status = grow_seen(all, 2 * (all->seen_mask + 1), err);
+        if (status)
+            return status;
+    }
+    prepare(all);
+    return COTRA_OK;
 }

@@ -71,17 +71,17 @@ static inline void cotra_candidates_prefetch(const cotra_candidates *all, uint32
 }
 
 /* Whether an entry that find() returned is the node's. */
-static inline int cotra_candidates_has(const cotra_candidates *all, const cotra_seen *place, uint32_t node)
+static inline bool cotra_candidates_has(const cotra_candidates *all, const cotra_seen *place, uint32_t node)
 {
     return place->slot < all->count && all->nodes[place->slot] == node;
 }
 
-static inline int cotra_candidates_is_seen(const cotra_candidates *all, uint32_t node)
+static inline bool cotra_candidates_is_seen(const cotra_candidates *all, uint32_t node)
 {
     return cotra_candidates_has(all, cotra_candidates_find(all, node), node);
 }
 
-static inline int cotra_candidates_is_chosen(const cotra_candidates *all, uint32_t node)
+static inline bool cotra_candidates_is_chosen(const cotra_candidates *all, uint32_t node)
 {
     const cotra_seen *place = cotra_candidates_find(all, node);
     return cotra_candidates_has(all, place, node) && all->keys[place->slot] >= COTRA_OPEN;
@@ -102,7 +102,7 @@ static inline float cotra_choose(int yes, float a, float b)
 static inline void cotra_candidates_take(cotra_candidates *all, uint32_t node, float key, float weight)
 {
     cotra_seen *place = cotra_candidates_find(all, node);
-    const int fresh = !cotra_candidates_has(all, place, node);
+    const bool fresh = !cotra_candidates_has(all, place, node);
     const uint32_t slot = fresh ? all->count : place->slot;
     const float old = cotra_choose(fresh, key, all->keys[slot]);
     const float sum = cotra_choose(fresh, 0, all->weights[slot]) + weight;

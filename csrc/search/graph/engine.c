@@ -17,10 +17,13 @@ enum {
     MAX_AUTOMATIC = 128,
     MAX_CANDIDATES = 1 << 26,
     DIRECT_WIDTH = 32,
-    SWEEP_GAIN =
-        2 /* a record is swept in a quarter of the time that it is expanded in, but for as many READs: measured */
 };
-enum { NEAR_READS = 8 }; /* in progress on each shard, or graph, at first: more give nothing where memory is near */
+/* Measured: a record is swept in a quarter of the time in which it is expanded, but takes a READ in both cases. */
+enum { SWEEP_GAIN = 2 };
+/* READs in progress on each shard, or graph, at first: more give nothing where memory is near. */
+enum { NEAR_READS = 8 };
+/* Candidates that a walk hears of, about, for each of ef. */
+enum { CANDIDATES_OF_EF = 8 };
 #define DEFAULT_TIMEOUT_NS 5000000000u
 
 /* Of a walk's limit, in units of 1 / sqrt(D): docs/explanation/how-it-works.md. */
@@ -79,17 +82,23 @@ static int make_spaces(cotra_engine *engine, const cotra_engine_shard *shards, u
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u shards", n_shards);
     for (uint32_t i = 0; i < n_shards; i++)
         views[i] = shards[i].view;
-    const int one = cotra_space_is_one(views, n_shards);
+    const bool one = cotra_space_is_one(views, n_shards);
     const uint32_t n_spaces = one ? 1 : n_shards;
     engine->spaces = calloc(n_spaces, sizeof *engine->spaces);
     engine->plans = calloc(n_spaces, sizeof *engine->plans);
     engine->rows = calloc(n_shards, sizeof *engine->rows);
     int status = COTRA_OK;
-    if (!engine->spaces || !engine->plans || !engine->rows)
+    if (!engine->spaces || !engine->plans || !engine->rows) {
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u shards", n_shards);
-    for (; engine->n_spaces < n_spaces && !status; engine->n_spaces += !status)
-        status =
-            cotra_space_create(&engine->spaces[engine->n_spaces], views, engine->n_spaces, one ? n_shards : 1, err);
+        goto done;
+    }
+    for (uint32_t s = 0; s < n_spaces; s++) {
+        status = cotra_space_create(&engine->spaces[s], views, s, one ? n_shards : 1, err);
+        if (status)
+            goto done;
+        engine->n_spaces++;
+    }
+done:
     free(views);
     return status;
 }
@@ -113,9 +122,11 @@ int cotra_engine_create(const cotra_engine_shard *shards, uint32_t n_shards, int
     engine->n_shards = n_shards;
     engine->max_dim = shards[0].view->info.dim;
     engine->paths = calloc(n_shards, sizeof *engine->paths);
-    if (!engine->paths)
+    if (!engine->paths) {
         status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u shards", n_shards);
-    for (uint32_t i = 0; i < n_shards && !status; i++) {
+        goto failed;
+    }
+    for (uint32_t i = 0; i < n_shards; i++) {
         const cotra_image_info *info = &shards[i].view->info;
         engine->paths[i].view = shards[i].view;
         set_path(&engine->paths[i], &shards[i]);
@@ -123,21 +134,22 @@ int cotra_engine_create(const cotra_engine_shard *shards, uint32_t n_shards, int
             engine->copy_bytes = info->record_bytes;
         engine->max_degree = info->degree > engine->max_degree ? info->degree : engine->max_degree;
     }
-    if (!status)
-        status = make_spaces(engine, shards, n_shards, err);
-    if (status) {
-        cotra_engine_destroy(engine);
-        return status;
-    }
+    status = make_spaces(engine, shards, n_shards, err);
+    if (status)
+        goto failed;
     *out = engine;
     return COTRA_OK;
+failed:
+    cotra_engine_destroy(engine);
+    return status;
 }
 
 static void drop_walks(cotra_engine *engine)
 {
-    for (uint32_t i = 0; i < engine->n_walks; i++) {
-        cotra_running *run = &engine->walks[i];
+    for (uint32_t i = 0; i < engine->room.n_walks; i++) {
+        cotra_running *run = &engine->room.walks[i];
         cotra_walk_destroy(&run->walk);
+        free(run->states);
         free(run->records);
         free(run->copies);
         free(run->told);
@@ -145,9 +157,9 @@ static void drop_walks(cotra_engine *engine)
         free(run->told_estimates);
         free(run->told_weights);
     }
-    free(engine->walks);
-    engine->walks = NULL;
-    engine->n_walks = 0;
+    free(engine->room.walks);
+    engine->room.walks = NULL;
+    engine->room.n_walks = 0;
     for (uint32_t i = 0; engine->paths && i < engine->n_shards; i++) {
         cotra_path *path = &engine->paths[i];
         free(path->queue);
@@ -170,14 +182,14 @@ void cotra_engine_destroy(cotra_engine *engine)
     free(engine->plans);
     free(engine->rows);
     free(engine->paths);
-    free(engine->started_ns);
+    free(engine->call.started_ns);
     free(engine);
 }
 
 /* What a path queues in: READs, or pushes; room for both, where it may become the one or the other, is made then. */
 static int make_queues(cotra_engine *engine, cotra_path *path, cotra_error *err)
 {
-    const size_t n = (size_t)engine->n_walks * engine->width;
+    const size_t n = (size_t)engine->room.n_walks * engine->room.width;
     if (path->channel && !path->queue)
         path->queue = calloc(n, sizeof *path->queue);
     if (cotra_path_is_pushed(path) && !path->pushes) {
@@ -186,38 +198,46 @@ static int make_queues(cotra_engine *engine, cotra_path *path, cotra_error *err)
     }
     if ((!path->channel || path->queue) && (!cotra_path_is_pushed(path) || (path->pushes && path->pushed)))
         return COTRA_OK;
-    return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", engine->n_walks);
+    return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", engine->room.n_walks);
 }
 
 static int make_walks(cotra_engine *engine, uint32_t n_walks, uint32_t k, uint32_t rank, uint32_t width,
                       cotra_error *err)
 {
-    if (engine->n_walks == n_walks && engine->k == k && engine->rank == rank && engine->width == width)
+    if (engine->room.n_walks == n_walks && engine->room.k == k && engine->room.rank == rank &&
+        engine->room.width == width)
         return COTRA_OK;
     drop_walks(engine);
-    engine->walks = calloc(n_walks, sizeof *engine->walks);
-    if (!engine->walks)
+    engine->room.walks = calloc(n_walks, sizeof *engine->room.walks);
+    if (!engine->room.walks)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
-    engine->k = k;
-    engine->rank = rank;
-    engine->width = width;
+    engine->room.k = k;
+    engine->room.rank = rank;
+    engine->room.width = width;
     int status = COTRA_OK;
-    for (uint32_t i = 0; i < n_walks && !status; i++) {
-        cotra_running *run = &engine->walks[i];
+    for (uint32_t i = 0; i < n_walks; i++) {
+        cotra_running *run = &engine->room.walks[i];
         status = cotra_walk_create(&run->walk, engine->max_dim, k, rank, width, err);
         if (status)
-            break;
-        engine->n_walks++;
+            goto failed;
+        engine->room.n_walks++;
+        run->states = calloc(width, sizeof *run->states);
         run->records = calloc(width, sizeof *run->records);
         if (engine->copy_bytes)
             run->copies = aligned_alloc(64, cotra_round_up((uint64_t)width * engine->copy_bytes, 64));
-        if (!run->records || (engine->copy_bytes && !run->copies))
+        if (!run->states || !run->records || (engine->copy_bytes && !run->copies)) {
             status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %u walks", n_walks);
+            goto failed;
+        }
     }
-    for (uint32_t i = 0; i < engine->n_shards && !status; i++)
+    for (uint32_t i = 0; i < engine->n_shards; i++) {
         status = make_queues(engine, &engine->paths[i], err);
-    if (status)
-        drop_walks(engine);
+        if (status)
+            goto failed;
+    }
+    return COTRA_OK;
+failed:
+    drop_walks(engine);
     return status;
 }
 
@@ -298,47 +318,69 @@ static int make_plans(cotra_engine *engine, const cotra_search_params *params, c
     return COTRA_OK;
 }
 
-/* How many walks there are to be. */
+/* The least number of slots that any channel has. */
+static uint32_t count_slots(const cotra_engine *engine)
+{
+    uint32_t slots = COTRA_MOST_SLOTS;
+    for (uint32_t s = 0; s < engine->n_shards; s++)
+        if (engine->paths[s].channel)
+            slots = cotra_min_u32(slots, engine->paths[s].channel->slots);
+    return slots;
+}
+
+/* As many walks as have the READs in progress that the channels are worth; two for a shard without one. */
+static uint32_t walks_of_channels(const cotra_engine *engine, uint32_t beam)
+{
+    uint32_t n = 0;
+    for (uint32_t s = 0; s < engine->n_shards; s++) {
+        const cotra_channel *channel = engine->paths[s].channel;
+        const uint32_t in_flight = channel && channel->in_flight ? channel->in_flight : channel ? channel->slots : 0;
+        n += in_flight > 2 * beam ? in_flight / beam : 2;
+    }
+    return n;
+}
+
+static bool has_pushed_path(const cotra_engine *engine)
+{
+    for (uint32_t s = 0; s < engine->n_shards; s++)
+        if (cotra_path_is_pushed(&engine->paths[s]))
+            return true;
+    return false;
+}
+
+/* How many walks there are to be, and the READs a round that each can have. */
 static int choose_walks(const cotra_engine *engine, const cotra_search_params *params, uint64_t n_queries,
                         uint32_t *width, uint32_t *n_walks, cotra_error *err)
 {
-    uint32_t slots = COTRA_MOST_SLOTS, wanted = 0, most = MAX_AUTOMATIC;
-    for (uint32_t s = 0; s < engine->n_shards; s++) {
-        const cotra_channel *channel = engine->paths[s].channel;
-        if (cotra_path_is_pushed(&engine->paths[s]))
-            most = MAX_INFLIGHT; /* a round is a message, for as many queries as there are */
-        if (channel)
-            slots = channel->slots < slots ? channel->slots : slots;
-        const uint32_t in_flight = channel && channel->in_flight ? channel->in_flight : channel ? channel->slots : 0;
-        wanted += in_flight > 2 * params->beam ? in_flight / params->beam : 2;
-    }
-    if (most == MAX_INFLIGHT)
-        wanted = MAX_INFLIGHT;
+    const uint32_t slots = count_slots(engine);
     if (params->beam > slots)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "beam %u needs as many READs in progress, the channel has %u slots",
                           params->beam, slots);
-    *width = *width < slots ? *width : slots;
-    uint32_t n = params->inflight ? params->inflight : wanted;
-    n = n < slots / *width ? n : slots / *width;
-    most = params->inflight ? MAX_INFLIGHT : most;
-    n = n < most ? n : most;
-    const uint32_t per_walk = 8 * params->ef;                                                  /* candidates */
-    const uint32_t affordable = MAX_CANDIDATES / per_walk > 2 ? MAX_CANDIDATES / per_walk : 2; /* of huge ef: memory */
-    n = n < affordable || params->inflight ? n : affordable;
-    *n_walks = n < n_queries * engine->n_spaces ? n : (uint32_t)(n_queries * engine->n_spaces);
+    *width = cotra_min_u32(*width, slots);
+    uint32_t n = cotra_min_u32(params->inflight, MAX_INFLIGHT);
+    if (params->inflight == 0) {
+        const uint32_t by_memory = MAX_CANDIDATES / (CANDIDATES_OF_EF * params->ef);
+        /* where owners expand nodes, a round is a message, for as many queries as there are */
+        n = has_pushed_path(engine) ? MAX_INFLIGHT
+                                    : cotra_min_u32(walks_of_channels(engine, params->beam), MAX_AUTOMATIC);
+        n = cotra_min_u32(n, by_memory > 2 ? by_memory : 2);
+    }
+    n = cotra_min_u32(n, slots / *width);
+    const uint64_t n_tasks = n_queries * engine->n_spaces;
+    *n_walks = n < n_tasks ? n : (uint32_t)n_tasks;
     return COTRA_OK;
 }
 
 /* Runs, or goes on; an error that no shard is to blame for ends the search. */
 static int run(cotra_engine *engine, uint64_t pause_ns, cotra_error *err)
 {
-    cotra_lookout_pause_in(&engine->lookout, pause_ns);
+    cotra_lookout_pause_in(&engine->call.lookout, pause_ns);
     const int status = cotra_engine_run(engine, err);
     if (status < 0)
-        engine->broken = 1;
+        engine->is_broken = true;
     if (status == COTRA_OK) {
-        free(engine->started_ns);
-        engine->started_ns = NULL;
+        free(engine->call.started_ns);
+        engine->call.started_ns = NULL;
     }
     return status;
 }
@@ -347,7 +389,7 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
                         const cotra_search_params *params, const cotra_search_scope *scope, int64_t *labels,
                         float *distances, cotra_query_stats *stats, cotra_error *err)
 {
-    if (engine->broken || engine->started_ns)
+    if (engine->is_broken || engine->call.started_ns)
         return cotra_fail(err, COTRA_ERR_CLOSED, "this engine's channels broke in an earlier search");
     if (params->k == 0 || params->k > params->ef || params->ef > MAX_EF)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "k must be in [1, ef] and ef in [1, %d], not k %u, ef %u", MAX_EF,
@@ -360,53 +402,55 @@ int cotra_engine_search(cotra_engine *engine, const float *queries, uint64_t n_q
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "%llu queries in one call", (unsigned long long)n_queries);
     uint32_t width = 0, n_walks = 0;
     int status = make_plans(engine, params, scope, &width, err);
-    for (uint32_t s = 0; s < engine->n_shards && !status; s++)
-        if (engine->paths[s].channel)
-            status = cotra_channel_settle(engine->paths[s].channel, err);
-    if (!status)
-        status = choose_walks(engine, params, n_queries, &width, &n_walks, err);
-    if (!status)
-        status = make_walks(engine, n_walks, params->k, 2 * choose_low_rank(params), width, err);
     if (status)
         return status;
-    engine->mask = scope ? scope->mask : NULL;
-    for (uint64_t i = 0; engine->mask && i < engine->n_shards * n_queries * params->k; i++) {
+    for (uint32_t s = 0; s < engine->n_shards; s++) {
+        status = engine->paths[s].channel ? cotra_channel_settle(engine->paths[s].channel, err) : COTRA_OK;
+        if (status)
+            return status;
+    }
+    status = choose_walks(engine, params, n_queries, &width, &n_walks, err);
+    if (status)
+        return status;
+    status = make_walks(engine, n_walks, params->k, 2 * choose_low_rank(params), width, err);
+    if (status)
+        return status;
+    const uint8_t *mask = scope ? scope->mask : NULL;
+    for (uint64_t i = 0; mask && i < engine->n_shards * n_queries * params->k; i++) {
         labels[i] = -1;
         distances[i] = INFINITY;
     }
-    engine->started_ns = calloc(n_queries, sizeof *engine->started_ns);
-    if (!engine->started_ns)
+    uint64_t *started_ns = calloc(n_queries, sizeof *started_ns);
+    if (!started_ns)
         return cotra_fail(err, COTRA_ERR_NO_MEMORY, "engine: no memory for %llu queries",
                           (unsigned long long)n_queries);
-    engine->queries = queries;
-    engine->n_queries = n_queries;
-    engine->next_task = engine->finished = 0;
-    engine->since_look = COTRA_LOOK_AFTER; /* it looks before anything else; after a pause, not before some work */
-    engine->active = 0;
-    engine->lookout = (cotra_lookout){
-        .watch = params->watch,
-        .deadline_ns = params->deadline_ns,
+    const uint32_t n_start = engine->n_spaces * (NEAR_READS > 2 * params->beam ? NEAR_READS / params->beam : 2);
+    engine->call = (cotra_call){
+        .queries = queries,
+        .mask = mask,
+        .labels = labels,
+        .distances = distances,
+        .stats = stats,
+        .started_ns = started_ns,
+        .n_queries = n_queries,
+        .timeout_ns = params->timeout_ns ? params->timeout_ns : DEFAULT_TIMEOUT_NS,
+        .lookout = {.watch = params->watch, .deadline_ns = params->deadline_ns},
+        .since_look = COTRA_LOOK_AFTER, /* it looks before anything else; after a pause, not before some work */
+        .n_start = n_start < n_walks && !params->inflight ? n_start : n_walks,
     };
-    engine->labels = labels;
-    engine->distances = distances;
-    engine->stats = stats;
-    engine->timeout_ns = params->timeout_ns ? params->timeout_ns : DEFAULT_TIMEOUT_NS;
     memset(stats, 0, n_queries * sizeof *stats);
     for (uint32_t s = 0; s < engine->n_shards; s++) {
         cotra_path *path = &engine->paths[s];
         path->queued = path->n_pushes = path->outstanding = path->idle_turns = 0;
     }
     for (uint32_t w = 0; w < n_walks; w++)
-        engine->walks[w].walk.view = NULL;
-    const uint32_t n_start = engine->n_spaces * (NEAR_READS > 2 * params->beam ? NEAR_READS / params->beam : 2);
-    engine->started = 0;
-    engine->n_start = n_start < n_walks && !params->inflight ? n_start : n_walks;
+        engine->room.walks[w].walk.view = NULL;
     return run(engine, params->pause_ns, err);
 }
 
 int cotra_engine_resume(cotra_engine *engine, uint64_t pause_ns, cotra_error *err)
 {
-    if (!engine->started_ns)
+    if (!engine->call.started_ns)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "no search is half-way");
     return run(engine, pause_ns, err);
 }
@@ -419,14 +463,14 @@ void cotra_engine_get_pushes(const cotra_engine *engine, uint32_t shard, const c
 
 static int make_told(const cotra_engine *engine, cotra_running *run, cotra_error *err)
 {
-    const size_t n = (size_t)engine->width * engine->max_degree;
+    const size_t n = (size_t)engine->room.width * engine->max_degree;
     if (run->told)
         return COTRA_OK;
     run->told_numbers = malloc(n * sizeof *run->told_numbers);
     run->told_estimates = malloc(n * sizeof *run->told_estimates);
     run->told_weights = malloc(n * sizeof *run->told_weights);
     if (run->told_numbers && run->told_estimates && run->told_weights)
-        run->told = malloc(engine->width * sizeof *run->told);
+        run->told = malloc(engine->room.width * sizeof *run->told);
     if (run->told)
         return COTRA_OK;
     free(run->told_numbers);
@@ -467,13 +511,13 @@ int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cot
             return cotra_at_shard(err, shard,
                                   cotra_fail(err, COTRA_ERR_FORMAT, "an expansion with the weight %g", weights[i]));
     for (uint64_t p = 0; p < n; p++) {
-        int status = make_told(engine, &engine->walks[path->pushed[p] / engine->width], err);
+        int status = make_told(engine, &engine->room.walks[path->pushed[p] / engine->room.width], err);
         if (status)
             return status;
     }
     for (uint64_t p = 0; p < n; p++) {
-        const uint32_t w = path->pushed[p] / engine->width, i = path->pushed[p] % engine->width;
-        cotra_running *to = &engine->walks[w];
+        const uint32_t w = path->pushed[p] / engine->room.width, i = path->pushed[p] % engine->room.width;
+        cotra_running *to = &engine->room.walks[w];
         const size_t first = (size_t)i * engine->max_degree;
         to->told[i] = found[p];
         memcpy(to->told_numbers + first, numbers, found[p].count * sizeof *numbers);
@@ -482,7 +526,7 @@ int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cot
         numbers += found[p].count;
         estimates += found[p].count;
         weights += found[p].count;
-        to->records[i] = COTRA_TOLD;
+        to->states[i] = COTRA_NODE_TOLD;
         to->missing--;
     }
     path->n_pushes = 0;
@@ -491,40 +535,56 @@ int cotra_engine_take_expansions(cotra_engine *engine, uint32_t shard, const cot
 
 uint32_t cotra_engine_get_slots(const cotra_engine *engine)
 {
-    return engine->n_walks * engine->width;
+    return engine->room.n_walks * engine->room.width;
+}
+
+/* Whether a way to a shard may take another one's place in the search in progress. */
+static int check_replacement(const cotra_engine *engine, uint32_t shard, const cotra_engine_shard *with,
+                             cotra_error *err)
+{
+    const cotra_image_info *info = &engine->paths[shard].view->info;
+    int status = check_shard(with, shard, err);
+    if (status)
+        return status;
+    if (memcmp(&with->view->info, info, sizeof *info) != 0)
+        return cotra_fail(err, COTRA_ERR_FORMAT, "another owner of shard %u holds another image", shard);
+    if (with->channel && with->channel->slots < cotra_engine_get_slots(engine))
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u: a channel of %u slots, the search needs %u", shard,
+                          with->channel->slots, cotra_engine_get_slots(engine));
+    if (with->cache)
+        return cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u: a cache cannot come in the middle of a search", shard);
+    return with->channel ? cotra_channel_settle(with->channel, err) : COTRA_OK;
+}
+
+static void lose_shard(cotra_engine *engine, uint32_t shard)
+{
+    for (uint32_t s = 0; s < engine->n_spaces; s++)
+        for (uint32_t place = 0; place < engine->spaces[s].n; place++)
+            if (engine->spaces[s].shards[place] == shard)
+                cotra_space_lose(&engine->spaces[s], place);
 }
 
 int cotra_engine_replace(cotra_engine *engine, uint32_t shard, const cotra_engine_shard *with, cotra_error *err)
 {
-    if (shard >= engine->n_shards || !engine->started_ns)
+    if (shard >= engine->n_shards || !engine->call.started_ns)
         return cotra_fail(err, COTRA_ERR_ARGUMENT, "no search over shard %u is half-way", shard);
     cotra_path *path = &engine->paths[shard];
     static const cotra_engine_shard nobody;
+    cotra_cache *cache = with ? path->cache : NULL;
     if (with) {
-        int status = check_shard(with, shard, err);
-        if (!status && memcmp(&with->view->info, &path->view->info, sizeof path->view->info) != 0)
-            status = cotra_fail(err, COTRA_ERR_FORMAT, "another owner of shard %u holds another image", shard);
-        if (!status && with->channel && with->channel->slots < cotra_engine_get_slots(engine))
-            status = cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u: a channel of %u slots, the search needs %u", shard,
-                                with->channel->slots, cotra_engine_get_slots(engine));
-        if (!status && with->cache)
-            status =
-                cotra_fail(err, COTRA_ERR_ARGUMENT, "shard %u: a cache cannot come in the middle of a search", shard);
-        if (!status && with->channel)
-            status = cotra_channel_settle(with->channel, err);
+        int status = check_replacement(engine, shard, with, err);
         if (status)
             return status;
     } else {
-        for (uint32_t s = 0; s < engine->n_spaces; s++)
-            for (uint32_t place = 0; place < engine->spaces[s].n; place++)
-                if (engine->spaces[s].shards[place] == shard)
-                    cotra_space_lose(&engine->spaces[s], place);
+        lose_shard(engine, shard);
     }
-    cotra_cache *cache = with ? path->cache : NULL;
     set_path(path, with ? with : &nobody);
     path->cache = path->own ? NULL : cache;
-    int status = with ? make_queues(engine, path, err) : COTRA_OK;
-    if (!status)
-        cotra_engine_revisit(engine, shard);
-    return status;
+    if (with) {
+        int status = make_queues(engine, path, err);
+        if (status)
+            return status;
+    }
+    cotra_engine_revisit(engine, shard);
+    return COTRA_OK;
 }

@@ -14,8 +14,6 @@ enum { POLL_BATCH = 64 };
 enum { IDLE_TURNS = 1024 }; /* between looks at the clock, which is a system call on some machines */
 enum { BEGIN_WORK = 8 };    /* what it takes to begin a task, in expansions */
 
-const uint8_t cotra_marks[2];
-
 static int post_queue(cotra_path *to, cotra_error *err)
 {
     uint32_t posted = 0;
@@ -32,8 +30,8 @@ static int post_queue(cotra_path *to, cotra_error *err)
 /* Tasks are begun in the order of the queries: so many of them are as good as a query that is answered. */
 static void note_task(cotra_engine *engine)
 {
-    if (++engine->finished % engine->n_spaces == 0)
-        cotra_lookout_note(&engine->lookout);
+    if (++engine->call.finished % engine->n_spaces == 0)
+        cotra_lookout_note(&engine->call.lookout);
 }
 
 static void finish(cotra_engine *engine, cotra_running *run)
@@ -41,21 +39,21 @@ static void finish(cotra_engine *engine, cotra_running *run)
     const cotra_walk *walk = &run->walk;
     const cotra_space *space = &engine->spaces[run->space];
     for (uint32_t place = 0; place < space->n; place++) { /* each shard's part of the answer */
-        size_t row = ((size_t)space->shards[place] * engine->n_queries + run->query) * engine->k;
+        size_t row = ((size_t)space->shards[place] * engine->call.n_queries + run->query) * engine->room.k;
         uint32_t n = 0;
         for (uint32_t i = 0; i < walk->hit_count; i++) {
             if (walk->hits[i].place != place)
                 continue;
-            engine->labels[row + n] = walk->hits[i].label;
-            engine->distances[row + n++] = walk->hits[i].distance;
+            engine->call.labels[row + n] = walk->hits[i].label;
+            engine->call.distances[row + n++] = walk->hits[i].distance;
         }
-        for (; n < engine->k; n++) {
-            engine->labels[row + n] = -1;
-            engine->distances[row + n] = INFINITY;
+        for (; n < engine->room.k; n++) {
+            engine->call.labels[row + n] = -1;
+            engine->call.distances[row + n] = INFINITY;
         }
     }
-    cotra_query_stats *stats = &engine->stats[run->query];
-    uint64_t latency = cotra_clock_ns() - engine->started_ns[run->query];
+    cotra_query_stats *stats = &engine->call.stats[run->query];
+    uint64_t latency = cotra_clock_ns() - engine->call.started_ns[run->query];
     stats->reads += walk->stats.reads;
     stats->expansions += walk->stats.expansions;
     stats->cache_hits += walk->stats.cache_hits;
@@ -66,7 +64,7 @@ static void finish(cotra_engine *engine, cotra_running *run)
     stats->read_bytes += (uint64_t)walk->stats.reads * walk->view->info.record_bytes;
     stats->rounds = walk->stats.rounds > stats->rounds ? walk->stats.rounds : stats->rounds;
     stats->latency_ns = latency > stats->latency_ns ? latency : stats->latency_ns;
-    engine->active--;
+    engine->call.active--;
     note_task(engine);
 }
 
@@ -76,14 +74,14 @@ static cotra_path *path_of(cotra_engine *engine, const cotra_running *run, uint3
 }
 
 /* Whether the mask leaves all of a task's shards out. */
-static int is_left_out(const cotra_engine *engine, uint64_t task)
+static bool is_left_out(const cotra_engine *engine, uint64_t task)
 {
-    if (!engine->mask)
+    if (!engine->call.mask)
         return 0;
     if (engine->n_spaces == engine->n_shards)
-        return !engine->mask[task];
+        return !engine->call.mask[task];
     for (uint32_t i = 0; i < engine->n_shards; i++)
-        if (engine->mask[task * engine->n_shards + i])
+        if (engine->call.mask[task * engine->n_shards + i])
             return 0;
     return 1;
 }
@@ -104,18 +102,18 @@ static int expand(cotra_engine *engine, cotra_running *run, cotra_error *err)
     for (; run->expanded < walk->frontier_count; run->expanded++) {
         const uint32_t i = run->expanded;
         const cotra_path *from = path_of(engine, run, i);
-        const uint8_t *record = run->records[i];
         int status = COTRA_OK;
-        if (record == COTRA_LOST)
+        if (run->states[i] == COTRA_NODE_LOST)
             continue;
         if (i + 1 < walk->frontier_count)
             prefetch_record(run->records[i + 1], record_bytes);
-        if (record == COTRA_TOLD) {
+        if (run->states[i] == COTRA_NODE_TOLD) {
             const size_t first = (size_t)i * engine->max_degree;
             status = cotra_walk_take(walk, i, &run->told[i], run->told_numbers + first, run->told_estimates + first,
                                      run->told_weights + first, err);
         } else {
-            const int cached = from->cache && record == run->copies + (size_t)i * engine->copy_bytes;
+            const uint8_t *record = run->records[i];
+            const bool cached = from->cache && record == run->copies + (size_t)i * engine->copy_bytes;
             status = cotra_walk_expand(walk, i, record, cached, err);
             if (status == COTRA_ERR_STALE && from->cache)
                 cotra_cache_retire(from->cache);
@@ -123,7 +121,7 @@ static int expand(cotra_engine *engine, cotra_running *run, cotra_error *err)
                 cotra_cache_offer(from->cache, cotra_walk_row(walk, i), record);
         }
         if (status) {
-            run->records[i] = NULL;
+            run->states[i] = COTRA_NODE_MISSING;
             run->missing++;
             return cotra_at_shard(err, (uint32_t)(from - engine->paths), status);
         }
@@ -134,13 +132,14 @@ static int expand(cotra_engine *engine, cotra_running *run, cotra_error *err)
 /* Has a node of the frontier brought: its record, unless it is at hand, or its owner's word. */
 static void fetch_node(cotra_engine *engine, uint32_t w, uint32_t i)
 {
-    cotra_running *run = &engine->walks[w];
+    cotra_running *run = &engine->room.walks[w];
     cotra_walk *walk = &run->walk;
     cotra_path *to = path_of(engine, run, i);
     const uint32_t row = cotra_walk_row(walk, i), record_bytes = walk->view->info.record_bytes;
     const uint64_t offset = to->view->info.records_offset + (uint64_t)row * record_bytes;
-    const uint32_t slot = w * engine->width + i;
+    const uint32_t slot = w * engine->room.width + i;
     if (to->own) {
+        run->states[i] = COTRA_NODE_READ;
         run->records[i] = to->own + offset;
         prefetch_record(run->records[i], record_bytes);
         walk->stats.own++;
@@ -149,12 +148,13 @@ static void fetch_node(cotra_engine *engine, uint32_t w, uint32_t i)
     if (to->cache) {
         uint8_t *copy = run->copies + (size_t)i * engine->copy_bytes;
         if (cotra_cache_take(to->cache, row, copy)) {
+            run->states[i] = COTRA_NODE_READ;
             run->records[i] = copy;
             walk->stats.cached_records++;
             return;
         }
     }
-    run->records[i] = NULL;
+    run->states[i] = COTRA_NODE_MISSING;
     run->missing++;
     if (to->channel) {
         to->queue[to->queued++] = (cotra_read){.offset = offset, .length = record_bytes, .slot = slot};
@@ -169,7 +169,7 @@ static void fetch_node(cotra_engine *engine, uint32_t w, uint32_t i)
 
 static void fetch(cotra_engine *engine, uint32_t w)
 {
-    cotra_running *run = &engine->walks[w];
+    cotra_running *run = &engine->room.walks[w];
     run->missing = run->expanded = 0;
     for (uint32_t i = 0; i < run->walk.frontier_count; i++)
         fetch_node(engine, w, i);
@@ -193,22 +193,22 @@ static int post_frontier(cotra_engine *engine, cotra_running *run, cotra_error *
 /* Begins the next task that no mask leaves out; 0 when there is none. */
 static int begin_task(cotra_engine *engine, cotra_running *run, cotra_error *err)
 {
-    const uint64_t n_tasks = engine->n_queries * engine->n_spaces;
-    for (; engine->next_task < n_tasks && is_left_out(engine, engine->next_task); engine->next_task++)
+    const uint64_t n_tasks = engine->call.n_queries * engine->n_spaces;
+    for (; engine->call.next_task < n_tasks && is_left_out(engine, engine->call.next_task); engine->call.next_task++)
         note_task(engine);
-    if (engine->next_task == n_tasks)
+    if (engine->call.next_task == n_tasks)
         return 0;
-    const uint64_t task = engine->next_task++;
-    engine->since_look += BEGIN_WORK;
+    const uint64_t task = engine->call.next_task++;
+    engine->call.since_look += BEGIN_WORK;
     run->query = task / engine->n_spaces;
     run->space = (uint32_t)(task % engine->n_spaces);
-    engine->active++;
-    if (engine->started_ns[run->query] == 0)
-        engine->started_ns[run->query] = cotra_clock_ns();
+    engine->call.active++;
+    if (engine->call.started_ns[run->query] == 0)
+        engine->call.started_ns[run->query] = cotra_clock_ns();
     const cotra_space *space = &engine->spaces[run->space];
-    const uint8_t *mask = engine->mask && space->n > 1 ? engine->mask + run->query * engine->n_shards : NULL;
+    const uint8_t *mask = engine->call.mask && space->n > 1 ? engine->call.mask + run->query * engine->n_shards : NULL;
     int status = cotra_walk_begin(&run->walk, space, &engine->plans[run->space], mask, engine->kernels,
-                                  engine->queries + run->query * engine->max_dim, err);
+                                  engine->call.queries + run->query * engine->max_dim, err);
     return status ? cotra_at_shard(err, space->shards[0], status) : 1;
 }
 
@@ -218,14 +218,14 @@ static int begin_task(cotra_engine *engine, cotra_running *run, cotra_error *err
  */
 static int advance(cotra_engine *engine, uint32_t w, cotra_error *err)
 {
-    cotra_running *run = &engine->walks[w];
+    cotra_running *run = &engine->room.walks[w];
     cotra_walk *walk = &run->walk;
     do {
         int status = COTRA_OK;
-        engine->since_look += walk->frontier_count;
-        if (engine->since_look >= COTRA_LOOK_AFTER) {
-            engine->since_look = 0;
-            status = cotra_look(&engine->lookout, err);
+        engine->call.since_look += walk->frontier_count;
+        if (engine->call.since_look >= COTRA_LOOK_AFTER) {
+            engine->call.since_look = 0;
+            status = cotra_look(&engine->call.lookout, err);
             if (status)
                 return status;
         }
@@ -270,9 +270,11 @@ static int turn(cotra_engine *engine, uint32_t shard, cotra_error *err)
             failed = completion->status;
             continue;
         }
-        const uint32_t w = completion->slot / engine->width;
-        cotra_running *run = &engine->walks[w];
-        run->records[completion->slot % engine->width] = completion->data;
+        const uint32_t w = completion->slot / engine->room.width;
+        cotra_running *run = &engine->room.walks[w];
+        const uint32_t i = completion->slot % engine->room.width;
+        run->states[i] = COTRA_NODE_READ;
+        run->records[i] = completion->data;
         if (--run->missing == 0)
             ready[n_ready++] = w;
     }
@@ -280,7 +282,7 @@ static int turn(cotra_engine *engine, uint32_t shard, cotra_error *err)
         return cotra_at_shard(err, shard, cotra_channel_report(path->channel, failed, err));
     for (uint32_t r = 0; r < n_ready; r++) {
         if (r + 1 < n_ready)
-            prefetch_record(engine->walks[ready[r + 1]].records[0], path->view->info.record_bytes);
+            prefetch_record(engine->room.walks[ready[r + 1]].records[0], path->view->info.record_bytes);
         status = advance(engine, ready[r], err);
         if (status)
             return status;
@@ -297,15 +299,16 @@ static int turn(cotra_engine *engine, uint32_t shard, cotra_error *err)
     }
     if ((path->outstanding || path->queued) && ++path->idle_turns == IDLE_TURNS) {
         path->idle_turns = 0;
-        status = cotra_look(&engine->lookout, err);
-        const int is_late = status == COTRA_ERR_DEADLINE;
+        status = cotra_look(&engine->call.lookout, err);
+        const bool is_late = status == COTRA_ERR_DEADLINE;
         if (status && !is_late)
             return status;
         const uint64_t now = cotra_clock_ns();
         if (path->last_progress_ns == 0)
             path->last_progress_ns = now;
         const uint64_t silent_ns = now - path->last_progress_ns;
-        if (silent_ns > (is_late ? engine->timeout_ns / 2 : engine->timeout_ns)) /* it is what the search waited for */
+        if (silent_ns >
+            (is_late ? engine->call.timeout_ns / 2 : engine->call.timeout_ns)) /* it is what the search waited for */
             return cotra_at_shard(err, shard,
                                   cotra_fail(err, COTRA_ERR_DEADLINE, "a READ did not complete within %llu ms",
                                              (unsigned long long)(silent_ns / 1000000u)));
@@ -315,7 +318,7 @@ static int turn(cotra_engine *engine, uint32_t shard, cotra_error *err)
 }
 
 /* Whether no READ is queued or on its way. */
-static int wire_is_silent(const cotra_engine *engine)
+static bool wire_is_silent(const cotra_engine *engine)
 {
     for (uint32_t s = 0; s < engine->n_shards; s++)
         if (engine->paths[s].queued || engine->paths[s].outstanding)
@@ -327,15 +330,15 @@ static int wire_is_silent(const cotra_engine *engine)
  * joins them: so there are as many as hide its latency, and no more, for each one costs cache. */
 int cotra_engine_run(cotra_engine *engine, cotra_error *err)
 {
-    for (uint32_t w = 0; w < engine->started; w++) { /* those that were left half-way, or that owners answered */
-        int status = engine->walks[w].missing == 0 ? advance(engine, w, err) : COTRA_OK;
+    for (uint32_t w = 0; w < engine->call.started; w++) { /* those that were left half-way, or that owners answered */
+        int status = engine->room.walks[w].missing == 0 ? advance(engine, w, err) : COTRA_OK;
         if (status)
             return status;
     }
-    while (engine->started < engine->n_start || engine->active) {
-        int busy = 0;
-        while (engine->started < engine->n_start) {
-            int status = advance(engine, engine->started++, err);
+    while (engine->call.started < engine->call.n_start || engine->call.active) {
+        bool busy = false;
+        while (engine->call.started < engine->call.n_start) {
+            int status = advance(engine, engine->call.started++, err);
             if (status)
                 return status;
         }
@@ -349,9 +352,9 @@ int cotra_engine_run(cotra_engine *engine, cotra_error *err)
         }
         if (busy)
             continue;
-        if (engine->n_start < engine->n_walks)
-            engine->n_start++;
-        else if (engine->active && wire_is_silent(engine))
+        if (engine->call.n_start < engine->room.n_walks)
+            engine->call.n_start++;
+        else if (engine->call.active && wire_is_silent(engine))
             return COTRA_AGAIN;
 #if defined(__x86_64__)
         else
@@ -364,14 +367,14 @@ int cotra_engine_run(cotra_engine *engine, cotra_error *err)
 void cotra_engine_revisit(cotra_engine *engine, uint32_t shard)
 {
     const cotra_path *path = &engine->paths[shard];
-    for (uint32_t w = 0; w < engine->started; w++) {
-        cotra_running *run = &engine->walks[w];
+    for (uint32_t w = 0; w < engine->call.started; w++) {
+        cotra_running *run = &engine->room.walks[w];
         for (uint32_t i = run->expanded; run->walk.view && i < run->walk.frontier_count; i++) {
             if (path_of(engine, run, i) != path)
                 continue;
-            run->missing -= !run->records[i]; /* what came from the old one may be a lie, too */
+            run->missing -= run->states[i] == COTRA_NODE_MISSING; /* what came from the old one may be a lie, too */
             if (cotra_space_is_lost(run->walk.space, run->walk.places[i]))
-                run->records[i] = COTRA_LOST;
+                run->states[i] = COTRA_NODE_LOST;
             else
                 fetch_node(engine, w, i);
         }

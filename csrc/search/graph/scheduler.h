@@ -3,10 +3,10 @@
  *
  * Walk w owns slots [w * width, (w + 1) * width) of the channels that it reads; the READ of its frontier's i-th node
  * goes to slot w * width + i. A node of the frontier is
- *   - there: records[i] is its record (READ, copied from a cache, or in this process's own memory), or told[i] is what
- *     its owner made of it and records[i] is COTRA_TOLD;
- *   - missing: records[i] is NULL; it is queued, posted, or waits for its shard's owner;
- *   - lost, with its shard: records[i] is COTRA_LOST.
+ *   - COTRA_NODE_READ: records[i] is its record (READ, copied from a cache, or in this process's own memory);
+ *   - COTRA_NODE_TOLD: told[i] is what its owner made of it;
+ *   - COTRA_NODE_MISSING: it is queued, posted, or waits for its shard's owner;
+ *   - COTRA_NODE_LOST, with its shard.
  * A walk with nothing missing is expanded, in the frontier's order, from `expanded` on; so it can be left and taken up
  * anywhere. All that a path had to do can be found again from its walks' frontiers: that is how one way to a shard is
  * replaced by another in the middle of a search.
@@ -32,12 +32,15 @@ typedef struct cotra_path { /* one shard */
     uint64_t last_progress_ns; /* by the first look at the clock after it; 0: none yet */
 } cotra_path;
 
+enum { COTRA_NODE_MISSING, COTRA_NODE_READ, COTRA_NODE_TOLD, COTRA_NODE_LOST };
+
 typedef struct cotra_running {
     cotra_walk walk;
+    uint8_t *states;         /* [width]: COTRA_NODE_* */
     const uint8_t **records; /* [width] */
     uint8_t *copies;         /* [width][copy_bytes]: of cached records; NULL where there is no cache */
-    cotra_expansion
-        *told; /* [width], with [width][degree] numbers, estimates and weights; NULL until an owner answers */
+    /* [width], with [width][degree] numbers, estimates and weights; NULL until an owner answers */
+    cotra_expansion *told;
     uint32_t *told_numbers;
     float *told_estimates, *told_weights;
     uint64_t query;
@@ -48,38 +51,46 @@ typedef struct cotra_running {
 
 enum { COTRA_LOOK_AFTER = 1024 }; /* expansions: 0.5 ms, or 10 of the longest vectors */
 
-extern const uint8_t cotra_marks[2];
-#define COTRA_TOLD (&cotra_marks[0])
-#define COTRA_LOST (&cotra_marks[1])
+/* Walks, and what each has room for. They are kept for the next search of the same size. */
+typedef struct cotra_room {
+    cotra_running *walks;
+    uint32_t n_walks;
+    uint32_t k, rank; /* answers, and ranks of the limit */
+    uint32_t width;   /* READs a round of one walk */
+} cotra_room;
+
+/* The search in progress. */
+typedef struct cotra_call {
+    const float *queries;
+    const uint8_t *mask; /* NULL, or [n_queries, n_shards] */
+    int64_t *labels;
+    float *distances;
+    cotra_query_stats *stats;
+    uint64_t *started_ns; /* [n_queries]; NULL: no search is in progress */
+    uint64_t n_queries, next_task, timeout_ns;
+    uint64_t finished; /* tasks that are over, those that the mask leaves out included */
+    cotra_lookout lookout;
+    uint32_t since_look; /* work done since the last look, about in expansions */
+    uint32_t active;     /* walks that have a task */
+    uint32_t started;    /* walks that run */
+    uint32_t n_start;    /* walks that should run */
+} cotra_call;
 
 struct cotra_engine {
     const cotra_kernels *kernels;
     cotra_path *paths;
-    cotra_space *spaces; /* [n_spaces]: of one shard each, or one of all */
-    cotra_walk_plan *plans;
-    uint64_t *rows; /* [n_shards]: that may be returned, in the search in progress */
-    cotra_running *walks;
-    uint64_t *started_ns; /* [n_queries] of the search in progress; NULL: none is */
+    cotra_space *spaces;    /* [n_spaces]: of one shard each, or one of all */
+    cotra_walk_plan *plans; /* [n_spaces], of the search in progress */
+    uint64_t *rows;         /* [n_shards]: that may be returned, in the search in progress */
     uint32_t n_shards, n_spaces, max_dim, max_degree;
-    uint32_t copy_bytes;              /* the longest record of a shard with a cache; 0: there is none */
-    uint32_t n_walks, k, rank, width; /* what `walks` was made for */
-    int broken;                       /* READs of a failed call may still be on their way into the slots */
-    /* the search in progress */
-    const float *queries;
-    const uint8_t *mask; /* NULL, or [n_queries, n_shards] */
-    uint64_t n_queries, next_task, timeout_ns;
-    uint64_t finished; /* tasks that are over, those that the mask leaves out included */
-    cotra_lookout lookout;
-    uint32_t since_look; /* work done since, about in expansions */
-    uint32_t active;
-    uint32_t started, n_start; /* walks that run, and that should */
-    int64_t *labels;
-    float *distances;
-    cotra_query_stats *stats;
+    uint32_t copy_bytes; /* the longest record of a shard with a cache; 0: there is none */
+    bool is_broken;      /* READs of a failed call may still be on their way into the slots */
+    cotra_room room;
+    cotra_call call;
 };
 
 /* Whether the shard's owner expands its nodes. */
-static inline int cotra_path_is_pushed(const cotra_path *path)
+static inline bool cotra_path_is_pushed(const cotra_path *path)
 {
     return !path->channel && !path->own;
 }

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-int cotra_space_is_one(cotra_view *const *views, uint32_t n)
+bool cotra_space_is_one(cotra_view *const *views, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++)
         if (views[i]->info.graph_id == 0 || views[i]->info.graph_id != views[0]->info.graph_id)
@@ -75,24 +75,27 @@ int cotra_space_create(cotra_space *space, cotra_view *const *views, uint32_t fi
     uint64_t nodes = 0;
     int status = COTRA_OK;
     memset(space->centroids, 0, ((size_t)n + 1) * space->padded_dim * sizeof *space->centroids);
-    for (uint32_t i = 0; i < n && !status; i++) {
+    for (uint32_t i = 0; i < n; i++) {
         nodes += space->views[i]->info.count;
         if (i == 0)
             continue;
         status = check_alike(space->views[0], space->views[i], space->shards[0], space->shards[i], err);
-        if (!status && space->bases[i] - space->bases[i - 1] < space->views[i - 1]->info.count)
+        if (status)
+            goto failed;
+        if (space->bases[i] - space->bases[i - 1] < space->views[i - 1]->info.count) {
             status = cotra_fail(err, COTRA_ERR_FORMAT, "shards %u and %u hold the same nodes of one graph",
                                 space->shards[i - 1], space->shards[i]);
-    }
-    if (status) {
-        cotra_space_destroy(space);
-        return status;
+            goto failed;
+        }
     }
     float *scratch = space->centroids + (size_t)n * space->padded_dim;
     for (uint32_t i = 0; i < n && n > 1; i++)
         find_centroid(space->views[i], scratch, space->centroids + (size_t)i * space->padded_dim);
     space->whole = nodes == space->count;
     return COTRA_OK;
+failed:
+    cotra_space_destroy(space);
+    return status;
 }
 
 void cotra_space_lose(cotra_space *space, uint32_t place)

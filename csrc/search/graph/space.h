@@ -17,7 +17,7 @@ typedef struct cotra_space {
 } cotra_space;
 
 /* Whether views are of one graph, and not each a graph of its own. */
-int cotra_space_is_one(cotra_view *const *views, uint32_t n);
+bool cotra_space_is_one(cotra_view *const *views, uint32_t n);
 /* Of views [first, first + n). COTRA_ERR_FORMAT for several that are not of one graph, or overlap. */
 int cotra_space_create(cotra_space *space, cotra_view *const *views, uint32_t first, uint32_t n, cotra_error *err);
 void cotra_space_destroy(cotra_space *space);
@@ -25,7 +25,7 @@ void cotra_space_destroy(cotra_space *space);
 /* From now on the shard at a place is walked around. */
 void cotra_space_lose(cotra_space *space, uint32_t place);
 
-static inline int cotra_space_is_lost(const cotra_space *space, uint32_t place)
+static inline bool cotra_space_is_lost(const cotra_space *space, uint32_t place)
 {
     return space->n_lost && space->lost[place];
 }

@@ -35,13 +35,18 @@ int cotra_walk_create(cotra_walk *walk, uint32_t max_dim, uint32_t k, uint32_t m
     walk->low.heap = malloc(max_rank * sizeof(float));
     walk->high.heap = malloc(max_rank * sizeof(float));
     int status = cotra_query_create(&walk->query, max_dim, err);
-    if (!status)
-        status = cotra_candidates_create(&walk->candidates, err);
-    if (!status &&
-        !(walk->nearest && walk->frontier && walk->places && walk->hits && walk->low.heap && walk->high.heap))
-        status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk");
     if (status)
-        cotra_walk_destroy(walk);
+        goto failed;
+    status = cotra_candidates_create(&walk->candidates, err);
+    if (status)
+        goto failed;
+    if (!(walk->nearest && walk->frontier && walk->places && walk->hits && walk->low.heap && walk->high.heap)) {
+        status = cotra_fail(err, COTRA_ERR_NO_MEMORY, "search: no memory for a walk");
+        goto failed;
+    }
+    return COTRA_OK;
+failed:
+    cotra_walk_destroy(walk);
     return status;
 }
 
@@ -167,10 +172,11 @@ static uint32_t descend_to_level_1(cotra_walk *walk, const cotra_view *view, flo
 static int start_at_entry(cotra_walk *walk, const cotra_view *view, cotra_error *err)
 {
     int status = cotra_candidates_make_room(&walk->candidates, err);
-    if (!status)
-        cotra_candidates_take(&walk->candidates, (uint32_t)view->info.graph_base + view->info.entry_node, FARTHEST,
-                              COTRA_EXACT);
-    return status;
+    if (status)
+        return status;
+    cotra_candidates_take(&walk->candidates, (uint32_t)view->info.graph_base + view->info.entry_node, FARTHEST,
+                          COTRA_EXACT);
+    return COTRA_OK;
 }
 
 /* Takes the neighbours of an upper node on level 1 in, and among the nearest those that are; returns the first place
@@ -243,7 +249,7 @@ static int descend(cotra_walk *walk, const cotra_view *view, cotra_error *err)
     return status;
 }
 
-static int is_open(const cotra_walk *walk, uint32_t place)
+static bool is_open(const cotra_walk *walk, uint32_t place)
 {
     return (!walk->mask || walk->mask[walk->space->shards[place]]) && !cotra_space_is_lost(walk->space, place);
 }
@@ -326,7 +332,7 @@ static const uint8_t *filter_of(const cotra_walk *walk, uint32_t place)
     return walk->plan.filters ? walk->plan.filters[walk->space->shards[place]] : NULL;
 }
 
-static int lets_through(const uint8_t *filter, uint64_t row)
+static bool lets_through(const uint8_t *filter, uint64_t row)
 {
     return !filter || (filter[row / 8] >> row % 8 & 1);
 }
@@ -385,7 +391,7 @@ static void choose_nearest(cotra_walk *walk)
 }
 
 /* Whether there may be rows to return that only a sweep finds. */
-static int lacks_hits(const cotra_walk *walk)
+static bool lacks_hits(const cotra_walk *walk)
 {
     return walk->hit_count < walk->k && walk->hit_count < walk->rows;
 }
@@ -412,11 +418,11 @@ static int choose(cotra_walk *walk, cotra_error *err)
     if (!walk->sweeping) {
         if (walk->low.count >= walk->rows) /* nothing is left to be found */
             return COTRA_OK;
-        const int starves = walk->low.count < walk->plan.low && walk->stats.expansions >= walk->plan.most_starved;
+        const bool starves = walk->low.count < walk->plan.low && walk->stats.expansions >= walk->plan.most_starved;
         int status = starves ? COTRA_OK : choose_next(walk, err);
         if (status || walk->frontier_count || !(starves || lacks_hits(walk)))
             return status;
-        walk->sweeping = 1;
+        walk->sweeping = true;
     }
     choose_rows(walk);
     return COTRA_OK;
@@ -472,7 +478,7 @@ static void hits_insert(cotra_walk *walk, cotra_hit hit)
 }
 
 /* Whether a node is of a shard that is there, and open to the query. */
-static int is_at_hand(const cotra_walk *walk, uint32_t node)
+static bool is_at_hand(const cotra_walk *walk, uint32_t node)
 {
     const uint32_t place = cotra_space_find(walk->space, node);
     return cotra_space_row(walk->space, place, node) < walk->space->views[place]->info.count && is_open(walk, place);
@@ -499,7 +505,7 @@ static int take_estimates(cotra_walk *walk, const volatile uint32_t *numbers, co
     if (highest >= walk->space->count)
         return cotra_fail(err, COTRA_ERR_FORMAT, "a record links to node %u of %llu", highest,
                           (unsigned long long)walk->space->count);
-    const int some = !walk->space->whole || walk->space->n_lost || walk->mask;
+    const bool some = !walk->space->whole || walk->space->n_lost || walk->mask;
     for (uint32_t i = 0; i < n; i++)
         if (!some || is_at_hand(walk, nodes[i]))
             cotra_candidates_take(all, nodes[i], clamp(keys[i]), counts[i]);
@@ -527,7 +533,7 @@ static void take_hit(cotra_walk *walk, uint32_t i, float distance, float scale, 
     set_limit(walk);
 }
 
-int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int checked, cotra_error *err)
+int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, bool checked, cotra_error *err)
 {
     const uint32_t row = cotra_walk_row(walk, i);
     const cotra_view *view = walk->space->views[walk->places[i]];

@@ -53,8 +53,8 @@ typedef struct cotra_walk_plan {
     const uint8_t *const *filters; /* NULL, or for each of the engine's shards NULL or a bit for each row */
     uint64_t most_starved;         /* expansions after which a walk that ranks too few rows sweeps */
     const uint64_t *rows;          /* for each of the engine's shards: how many may be returned, or a little more */
-    int direct;                    /* no walk: every row that the filters let through is read */
-    int numbers;                   /* hits get their nodes' numbers for labels */
+    bool direct;                   /* no walk: every row that the filters let through is read */
+    bool numbers;                  /* hits get their nodes' numbers for labels */
 } cotra_walk_plan;
 
 typedef struct cotra_walk {
@@ -69,7 +69,7 @@ typedef struct cotra_walk {
     uint64_t rows;     /* that may be returned, of all shards that are open to it */
     uint64_t next_row; /* of a sweep, in the shard at next_place */
     uint32_t next_place;
-    int sweeping;
+    bool sweeping;
     uint32_t starts[COTRA_START_SHARDS]; /* places of the shards that it descended in */
     uint32_t n_starts;
     uint64_t next_start; /* distance << 32 | place: the least that the next one may have */
@@ -104,7 +104,7 @@ static inline uint32_t cotra_walk_row(const cotra_walk *walk, uint32_t i)
 }
 /* Takes the record of frontier node i. The bytes may be anybody's and may change meanwhile, unless they are checked:
  * then nobody else can write them, and they were found valid. */
-int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, int checked, cotra_error *err);
+int cotra_walk_expand(cotra_walk *walk, uint32_t i, const uint8_t *record, bool checked, cotra_error *err);
 /* Takes what an owner made of it for cotra_walk_push_limit(): the walk then is where the record would have brought it.
  */
 int cotra_walk_take(cotra_walk *walk, uint32_t i, const cotra_expansion *found, const uint32_t *numbers,

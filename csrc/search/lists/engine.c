@@ -66,7 +66,7 @@ struct cotra_spire {
     uint64_t n_queries, next_query, timeout_ns;
     uint32_t active;
     uint32_t since_look; /* work done since, in READs */
-    int is_half_way;
+    bool is_half_way;
     cotra_lookout lookout;
     int64_t *labels;
     float *distances;
@@ -187,7 +187,7 @@ static int make_runs(cotra_spire *engine, uint32_t n_runs, const cotra_probe_lim
     drop_runs(engine);
     engine->limits = *limits;
     engine->limits.n_pieces = 0;
-    int failed = 0;
+    bool failed = false;
     for (uint32_t i = 0; i < engine->n_shards; i++) {
         const uint64_t pieces = pieces_of(&engine->shards[i], limits->n_probe);
         const uint64_t capacity = (pieces > limits->capacity ? pieces : limits->capacity) * n_runs;
@@ -334,33 +334,33 @@ static int take_completion(cotra_spire *engine, const cotra_completion *completi
 }
 
 /* One turn over one shard's channel: completions, then what is queued. Returns 1 when something happened. */
-static int turn(cotra_spire *engine, path *lane_, cotra_error *err)
+static int turn(cotra_spire *engine, path *to, cotra_error *err)
 {
     cotra_completion completions[BATCH];
     uint32_t n = 0;
-    int status = post_queue(lane_, err);
+    int status = post_queue(to, err);
     if (status)
         return status;
-    if (lane_->n_idle == lane_->channel->slots && !lane_->queued)
+    if (to->n_idle == to->channel->slots && !to->queued)
         return 0;
-    status = cotra_channel_poll(lane_->channel, completions, BATCH, &n, err);
+    status = cotra_channel_poll(to->channel, completions, BATCH, &n, err);
     if (status < 0)
         return status;
     for (uint32_t c = 0; c < n; c++) {
-        status = take_completion(engine, &completions[c], lane_, err);
+        status = take_completion(engine, &completions[c], to, err);
         if (status)
             return status;
     }
     engine->since_look += n ? n : 1;
     if (n) {
-        lane_->last_progress_ns = 0;
+        to->last_progress_ns = 0;
         return 1;
     }
     const uint64_t now = cotra_clock_ns();
-    if (lane_->last_progress_ns == 0)
-        lane_->last_progress_ns = now;
-    const int is_late = engine->lookout.deadline_ns && now >= engine->lookout.deadline_ns;
-    const uint64_t silent_ns = now - lane_->last_progress_ns;
+    if (to->last_progress_ns == 0)
+        to->last_progress_ns = now;
+    const bool is_late = engine->lookout.deadline_ns && now >= engine->lookout.deadline_ns;
+    const uint64_t silent_ns = now - to->last_progress_ns;
     if (silent_ns > (is_late ? engine->timeout_ns / 2 : engine->timeout_ns)) /* it is what the search waited for */
         return cotra_fail(err, COTRA_ERR_DEADLINE, "a READ did not complete within %llu ms",
                           (unsigned long long)(silent_ns / 1000000u));
@@ -370,7 +370,7 @@ static int turn(cotra_spire *engine, path *lane_, cotra_error *err)
 static int run_all(cotra_spire *engine, cotra_error *err)
 {
     while (engine->active) {
-        int busy = 0;
+        bool busy = false;
         if (engine->since_look >= LOOK_AFTER) {
             engine->since_look = 0;
             int status = cotra_look(&engine->lookout, err);
@@ -430,7 +430,7 @@ static int check_params(const cotra_spire *engine, const cotra_spire_params *par
 static uint32_t plan(const cotra_spire *engine, const cotra_spire_params *params, cotra_probe_limits *limits)
 {
     uint64_t n_lists = 0, rows = 0;
-    int far = 0;
+    bool far = false;
     for (uint32_t s = 0; s < engine->n_shards; s++) {
         n_lists += engine->shards[s].table->info.n_lists;
         rows += engine->shards[s].table->info.entries;

@@ -72,25 +72,29 @@ int cotra_ivf_table_open(cotra_channel *channel, const cotra_view *view, uint64_
     int status = COTRA_OK;
     if (image->ivf_bytes) { /* else table_new says so */
         status = cotra_channel_read(channel, image->ivf_offset, sizeof header, &header, timeout_ns, err);
-        if (!status)
-            status = cotra_ivf_header_validate(&header, image, err);
+        if (status)
+            return status;
+        status = cotra_ivf_header_validate(&header, image, err);
+        if (status)
+            return status;
     }
     cotra_ivf_table *table = NULL;
-    if (!status)
-        status = table_new(view, header.table_bytes, &table, err);
-    if (!status) {
-        memcpy(table->data, &header, sizeof header);
-        status = cotra_channel_read(channel, image->ivf_offset + sizeof header, header.table_bytes - sizeof header,
-                                    table->data + sizeof header, timeout_ns, err);
-    }
-    if (!status)
-        status = table_finish(table, view, err);
-    if (status) {
-        cotra_ivf_table_close(table);
+    status = table_new(view, header.table_bytes, &table, err);
+    if (status)
         return status;
-    }
+    memcpy(table->data, &header, sizeof header);
+    status = cotra_channel_read(channel, image->ivf_offset + sizeof header, header.table_bytes - sizeof header,
+                                table->data + sizeof header, timeout_ns, err);
+    if (status)
+        goto failed;
+    status = table_finish(table, view, err);
+    if (status)
+        goto failed;
     *out = table;
     return COTRA_OK;
+failed:
+    cotra_ivf_table_close(table);
+    return status;
 }
 
 void cotra_ivf_table_get_info(const cotra_ivf_table *table, cotra_ivf_info *out)

@@ -47,7 +47,7 @@ typedef struct cotra_probe_piece {
 typedef struct cotra_probe_limits {
     uint32_t k, n_probe, n_pieces;
     uint32_t capacity; /* vectors read at most */
-    int automatic;     /* by the margin */
+    bool automatic;    /* by the margin */
 } cotra_probe_limits;
 
 typedef struct cotra_probe {
