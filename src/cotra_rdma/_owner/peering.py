@@ -210,6 +210,11 @@ class Peering:
         if self._changed is not None:
             self._changed(walks)
 
+    @property
+    def cluster(self) -> Cluster | None:
+        """The connection to all shards, by which searches of the collection are answered; None before the first one."""
+        return self._cluster
+
     # ---- the end ----
 
     def close(self) -> None:

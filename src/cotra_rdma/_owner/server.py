@@ -18,6 +18,7 @@ import numpy as np
 
 from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
+from cotra_rdma._core.request_counts import RequestCounts
 from cotra_rdma._core.stats import MORE_STATS_DTYPE, pack_stats
 from cotra_rdma._native.memfd_handover import boot_id
 from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
@@ -65,7 +66,7 @@ from cotra_rdma.protocol.regions import (
     encode_region,
 )
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, check_fits
-from cotra_rdma.protocol.rpc_server import Later, Limits, RpcServer, Seen, Steps, asker, asker_names
+from cotra_rdma.protocol.rpc_server import Later, Limits, RpcServer, Steps, asker, asker_names
 from cotra_rdma.protocol.search import STATS_BYTES, WHOLE_COLLECTION, SearchRequest, SearchResponse
 from cotra_rdma.protocol.tables import (
     BuildExchangeRequest,
@@ -341,7 +342,7 @@ class Server:
             return dict(self._counts)
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> RequestCounts:
         """What came in over RPC so far, in numbers."""
         return self._rpc.seen
 

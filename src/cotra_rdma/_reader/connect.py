@@ -10,6 +10,7 @@ from functools import partial
 from cotra_rdma._collection.manifest import Collection, collection_directory
 from cotra_rdma._collection.owners_file import addresses_of, misfit
 from cotra_rdma._core.query_checks import check_timeout
+from cotra_rdma._core.tracing import tracing_of
 from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S, FabricModel
 from cotra_rdma._native.verbs import QueuePairOptions
 from cotra_rdma._reader.cluster import Cluster
@@ -39,6 +40,7 @@ def connect(
     allow_partial: bool = False,
     collection: Collection | None = None,
     follow: bool = True,
+    tracing: bool = False,
 ) -> Cluster:
     """Connects to the owners of shards, and reads each shard's header and upper layers once.
 
@@ -64,12 +66,14 @@ def connect(
             but what shards must have alike; for a path it is the collection there.
         follow: what a search does where owners serve other images than at this call, for their shards were built again. True: it
             connects to those, and searches them (`Cluster.follow`). False: it raises `StaleShardError`.
+        tracing: make a span of OpenTelemetry of each search, and of each call of an owner in it. The process sets the tracer
+            provider; without one nothing is recorded. Owners are told which span asks.
 
     Raises:
         TransportError: a shard cannot be reached.
         VerbsUnavailableError: verbs was asked for and cannot be had; the message says why.
         InvalidInputError: shards differ in dim or metric, owners of one shard hold different images, or a shard's part of
-            `cache_bytes` holds no record.
+            `cache_bytes` holds no record. Or `tracing` was asked for, and the package `opentelemetry-api` is missing.
     """
     check_timeout(timeout_s)
     if cache_bytes < 0:
@@ -80,7 +84,9 @@ def connect(
         raise InvalidInputError("halo is a cache: it takes the place of cache_bytes")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
-    connector = Connector(transport, device, gid_index, tls, timeout_s, fabric, queue_pair or QueuePairOptions())
+    connector = Connector(
+        transport, device, gid_index, tls, timeout_s, fabric, queue_pair or QueuePairOptions(), tracing_of(tracing)
+    )
 
     def connect_now(hooks: SessionHooks) -> Session:
         owners, shards = _owners_of(addresses, collection)

@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.remote_expansion import Expansions
 from cotra_rdma._core.stats import STATS_DTYPE, unpack_stats
 from cotra_rdma._core.stop import Stop
+from cotra_rdma._core.tracing import Tracing
 from cotra_rdma._native import memfd_handover as handover
 from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.channel import Channel, FabricModel
@@ -31,6 +32,7 @@ from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, Que
 from cotra_rdma._native.view import View
 from cotra_rdma._reader.batch import Answer, Batch, CollectionAnswer, OutOfTimeError
 from cotra_rdma._reader.cost_model import Link
+from cotra_rdma._reader.counters import OK, OwnerCounts
 from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
 from cotra_rdma.errors import (
@@ -43,6 +45,7 @@ from cotra_rdma.errors import (
     TransportError,
     VerbsUnavailableError,
 )
+from cotra_rdma.protocol.address import parse_address
 from cotra_rdma.protocol.collection_search import CollectionResponse
 from cotra_rdma.protocol.envelope import STALE, WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType, fields_of
 from cotra_rdma.protocol.regions import (
@@ -63,6 +66,7 @@ from cotra_rdma.protocol.regions import (
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, split_pushes
 from cotra_rdma.protocol.rpc_client import RpcClient
 from cotra_rdma.protocol.search import WHOLE_COLLECTION, SearchRequest, SearchResponse, queries_per_message
+from cotra_rdma.protocol.service import method_of
 from cotra_rdma.protocol.tables import CoarseRouteRequest, CoarseRouteResponse
 from cotra_rdma.protocol.tls import Tls
 
@@ -94,9 +98,11 @@ class Connection:
         timeout_ms: int,
         options: QueuePairOptions,
         fabric: FabricModel | None,
+        counts: OwnerCounts | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        self._begin(index, address, timeout_ms, fabric)
-        self._client = RpcClient(address, tls=tls)
+        self._begin(index, address, timeout_ms, fabric, counts, tracing)
+        self._client = RpcClient(address, tls=tls, note=self.counts.note)
         self._options = options
         try:
             with self._in_time():
@@ -117,6 +123,7 @@ class Connection:
             )
         _check_announced(self, shard)
         self.shard, self.image = shard, shard.identity
+        self.counts.note_reached(self.image)
         begin = time.perf_counter()
         self._ask_coarse()
         self.link = replace(self.link, rpc_s=time.perf_counter() - begin)
@@ -128,9 +135,19 @@ class Connection:
     image: ImageIdentity
     """Of the image that the owner served when this reader came; set by whoever sets `shard`."""
 
-    def _begin(self, index: int, address: str, timeout_ms: int, fabric: FabricModel | None = None) -> None:
+    def _begin(
+        self,
+        index: int,
+        address: str,
+        timeout_ms: int,
+        fabric: FabricModel | None = None,
+        counts: OwnerCounts | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.index = index
         self.address = address
+        self.counts = counts or OwnerCounts()
+        self._tracing = tracing
         self.transport = ""
         self.passed_over: dict[str, str] = {}
         self.view: View | None = None
@@ -166,13 +183,33 @@ class Connection:
         finally:
             self._until = before
 
+    @contextmanager
+    def _counted(self, kind: VShardMessageType) -> Iterator[None]:
+        """The block makes a call, and looks at its answer. It is counted, and is a span where there is one around it."""
+        begin, outcome = time.perf_counter(), OK
+        try:
+            with self._span(kind):
+                yield
+        except BaseException as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            self.counts.calls.note(kind.name, outcome, time.perf_counter() - begin)
+
+    def _span(self, kind: VShardMessageType) -> AbstractContextManager[object]:
+        if self._tracing is None:
+            return nullcontext()
+        attributes = {"cotra.message_type": kind.name, "cotra.shard": self.index}
+        return self._tracing.call(method_of(kind), *parse_address(self.address), attributes)
+
     def _call(
         self, kind: VShardMessageType, payload: Payload, timeout_ms: int, stop: Stop | None = None
     ) -> VShardEnvelope:
         envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self.index, payload)
         try:
             assert self._client is not None
-            return self._client.call(envelope, timeout_ms, stop)
+            headers = () if self._tracing is None else self._tracing.headers()
+            return self._client.call(envelope, timeout_ms, stop, headers)
         except TransportError as error:
             hint = "" if hasattr(self, "shard") else " (is it an owner of cotra-rdma, and does it want a certificate?)"
             hint = "" if "nobody listens" in str(error) else hint
@@ -189,13 +226,13 @@ class Connection:
     ) -> RegionResponse:
         image = self.image if want in (WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_VIEW) else None
         request = RegionRequest(want, self._name, queue_pair, number, offset, image)
-        reply = self._call(
-            VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._left_ms()
-        )
-        answer = decode_region_response(reply.payload)
-        self._check_code(answer.code, answer.message)
-        if hasattr(self, "image") and answer.shard != self.shard:
-            raise self._stale(answer.shard.identity if answer.shard else None)
+        kind = VShardMessageType.VECTOR_MEM_REGION_REQUEST
+        with self._counted(kind):
+            reply = self._call(kind, encode_region(request), timeout_ms or self._left_ms())
+            answer = decode_region_response(reply.payload)
+            self._check_code(answer.code, answer.message)
+            if hasattr(self, "image") and answer.shard != self.shard:
+                raise self._stale(answer.shard.identity if answer.shard else None)
         return answer
 
     def _left_ms(self) -> int:
@@ -220,9 +257,10 @@ class Connection:
 
     def _ask_coarse(self) -> None:
         """The shard from afar, where its owner tells: what Compass chooses by."""
-        request = CoarseRouteRequest().encode()
-        reply = self._call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._left_ms())
-        self._take_coarse(reply.payload)
+        kind = VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST
+        with self._counted(kind):
+            reply = self._call(kind, CoarseRouteRequest().encode(), self._left_ms())
+            self._take_coarse(reply.payload)
 
     def _take_coarse(self, payload: Payload) -> None:
         answer = CoarseRouteResponse.decode(payload)
@@ -378,7 +416,12 @@ class Connection:
 
     def renew(self) -> None:
         """Keeps the queue pairs that the owner holds for this reader."""
-        self._ask(WANT_LEASE)
+        try:
+            self._ask(WANT_LEASE)
+        except CotraError:
+            self.counts.note("not renewed")
+            raise
+        self.counts.note("renewed")
 
     # ---- RPC ----
 
@@ -396,7 +439,8 @@ class Connection:
         rows = queries_per_message(batch.queries.shape[1], batch.k, batch.ef, filtered=filtered)
         for begin in range(0, len(asked), rows):
             part = asked[begin : begin + rows]
-            labels[part], distances[part], stats[part] = self._search_part(batch, batch.queries[part])
+            with self._counted(VShardMessageType.VECTOR_SCATTER_REQUEST):
+                labels[part], distances[part], stats[part] = self._search_part(batch, batch.queries[part])
             batch.stop.note(len(part))
         batch.stop.note(len(batch.queries) - len(asked))
         return labels, distances, stats
@@ -452,7 +496,8 @@ class Connection:
         parts = []
         for begin in starts:
             part = batch.queries[begin : begin + rows]
-            parts.append(self._search_all_part(batch, part, filters))
+            with self._counted(VShardMessageType.VECTOR_SCATTER_REQUEST):
+                parts.append(self._search_all_part(batch, part, filters))
             batch.stop.note(len(part))
         if any(part.images != parts[0].images for part in parts):
             raise FormatError(f"{self}: its shards changed during the search", shard=self.index)
@@ -539,17 +584,18 @@ class Connection:
 
     def _expand_part(self, request: ExpandRequest, degree: int, timeout_s: float, stop: Stop | None) -> Expansions:
         kind = VShardMessageType.VECTOR_EXPAND_REQUEST
-        reply = self._call(kind, request.encode(), max(1, round(timeout_s * 1000)), stop)
-        answer = ExpandResponse.decode(reply.payload)
-        self._check_code(answer.code, answer.message)
-        self._check_image(answer.image)
-        found = answer.told.found
-        if len(found) != len(request.pushes) or (found["count"] > degree).any():
-            raise FormatError(
-                f"{self}: {len(found)} expansions of up to {found['count'].max(initial=0)} neighbours to "
-                f"{len(request.pushes)} nodes of {degree}",
-                shard=self.index,
-            )
+        with self._counted(kind):
+            reply = self._call(kind, request.encode(), max(1, round(timeout_s * 1000)), stop)
+            answer = ExpandResponse.decode(reply.payload)
+            self._check_code(answer.code, answer.message)
+            self._check_image(answer.image)
+            found = answer.told.found
+            if len(found) != len(request.pushes) or (found["count"] > degree).any():
+                raise FormatError(
+                    f"{self}: {len(found)} expansions of up to {found['count'].max(initial=0)} neighbours to "
+                    f"{len(request.pushes)} nodes of {degree}",
+                    shard=self.index,
+                )
         return answer.told
 
     def close(self) -> None:

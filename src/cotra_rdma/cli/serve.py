@@ -25,6 +25,7 @@ from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
 from cotra_rdma._owner.policy import PolicyFile
 from cotra_rdma._owner.server import TRANSPORTS, Server
 from cotra_rdma._owner.server import serve as serve_shard
+from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.cli import output
 from cotra_rdma.cli.announce import announce_owners, announced_at
@@ -271,7 +272,10 @@ def serve(
             noted = announce_owners(stack, paths, [entry["address"] for entry in served], reached)
         for entry, at in zip(served, noted, strict=True):
             entry["announced"] = at
-        seen = None if metrics is None else stack.enter_context(MetricsServer(metrics, servers)).address
+        seen = None
+        if metrics is not None:
+            readers = partial(_readers_of, peering)
+            seen = stack.enter_context(MetricsServer(metrics, servers, readers)).address
         _print_ready(served, seen, as_json=as_json)
         if peering is not None:
             peering.start(dict(zip(numbers, servers, strict=True)))
@@ -280,6 +284,12 @@ def serve(
         while not stop.wait(until_stdin_closes, _LOOK_S):
             if stop.take_hangup() or reload.is_due():
                 reload.now()
+
+
+def _readers_of(peering: Peering | None) -> dict[str, Cluster]:
+    """The clusters of this process, by their names in metrics."""
+    cluster = None if peering is None else peering.cluster
+    return {} if cluster is None else {"peers": cluster}
 
 
 class _StopSignals:

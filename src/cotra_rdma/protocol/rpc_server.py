@@ -9,7 +9,6 @@ An answer is kept until its receiver has taken it. Where the kept ones are too m
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 import logging
@@ -22,12 +21,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
+from cotra_rdma._core.request_counts import RequestCounts
 from cotra_rdma._core.stop import Stop
 from cotra_rdma.errors import BusyError, CotraError, DeniedError, FormatError, SearchCancelledError, TransportError
 from cotra_rdma.protocol.address import join_address, parse_address
@@ -82,39 +82,6 @@ class Limits:
     work_s: float = 120.0
     n_connections: int = 16384
     idle_s: float = 600.0
-
-
-LATENCY_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Bounds of the buckets in which latencies are counted, in seconds."""
-
-
-@dataclass(slots=True)
-class Seen:
-    """What a server has counted.
-
-    Attributes:
-        requests: by the name of the message type ("" where it was not read) and gRPC's status.
-        latencies: by type, how many requests took so long, for each of `LATENCY_S` and for longer.
-        seconds: by type, the sum.
-        received_bytes, sent_bytes: of envelopes.
-    """
-
-    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
-    latencies: dict[str, list[int]] = field(default_factory=dict)
-    seconds: Counter[str] = field(default_factory=Counter)
-    received_bytes: int = 0
-    sent_bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def note(self, kind: str, status: str, seconds: float, received: int, sent: int) -> None:
-        """Counts a request."""
-        with self._lock:
-            self.requests[kind, status] += 1
-            counts = self.latencies.setdefault(kind, [0] * (len(LATENCY_S) + 1))
-            counts[bisect.bisect_left(LATENCY_S, seconds)] += 1
-            self.seconds[kind] += seconds  # type: ignore[assignment]
-            self.received_bytes += received
-            self.sent_bytes += sent
 
 
 class _Kept:
@@ -218,7 +185,7 @@ class RpcServer:
         }
         self._later = FairShares(n_workers, _THREADS)
         self._kept = _Kept(limits)
-        self.seen = Seen()
+        self.seen = RequestCounts()
         self.is_draining = False
         self._deadlines: dict[int, tuple[float, Callable[[], object]]] = {}
         self._numbers = itertools.count()
