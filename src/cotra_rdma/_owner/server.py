@@ -20,6 +20,7 @@ from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.request_counts import RequestCounts
 from cotra_rdma._core.stats import MORE_STATS_DTYPE, pack_stats
+from cotra_rdma._core.tracing import Tracing, tracing_of
 from cotra_rdma._native.memfd_handover import boot_id
 from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, QueuePairOptions
 from cotra_rdma._owner.expander import Expander
@@ -116,6 +117,7 @@ def serve(
     rpc: RpcServer | None = None,
     policy: PolicyFile | None = None,
     number: int | None = None,
+    tracing: bool = False,
 ) -> Server:
     """Serves a shard until the server is closed (it is a context manager).
 
@@ -136,9 +138,12 @@ def serve(
         rpc: listens already, and answers for this server from now on; it is closed with it. None: `address` is listened on.
         policy: who may do what, by the names in certificates; it stays the caller's. None: whoever is let in may do all.
         number: of the shard in its collection, which rules may be about.
+        tracing: make a span of OpenTelemetry of each request, below the reader's span that it comes from. The process sets the
+            tracer provider; without one nothing is recorded.
 
     Raises:
-        InvalidInputError: an unknown transport, a bad address, or a coarse table with values that do not fit.
+        InvalidInputError: an unknown transport, a bad address, or a coarse table with values that do not fit. Or `tracing` was
+            asked for, and the package `opentelemetry-api` is missing.
         FormatError: `coarse` is bytes, and no payload of type 53. TransportError: the address cannot be listened on.
         VerbsUnavailableError: `device` was asked for by name and cannot be had.
     """
@@ -156,6 +161,7 @@ def serve(
         rpc,
         policy,
         number,
+        tracing_of(tracing),
     )
 
 
@@ -184,6 +190,7 @@ class Server:
         rpc: RpcServer | None = None,
         policy: PolicyFile | None = None,
         number: int | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         if policy is not None and tls is None and rpc is None:
             raise InvalidInputError("a policy is about the names in certificates: it takes tls")
@@ -228,7 +235,7 @@ class Server:
                 raise VerbsUnavailableError(f"nothing can be offered: {self.unavailable}")
             limits = Limits(request_bytes=_MESSAGE_BYTES + shard.info.count // 8)  # a filter fits beside the queries
             self._rpc = rpc or RpcServer(address, self._handle, tls=tls, n_workers=n_workers, limits=limits)
-            self._rpc.handler = self._handle
+            self._rpc.handler, self._rpc.tracing = self._handle, tracing
             self._leases.start()
             if policy is not None:
                 policy.when_changed(self._revoke)

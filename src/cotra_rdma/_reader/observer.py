@@ -38,8 +38,7 @@ class Observer:
         """
         if self._tracing is None:
             return self._counted(search, stop, _outcome_of)
-        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in asked.items()}
-        with self._tracing.search({f"cotra.{name}": value for name, value in plain.items()}) as span:
+        with self._tracing.search({f"cotra.{name}": value for name, value in asked.items()}) as span:
             found: Any = None
             try:
                 found = self._counted(search, stop, _outcome_of)

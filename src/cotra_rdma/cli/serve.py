@@ -36,6 +36,7 @@ from cotra_rdma.cli.options import (
     TlsCa,
     TlsCert,
     TlsKey,
+    Tracing,
     comma_list,
     tls_of,
     transports,
@@ -199,6 +200,7 @@ def serve(
     grace: Grace = 10.0,
     metrics: Metrics = None,
     policy: PolicyOption = None,
+    tracing: Tracing = False,
     until_stdin_closes: UntilStdinCloses = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -239,7 +241,14 @@ def serve(
             share = DEFAULT_HALO if halo is None else halo
             told = partial(_tell_walks, as_json=as_json)
             peering = Peering(
-                paths[0].parent, peers, halo=share, device=device, gid_index=gid_index, tls=tls, changed=told
+                paths[0].parent,
+                peers,
+                halo=share,
+                device=device,
+                gid_index=gid_index,
+                tls=tls,
+                changed=told,
+                tracing=tracing,
             )
         if port and port + len(paths) - 1 > 65535:
             raise typer.BadParameter(
@@ -261,6 +270,7 @@ def serve(
                     coarse=coarse,
                     policy=rules,
                     number=_number_of(path),
+                    tracing=tracing,
                 )
             )
             servers.append(server)

@@ -29,6 +29,7 @@ import grpc
 
 from cotra_rdma._core.request_counts import RequestCounts
 from cotra_rdma._core.stop import Stop
+from cotra_rdma._core.tracing import Tracing
 from cotra_rdma.errors import BusyError, CotraError, DeniedError, FormatError, SearchCancelledError, TransportError
 from cotra_rdma.protocol.address import join_address, parse_address
 from cotra_rdma.protocol.envelope import VShardEnvelope
@@ -56,6 +57,7 @@ _WINDOW_BYTES = 256 << 10  # of what may be on its way to a request that was not
 _HANDSHAKE_MS = 5000
 _FILES = 256  # that the process needs for other things
 _SHOWN = 1000  # characters of a reason
+_OUR_FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _LOG_S = 1.0  # between two lines about messages that were refused
 
 
@@ -144,10 +146,11 @@ class _Kept:
 
 @dataclass(slots=True)
 class _Call:
-    """What is counted of one request."""
+    """What is counted and told of one request."""
 
     kind: str = ""
     status: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+    why: str = ""
     received: int = 0
     sent: int = 0
 
@@ -163,6 +166,7 @@ class RpcServer:
         tls: Tls | None = None,
         n_workers: int = 4,
         limits: Limits | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Listens at once.
 
@@ -172,12 +176,13 @@ class RpcServer:
             tls: the owner's certificate, and whom it lets in; None: everybody.
             n_workers: requests that are worked on at once.
             limits: what requests may cost.
+            tracing: makes a span of each request; it may be replaced, too. None makes none.
 
         Raises:
             TransportError: the address cannot be listened on. InvalidInputError: a bad address or certificate.
         """
         host, port = parse_address(address)
-        self.handler = handler
+        self.handler, self.tracing = handler, tracing
         self._limits = limits = limits or Limits()
         self._shares = {
             CONTROL: FairShares(n_workers, limits.n_requests),
@@ -220,40 +225,60 @@ class RpcServer:
     # ---- a request ----
 
     def _answer(self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        connection, stop, begin = context.peer(), Stop(), time.perf_counter()
-        call = _Call()
-        try:
-            with self._shares[method].admit(connection, context.cancel) as request:
-                if not context.add_callback(functools.partial(self._gone, request, stop)):
-                    raise SearchCancelledError("who asked is gone")
-                envelope = self._read(method, messages, context, call)
-                request.begin_work()
-                reply = b"".join(self._work(envelope, method, request, stop, context, connection))
-            if len(reply) > MESSAGE_BYTES:
-                raise BusyError(
-                    f"the answer of {len(reply)} bytes passes the limit of {MESSAGE_BYTES}: ask for less at once"
-                )
-            call.status, call.sent = grpc.StatusCode.OK, len(reply)
-        except SearchCancelledError:
-            log.debug("%s: who asked is gone", self.address)
-            call.status, why = grpc.StatusCode.CANCELLED, "nobody waits for it any more"
-        except BusyError as error:
-            call.status, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
-        except DeniedError as error:
-            self._seldom.warning("%s: %s was denied a request: %s", self.address, connection, error)
-            call.status, why = grpc.StatusCode.PERMISSION_DENIED, str(error)
-        except CotraError as error:
-            self._seldom.warning("%s: a request of %s was refused: %s", self.address, connection, error)
-            call.status, why = grpc.StatusCode.INVALID_ARGUMENT, f"{type(error).__name__}: {error}"
-        except grpc.RpcError:
-            call.status, why = grpc.StatusCode.CANCELLED, "the request was not read whole"
-        except Exception as error:
-            log.exception("%s: a request failed", self.address)
-            call.status, why = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
+        connection, begin = context.peer(), time.perf_counter()
+        call, reply = _Call(), b""
+        with self._span(method, context, call):
+            try:
+                reply = self._reply(method, messages, context, connection, call)
+                call.status, call.sent = grpc.StatusCode.OK, len(reply)
+            except SearchCancelledError:
+                log.debug("%s: who asked is gone", self.address)
+                call.status, call.why = grpc.StatusCode.CANCELLED, "nobody waits for it any more"
+            except BusyError as error:
+                call.status, call.why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+            except DeniedError as error:
+                self._seldom.warning("%s: %s was denied a request: %s", self.address, connection, error)
+                call.status, call.why = grpc.StatusCode.PERMISSION_DENIED, str(error)
+            except CotraError as error:
+                self._seldom.warning("%s: a request of %s was refused: %s", self.address, connection, error)
+                call.status, call.why = grpc.StatusCode.INVALID_ARGUMENT, f"{type(error).__name__}: {error}"
+            except grpc.RpcError:
+                call.status, call.why = grpc.StatusCode.CANCELLED, "the request was not read whole"
+            except Exception as error:
+                log.exception("%s: a request failed", self.address)
+                call.status, call.why = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
         self.seen.note(call.kind, call.status.name, time.perf_counter() - begin, call.received, call.sent)
         if call.status is not grpc.StatusCode.OK:
-            context.abort(call.status, why[:_SHOWN])
+            context.abort(call.status, call.why[:_SHOWN])
         self._kept.keep(connection, len(reply), context)
+        return reply
+
+    @contextmanager
+    def _span(self, method: str, context: grpc.ServicerContext, call: _Call) -> Iterator[None]:
+        """Makes a span of a request, where spans are wanted. A request ends in it, and raises nothing."""
+        tracing = self.tracing
+        if tracing is None:
+            yield
+            return
+        with tracing.request(f"{SERVICE}/{method}", context.invocation_metadata()) as span:
+            yield
+            span.set_attributes({"cotra.message_type": call.kind, "cotra.sent_bytes": call.sent})
+            tracing.set_status(span, call.status.name, call.why if call.status in _OUR_FAULTS else "")
+
+    def _reply(
+        self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext, connection: str, call: _Call
+    ) -> bytes:
+        stop = Stop()
+        with self._shares[method].admit(connection, context.cancel) as request:
+            if not context.add_callback(functools.partial(self._gone, request, stop)):
+                raise SearchCancelledError("who asked is gone")
+            envelope = self._read(method, messages, context, call)
+            request.begin_work()
+            reply = b"".join(self._work(envelope, method, request, stop, context, connection))
+        if len(reply) > MESSAGE_BYTES:
+            raise BusyError(
+                f"the answer of {len(reply)} bytes passes the limit of {MESSAGE_BYTES}: ask for less at once"
+            )
         return reply
 
     def _read(
