@@ -3,6 +3,7 @@
 #ifndef COTRA_BASE_RANKED_H
 #define COTRA_BASE_RANKED_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 

@@ -15,6 +15,7 @@
 #include "build/select_neighbours.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 

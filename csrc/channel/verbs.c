@@ -19,6 +19,7 @@
 #include "verbs/verbs.h"
 
 #include <errno.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>

@@ -17,7 +17,6 @@
 #define COTRA_H
 
 #include <stddef.h>
-#include <stdbool.h>
 #include <stdint.h>
 
 /* [cdef-begin] */

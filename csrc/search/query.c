@@ -5,6 +5,7 @@
 #include "format/vector_types.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdlib.h>
 
 #define CODE_COSINE   0.8f  /* of a residual and its code: sqrt(2 / pi) */

@@ -16,6 +16,8 @@
 
 #include "format/image.h"
 
+#include <stdbool.h>
+
 /* Whether the cache holds records of this very image. */
 bool cotra_cache_is_of(const cotra_cache *cache, const cotra_image_info *info);
 /* Counts that the node is wanted. Copies its record out and returns 1 where it is there. */

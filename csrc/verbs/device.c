@@ -3,6 +3,7 @@
 #include "verbs/verbs.h"
 
 #include <errno.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

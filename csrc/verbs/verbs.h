@@ -7,6 +7,7 @@
 #include "base/status.h"
 
 #include <infiniband/verbs.h>
+#include <stdbool.h>
 
 /* The functions that the library exports; post_send, poll_cq and the like are inline calls through a context. */
 #define COTRA_VERBS_SYMBOLS(X)                                                                                         \

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from cotra_rdma._owner.server import Server, serve
     from cotra_rdma._reader.cluster import Cluster
     from cotra_rdma._reader.connect import connect
+    from cotra_rdma._reader.exporter import register_metrics
+    from cotra_rdma._reader.metrics import ClusterMetrics, OwnerMetrics
     from cotra_rdma._reader.result import SearchResult
     from cotra_rdma._shard.shard import Shard
     from cotra_rdma.datasets import open_vectors
@@ -69,6 +71,7 @@ __all__ = [
     "ChecksumError",
     "ClosedError",
     "Cluster",
+    "ClusterMetrics",
     "CoTraRdma",
     "Collection",
     "Compass",
@@ -84,6 +87,7 @@ __all__ = [
     "LossyVectorError",
     "MemlockError",
     "MemoryRegion",
+    "OwnerMetrics",
     "OwnerProcess",
     "PartialResultError",
     "PeerError",
@@ -110,6 +114,7 @@ __all__ = [
     "open_vectors",
     "pack_filter",
     "register",
+    "register_metrics",
     "serve",
 ]
 
@@ -129,6 +134,8 @@ _HOMES = {
     "_owner.server": ("Server", "serve"),
     "_reader.cluster": ("Cluster",),
     "_reader.connect": ("connect",),
+    "_reader.exporter": ("register_metrics",),
+    "_reader.metrics": ("ClusterMetrics", "OwnerMetrics"),
     "_reader.result": ("SearchResult",),
     "_shard.shard": ("Shard",),
     "datasets": ("open_vectors",),

@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import cotra_rdma
 from cotra_rdma import Server, Shard, TransportError
+from cotra_rdma._core.request_counts import LATENCY_S, RequestCounts
 from cotra_rdma._owner.metrics import MetricsServer
-from cotra_rdma.protocol.rpc_server import LATENCY_S, Seen
 
 Floats = npt.NDArray[np.float32]
 
@@ -98,11 +98,11 @@ def test_an_address_in_use(server: Server) -> None:
 
 
 def test_buckets() -> None:
-    seen = Seen()
+    seen = RequestCounts()
     for seconds in (0.0, LATENCY_S[0], LATENCY_S[0] * 1.01, 1e9):
         seen.note("a", "OK", seconds, 1, 2)
-    assert seen.latencies["a"][:2] == [2, 1]
-    assert seen.latencies["a"][-1] == 1
+    assert seen.latencies()["a"].counts[:2] == (2, 1)
+    assert seen.latencies()["a"].counts[-1] == 1
     assert (seen.received_bytes, seen.sent_bytes) == (4, 8)
 
 

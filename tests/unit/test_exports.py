@@ -30,6 +30,7 @@ PACKAGE_NAMES = [
     "ChecksumError",
     "ClosedError",
     "Cluster",
+    "ClusterMetrics",
     "CoTraRdma",
     "Collection",
     "Compass",
@@ -44,6 +45,7 @@ PACKAGE_NAMES = [
     "LossyVectorError",
     "MemlockError",
     "MemoryRegion",
+    "OwnerMetrics",
     "OwnerProcess",
     "PartialResultError",
     "PeerError",
@@ -71,6 +73,7 @@ PACKAGE_NAMES = [
     "open_vectors",
     "pack_filter",
     "register",
+    "register_metrics",
     "serve",
 ]
 LOWLEVEL_NAMES = [

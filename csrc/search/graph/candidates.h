@@ -16,6 +16,7 @@
 #include "format/image.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 

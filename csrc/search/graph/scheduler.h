@@ -18,6 +18,8 @@
 #include "search/graph/walk.h"
 #include "channel/channel.h"
 
+#include <stdbool.h>
+
 typedef struct cotra_path { /* one shard */
     const cotra_view *view;
     cotra_channel *channel; /* or NULL */

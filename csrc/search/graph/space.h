@@ -5,6 +5,8 @@
 
 #include "search/view.h"
 
+#include <stdbool.h>
+
 typedef struct cotra_space {
     const cotra_view **views; /* [n], by their bases */
     uint32_t *shards;         /* [n]: the engine's number of each */

@@ -29,6 +29,8 @@
 #include "search/query.h"
 #include "search/graph/space.h"
 
+#include <stdbool.h>
+
 enum { COTRA_START_SHARDS = 2 };
 
 typedef struct cotra_hit {

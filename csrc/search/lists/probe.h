@@ -21,6 +21,8 @@
 #include "base/ranked.h"
 #include "search/lists/list_table.h"
 
+#include <stdbool.h>
+
 /* One shard, as all probes of an engine see it. */
 typedef struct cotra_probe_shard {
     const cotra_view *view;

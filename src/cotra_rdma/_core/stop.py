@@ -104,6 +104,11 @@ class Stop:
             self._told += n
 
     @property
+    def n_queries(self) -> int:
+        """The number of queries of the search; 0 before it begins."""
+        return self._n_queries
+
+    @property
     def n_answered(self) -> int:
         """About how many queries are answered so far. If a query goes to several owners, their mean counts."""
         done = self.memory[1] + self._told

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from cotra_rdma._core.prometheus import add_latencies, prometheus
 from cotra_rdma._owner.server import Server
-from cotra_rdma.errors import InvalidInputError, TransportError
+from cotra_rdma._reader.cluster import Cluster
+from cotra_rdma._reader.exporter import ReaderCollector
+from cotra_rdma.errors import TransportError
 from cotra_rdma.protocol.address import join_address, parse_address
-from cotra_rdma.protocol.rpc_server import LATENCY_S, Seen
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 
 class MetricsServer:
-    """Answers `/metrics`, `/healthz` and `/readyz` for the servers of one process. It is a context manager.
+    """Answers `/metrics`, `/healthz` and `/readyz` for the servers and readers of one process. It is a context manager.
 
     `/healthz` is 200 as long as the process answers.
     `/readyz` is 200 as long as all servers take new requests, and 503 afterwards.
@@ -27,30 +29,31 @@ class MetricsServer:
         address: HOST:PORT that it listens on.
     """
 
-    def __init__(self, address: str, servers: Sequence[Server]) -> None:
+    def __init__(
+        self, address: str, servers: Sequence[Server], readers: Callable[[], Mapping[str, Cluster]] | None = None
+    ) -> None:
         """Listens at once.
 
         Args:
             address: HOST:PORT to listen on. Port 0 takes a free port.
             servers: the servers. They stay the caller's.
+            readers: returns the clusters of this process, by the names that they have in the label `cluster`. None if there
+                are none.
 
         Raises:
             TransportError: it cannot listen on the address.
             InvalidInputError: the address is malformed, or the package `prometheus-client` is missing.
         """
-        try:
-            from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-        except ImportError as error:
-            raise InvalidInputError(
-                "metrics need the package prometheus-client: pip install 'cotra-rdma[metrics]'"
-            ) from error
-        registry = CollectorRegistry()
+        client = prometheus()
+        registry = client.CollectorRegistry()
         registry.register(_Collector(servers))
+        if readers is not None:
+            registry.register(ReaderCollector(readers))
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 if self.path == "/metrics":
-                    self._answer(200, generate_latest(registry), CONTENT_TYPE_LATEST)
+                    self._answer(200, client.generate_latest(registry), client.CONTENT_TYPE_LATEST)
                 elif self.path == "/healthz":
                     self._answer(200, b"ok\n")
                 elif self.path == "/readyz":
@@ -138,7 +141,11 @@ class _Collector:
         )
         for server in self._servers:
             at, seen = server.address, server.seen
-            self._add_requests(at, seen, requests, latency)
+            for kind, by_status in seen.by_kind().items():
+                for status, count in by_status.items():
+                    requests.add_metric([at, kind, status], count)
+            for kind, latencies in seen.latencies().items():
+                add_latencies(latency, [at, kind], latencies)
             received.add_metric([at], seen.received_bytes)
             sent.add_metric([at], seen.sent_bytes)
             for name, value in server.gauges().items():
@@ -159,18 +166,3 @@ class _Collector:
                 1,
             )
         yield from (requests, latency, received, sent, *gauges.values(), reaped, image)
-
-    @staticmethod
-    def _add_requests(at: str, seen: Seen, requests: Any, latency: Any) -> None:
-        by_type: dict[str, list[int]] = {}
-        seconds: dict[str, float] = {}
-        for (kind, status), count in sorted(seen.requests.items()):
-            requests.add_metric([at, kind, status], count)
-        for kind, counts in sorted(seen.latencies.items()):
-            by_type[kind], seconds[kind] = list(counts), seen.seconds[kind]
-        for kind, counts in by_type.items():
-            total, buckets = 0, []
-            for bound, count in zip((*map(str, LATENCY_S), "+Inf"), counts, strict=True):
-                total += count
-                buckets.append((bound, total))
-            latency.add_metric([at, kind], buckets, seconds[kind])

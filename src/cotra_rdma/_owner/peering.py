@@ -55,6 +55,7 @@ class Peering:
         gid_index: int | None = None,
         tls: Tls | None = None,
         changed: Callable[[Walks], None] | None = None,
+        tracing: bool = False,
     ) -> None:
         """Reads the manifest. `start` begins to look for owners.
 
@@ -62,7 +63,7 @@ class Peering:
             path: the collection's directory, or its `collection.json`; of its files only that is read.
             peers: the addresses of each shard's owners, in the order of the shards; those of own shards are not used. None:
                 those in `owners.json`, read anew at each look.
-            halo, device, gid_index, tls: as `connect`.
+            halo, device, gid_index, tls, tracing: as `connect`.
             changed: told from the thread how each shard is walked, first and when that changed.
 
         Raises `FormatError` for a broken manifest; `InvalidInputError` for shards that are not one graph, a halo that is no
@@ -81,7 +82,7 @@ class Peering:
             raise InvalidInputError(f"halo must be a share, 0 or more, not {halo}")
         self._peers = peers
         self._halo, self._device, self._gid_index, self._tls = halo, device, gid_index, tls
-        self._changed = changed
+        self._changed, self._tracing = changed, tracing
         self._servers: dict[int, Server] = {}
         self._given: list[list[str]] = [[] for _ in range(n_shards)]
         self._cluster: Cluster | None = None
@@ -180,6 +181,7 @@ class Peering:
             halo=self._halo,
             allow_partial=True,
             collection=self._collection,
+            tracing=self._tracing,
         )
         before, self._cluster, self._given = self._cluster, cluster, alive
         for server in own.values():
@@ -209,6 +211,11 @@ class Peering:
         log.info("%s: walks %s", self._directory, ", ".join(f"shard {at}: {how}" for at, how in enumerate(walks)))
         if self._changed is not None:
             self._changed(walks)
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """The connection to all shards, by which searches of the collection are answered; None before the first one."""
+        return self._cluster
 
     # ---- the end ----
 

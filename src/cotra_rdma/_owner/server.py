@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from cotra_rdma._core.memory_region import MemoryRegion
+from cotra_rdma._core.request_counts import RequestCounts
+from cotra_rdma._core.tracing import Tracing, tracing_of
 from cotra_rdma._native.verbs import Device, QueuePair, QueuePairOptions
 from cotra_rdma._owner.answers import TRANSPORTS, Answers, Exchange
 from cotra_rdma._owner.leases import Leases
@@ -25,7 +27,7 @@ from cotra_rdma.errors import (
 from cotra_rdma.protocol.envelope import (
     VShardMessageType,
 )
-from cotra_rdma.protocol.rpc_server import Limits, RpcServer, Seen
+from cotra_rdma.protocol.rpc_server import Limits, RpcServer
 from cotra_rdma.protocol.tables import (
     CentroidTable,
     CoarseRouteResponse,
@@ -56,6 +58,7 @@ def serve(
     rpc: RpcServer | None = None,
     policy: PolicyFile | None = None,
     number: int | None = None,
+    tracing: bool = False,
 ) -> Server:
     """Serves a shard until the server is closed.
 
@@ -80,12 +83,15 @@ def serve(
             let in.
         number: the number of the shard in its collection, which rules of `policy` name. None is for a shard of no
             collection.
+        tracing: whether to make a span of OpenTelemetry for each request, below the span of the reader's call. The process
+            sets the tracer provider. Without one, nothing is recorded.
 
     Returns:
         The server. Close it, or use it as a context manager.
 
     Raises:
-        InvalidInputError: an unknown transport, a bad address, or values in `coarse` that do not fit.
+        InvalidInputError: an unknown transport, a bad address, or values in `coarse` that do not fit. Or `tracing`
+            is true, and the package `opentelemetry-api` is missing.
         FormatError: `coarse` is bytes, and they are not a payload of type 53.
         TransportError: the server cannot listen on the address.
         VerbsUnavailableError: `device` was named and cannot be had, or no transport can be had.
@@ -104,6 +110,7 @@ def serve(
         rpc,
         policy,
         number,
+        tracing_of(tracing),
     )
 
 
@@ -138,6 +145,7 @@ class Server:
         rpc: RpcServer | None = None,
         policy: PolicyFile | None = None,
         number: int | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         if policy is not None and tls is None and rpc is None:
             raise InvalidInputError("a policy is about the names in certificates: it takes tls")
@@ -178,7 +186,7 @@ class Server:
                 number=number,
             )
             self._rpc = rpc or RpcServer(address, self._answers.handle, tls=tls, n_workers=n_workers, limits=limits)
-            self._rpc.handler = self._answers.handle
+            self._rpc.handler, self._rpc.tracing = self._answers.handle, tracing
             self._leases.start()
             if policy is not None:
                 policy.when_changed(self._revoke)
@@ -274,7 +282,7 @@ class Server:
         return self._answers.counts
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> RequestCounts:
         """Counters of the RPC server: requests, durations and bytes so far."""
         return self._rpc.seen
 

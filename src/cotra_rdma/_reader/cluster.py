@@ -22,6 +22,8 @@ from cotra_rdma._native.record_cache import CacheInfo
 from cotra_rdma._reader.batch import Answer, Batch, make_batch
 from cotra_rdma._reader.connection import ONE_SIDED, Connection
 from cotra_rdma._reader.connector import Connector
+from cotra_rdma._reader.metrics import ClusterMetrics, metrics_of
+from cotra_rdma._reader.observer import Observer
 from cotra_rdma._reader.result import SearchResult
 from cotra_rdma._reader.searcher import Options
 from cotra_rdma._reader.session import Session, SessionHooks
@@ -70,6 +72,8 @@ class Cluster:
         self._pid = os.getpid()
         self._connect, self._connector, self._threads = connect, connector, Threads()
         self._follows = follow
+        self._counters = connector.counters
+        self._observer = Observer(connector.counters, connector.tracing)
         self._ef: int | None = None
         try:
             self._session = session = connect(self._hooks)
@@ -147,6 +151,7 @@ class Cluster:
                 with self._lock:
                     self._check_open()
                     self._session = session
+                    self._counters.n_followed += 1
                     is_idle = not stale.n_searches
             except BaseException:
                 session.close()
@@ -238,6 +243,10 @@ class Cluster:
         for connection in self._connections:
             if connection.cache is not None:
                 connection.cache.clear()
+
+    def metrics(self) -> ClusterMetrics:
+        """What this cluster has done since `connect`, in numbers, and how its owners stand. Any thread may ask, at any time."""
+        return metrics_of(self._counters, self._session.replicas)
 
     def ping(self, n_reads: int = 100, n_bytes: int = 1024) -> tuple[npt.NDArray[np.uint64], ...]:
         """Measures READs of each shard's first bytes, one after the other.
@@ -407,13 +416,17 @@ class Cluster:
             )
 
         options = Options(n_threads, allow_partial, algorithm, target_recall, owner_cpu, explain)
-        try:
-            return self._search(make, options, may_follow=self._follows and filters is None)
-        except DeadlineError as error:
-            raise stop.late(error, timeout_s) from None
-        except BaseException:
-            stop.set()  # other threads may still work for this search
-            raise
+
+        def search() -> SearchResult:
+            try:
+                return self._search(make, options, may_follow=self._follows and filters is None)
+            except DeadlineError as error:
+                raise stop.late(error, timeout_s) from None
+            except BaseException:
+                stop.set()  # other threads may still work for this search
+                raise
+
+        return self._observer.search(search, stop, {"k": k, "ef": ef, "beam": beam, "algorithm": algorithm})
 
     def _search(self, make: Callable[[Session], Batch], options: Options, *, may_follow: bool) -> SearchResult:
         """Searches. If an owner serves another image and `may_follow` is set, follows it and searches once more."""
@@ -476,33 +489,41 @@ class Cluster:
             ids int64[n_read, n_queries, k] (-1 in empty places), distances float32[n_read, n_queries, k] (inf there), and
             `STATS_DTYPE`[n_queries]. n_read counts the shards whose path is one-sided. They keep their order.
         """
-        with self._searching(n_threads) as session:
-            stop = Stop()
-            if filters is not None:
-                session.check_images(self._first_images if images is None else images)
-            batch = make_batch(
-                queries,
-                self.dim,
-                session.counts,
-                k=k,
-                ef=ef,
-                beam=beam,
-                stop=stop,
-                inflight=inflight,
-                timeout_s=timeout_s,
-                filters=filters,
-            )
-            connections = [each for each in session.replicas.connections if each.transport in ONE_SIDED]
-            if not connections:
-                shape = (0, len(batch.queries), k)
-                return np.empty(shape, np.int64), np.empty(shape, np.float32), np.zeros(len(batch.queries), STATS_DTYPE)
-            stop.expect(len(batch.queries))
-            try:
-                return session.engines.search(
-                    connections, batch.of_shards([connection.index for connection in connections]), n_threads
-                )[0]
-            except DeadlineError as error:
-                raise stop.late(error, timeout_s) from None
+        stop = Stop()
+
+        def walk() -> Answer:
+            with self._searching(n_threads) as session:
+                if filters is not None:
+                    session.check_images(self._first_images if images is None else images)
+                batch = make_batch(
+                    queries,
+                    self.dim,
+                    session.counts,
+                    k=k,
+                    ef=ef,
+                    beam=beam,
+                    stop=stop,
+                    inflight=inflight,
+                    timeout_s=timeout_s,
+                    filters=filters,
+                )
+                connections = [each for each in session.replicas.connections if each.transport in ONE_SIDED]
+                if not connections:
+                    shape = (0, len(batch.queries), k)
+                    return (
+                        np.empty(shape, np.int64),
+                        np.empty(shape, np.float32),
+                        np.zeros(len(batch.queries), STATS_DTYPE),
+                    )
+                stop.expect(len(batch.queries))
+                try:
+                    return session.engines.search(
+                        connections, batch.of_shards([connection.index for connection in connections]), n_threads
+                    )[0]
+                except DeadlineError as error:
+                    raise stop.late(error, timeout_s) from None
+
+        return self._observer.walk(walk, stop)
 
     @contextmanager
     def _searching(self, n_threads: int) -> Iterator[Session]:

@@ -10,6 +10,7 @@ from functools import partial
 from cotra_rdma._collection.manifest import Collection, collection_directory
 from cotra_rdma._collection.owners_file import addresses_of, misfit
 from cotra_rdma._core.query_checks import check_timeout
+from cotra_rdma._core.tracing import tracing_of
 from cotra_rdma._native.channel import DEFAULT_TIMEOUT_S, FabricModel
 from cotra_rdma._native.verbs import QueuePairOptions
 from cotra_rdma._reader.cluster import Cluster
@@ -37,6 +38,7 @@ def connect(
     allow_partial: bool = False,
     collection: Collection | None = None,
     follow: bool = True,
+    tracing: bool = False,
 ) -> Cluster:
     """Connects to the owners of shards, and reads each shard's header and upper layers once.
 
@@ -68,6 +70,8 @@ def connect(
             only that the shards go together. For a path, it is the collection there.
         follow: what a search does if owners serve other images than at this call, after a rebuild. True connects to them and
             searches them, as `Cluster.follow` does. False raises `StaleShardError`.
+        tracing: whether to make a span of OpenTelemetry for each search, and for each call to an owner in it. Owners are told
+            which span calls. The process sets the tracer provider. Without one, nothing is recorded.
 
     Returns:
         The cluster. Close it, or use it as a context manager.
@@ -76,7 +80,8 @@ def connect(
         TransportError: a shard cannot be reached.
         VerbsUnavailableError: "verbs" was asked for and cannot be had. The message says why.
         InvalidInputError: an argument is out of its range, shards differ in dimension or metric, owners of one shard hold
-            different images, or a shard's part of `cache_bytes` holds no record.
+            different images, or a shard's part of `cache_bytes` holds no record. Or `tracing` is true, and the package
+            `opentelemetry-api` is missing.
         FormatError: an owner's answer, an image or a file of the collection is malformed.
     """
     check_timeout(timeout_s)
@@ -88,7 +93,9 @@ def connect(
         raise InvalidInputError("halo is a cache: it takes the place of cache_bytes")
     if transport not in TRANSPORTS:
         raise InvalidInputError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
-    connector = Connector(transport, device, gid_index, tls, timeout_s, fabric, queue_pair or QueuePairOptions())
+    connector = Connector(
+        transport, device, gid_index, tls, timeout_s, fabric, queue_pair or QueuePairOptions(), tracing_of(tracing)
+    )
 
     def connect_now(hooks: SessionHooks) -> Session:
         owners, shards = _owners_of(addresses, collection)

@@ -17,6 +17,7 @@ from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.memory_region import MemoryRegion
 from cotra_rdma._core.remote_expansion import Expansions
 from cotra_rdma._core.stop import Stop
+from cotra_rdma._core.tracing import Tracing
 from cotra_rdma._native import memfd_handover as handover
 from cotra_rdma._native.arena import Arena
 from cotra_rdma._native.channel import Channel, FabricModel
@@ -28,6 +29,7 @@ from cotra_rdma._native.verbs import Device, QueuePair, QueuePairAttributes, Que
 from cotra_rdma._native.view import View
 from cotra_rdma._reader.batch import Answer, Batch, CollectionAnswer
 from cotra_rdma._reader.cost_model import Link
+from cotra_rdma._reader.counters import OwnerCounts
 from cotra_rdma._reader.owner_calls import OwnerCalls, stale_error
 from cotra_rdma._routing.calibration import Calibration
 from cotra_rdma._routing.coarse_table import CoarseTable
@@ -98,6 +100,8 @@ class Connection:
         timeout_ms: int,
         options: QueuePairOptions,
         fabric: FabricModel | None,
+        counts: OwnerCounts | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Makes the control connection, and asks for the shard's sizes and its coarse table. `choose` then chooses the path.
 
@@ -108,14 +112,18 @@ class Connection:
             timeout_ms: the time-out of each call to the owner.
             options: the options of this side's queue pairs.
             fabric: the model that every READ goes through, or None.
+            counts: counts what the connection does. None counts for nobody.
+            tracing: makes a span of each call in a search, or None.
 
         Raises:
             TransportError: the owner cannot be reached.
             PeerError: the owner refused, or is of a version that does not name its image.
             FormatError: an answer is malformed.
         """
-        self._begin(index, address, timeout_ms, fabric)
-        self._calls = calls = OwnerCalls(index, address, tls=tls, timeout_ms=timeout_ms)
+        self._begin(index, address, timeout_ms, fabric, counts)
+        self._calls = calls = OwnerCalls(
+            index, address, tls=tls, timeout_ms=timeout_ms, counts=self.counts, tracing=tracing
+        )
         self._options = options
         try:
             with calls.in_time():
@@ -135,9 +143,17 @@ class Connection:
     shard: ShardFields
     image: ImageIdentity
 
-    def _begin(self, index: int, address: str, timeout_ms: int, fabric: FabricModel | None = None) -> None:
+    def _begin(
+        self,
+        index: int,
+        address: str,
+        timeout_ms: int,
+        fabric: FabricModel | None = None,
+        counts: OwnerCounts | None = None,
+    ) -> None:
         self.index = index
         self.address = address
+        self.counts = counts or OwnerCounts()
         self.transport = ""
         self.passed_over: dict[str, str] = {}
         self.view: View | None = None
@@ -365,7 +381,12 @@ class Connection:
             StaleShardError: the owner serves another image than at connect.
             TransportError: the owner cannot be reached.
         """
-        self.calls.ask(WANT_LEASE)
+        try:
+            self.calls.ask(WANT_LEASE)
+        except CotraError:
+            self.counts.note("not renewed")
+            raise
+        self.counts.note("renewed")
 
     # ---- RPC ----
 

@@ -7,10 +7,12 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from cotra_rdma._core.tracing import Tracing
 from cotra_rdma._native.channel import FabricModel
 from cotra_rdma._native.verbs import Device, QueuePairOptions
 from cotra_rdma._reader.connection import Connection
-from cotra_rdma._reader.local_connection import LocalConnection
+from cotra_rdma._reader.counters import Counters, OwnerCounts
+from cotra_rdma._reader.local_connection import LocalConnection, address_of
 from cotra_rdma._reader.replicas import Owner
 from cotra_rdma.errors import CotraError, TransportError
 from cotra_rdma.protocol.address import parse_address
@@ -38,6 +40,8 @@ class Connector:
     timeout_s: float
     fabric: FabricModel | None
     queue_pair: QueuePairOptions
+    tracing: Tracing | None = None
+    counters: Counters = field(default_factory=Counters)
     _device: Device | None = None
     _no_device: str = "not asked for"
     _tried: bool = field(default=False)
@@ -57,13 +61,30 @@ class Connector:
             TransportError: the owner cannot be reached, or serves something else than the shard.
             PeerError, FormatError: as for `Connection`.
         """
+        counts = self.counters.of(shard, address_of(owner))
+        try:
+            return self._connect(shard, owner, misfit, counts)
+        except CotraError as error:
+            counts.note_away(error)
+            raise
+
+    def _connect(self, shard: int, owner: Owner, misfit: Misfit | None, counts: OwnerCounts) -> Connection:
         timeout_ms = max(1, round(self.timeout_s * 1000))
         if not isinstance(owner, str):
-            return LocalConnection(shard, owner, timeout_ms=timeout_ms)
+            return LocalConnection(shard, owner, timeout_ms=timeout_ms, counts=counts)
         options = replace(self.queue_pair, peer_address=self.queue_pair.peer_address or _ip_of(owner))
         if self.gid_index is not None:
             options = replace(options, gid_index=self.gid_index)
-        connection = Connection(shard, owner, tls=self.tls, timeout_ms=timeout_ms, options=options, fabric=self.fabric)
+        connection = Connection(
+            shard,
+            owner,
+            tls=self.tls,
+            timeout_ms=timeout_ms,
+            options=options,
+            fabric=self.fabric,
+            counts=counts,
+            tracing=self.tracing,
+        )
         if misfit is not None and (why := misfit(shard, connection.shard)):
             connection.close()
             raise TransportError(f"{connection} serves {why}", shard=shard)

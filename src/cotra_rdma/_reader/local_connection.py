@@ -10,6 +10,7 @@ from cotra_rdma._native.channel import Channel
 from cotra_rdma._native.graph_engine import Source
 from cotra_rdma._native.verbs import Device
 from cotra_rdma._reader.connection import Connection
+from cotra_rdma._reader.counters import OwnerCounts
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.protocol.regions import RegionResponse, ShardFields, as_fields
 
@@ -33,23 +34,32 @@ class Serving(Protocol):
 Owned = Shard | Serving
 
 
+def address_of(owner: str | Owned) -> str:
+    """The address of an owner; "own" for a shard that this process holds and does not serve."""
+    if isinstance(owner, str):
+        return owner
+    return "own" if isinstance(owner, Shard) else owner.address
+
+
 class LocalConnection(Connection):
     """A connection to a shard of this process."""
 
     is_local = True
 
-    def __init__(self, index: int, owner: Owned, *, timeout_ms: int) -> None:
+    def __init__(self, index: int, owner: Owned, *, timeout_ms: int, counts: OwnerCounts | None = None) -> None:
         """Makes the connection. It calls nobody.
 
         Args:
             index: the position of the shard in the cluster.
             owner: the shard, or a server of it. It stays the caller's, and must outlive the connection.
             timeout_ms: the time-out of reading the view.
+            counts: counts what the connection does. None counts for nobody.
         """
         self._owner = owner
         self._held = owner if isinstance(owner, Shard) else owner.shard
-        self._begin(index, "own" if isinstance(owner, Shard) else owner.address, timeout_ms)
+        self._begin(index, address_of(owner), timeout_ms, counts=counts)
         self.shard, self.image = as_fields(ShardFields, self._held.info), self._held.info.identity
+        self.counts.note_reached(self.image)
         self.capabilities = RegionResponse(shard=self.shard, transports={"own": "", "rpc": "it is this process"})
         self.link = replace(self.link, rpc_s=0.0)
         coarse = None if isinstance(owner, Shard) else owner.coarse

@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,11 @@ from cotra_rdma._core.image_identity import ImageIdentity
 from cotra_rdma._core.remote_expansion import Expansions
 from cotra_rdma._core.stats import STATS_DTYPE, unpack_stats
 from cotra_rdma._core.stop import Stop
+from cotra_rdma._core.tracing import Tracing
 from cotra_rdma._reader.batch import Answer, Batch, CollectionAnswer, OutOfTimeError
+from cotra_rdma._reader.counters import OK, OwnerCounts
 from cotra_rdma.errors import DeadlineError, FormatError, InvalidInputError, PeerError, StaleShardError, TransportError
+from cotra_rdma.protocol.address import parse_address
 from cotra_rdma.protocol.collection_search import CollectionResponse
 from cotra_rdma.protocol.envelope import STALE, WIRE_VERSION, Payload, VShardEnvelope, VShardMessageType
 from cotra_rdma.protocol.regions import (
@@ -35,6 +38,7 @@ from cotra_rdma.protocol.regions import (
 from cotra_rdma.protocol.remote_expansion import ExpandRequest, ExpandResponse, split_pushes
 from cotra_rdma.protocol.rpc_client import RpcClient
 from cotra_rdma.protocol.search import WHOLE_COLLECTION, SearchRequest, SearchResponse, queries_per_message
+from cotra_rdma.protocol.service import method_of
 from cotra_rdma.protocol.tables import CoarseRouteRequest
 from cotra_rdma.protocol.tls import Tls
 
@@ -56,7 +60,16 @@ class OwnerCalls:
     shard: ShardFields
     image: ImageIdentity
 
-    def __init__(self, index: int, address: str, *, tls: Tls | None, timeout_ms: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        address: str,
+        *,
+        tls: Tls | None,
+        timeout_ms: int,
+        counts: OwnerCounts,
+        tracing: Tracing | None = None,
+    ) -> None:
         """Prepares the calls. The first call connects.
 
         Args:
@@ -64,6 +77,8 @@ class OwnerCalls:
             address: HOST:PORT of the owner.
             tls: this reader's certificate, or None for a plain connection.
             timeout_ms: the time-out of each call that is not a search.
+            counts: counts the calls.
+            tracing: makes a span of each call in a search, or None.
 
         Raises:
             InvalidInputError: the address is malformed, or a file holds no certificate.
@@ -73,7 +88,8 @@ class OwnerCalls:
         self._until = math.inf  # on time.monotonic's clock
         self._name = secrets.token_hex(8)  # the lease is in this name
         self._is_introduced = False
-        self._client = RpcClient(address, tls=tls)
+        self._counts, self._tracing = counts, tracing
+        self._client = RpcClient(address, tls=tls, note=counts.note)
 
     def __str__(self) -> str:
         return f"shard {self._index} ({self._address})"
@@ -101,6 +117,7 @@ class OwnerCalls:
         _check_announced(self, self._index, shard)
         self.shard, self.image = shard, shard.identity
         self._is_introduced = True
+        self._counts.note_reached(self.image)
         return capabilities
 
     # ---- calls ----
@@ -113,6 +130,25 @@ class OwnerCalls:
             yield
         finally:
             self._until = before
+
+    @contextmanager
+    def _counted(self, kind: VShardMessageType) -> Iterator[None]:
+        """Counts a call, which the block makes and whose answer it checks. In a search it makes a span of the call, too."""
+        begin, outcome = time.perf_counter(), OK
+        try:
+            with self._span(kind):
+                yield
+        except BaseException as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            self._counts.calls.note(kind.name, outcome, time.perf_counter() - begin)
+
+    def _span(self, kind: VShardMessageType) -> AbstractContextManager[object]:
+        if self._tracing is None:
+            return nullcontext()
+        attributes = {"cotra.message_type": kind.name, "cotra.shard": self._index}
+        return self._tracing.call(method_of(kind), *parse_address(self._address), attributes)
 
     def call(
         self, kind: VShardMessageType, payload: Payload, timeout_ms: int, stop: Stop | None = None
@@ -131,7 +167,8 @@ class OwnerCalls:
         """
         envelope = VShardEnvelope(WIRE_VERSION, kind, 0, 0, self._index, payload)
         try:
-            return self._client.call(envelope, timeout_ms, stop)
+            headers = () if self._tracing is None else self._tracing.headers()
+            return self._client.call(envelope, timeout_ms, stop, headers)
         except TransportError as error:
             hint = "" if self._is_introduced else " (is it an owner of cotra-rdma, and does it want a certificate?)"
             hint = "" if "nobody listens" in str(error) else hint
@@ -161,13 +198,13 @@ class OwnerCalls:
         """
         image = self.image if want in (WANT_QUEUE_PAIR, WANT_SHARED_MEMORY, WANT_VIEW) else None
         request = RegionRequest(want, self._name, queue_pair, number, offset, image)
-        reply = self.call(
-            VShardMessageType.VECTOR_MEM_REGION_REQUEST, encode_region(request), timeout_ms or self._left_ms()
-        )
-        answer = decode_region_response(reply.payload)
-        self._check_code(answer.code, answer.message)
-        if self._is_introduced and answer.shard != self.shard:
-            raise self._stale(answer.shard.identity if answer.shard else None)
+        kind = VShardMessageType.VECTOR_MEM_REGION_REQUEST
+        with self._counted(kind):
+            reply = self.call(kind, encode_region(request), timeout_ms or self._left_ms())
+            answer = decode_region_response(reply.payload)
+            self._check_code(answer.code, answer.message)
+            if self._is_introduced and answer.shard != self.shard:
+                raise self._stale(answer.shard.identity if answer.shard else None)
         return answer
 
     def _left_ms(self) -> int:
@@ -198,8 +235,9 @@ class OwnerCalls:
 
     def coarse_table(self) -> Payload:
         """Asks for the coarse table. Returns a payload of type 53, which may be an error, because not every owner has one."""
-        request = CoarseRouteRequest().encode()
-        return self.call(VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST, request, self._left_ms()).payload
+        kind = VShardMessageType.VECTOR_COARSE_ROUTE_REQUEST
+        with self._counted(kind):
+            return self.call(kind, CoarseRouteRequest().encode(), self._left_ms()).payload
 
     # ---- searches ----
 
@@ -228,7 +266,8 @@ class OwnerCalls:
         rows = queries_per_message(batch.queries.shape[1], batch.k, batch.ef, filtered=filtered)
         for begin in range(0, len(asked), rows):
             part = asked[begin : begin + rows]
-            labels[part], distances[part], stats[part] = self._search_part(batch, batch.queries[part])
+            with self._counted(VShardMessageType.VECTOR_SCATTER_REQUEST):
+                labels[part], distances[part], stats[part] = self._search_part(batch, batch.queries[part])
             batch.stop.note(len(part))
         batch.stop.note(len(batch.queries) - len(asked))
         return labels, distances, stats
@@ -287,7 +326,8 @@ class OwnerCalls:
         parts = []
         for begin in starts:
             part = batch.queries[begin : begin + rows]
-            parts.append(self._search_all_part(batch, part, filters))
+            with self._counted(VShardMessageType.VECTOR_SCATTER_REQUEST):
+                parts.append(self._search_all_part(batch, part, filters))
             batch.stop.note(len(part))
         if any(part.images != parts[0].images for part in parts):
             raise FormatError(f"{self}: its shards changed during the search", shard=self._index)
@@ -376,17 +416,18 @@ class OwnerCalls:
 
     def _expand_part(self, request: ExpandRequest, degree: int, timeout_s: float, stop: Stop | None) -> Expansions:
         kind = VShardMessageType.VECTOR_EXPAND_REQUEST
-        reply = self.call(kind, request.encode(), max(1, round(timeout_s * 1000)), stop)
-        answer = ExpandResponse.decode(reply.payload)
-        self._check_code(answer.code, answer.message)
-        self._check_image(answer.image)
-        found = answer.told.found
-        if len(found) != len(request.pushes) or (found["count"] > degree).any():
-            raise FormatError(
-                f"{self}: {len(found)} expansions of up to {found['count'].max(initial=0)} neighbours to "
-                f"{len(request.pushes)} nodes of {degree}",
-                shard=self._index,
-            )
+        with self._counted(kind):
+            reply = self.call(kind, request.encode(), max(1, round(timeout_s * 1000)), stop)
+            answer = ExpandResponse.decode(reply.payload)
+            self._check_code(answer.code, answer.message)
+            self._check_image(answer.image)
+            found = answer.told.found
+            if len(found) != len(request.pushes) or (found["count"] > degree).any():
+                raise FormatError(
+                    f"{self}: {len(found)} expansions of up to {found['count'].max(initial=0)} neighbours to "
+                    f"{len(request.pushes)} nodes of {degree}",
+                    shard=self._index,
+                )
         return answer.told
 
     def close(self) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 
 from cotra_rdma._reader.batch import Answer, Batch
 from cotra_rdma._reader.connection import LOST, Connection
-from cotra_rdma._reader.local_connection import LocalConnection, Owned
-from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, TransportError
+from cotra_rdma._reader.local_connection import LocalConnection, Owned, address_of
+from cotra_rdma._reader.threads import ContextPool
+from cotra_rdma.errors import ClosedError, CotraError, InvalidInputError, StaleShardError, TransportError
 from cotra_rdma.protocol.regions import RegionResponse, ShardFields
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Replicas:
     def _reach_all(self, owners: Sequence[Sequence[Owner]]) -> None:
         """Connects to all owners at the same time, so that all that hang together cost one deadline."""
         everyone = [(shard, owner) for shard, group in enumerate(owners) for owner in group]
-        with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(everyone))), "cotra-connect") as pool:
+        with ContextPool(max(1, min(_AT_ONCE, len(everyone))), "cotra-connect") as pool:
             calls = [pool.submit(self._reach, shard, owner) for shard, owner in everyone]
         fault: BaseException | None = None
         for (shard, owner), call in zip(everyone, calls, strict=True):
@@ -192,6 +192,7 @@ class Replicas:
             except BaseException as failed:  # whatever it was: it is tried again
                 with self._lock:
                     self._away.append((shard, connection.owner))
+                connection.counts.note_away(failed)
                 connection.close()
                 self._changed(connection)
                 if not isinstance(failed, CotraError):
@@ -233,6 +234,7 @@ class Replicas:
             ClosedError: the cluster was closed.
         """
         tried.add((failed.index, failed.address))
+        failed.counts.note_failure(error)
         other = self._replace(failed, error, give_up=give_up)
         return None if other is None or (other.index, other.address) in tried else other
 
@@ -252,6 +254,9 @@ class Replicas:
                 self._away.append((shard, failed.owner))
                 if other is None:
                     self.lost[shard] = error.with_traceback(None)  # kept, and should keep nothing else alive
+        failed.counts.note_away(error)
+        if other is not None:
+            failed.counts.note("replaced")
         if other is None:
             log.warning("%s failed, and no owner is left: searches go on without it: %s", failed, error)
         else:
@@ -264,6 +269,22 @@ class Replicas:
         """Returns the connections to the owners of a shard: the one in use first, then those on standby."""
         with self._lock:
             return [self.connections[shard], *self._standby[shard]]
+
+    def all_owners(self) -> list[tuple[int, str, str, str]]:
+        """Returns all owners in the order of the shards: shard, address, state and path.
+
+        The state is "in use", "standby" or "away". The path is "" if none was chosen.
+        """
+        found: dict[tuple[int, str], tuple[str, str]] = {}
+        with self._lock:
+            for now, standby in zip(self.connections, self._standby, strict=True):
+                if now.transport != LOST:
+                    found[now.index, now.address] = "in use", now.transport
+                for other in standby:
+                    found.setdefault((other.index, other.address), ("standby", other.transport))
+            for shard, owner in self._away:
+                found.setdefault((shard, address_of(owner)), ("away", ""))
+        return [(shard, address, *told) for (shard, address), told in sorted(found.items())]
 
     @property
     def has_spare(self) -> bool:
@@ -323,12 +344,16 @@ class Replicas:
                         self._check_open()
                         self._standby[shard].append(connection)
                     self._away.remove((shard, connection.owner))
-            except BaseException:
+            except BaseException as error:
+                connection.counts.note_away(error)
                 connection.close()
                 raise
         if not is_same:
             log.info("%s is back with another image, and is not used for this one", connection)
             self.renewed.add(shard)
+            connection.counts.note_away(
+                StaleShardError("it serves another image than this reader searches", shard=shard)
+            )
             connection.close()
         if gone is not None:
             self._changed(gone)
@@ -377,6 +402,9 @@ def _alike(connections: list[Connection]) -> list[Connection]:
                 connection,
                 connection.shard.generation,
                 newest,
+            )
+            connection.counts.note_away(
+                StaleShardError(f"it serves generation {connection.shard.generation}, and {newest} is the newest")
             )
             connection.close()
             continue

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import ParamSpec, TypeVar
 
 from cotra_rdma.errors import (
     ClosedError,
 )
 
 MAX_THREADS = 256
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ContextPool(ThreadPoolExecutor):
+    """Threads that work in the `contextvars` context of who gave them the work, so that spans know what they are a part of."""
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """As of its base class."""
+        context = copy_context()
+        return super().submit(lambda: context.run(fn, *args, **kwargs))
 
 
 class Threads:
@@ -33,7 +48,7 @@ class Threads:
             if self._closed:
                 raise ClosedError("the cluster is closed")
             if name not in self._pools:
-                self._pools[name] = ThreadPoolExecutor(MAX_THREADS, name)
+                self._pools[name] = ContextPool(MAX_THREADS, name)
             return self._pools[name]
 
     def close(self) -> None:

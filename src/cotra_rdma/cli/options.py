@@ -71,6 +71,14 @@ Transport = Annotated[
     ),
 ]
 
+Tracing = Annotated[
+    bool,
+    typer.Option(
+        "--tracing",
+        help="Make spans of OpenTelemetry; `opentelemetry-instrument cotra ...` sets where they go.",
+    ),
+]
+
 TlsCert = Annotated[
     Path | None,
     typer.Option(

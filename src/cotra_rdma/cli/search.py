@@ -26,6 +26,7 @@ from cotra_rdma.cli.options import (
     TlsCa,
     TlsCert,
     TlsKey,
+    Tracing,
     Transport,
     input_file,
     tls_of,
@@ -155,6 +156,7 @@ def search(
     allow_partial: AllowPartial = None,
     cache_bytes: CacheBytes = 0,
     max_expansions: MaxExpansions = None,
+    tracing: Tracing = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     tls_ca: TlsCa = None,
@@ -169,7 +171,7 @@ def search(
     wanted = targets(shards)
     vectors, truth = _read(queries, ground_truth, k)
     tls = tls_of(tls_cert, tls_key, tls_ca)
-    with _connect(wanted, transport, tls, timeout or DEFAULT_TIMEOUT_S, cache_bytes, allow_partial) as cluster:
+    with _connect(wanted, transport, tls, timeout or DEFAULT_TIMEOUT_S, cache_bytes, allow_partial, tracing) as cluster:
         unreached = cluster.lost
         run = partial(
             cluster.search,
@@ -226,7 +228,13 @@ def _read(
 
 
 def _connect(
-    wanted: Targets, transport: str, tls: Tls | None, timeout_s: float, cache_bytes: int, allow_partial: bool | None
+    wanted: Targets,
+    transport: str,
+    tls: Tls | None,
+    timeout_s: float,
+    cache_bytes: int,
+    allow_partial: bool | None,
+    tracing: bool,
 ) -> Cluster:
     """Connects to the shards that have an owner.
 
@@ -246,6 +254,7 @@ def _connect(
             cache_bytes=cache_bytes,
             allow_partial=True,
             collection=wanted.collection,
+            tracing=tracing,
         )
     if cluster.lost and not (cluster.one_graph if allow_partial is None else allow_partial):
         cluster.close()

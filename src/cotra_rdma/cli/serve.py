@@ -22,6 +22,7 @@ from cotra_rdma._owner.peering import DEFAULT_HALO, Peering, Walks
 from cotra_rdma._owner.policy import PolicyFile
 from cotra_rdma._owner.server import Server
 from cotra_rdma._owner.server import serve as serve_shard
+from cotra_rdma._reader.cluster import Cluster
 from cotra_rdma._shard.shard import Shard
 from cotra_rdma.cli import output
 from cotra_rdma.cli.announce import announce_owners, announced_at
@@ -32,6 +33,7 @@ from cotra_rdma.cli.options import (
     TlsCa,
     TlsCert,
     TlsKey,
+    Tracing,
     comma_list,
     tls_of,
     transports,
@@ -195,6 +197,7 @@ def serve(
     grace: Grace = 10.0,
     metrics: Metrics = None,
     policy: PolicyOption = None,
+    tracing: Tracing = False,
     until_stdin_closes: UntilStdinCloses = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -235,7 +238,14 @@ def serve(
             share = DEFAULT_HALO if halo is None else halo
             told = partial(_tell_walks, as_json=as_json)
             peering = Peering(
-                paths[0].parent, peers, halo=share, device=device, gid_index=gid_index, tls=tls, changed=told
+                paths[0].parent,
+                peers,
+                halo=share,
+                device=device,
+                gid_index=gid_index,
+                tls=tls,
+                changed=told,
+                tracing=tracing,
             )
         if port and port + len(paths) - 1 > 65535:
             raise typer.BadParameter(
@@ -257,6 +267,7 @@ def serve(
                     coarse=coarse,
                     policy=rules,
                     number=_number_of(path),
+                    tracing=tracing,
                 )
             )
             servers.append(server)
@@ -268,7 +279,10 @@ def serve(
             noted = announce_owners(stack, paths, [entry["address"] for entry in served], reached)
         for entry, at in zip(served, noted, strict=True):
             entry["announced"] = at
-        seen = None if metrics is None else stack.enter_context(MetricsServer(metrics, servers)).address
+        seen = None
+        if metrics is not None:
+            readers = partial(_readers_of, peering)
+            seen = stack.enter_context(MetricsServer(metrics, servers, readers)).address
         _print_ready(served, seen, as_json=as_json)
         if peering is not None:
             peering.start(dict(zip(numbers, servers, strict=True)))
@@ -277,6 +291,12 @@ def serve(
         while not stop.wait(until_stdin_closes, _LOOK_S):
             if stop.take_hangup() or reload.is_due():
                 reload.now()
+
+
+def _readers_of(peering: Peering | None) -> dict[str, Cluster]:
+    """Returns the clusters of this process, by their names in metrics."""
+    cluster = None if peering is None else peering.cluster
+    return {} if cluster is None else {"peers": cluster}
 
 
 def _number_of(path: Path) -> int | None:

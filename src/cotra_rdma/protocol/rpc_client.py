@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Self
 import grpc
 
 from cotra_rdma._core.stop import Stop
+from cotra_rdma._core.tracing import Headers
 from cotra_rdma.errors import (
     BusyError,
     ClosedError,
@@ -55,18 +56,22 @@ class RpcClient:
         address: the address of the owner, as given.
     """
 
-    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+    def __init__(
+        self, address: str, *, tls: Tls | None = None, note: Callable[[str], object] = lambda event: None
+    ) -> None:
         """Prepares the client. The first call connects.
 
         Args:
             address: HOST:PORT of the owner.
             tls: this reader's certificate, or None for a plain connection.
+            note: called with "connections" when a connection is opened, and with "resent" when a call is sent again.
 
         Raises:
             InvalidInputError: the address is malformed, or a file holds no certificate.
         """
         self._target = join_address(*parse_address(address))
         self.address = address
+        self._note = note
         self._credentials = None if tls is None else tls.for_client()
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
@@ -75,7 +80,11 @@ class RpcClient:
         self._pid = os.getpid()
 
     def call(
-        self, envelope: VShardEnvelope, timeout_ms: int = DEFAULT_TIMEOUT_MS, stop: Stop | None = None
+        self,
+        envelope: VShardEnvelope,
+        timeout_ms: int = DEFAULT_TIMEOUT_MS,
+        stop: Stop | None = None,
+        headers: Headers = (),
     ) -> VShardEnvelope:
         """Sends a request, and waits for its answer. If the wait is given up, the owner is told.
 
@@ -83,6 +92,7 @@ class RpcClient:
             envelope: the request.
             timeout_ms: the most milliseconds to wait.
             stop: ends the wait when it is set.
+            headers: gRPC's metadata.
 
         Raises:
             SearchCancelledError: `stop` was set.
@@ -98,7 +108,7 @@ class RpcClient:
         for pause_s in pauses():
             with self._connected() as channel:
                 send: Any = channel.unary_unary(method_of(envelope.msg_type), None, None)
-                call: Any = send.future(data, timeout=max(deadline - time.monotonic(), 0.001))
+                call: Any = send.future(data, timeout=max(deadline - time.monotonic(), 0.001), metadata=headers)
                 try:
                     return checked_reply(self._answer_of(call, stop), envelope, self.address)
                 except grpc.FutureCancelledError:
@@ -109,6 +119,7 @@ class RpcClient:
                 except BaseException:
                     call.cancel()
                     raise
+            self._note("resent")
             time.sleep(pause_s)
         raise AssertionError  # `pauses` never ends
 
@@ -129,6 +140,7 @@ class RpcClient:
                 raise ClosedError(f"the client of {self.address} is closed")
             if self._channel is None:
                 self._channel = open_channel(self._target, self._credentials)
+                self._note("connections")
             channel = self._channel
             self._calls[channel] += 1
         try:

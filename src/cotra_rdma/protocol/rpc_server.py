@@ -12,7 +12,6 @@ If the kept answers are too many bytes, the sender that is owed most loses answe
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 import logging
@@ -25,13 +24,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import grpc
 
+from cotra_rdma._core.request_counts import RequestCounts
 from cotra_rdma._core.stop import Stop
+from cotra_rdma._core.tracing import Tracing
 from cotra_rdma.errors import BusyError, CotraError, DeniedError, FormatError, SearchCancelledError, TransportError
 from cotra_rdma.protocol.address import join_address, parse_address
 from cotra_rdma.protocol.envelope import VShardEnvelope
@@ -66,6 +67,7 @@ _WINDOW_BYTES = 256 << 10  # the most bytes on their way to a request that is no
 _HANDSHAKE_MS = 5000
 _FILES = 256  # open files that the process needs for other things than connections
 _SHOWN = 1000  # the most characters of a reason
+_OUR_FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _LOG_S = 1.0  # the least interval between two log lines about refused requests
 
 
@@ -92,49 +94,6 @@ class Limits:
     work_s: float = 120.0
     n_connections: int = 16384
     idle_s: float = 600.0
-
-
-LATENCY_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""The upper bounds of the buckets in which latencies are counted, in seconds."""
-
-
-@dataclass(slots=True)
-class Seen:
-    """The counters of a server.
-
-    Attributes:
-        requests: the number of requests, by the name of the message type and gRPC's status. The name is "" if the request was
-            not read.
-        latencies: for each type, the number of requests in each bucket of `LATENCY_S`, and in one bucket above them.
-        seconds: for each type, the sum of the latencies.
-        received_bytes: the bytes of all requests.
-        sent_bytes: the bytes of all answers.
-    """
-
-    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
-    latencies: dict[str, list[int]] = field(default_factory=dict)
-    seconds: Counter[str] = field(default_factory=Counter)
-    received_bytes: int = 0
-    sent_bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def note(self, kind: str, status: str, seconds: float, received: int, sent: int) -> None:
-        """Counts a request. Any thread may call it.
-
-        Args:
-            kind: the name of the message type, or "".
-            status: the name of gRPC's status.
-            seconds: the latency.
-            received: the bytes of the request.
-            sent: the bytes of the answer.
-        """
-        with self._lock:
-            self.requests[kind, status] += 1
-            counts = self.latencies.setdefault(kind, [0] * (len(LATENCY_S) + 1))
-            counts[bisect.bisect_left(LATENCY_S, seconds)] += 1
-            self.seconds[kind] += seconds  # type: ignore[assignment]
-            self.received_bytes += received
-            self.sent_bytes += sent
 
 
 class _From(NamedTuple):
@@ -220,10 +179,11 @@ class _Kept:
 
 @dataclass(slots=True)
 class _Call:
-    """What is known of one request, for the counters."""
+    """What is known of one request: what is counted, and why it failed."""
 
     kind: str = ""
     status: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+    why: str = ""
     received: int = 0
     sent: int = 0
 
@@ -249,6 +209,7 @@ class RpcServer:
         tls: Tls | None = None,
         n_workers: int = 4,
         limits: Limits | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Listens at once.
 
@@ -258,13 +219,14 @@ class RpcServer:
             tls: the owner's certificate, and the authority whose callers it lets in. None lets everybody in.
             n_workers: the most requests of a method that are worked on at once.
             limits: the most that requests may cost. None takes the defaults.
+            tracing: makes a span of each request, or None. It may be replaced while the server listens.
 
         Raises:
             TransportError: it cannot listen on the address.
             InvalidInputError: the address is malformed, or a certificate cannot be read.
         """
         host, port = parse_address(address)
-        self.handler = handler
+        self.handler, self.tracing = handler, tracing
         self._limits = limits = limits or Limits()
         self._shares = {
             CONTROL: FairShares(n_workers, limits.n_requests),
@@ -272,7 +234,7 @@ class RpcServer:
         }
         self._later = FairShares(n_workers, _THREADS)
         self._kept = _Kept(limits)
-        self.seen = Seen()
+        self.seen = RequestCounts()
         self.is_draining = False
         self._deadlines: dict[int, tuple[float, Callable[[], object]]] = {}
         self._numbers = itertools.count()
@@ -307,41 +269,67 @@ class RpcServer:
     # ---- a request ----
 
     def _answer(self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        names, stop, begin = _names_of(context), Stop(), time.perf_counter()
-        came, call = _From.of(context, names), _Call()
-        try:
-            with self._shares[method].admit(*came, context.cancel) as request:
-                if not context.add_callback(functools.partial(self._gone, request, stop)):
-                    raise SearchCancelledError("who asked is gone")
-                envelope = self._read(method, messages, context, call)
-                request.begin_work()
-                asker_names.set(names)
-                reply = b"".join(self._work(envelope, method, request, stop, context, came))
-            if len(reply) > MESSAGE_BYTES:
-                raise BusyError(
-                    f"the answer of {len(reply)} bytes passes the limit of {MESSAGE_BYTES}: ask for less at once"
-                )
-            call.status, call.sent = grpc.StatusCode.OK, len(reply)
-        except SearchCancelledError:
-            log.debug("%s: who asked is gone", self.address)
-            call.status, why = grpc.StatusCode.CANCELLED, "nobody waits for it any more"
-        except BusyError as error:
-            call.status, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
-        except DeniedError as error:
-            self._seldom.warning("%s: %s was denied a request: %s", self.address, came.connection, error)
-            call.status, why = grpc.StatusCode.PERMISSION_DENIED, str(error)
-        except CotraError as error:
-            self._seldom.warning("%s: a request of %s was refused: %s", self.address, came.connection, error)
-            call.status, why = grpc.StatusCode.INVALID_ARGUMENT, f"{type(error).__name__}: {error}"
-        except grpc.RpcError:
-            call.status, why = grpc.StatusCode.CANCELLED, "the request was not read whole"
-        except Exception as error:
-            log.exception("%s: a request failed", self.address)
-            call.status, why = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
+        names, begin = _names_of(context), time.perf_counter()
+        came, call, reply = _From.of(context, names), _Call(), b""
+        with self._span(method, context, call):
+            try:
+                reply = self._reply(method, messages, context, names, came, call)
+                call.status, call.sent = grpc.StatusCode.OK, len(reply)
+            except SearchCancelledError:
+                log.debug("%s: who asked is gone", self.address)
+                call.status, call.why = grpc.StatusCode.CANCELLED, "nobody waits for it any more"
+            except BusyError as error:
+                call.status, call.why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+            except DeniedError as error:
+                self._seldom.warning("%s: %s was denied a request: %s", self.address, came.connection, error)
+                call.status, call.why = grpc.StatusCode.PERMISSION_DENIED, str(error)
+            except CotraError as error:
+                self._seldom.warning("%s: a request of %s was refused: %s", self.address, came.connection, error)
+                call.status, call.why = grpc.StatusCode.INVALID_ARGUMENT, f"{type(error).__name__}: {error}"
+            except grpc.RpcError:
+                call.status, call.why = grpc.StatusCode.CANCELLED, "the request was not read whole"
+            except Exception as error:
+                log.exception("%s: a request failed", self.address)
+                call.status, call.why = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
         self.seen.note(call.kind, call.status.name, time.perf_counter() - begin, call.received, call.sent)
         if call.status is not grpc.StatusCode.OK:
-            context.abort(call.status, why[:_SHOWN])
+            context.abort(call.status, call.why[:_SHOWN])
         self._kept.keep(came, len(reply), context)
+        return reply
+
+    @contextmanager
+    def _span(self, method: str, context: grpc.ServicerContext, call: _Call) -> Iterator[None]:
+        """Makes a span of a request, if there is tracing. The block raises nothing."""
+        tracing = self.tracing
+        if tracing is None:
+            yield
+            return
+        with tracing.request(f"{SERVICE}/{method}", context.invocation_metadata()) as span:
+            yield
+            span.set_attributes({"cotra.message_type": call.kind, "cotra.sent_bytes": call.sent})
+            tracing.set_status(span, call.status.name, call.why if call.status in _OUR_FAULTS else "")
+
+    def _reply(
+        self,
+        method: str,
+        messages: Iterator[bytes],
+        context: grpc.ServicerContext,
+        names: tuple[str, ...],
+        came: _From,
+        call: _Call,
+    ) -> bytes:
+        stop = Stop()
+        with self._shares[method].admit(*came, context.cancel) as request:
+            if not context.add_callback(functools.partial(self._gone, request, stop)):
+                raise SearchCancelledError("who asked is gone")
+            envelope = self._read(method, messages, context, call)
+            request.begin_work()
+            asker_names.set(names)
+            reply = b"".join(self._work(envelope, method, request, stop, context, came))
+        if len(reply) > MESSAGE_BYTES:
+            raise BusyError(
+                f"the answer of {len(reply)} bytes passes the limit of {MESSAGE_BYTES}: ask for less at once"
+            )
         return reply
 
     def _read(
